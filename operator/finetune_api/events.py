@@ -1,0 +1,158 @@
+"""Events: one JSON object a line, appended by a rank to `<scratch>/events/rank-<n>.jsonl`, tailed by the supervisor.
+
+Rank 0 writes all kinds; other ranks write `decision` and `error` only. Rank 0's `step` and `eval` lines are the loss
+history that is kept beside the adapter. `time` is seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from finetune_api.model import LenientModel
+
+
+class PhaseEvent(LenientModel):
+    """What the ranks do now."""
+
+    type: Literal["phase"] = "phase"
+    time: float
+    phase: Literal["loading", "tokenizing", "training", "evaluating", "saving", "done"]
+
+
+class DecisionEvent(LenientModel):
+    """A choice made before the loop starts, with its reason."""
+
+    type: Literal["decision"] = "decision"
+    time: float
+    topic: str
+    choice: str
+    reason: str
+
+
+class PlanEvent(LenientModel):
+    """What is going to be computed; known before the first step."""
+
+    type: Literal["plan"] = "plan"
+    time: float
+    total_steps: int
+    start_step: int = Field(default=0, description="Steps already done by earlier attempts.")
+    epochs: float
+    rows: int
+    dropped_rows: int = 0
+    tokens_per_epoch: int
+    label_tokens_per_epoch: int
+    padding_share: float = Field(description="Share of computed positions that hold no token. 0 to 1.")
+    parameters: int
+    trainable_parameters: int
+
+
+class StepEvent(LenientModel):
+    """One optimizer step, all ranks together."""
+
+    type: Literal["step"] = "step"
+    time: float
+    step: int = Field(description="Steps done, this one included: 1 … totalSteps.")
+    epoch: float
+    loss: float = Field(description="Mean over all supervised tokens of the global batch.")
+    learning_rate: float
+    grad_norm: float = Field(description="Global L2 norm before clipping.")
+    tokens: int = Field(description="Tokens of this step, padding not counted, all ranks.")
+    label_tokens: int
+    samples: int
+    seconds: dict[str, float] = Field(
+        description="Wall time by part: data, forward, backward, optimizer, total."
+    )
+
+
+class EvalEvent(LenientModel):
+    """Mean loss per supervised token over a whole split; independent of batch size and ranks."""
+
+    type: Literal["eval"] = "eval"
+    time: float
+    step: int
+    split: Literal["validation", "test"]
+    loss: float
+    label_tokens: int
+
+
+class CheckpointEvent(LenientModel):
+    """A complete local checkpoint, ready to be uploaded."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    time: float
+    step: int
+    path: str
+    seconds: float
+    bytes: int
+
+
+class SampleEvent(LenientModel):
+    """An answer before and after, for people to read."""
+
+    type: Literal["sample"] = "sample"
+    time: float
+    index: int
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+class SavedEvent(LenientModel):
+    """The result lies complete in a local folder, ready to be uploaded."""
+
+    type: Literal["saved"] = "saved"
+    time: float
+    path: str
+    step: int = Field(description="The step whose weights were written.")
+
+
+class PreemptedEvent(LenientModel):
+    """All ranks agreed to stop after this step, and its checkpoint is complete."""
+
+    type: Literal["preempted"] = "preempted"
+    time: float
+    step: int
+
+
+class ErrorEvent(LenientModel):
+    """A rank is about to end by an exception."""
+
+    type: Literal["error"] = "error"
+    time: float
+    rank: int
+    reason: str = Field(description="A name of reasons.REASONS.")
+    message: str
+    traceback: str = ""
+
+
+Event = Annotated[
+    PhaseEvent
+    | DecisionEvent
+    | PlanEvent
+    | StepEvent
+    | EvalEvent
+    | CheckpointEvent
+    | SampleEvent
+    | SavedEvent
+    | PreemptedEvent
+    | ErrorEvent,
+    Field(discriminator="type"),
+]
+
+_adapter: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def encode(event: Event) -> str:
+    """One line without its newline."""
+    return _adapter.dump_json(event, by_alias=True, exclude_none=True).decode()
+
+
+def decode(line: str | bytes) -> Event | None:
+    """The event in a complete line, or None for a torn or unknown one."""
+    try:
+        return _adapter.validate_json(line)
+    except ValidationError:
+        return None

@@ -1,0 +1,104 @@
+"""Every name that two parts must agree on: API group, labels, child names, ports, paths, environment.
+
+Imported by all rooms; never does I/O and never holds logic beyond spelling a name.
+"""
+
+from __future__ import annotations
+
+GROUP = "finetune-operator.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+SINGULAR = "finetunejob"
+SHORT_NAME = "ftj"
+
+FIELD_MANAGER = "finetune-operator"
+
+# A job's name becomes the prefix of child names (`<name>-<attempt>-<index>` must stay a DNS label).
+MAX_NAME_LENGTH = 50
+
+LABEL_JOB_NAME = f"{GROUP}/job-name"
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_ROLE = f"{GROUP}/role"  # ROLE_TRAINER | ROLE_PREFLIGHT
+ROLE_TRAINER = "trainer"
+ROLE_PREFLIGHT = "preflight"
+
+COMMON_LABELS = {
+    "app.kubernetes.io/name": "finetune-trainer",
+    "app.kubernetes.io/part-of": "finetune-operator",
+    "app.kubernetes.io/managed-by": "finetune-operator",
+}
+
+ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
+ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
+
+CONTAINER_TRAINER = "trainer"
+
+# Ports. Container ports are named, since Prometheus and PodMonitors select by name.
+METRICS_PORT_NAME = "metrics"
+TRAINER_METRICS_PORT = 9400
+RENDEZVOUS_PORT = 29500
+OPERATOR_METRICS_PORT = 9090
+OPERATOR_PROBES_PORT = 8081
+OPERATOR_PROGRESS_PORT = 8443
+
+PROGRESS_AUDIENCE = GROUP
+PROGRESS_PATH = "/v1/progress"
+
+# Where things lie inside a trainer pod.
+RUN_CONFIG_PATH = "/etc/finetune/run/run.json"
+CREDENTIALS_ROOT = "/etc/finetune/credentials"  # CREDENTIALS_ROOT/<role>/<key>, one file a key of the Secret
+PROGRESS_TOKEN_PATH = "/var/run/secrets/finetune-operator.io/progress/token"  # noqa: S105 (a path)
+SCRATCH_ROOT = "/scratch"
+PVC_ROOT = "/mnt/pvc"
+TERMINATION_LOG_PATH = "/dev/termination-log"
+
+# Environment that the Job controller or the manifests set and the supervisor reads once, at its door.
+ENV_NODE_RANK = "JOB_COMPLETION_INDEX"
+ENV_RUN_CONFIG = "FINETUNE_RUN_CONFIG"  # path, default RUN_CONFIG_PATH
+ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
+ENV_POD_NAME = "POD_NAME"
+
+# Keys of a Secret that `credentialsRef` names.
+SECRET_HF_TOKEN = "HF_TOKEN"  # noqa: S105 (a key's name)
+SECRET_AWS_KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_ENDPOINT_URL",
+)
+
+# Inside an output folder.
+FINETUNE_DIR = "finetune"
+MANIFEST_PATH = f"{FINETUNE_DIR}/manifest.json"
+HISTORY_PATH = f"{FINETUNE_DIR}/history.jsonl"
+SAMPLES_PATH = f"{FINETUNE_DIR}/samples.jsonl"
+CHECKPOINTS_DIR = "checkpoints"
+
+
+def attempt_job_name(name: str, attempt: int) -> str:
+    """The batch/v1 Job of one attempt (attempts count from 1)."""
+    return f"{name}-{attempt}"
+
+
+def preflight_job_name(name: str) -> str:
+    """The batch/v1 Job that checks a job's inputs and destination without a GPU."""
+    return f"{name}-check"
+
+
+def service_name(name: str) -> str:
+    """The headless Service that gives a multi-node attempt's pods their DNS names."""
+    return name
+
+
+def master_address(name: str, attempt: int) -> str:
+    """DNS name, inside the namespace, of the pod of node rank 0."""
+    return f"{attempt_job_name(name, attempt)}-0.{service_name(name)}"
+
+
+def checkpoint_dir(step: int) -> str:
+    """Where the checkpoint taken after optimizer step `step` lies, relative to the output."""
+    return f"{CHECKPOINTS_DIR}/step-{step}"

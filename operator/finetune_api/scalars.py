@@ -1,0 +1,114 @@
+"""The scalar types of the resource: URIs, quantities, names; each with the pattern that the CRD carries too.
+
+Used by `resource`. Patterns are RE2 and Python alike. Never does I/O.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+_PATH = r"[^\s?#\\\x00-\x1f]+"
+# hf://owner/model or hf://model; s3://bucket/key; pvc://claim/path
+MODEL_URI_PATTERN = (
+    r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
+    r"|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/"
+    + _PATH
+    + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
+    + _PATH
+    + r")$"
+)
+DATA_URI_PATTERN = (
+    r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*/"
+    + _PATH
+    + r"|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/"
+    + _PATH
+    + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
+    + _PATH
+    + r")$"
+)
+OUTPUT_URI_PATTERN = (
+    r"^((s3|gs|az)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/"
+    + _PATH
+    + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
+    + _PATH
+    + r")$"
+)
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
+DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+MODULE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
+
+ModelUri = Annotated[str, Field(pattern=MODEL_URI_PATTERN, max_length=1024)]
+DataUri = Annotated[str, Field(pattern=DATA_URI_PATTERN, max_length=1024)]
+OutputUri = Annotated[str, Field(pattern=OUTPUT_URI_PATTERN, max_length=1024)]
+SecretName = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, min_length=1, max_length=253)]
+ObjectName = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, max_length=253)]
+ResourceName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=128)]
+Revision = Annotated[str, Field(pattern=REVISION_PATTERN, max_length=128)]
+ModuleName = Annotated[str, Field(pattern=MODULE_PATTERN, min_length=1, max_length=128)]
+
+
+def _quantity(value: Any) -> Any:
+    """`cpu: 16` and `cpu: "16"` are the same to a person, and to Kubernetes."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else value
+
+
+Quantity = Annotated[
+    str,
+    BeforeValidator(_quantity),
+    Field(pattern=QUANTITY_PATTERN, max_length=32),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY_PATTERN, "maxLength": 32}),
+]
+
+
+def _auto_or_positive(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError('must be "auto" or a whole number of at least 1')
+
+
+AutoOrPositive = Annotated[
+    int | str,
+    BeforeValidator(_auto_or_positive),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "x-kubernetes-validations": [
+                {
+                    "rule": "type(self) == int ? self >= 1 : self == 'auto'",
+                    "message": 'must be "auto" or a whole number of at least 1',
+                }
+            ],
+            "pattern": "^auto$",
+            "maxLength": 8,
+        }
+    ),
+]
+
+_SUFFIX = {
+    "": 1.0, "m": 1e-3,
+    "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
+    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50, "Ei": 2.0**60,
+}  # fmt: skip
+
+
+def quantity_value(quantity: str) -> float:
+    """A Kubernetes quantity as a number in its base unit (bytes, cores).
+
+    Raises ValueError when the text is no quantity.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", quantity)
+    if match is None or match.group(2) not in _SUFFIX:
+        raise ValueError(f"{quantity!r} is not a quantity such as 16, 500m or 128Gi")
+    return float(match.group(1)) * _SUFFIX[match.group(2)]
+
+
+def has_parent_segment(uri: str) -> bool:
+    """Whether a URI's path holds `..`, `.` or an empty segment, which would name another place than it reads."""
+    path = uri.split("://", 1)[-1]
+    return any(part in ("..", ".", "") for part in path.rstrip("/").split("/"))

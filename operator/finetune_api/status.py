@@ -1,0 +1,139 @@
+"""The status of a FineTuneJob: what the operator writes, in the words of batch/v1 Job and kstatus.
+
+Written by finetune_operator.status, read by the command line. Lenient, since an older operator may read what a
+newer one wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from finetune_api.model import LenientModel
+
+Phase = Literal["Pending", "Queued", "Starting", "Running", "Restarting", "Suspended", "Succeeded", "Failed"]
+TERMINAL_PHASES = ("Succeeded", "Failed")
+
+CONDITION_COMPLETE = "Complete"
+CONDITION_FAILED = "Failed"
+CONDITION_SUSPENDED = "Suspended"
+CONDITION_RECONCILING = "Reconciling"
+CONDITION_STALLED = "Stalled"
+
+
+class Condition(LenientModel):
+    """As in the Kubernetes API conventions."""
+
+    type: str = Field(description="Complete, Failed, Suspended, Reconciling or Stalled.")
+    status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
+    observed_generation: int = Field(default=0, description="The generation that this condition speaks of.")
+    last_transition_time: str = Field(description="When status last changed, RFC 3339 in UTC.")
+    reason: str = Field(description="CamelCase word for programs.")
+    message: str = Field(default="", description="Sentence for people.")
+
+
+class Restarts(LenientModel):
+    """Restarts of the whole group so far, by cause."""
+
+    application: int = Field(default=0, description="Failures of the training program itself.")
+    infrastructure: int = Field(default=0, description="Failures of nodes, network and storage.")
+    preemption: int = Field(default=0, description="Evictions and preemptions; they cost no budget.")
+
+
+class ProgressStatus(LenientModel):
+    """Where training stands; written at most every 30 s."""
+
+    step: int = Field(default=0, description="Optimizer steps done.")
+    total_steps: int = Field(default=0, description="Optimizer steps in all.")
+    percent: int = Field(default=0, description="step / totalSteps, 0 to 100.")
+    epoch: float = Field(default=0.0, description="Passes over the data done.")
+    train_loss: float | None = Field(
+        default=None, description="Mean loss per supervised token of the last step."
+    )
+    eval_loss: float | None = Field(
+        default=None, description="Mean loss per supervised token of the validation rows."
+    )
+    tokens_per_second: float | None = Field(default=None, description="Tokens a second, padding not counted.")
+    eta_seconds: int | None = Field(default=None, description="Seconds of training left.")
+    message: str = Field(default="", description="What it is doing, e.g. loading the model.")
+    update_time: str | None = Field(default=None, description="When this was reported, RFC 3339 in UTC.")
+
+
+class CheckpointStatus(LenientModel):
+    """The newest complete checkpoint in the destination."""
+
+    step: int = Field(description="Optimizer step after which it was taken.")
+    uri: str = Field(description="Its folder.")
+    time: str = Field(description="When it was complete, RFC 3339 in UTC.")
+
+
+class ArtifactStatus(LenientModel):
+    """The result."""
+
+    uri: str = Field(description="Its folder.")
+    manifest_digest: str = Field(
+        description="sha256:… of finetune/manifest.json, which lists every file's digest."
+    )
+    size_bytes: int = Field(description="All files together, in bytes.")
+
+
+class EvaluationStatus(LenientModel):
+    """Losses per supervised token."""
+
+    train_loss: float | None = Field(default=None, description="Last step's training loss.")
+    eval_loss: float | None = Field(
+        default=None, description="Validation loss of the weights that were written."
+    )
+    test_loss_before: float | None = Field(default=None, description="Test loss of the base model.")
+    test_loss_after: float | None = Field(default=None, description="Test loss of the result.")
+
+
+class ModelStatus(LenientModel):
+    """What the base model turned out to be."""
+
+    revision: str | None = Field(default=None, description="Commit that an hf:// revision resolved to.")
+    digest: str | None = Field(default=None, description="sha256:… over the files' digests.")
+    parameters: int | None = Field(default=None, description="Parameters in all.")
+    trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
+
+
+class FailureStatus(LenientModel):
+    """Why the last attempt ended."""
+
+    reason: str = Field(description="CamelCase word; each is explained in docs/troubleshooting.md.")
+    message: str = Field(default="", description="What happened.")
+    attempt: int = Field(default=0, description="The attempt that failed.")
+    rank: int | None = Field(default=None, description="Process that failed first.")
+    exit_code: int | None = Field(default=None, description="Its exit code; 128 + n is signal n.")
+    log_tail: str = Field(default="", description="Its last lines.")
+    hint: str = Field(default="", description="What to do.")
+
+
+class Status(LenientModel):
+    """What the operator has seen and done."""
+
+    observed_generation: int = Field(
+        default=0, description="The generation of spec that this status speaks of."
+    )
+    phase: Phase = Field(default="Pending", description="Summary of the conditions for people.")
+    message: str = Field(default="", description="One sentence: what it waits for, or how it ended.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(), description="Complete, Failed, Suspended, Reconciling, Stalled."
+    )
+    start_time: str | None = Field(
+        default=None, description="When the first attempt was created, RFC 3339 in UTC."
+    )
+    completion_time: str | None = Field(
+        default=None, description="When the job ended, either way, RFC 3339 in UTC."
+    )
+    attempt: int = Field(default=0, description="Number of the current or last attempt, from 1.")
+    gpus: int = Field(default=0, description="GPUs in all.")
+    restarts: Restarts = Field(default_factory=Restarts, description="Restarts so far, by cause.")
+    restarts_total: int = Field(default=0, description="Restarts so far.")
+    progress: ProgressStatus | None = Field(default=None, description="Where training stands.")
+    checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
+    model: ModelStatus | None = Field(default=None, description="What the base model turned out to be.")
+    artifact: ArtifactStatus | None = Field(default=None, description="The result.")
+    evaluation: EvaluationStatus | None = Field(default=None, description="Losses per supervised token.")
+    failure: FailureStatus | None = Field(default=None, description="Why the last attempt ended.")
