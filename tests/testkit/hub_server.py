@@ -1,7 +1,7 @@
 """A small model hub on a loopback port, for tests: the real `huggingface_hub` talks to it by HF_ENDPOINT.
 
 Serves folders of this machine as model repositories: info, tree, HEAD and GET of files with ETag,
-X-Repo-Commit and ranges, and the hub's own error codes. Never writes and knows no data sets, Spaces or uploads.
+X-Repo-Commit and ranges, and the hub's own error codes. Never writes; knows no data sets and no uploads.
 """
 
 from __future__ import annotations

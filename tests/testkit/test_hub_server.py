@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
 from testkit.hub_server import Hub, Repository, running_hub
 
 BIG = bytes(range(256)) * 4096
@@ -39,7 +40,7 @@ def hub(folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_snapshot_holds_every_file_and_is_named_by_its_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_snapshot_holds_every_file_and_bears_its_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
     path = Path(snapshot_download("org/open", endpoint=hub.endpoint, cache_dir=tmp_path / "cache"))
     assert path.name == hub.repositories["org/open"].commit()
     for name in ("config.json", "model.safetensors", "sub dir/notes.txt"):

@@ -1,0 +1,170 @@
+"""Tiny random models with a real tokenizer, written to a folder in well under a second, for tests.
+
+Every builder is deterministic (seed) and returns the folder that it wrote. Never reads the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 300
+MAX_POSITIONS = 512
+# The last one is there because Qwen2's own tokenizer class adds it where it is missing.
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+PAD, BOS, EOS, TURN_START, TURN_END = SPECIAL_TOKENS[:5]
+
+# ChatML, as SmolLM2 and Qwen2 have it: every turn ends with the end-of-turn token and a line break.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+CORPUS = (
+    "Define the noun: lighthouse. A tower with a light that gives warning of shoals to passing ships.",
+    "Define the verb: wander. Move about aimlessly or without any destination.",
+    "system user assistant\nThe quick brown fox jumps over the lazy dog, again and again.",
+    "0123456789 + - * / = ( ) [ ] { } < > ? ! ; : ' \" & % $ # @ _ ~ | \\",
+)
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained here on a few sentences: any text goes in and comes out unchanged.
+
+    The stop token is the end of a turn where there is a chat template, "</s>" where there is none.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=TURN_END if chat else EOS,
+        additional_special_tokens=[TURN_START, TURN_END],
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_llama(
+    folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, tied: bool = True, chat: bool = True
+) -> Path:
+    """Decoder-only with grouped-query attention and a chat template: the shape of SmolLM2, 5,000x less."""
+    config = LlamaConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=tied, **_token_ids(chat)
+    )
+    return _save(folder, LlamaForCausalLM, config, tokenizer(chat), seed)
+
+
+def tiny_qwen2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Decoder-only with biases on q, k and v and an output head of its own."""
+    config = Qwen2Config(
+        **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=False, **_token_ids(chat=True)
+    )
+    return _save(folder, Qwen2ForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_gpt2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Decoder-only, with Conv1D projections (`c_attn`), learnt positions, and no chat template."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=4,
+        n_positions=MAX_POSITIONS,
+        **_token_ids(chat=False),
+    )
+    return _save(folder, GPT2LMHeadModel, config, tokenizer(chat=False), seed)
+
+
+def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Encoder-decoder: its projections are called `q` and `v`, and its loss is its own (a mean)."""
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=hidden,
+        d_kv=hidden // 4,
+        d_ff=2 * hidden,
+        num_layers=layers,
+        num_heads=4,
+        decoder_start_token_id=SPECIAL_TOKENS.index(PAD),
+        pad_token_id=SPECIAL_TOKENS.index(PAD),
+        eos_token_id=SPECIAL_TOKENS.index(EOS),
+    )
+    return _save(folder, T5ForConditionalGeneration, config, tokenizer(chat=False), seed)
+
+
+def pickle_only(folder: Path, *, seed: int = 0) -> Path:
+    """A model whose weights exist as `pytorch_model.bin` alone: to be refused, since loading it runs code."""
+    tiny_llama(folder, seed=seed)
+    weights = LlamaForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "llama": tiny_llama,
+    "qwen2": tiny_qwen2,
+    "gpt2": tiny_gpt2,
+    "t5": tiny_t5,
+}
+
+
+def _sizes(hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_POSITIONS,
+    }
+
+
+def _token_ids(chat: bool) -> dict[str, Any]:
+    return {
+        "pad_token_id": SPECIAL_TOKENS.index(PAD),
+        "bos_token_id": SPECIAL_TOKENS.index(BOS),
+        "eos_token_id": SPECIAL_TOKENS.index(TURN_END if chat else EOS),
+    }
+
+
+def _save(
+    folder: Path, model: type[PreTrainedModel], config: Any, words: PreTrainedTokenizerFast, seed: int
+) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = model(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    built.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
