@@ -61,9 +61,7 @@ class StepEvent(LenientModel):
     tokens: int = Field(description="Tokens of this step, padding not counted, all ranks.")
     label_tokens: int
     samples: int
-    seconds: dict[str, float] = Field(
-        description="Wall time by part: data, forward, backward, optimizer, total."
-    )
+    seconds: dict[str, float] = Field(description="Wall time by part: data, forward, backward, optimizer, total.")
 
 
 class EvalEvent(LenientModel):

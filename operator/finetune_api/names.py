@@ -5,10 +5,12 @@ Imported by all rooms; never does I/O and never holds logic beyond spelling a na
 
 from __future__ import annotations
 
+from typing import Final
+
 GROUP = "finetune-operator.io"
 VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
-KIND = "FineTuneJob"
+API_VERSION: Final = "finetune-operator.io/v1alpha1"
+KIND: Final = "FineTuneJob"
 PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"

@@ -1,7 +1,8 @@
 """Progress: what rank 0's supervisor posts to the operator, and the operator re-exports and writes to status.
 
 Wire: `POST <url>` with `Authorization: Bearer <projected token, audience PROGRESS_AUDIENCE>` and this as JSON.
-200 taken, 401 no valid token, 403 the pod isn't the current attempt's, 413 too large, 429 too often. Losing one is harmless.
+200 taken, 401 no valid token, 307 ask the leader, 403 the pod isn't the current attempt's, 413 too
+large, 429 too often. Losing one is harmless.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ _REMOTE = (
     "use s3://, hf:// or pvc://",
 )
 
+_RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
+
 
 class SecretRef(Model):
     """Names a Secret in the job's own namespace."""
@@ -136,9 +138,7 @@ class DatasetSpec(Model):
         "list of role and content).",
     )
     validation: ValidationSpec | None = Field(default=None, description="Held-out rows for the eval loss.")
-    test: TestSpec | None = Field(
-        default=None, description="Held-out rows, measured before and after training."
-    )
+    test: TestSpec | None = Field(default=None, description="Held-out rows, measured before and after training.")
     max_sequence_length: int = Field(
         default=2048, ge=8, le=1048576,
         description="Longest row, in tokens. A longer row's completion is cut at the end; a row whose prompt alone "
@@ -169,35 +169,23 @@ class LoraSpec(Model):
     """Low-rank adapters (Hu et al. 2021): the update of a weight is (alpha / rank) * B A."""
 
     rank: int = Field(default=16, ge=1, le=1024, description="Rank of the update. 1 to 1024.")
-    alpha: int = Field(
-        default=32, ge=1, le=4096, description="Scale of the update: it is multiplied by alpha / rank."
-    )
-    dropout: float = Field(
-        default=0.05, ge=0, lt=1, description="Dropout before the first matrix. 0 to below 1."
-    )
+    alpha: int = Field(default=32, ge=1, le=4096, description="Scale of the update: it is multiplied by alpha / rank.")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout before the first matrix. 0 to below 1.")
     target_modules: Annotated[tuple[s.ModuleName, ...], Field(min_length=1, max_length=64)] = Field(
         default=("q_proj", "v_proj"),
         description="Names of the linear layers that get an adapter, as in the model's code; all-linear means "
         "every one but the output layer.",
     )
-    bias: Literal["none", "all", "lora_only"] = Field(
-        default="none", description="Which biases are trained too."
-    )
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained too.")
 
-    rules = (
-        _not_yet("bias", "self.bias == 'none'", lambda m: m.bias == "none", "training biases", "use none"),
-    )
+    rules = (_not_yet("bias", "self.bias == 'none'", lambda m: m.bias == "none", "training biases", "use none"),)
 
 
 class MethodSpec(Model):
     """What is trained: low-rank adapters, or all weights."""
 
-    type: Literal["lora", "full"] = Field(
-        description="lora trains adapters beside a frozen base; full trains all."
-    )
-    lora: LoraSpec | None = Field(
-        default=None, description="Settings of the adapters. Required with type lora."
-    )
+    type: Literal["lora", "full"] = Field(description="lora trains adapters beside a frozen base; full trains all.")
+    lora: LoraSpec | None = Field(default=None, description="Settings of the adapters. Required with type lora.")
 
     rules = (
         Rule("lora", "is required when type is lora ({} takes the defaults)",
@@ -236,9 +224,7 @@ class TrainingSpec(Model):
         description="Examples (with packing: rows of maxSequenceLength tokens) that one GPU computes at once. auto "
         "takes what fits. It changes speed and memory, never the result.",
     )
-    learning_rate: float = Field(
-        default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1."
-    )
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="Course of the learning rate after warm-up: constant, linear or cosine to 0.",
@@ -325,9 +311,7 @@ class ResourcesSpec(Model):
         default=None, description="Ask for one GPU of this kind per process. Empty means training on the CPU."
     )
     cpu: s.Quantity = Field(default="4", description="Cores of a pod.")
-    memory: s.Quantity = Field(
-        default="16Gi", description="Memory of a pod, in bytes with a suffix such as Gi."
-    )
+    memory: s.Quantity = Field(default="16Gi", description="Memory of a pod, in bytes with a suffix such as Gi.")
     shared_memory: s.Quantity = Field(
         default="1Gi", description="Size of /dev/shm, counted within memory. NCCL and data loaders use it."
     )
@@ -342,9 +326,7 @@ class CheckpointSpec(Model):
     every: s.AutoOrPositive = Field(
         default="auto", description="Optimizer steps between checkpoints; auto is a tenth of the run."
     )
-    keep: int = Field(
-        default=2, ge=1, le=100, description="Checkpoints kept in the destination while training."
-    )
+    keep: int = Field(default=2, ge=1, le=100, description="Checkpoints kept in the destination while training.")
 
 
 class OutputSpec(Model):
@@ -354,9 +336,7 @@ class OutputSpec(Model):
         description="Folder for the adapter or the model: s3://bucket/prefix or pvc://claim/path. Exactly here; a "
         "folder that holds another job's result is refused."
     )
-    credentials_ref: SecretRef | None = Field(
-        default=None, description="Secret with the credentials for uri."
-    )
+    credentials_ref: SecretRef | None = Field(default=None, description="Secret with the credentials for uri.")
     merge: bool = Field(default=False, description="Also write base and adapter merged into one model.")
 
     rules = (
@@ -389,9 +369,7 @@ class MlflowSpec(Model):
     """An MLflow server."""
 
     uri: Annotated[str, Field(max_length=1024)] = Field(description="URL of the tracking server.")
-    experiment: Annotated[str, Field(max_length=256)] = Field(
-        default="", description="Name of the experiment."
-    )
+    experiment: Annotated[str, Field(max_length=256)] = Field(default="", description="Name of the experiment.")
 
 
 class TrackingSpec(Model):
@@ -406,9 +384,7 @@ class MaxRestartsSpec(Model):
     """How many failures of each cause are survived. A preemption never counts."""
 
     application: int = Field(default=1, ge=0, le=1000, description="Failures of the training program itself.")
-    infrastructure: int = Field(
-        default=20, ge=0, le=1000, description="Failures of nodes, network and storage."
-    )
+    infrastructure: int = Field(default=20, ge=0, le=1000, description="Failures of nodes, network and storage.")
 
 
 class RunPolicySpec(Model):
@@ -457,17 +433,13 @@ class RunPolicySpec(Model):
 class TolerationSpec(Model):
     """As in a pod."""
 
-    key: Annotated[str, Field(max_length=316)] | None = Field(
-        default=None, description="Taint key. Empty means all."
-    )
+    key: Annotated[str, Field(max_length=316)] | None = Field(default=None, description="Taint key. Empty means all.")
     operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists or Equal.")
     value: Annotated[str, Field(max_length=63)] | None = Field(default=None, description="Taint value.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Taint effect. Empty means all."
     )
-    toleration_seconds: int | None = Field(
-        default=None, ge=0, description="For NoExecute: seconds until eviction."
-    )
+    toleration_seconds: int | None = Field(default=None, ge=0, description="For NoExecute: seconds until eviction.")
 
 
 _Labels = Annotated[
@@ -491,30 +463,23 @@ class PodSpec(Model):
         description="ServiceAccount of the pods, for a cloud's workload identity. Its API token is never mounted. "
         "Empty means default.",
     )
-    priority_class_name: s.ObjectName | Literal[""] = Field(
-        default="", description="PriorityClass of the pods."
-    )
-    labels: _Labels = Field(
-        default_factory=dict, description="Labels added to the pods; ours can't be replaced."
-    )
+    priority_class_name: s.ObjectName | Literal[""] = Field(default="", description="PriorityClass of the pods.")
+    labels: _Labels = Field(default_factory=dict, description="Labels added to the pods; ours can't be replaced.")
     annotations: _Labels = Field(default_factory=dict, description="Annotations added to the pods.")
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(
         default=(), description="Secrets for pulling the trainer image."
     )
 
     rules = (
-        Rule("labels", "must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/",
+        Rule("labels", "must not use a prefix of finetune-operator.io, batch.kubernetes.io or app.kubernetes.io",
              "self.labels.all(k, !k.startsWith('finetune-operator.io/') && !k.startsWith('batch.kubernetes.io/')"
              " && !k.startsWith('app.kubernetes.io/'))",
              lambda m: not any(k.startswith(_RESERVED) for k in m.labels)),
-        Rule("annotations", "must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/",
+        Rule("annotations", "must not use a prefix of finetune-operator.io, batch.kubernetes.io or app.kubernetes.io",
              "self.annotations.all(k, !k.startsWith('finetune-operator.io/') && !k.startsWith('batch.kubernetes.io/')"
              " && !k.startsWith('app.kubernetes.io/'))",
              lambda m: not any(k.startswith(_RESERVED) for k in m.annotations)),
     )  # fmt: skip
-
-
-_RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
 
 
 class Spec(Model):
@@ -530,9 +495,7 @@ class Spec(Model):
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec, description="What one pod asks for; requests and limits are the same."
     )
-    checkpoint: CheckpointSpec = Field(
-        default_factory=CheckpointSpec, description="How often the state is saved."
-    )
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec, description="How often the state is saved.")
     output: OutputSpec = Field(description="Where the result goes.")
     evaluation: EvaluationSpec = Field(
         default_factory=EvaluationSpec, description="What is measured on the test rows besides the loss."

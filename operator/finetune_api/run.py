@@ -65,9 +65,7 @@ class WorldConfig(Model):
     processes_per_node: int = Field(default=1, ge=1)
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
     device: Literal["cpu", "cuda"] = "cpu"
-    threads_per_process: int = Field(
-        default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS)."
-    )
+    threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     master_address: str = "127.0.0.1"
     master_port: int = 29500
 
@@ -125,9 +123,7 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the last values are scraped.",
     )
     stall_seconds: int = 600
-    grace_seconds: int = Field(
-        default=120, description="From SIGTERM to SIGKILL; the checkpoint must fit in it."
-    )
+    grace_seconds: int = Field(default=120, description="From SIGTERM to SIGKILL; the checkpoint must fit in it.")
 
 
 def parse(text: str | bytes) -> RunConfig:

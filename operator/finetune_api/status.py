@@ -48,12 +48,8 @@ class ProgressStatus(LenientModel):
     total_steps: int = Field(default=0, description="Optimizer steps in all.")
     percent: int = Field(default=0, description="step / totalSteps, 0 to 100.")
     epoch: float = Field(default=0.0, description="Passes over the data done.")
-    train_loss: float | None = Field(
-        default=None, description="Mean loss per supervised token of the last step."
-    )
-    eval_loss: float | None = Field(
-        default=None, description="Mean loss per supervised token of the validation rows."
-    )
+    train_loss: float | None = Field(default=None, description="Mean loss per supervised token of the last step.")
+    eval_loss: float | None = Field(default=None, description="Mean loss per supervised token of the validation rows.")
     tokens_per_second: float | None = Field(default=None, description="Tokens a second, padding not counted.")
     eta_seconds: int | None = Field(default=None, description="Seconds of training left.")
     message: str = Field(default="", description="What it is doing, e.g. loading the model.")
@@ -72,9 +68,7 @@ class ArtifactStatus(LenientModel):
     """The result."""
 
     uri: str = Field(description="Its folder.")
-    manifest_digest: str = Field(
-        description="sha256:… of finetune/manifest.json, which lists every file's digest."
-    )
+    manifest_digest: str = Field(description="sha256:… of finetune/manifest.json, which lists every file's digest.")
     size_bytes: int = Field(description="All files together, in bytes.")
 
 
@@ -82,9 +76,7 @@ class EvaluationStatus(LenientModel):
     """Losses per supervised token."""
 
     train_loss: float | None = Field(default=None, description="Last step's training loss.")
-    eval_loss: float | None = Field(
-        default=None, description="Validation loss of the weights that were written."
-    )
+    eval_loss: float | None = Field(default=None, description="Validation loss of the weights that were written.")
     test_loss_before: float | None = Field(default=None, description="Test loss of the base model.")
     test_loss_after: float | None = Field(default=None, description="Test loss of the result.")
 
@@ -113,20 +105,14 @@ class FailureStatus(LenientModel):
 class Status(LenientModel):
     """What the operator has seen and done."""
 
-    observed_generation: int = Field(
-        default=0, description="The generation of spec that this status speaks of."
-    )
+    observed_generation: int = Field(default=0, description="The generation of spec that this status speaks of.")
     phase: Phase = Field(default="Pending", description="Summary of the conditions for people.")
     message: str = Field(default="", description="One sentence: what it waits for, or how it ended.")
     conditions: tuple[Condition, ...] = Field(
         default=(), description="Complete, Failed, Suspended, Reconciling, Stalled."
     )
-    start_time: str | None = Field(
-        default=None, description="When the first attempt was created, RFC 3339 in UTC."
-    )
-    completion_time: str | None = Field(
-        default=None, description="When the job ended, either way, RFC 3339 in UTC."
-    )
+    start_time: str | None = Field(default=None, description="When the first attempt was created, RFC 3339 in UTC.")
+    completion_time: str | None = Field(default=None, description="When the job ended, either way, RFC 3339 in UTC.")
     attempt: int = Field(default=0, description="Number of the current or last attempt, from 1.")
     gpus: int = Field(default=0, description="GPUs in all.")
     restarts: Restarts = Field(default_factory=Restarts, description="Restarts so far, by cause.")

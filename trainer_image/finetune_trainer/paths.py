@@ -1,0 +1,64 @@
+"""Where everything lies on a node's scratch disk: the meeting place of the supervisor and its ranks. Pure.
+
+The supervisor fills `model`, `data` and, on a restart, `resume` before it starts the ranks. The ranks append to
+`events`, complete folders under `checkpoints` and, at the end, fill `export`. `stop` is a flag: when it exists on
+any node, all ranks agree to save a checkpoint after the current step and to end as preempted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    scratch: Path
+
+    @property
+    def run_config(self) -> Path:
+        """The RunConfig, copied here so that a rank reads what its supervisor read."""
+        return self.scratch / "run.json"
+
+    @property
+    def model(self) -> Path:
+        """config.json, tokenizer, *.safetensors of the base."""
+        return self.scratch / "model"
+
+    def data(self, split: str) -> Path:
+        """Rows of a split (train, validation, test) as JSON lines, as they were fetched."""
+        return self.scratch / "data" / f"{split}.jsonl"
+
+    @property
+    def token_cache(self) -> Path:
+        return self.scratch / "tokens"
+
+    @property
+    def resume(self) -> Path:
+        """A verified checkpoint to go on from; absent on a fresh start."""
+        return self.scratch / "resume"
+
+    @property
+    def checkpoints(self) -> Path:
+        """step-N folders, each complete once it has that name (written as step-N.tmp, then renamed)."""
+        return self.scratch / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The result as it will lie in the destination, without finetune/manifest.json."""
+        return self.scratch / "export"
+
+    @property
+    def events(self) -> Path:
+        return self.scratch / "events"
+
+    def rank_events(self, rank: int) -> Path:
+        return self.events / f"rank-{rank}.jsonl"
+
+    def rank_log(self, rank: int) -> Path:
+        """stdout and stderr of a rank."""
+        return self.scratch / "logs" / f"rank-{rank}.log"
+
+    @property
+    def stop(self) -> Path:
+        return self.scratch / "stop"
