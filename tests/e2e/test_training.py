@@ -1,0 +1,105 @@
+"""Every strategy on real pods, and what it leaves in object storage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from demo import watch
+from safetensors.torch import load
+
+from e2e.world import NAMESPACE, World, fine_tune_job
+
+LORA = {"type": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0}}
+RECIPE = {"maxSteps": 12, "globalBatchSize": 8, "learningRate": 1e-3}
+
+
+def _trained(world: World, name: str, **spec: object) -> dict[str, torch.Tensor]:
+    world.apply(fine_tune_job(name, **spec))
+    status = world.until_phase(name, "Succeeded", seconds=300)
+    assert status["progress"]["step"] == status["progress"]["totalSteps"]
+    weights = "model.safetensors" if spec.get("method") == {"type": "full"} else "adapter_model.safetensors"
+    return load(world.download(name, weights))
+
+
+def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key].float() - other[key].float()).abs().max()) for key in one)
+
+
+@pytest.fixture(scope="module")
+def lora_ddp(world: World) -> dict[str, torch.Tensor]:
+    """LoRA, ddp, 2 pods x 2 ranks."""
+    return _trained(
+        world, "lora-ddp", method=LORA, training=RECIPE,
+        distribution={"nodes": 2, "processesPerNode": 2, "strategy": "ddp"},
+        resources={"cpu": "600m", "memory": "3Gi", "scratch": "2Gi", "sharedMemory": "128Mi"},
+    )  # fmt: skip
+
+
+def test_lora_on_two_pods_of_two_ranks_leaves_an_adapter_that_peft_loads(
+    world: World, lora_ddp: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+    from testkit.tiny_models import tiny_llama
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for path in world.files("lora-ddp"):
+        if "/" not in path:
+            (tmp_path / path).write_bytes(world.download("lora-ddp", path))
+    base = tiny_llama(tmp_path / "base", seed=1)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base or tmp_path / "base"), str(tmp_path))
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == sum(t.numel() for t in lora_ddp.values())
+
+
+def test_the_manifest_lists_every_file_and_its_origin(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:
+    manifest = world.artifact("lora-ddp")
+    listed = {entry["path"] for entry in manifest["files"]}
+    assert listed == world.files("lora-ddp") - {"finetune/manifest.json"}
+    assert {"adapter_model.safetensors", "adapter_config.json", "finetune/history.jsonl"} <= listed
+    assert not any(path.startswith("checkpoints/") for path in world.files("lora-ddp"))
+    status = world.status("lora-ddp")
+    assert status["artifact"]["uri"] == "s3://outputs/lora-ddp"
+    assert status["artifact"]["manifestDigest"].startswith("sha256:")
+    assert status["evaluation"]["testLossAfter"] < status["evaluation"]["testLossBefore"]
+
+
+def test_the_final_loss_is_in_prometheus_after_the_pods_are_gone(
+    world: World, lora_ddp: dict[str, torch.Tensor]
+) -> None:
+    labels = f'namespace="{NAMESPACE}",job="lora-ddp"'
+    series = watch.prometheus(world.place, "query", query=f"last_over_time(finetune_train_loss{{{labels}}}[10m])")
+    assert series, "no loss series"
+    steps = watch.newest(world.place, f"max(last_over_time(finetune_train_steps_total{{{labels}}}[10m]))")
+    assert steps == 12
+
+
+def test_a_gpu_series_is_absent_without_a_gpu(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:
+    assert watch.prometheus(world.place, "query", query="last_over_time(finetune_gpu_utilization_ratio[1h])") == []
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_lora_under_zero_equals_ddp(world: World, lora_ddp: dict[str, torch.Tensor], strategy: str) -> None:
+    adapter = _trained(
+        world, f"lora-{strategy}", method=LORA, training=RECIPE,
+        distribution={"nodes": 2, "processesPerNode": 1, "strategy": strategy},
+        resources={"cpu": "600m", "memory": "3Gi", "scratch": "2Gi", "sharedMemory": "128Mi"},
+    )  # fmt: skip
+    assert _largest_difference(adapter, lora_ddp) < 1e-5
+
+
+def test_full_training_under_zero3_leaves_a_model_that_loads(world: World, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = _trained(
+        world, "full-zero3", method={"type": "full"}, training={**RECIPE, "learningRate": 1e-4},
+        distribution={"nodes": 2, "processesPerNode": 1, "strategy": "zero3"},
+        resources={"cpu": "600m", "memory": "3Gi", "scratch": "2Gi", "sharedMemory": "128Mi"},
+    )  # fmt: skip
+    assert all(tensor.numel() for tensor in weights.values())
+    for path in world.files("full-zero3"):
+        if "/" not in path:
+            (tmp_path / path).write_bytes(world.download("full-zero3", path))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
