@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from finetune_api import scalars as s
-from finetune_api.model import LenientModel, Model, Rule
+from finetune_api.model import LenientModel, Model, Rule, as_admitted
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH
 from finetune_api.status import Status
 
@@ -20,12 +20,12 @@ def _not_yet(field: str, cel: str, holds: Any, what: str, instead: str) -> Rule:
     return Rule(field=field, message=f"{what} is not supported yet; {instead}", cel=cel, holds=holds)
 
 
-def _clean_uri(field: str, prefix: str = "self.uri") -> Rule:
+def _clean_uri() -> Rule:
     return Rule(
-        field=field,
+        field="uri",
         message="must not hold '..', '.' or empty path segments",
-        cel=f"!{prefix}.matches('://(.*/)?[.]{{0,2}}(/|$)') || {prefix}.matches('^[a-z0-9]+://[^/]+/?$')",
-        holds=lambda m: not s.has_parent_segment(m.uri.rstrip("/") or m.uri),
+        cel="!has(self.uri) || !self.uri.matches('^[a-z0-9]+://.*//|/[.]{1,2}(/|$)')",
+        holds=lambda m: m.uri is None or not s.has_parent_segment(m.uri),
     )
 
 
@@ -77,7 +77,7 @@ class BaseModelSpec(Model):
     )
 
     rules = (
-        _clean_uri("uri"),
+        _clean_uri(),
         _not_yet("uri", "!self.uri.matches('^(gs|az)://')",
                  lambda m: not m.uri.startswith(("gs://", "az://")), *_REMOTE),
         _not_yet("dtype", "self.dtype != 'float16'", lambda m: m.dtype != "float16",
@@ -104,6 +104,7 @@ class ValidationSpec(Model):
     rules = (
         Rule("fraction", "give either fraction or uri, exactly one", "has(self.fraction) != has(self.uri)",
              lambda m: (m.fraction is None) != (m.uri is None)),
+        _clean_uri(),
         _not_yet("uri", "!has(self.uri) || !self.uri.matches('^(gs|az)://')",
                  lambda m: m.uri is None or not m.uri.startswith(("gs://", "az://")), *_REMOTE),
     )  # fmt: skip
@@ -117,7 +118,7 @@ class TestSpec(Model):
     uri: s.DataUri = Field(description="A file of rows, read like dataset.uri.")
 
     rules = (
-        _clean_uri("uri"),
+        _clean_uri(),
         _not_yet("uri", "!self.uri.matches('^(gs|az)://')",
                  lambda m: not m.uri.startswith(("gs://", "az://")), *_REMOTE),
     )  # fmt: skip
@@ -156,7 +157,7 @@ class DatasetSpec(Model):
     )
 
     rules = (
-        _clean_uri("uri"),
+        _clean_uri(),
         _not_yet("uri", "!self.uri.matches('^(gs|az)://')",
                  lambda m: not m.uri.startswith(("gs://", "az://")), *_REMOTE),
         _not_yet("format", "self.format in ['auto', 'prompt-completion', 'messages']",
@@ -304,6 +305,20 @@ class GpuSpec(Model):
     )
 
 
+def _quantity(field: str) -> str:
+    return f"quantity(string(self.{field}))"
+
+
+def _more_than_nothing(field: str) -> Rule:
+    attribute = {"sharedMemory": "shared_memory"}.get(field, field)
+    return Rule(
+        field=field,
+        message="must be more than 0",
+        cel=f"{_quantity(field)}.isGreaterThan(quantity('0'))",
+        holds=lambda m: s.quantity_value(getattr(m, attribute)) > 0,
+    )
+
+
 class ResourcesSpec(Model):
     """What one pod asks for; requests and limits are the same."""
 
@@ -318,6 +333,13 @@ class ResourcesSpec(Model):
     scratch: s.Quantity = Field(
         default="20Gi", description="Local disk of a pod for the model, the data and one checkpoint."
     )
+
+    rules = (
+        *(_more_than_nothing(field) for field in ("cpu", "memory", "sharedMemory", "scratch")),
+        Rule("sharedMemory", "must be less than memory, within which it is counted",
+             f"{_quantity('sharedMemory')}.isLessThan({_quantity('memory')})",
+             lambda m: s.quantity_value(m.shared_memory) < s.quantity_value(m.memory)),
+    )  # fmt: skip
 
 
 class CheckpointSpec(Model):
@@ -340,7 +362,7 @@ class OutputSpec(Model):
     merge: bool = Field(default=False, description="Also write base and adapter merged into one model.")
 
     rules = (
-        _clean_uri("uri"),
+        _clean_uri(),
         _not_yet("uri", "!self.uri.matches('^(gs|az)://')",
                  lambda m: not m.uri.startswith(("gs://", "az://")), *_REMOTE),
         _not_yet("merge", "!self.merge", lambda m: not m.merge, "a merged model", "merge with PEFT after the job"),
@@ -433,22 +455,40 @@ class RunPolicySpec(Model):
 class TolerationSpec(Model):
     """As in a pod."""
 
-    key: Annotated[str, Field(max_length=316)] | None = Field(default=None, description="Taint key. Empty means all.")
+    key: s.LabelKey | None = Field(default=None, description="Taint key. Empty means all, with operator Exists.")
     operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists or Equal.")
-    value: Annotated[str, Field(max_length=63)] | None = Field(default=None, description="Taint value.")
+    value: s.LabelValue | None = Field(default=None, description="Taint value, for operator Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Taint effect. Empty means all."
     )
-    toleration_seconds: int | None = Field(default=None, ge=0, description="For NoExecute: seconds until eviction.")
+    toleration_seconds: int | None = Field(
+        default=None, ge=0, le=31536000, description="For NoExecute: seconds until eviction."
+    )
+
+    rules = (
+        Rule("operator", "must be Exists when key is empty",
+             "has(self.key) || self.operator == 'Exists'",
+             lambda m: m.key is not None or m.operator == "Exists"),
+        Rule("value", "must be empty when operator is Exists",
+             "self.operator != 'Exists' || !has(self.value) || self.value == ''",
+             lambda m: m.operator != "Exists" or not m.value),
+        Rule("tolerationSeconds", "needs effect NoExecute",
+             "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+             lambda m: m.toleration_seconds is None or m.effect == "NoExecute"),
+    )  # fmt: skip
 
 
-_Labels = Annotated[
-    dict[
-        Annotated[str, Field(max_length=316, pattern=s.QUALIFIED_NAME_PATTERN)],
-        Annotated[str, Field(max_length=253)],
-    ],
-    Field(max_length=32),
-]
+_Labels = Annotated[dict[s.LabelKey, s.LabelValue], Field(max_length=32)]
+_Annotations = Annotated[dict[s.LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=32)]
+
+
+def _no_reserved_keys(field: str) -> Rule:
+    return Rule(
+        field=field,
+        message="must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/",
+        cel=f"self.{field}.all(k, " + " && ".join(f"!k.startsWith('{prefix}')" for prefix in _RESERVED) + ")",
+        holds=lambda m: not any(key.startswith(_RESERVED) for key in getattr(m, field)),
+    )
 
 
 class PodSpec(Model):
@@ -458,28 +498,19 @@ class PodSpec(Model):
     tolerations: Annotated[tuple[TolerationSpec, ...], Field(max_length=16)] = Field(
         default=(), description="Taints that the pods accept."
     )
-    service_account_name: s.ObjectName | Literal[""] = Field(
+    service_account_name: s.ObjectName = Field(
         default="",
         description="ServiceAccount of the pods, for a cloud's workload identity. Its API token is never mounted. "
         "Empty means default.",
     )
-    priority_class_name: s.ObjectName | Literal[""] = Field(default="", description="PriorityClass of the pods.")
+    priority_class_name: s.ObjectName = Field(default="", description="PriorityClass of the pods.")
     labels: _Labels = Field(default_factory=dict, description="Labels added to the pods; ours can't be replaced.")
-    annotations: _Labels = Field(default_factory=dict, description="Annotations added to the pods.")
+    annotations: _Annotations = Field(default_factory=dict, description="Annotations added to the pods.")
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(
         default=(), description="Secrets for pulling the trainer image."
     )
 
-    rules = (
-        Rule("labels", "must not use a prefix of finetune-operator.io, batch.kubernetes.io or app.kubernetes.io",
-             "self.labels.all(k, !k.startsWith('finetune-operator.io/') && !k.startsWith('batch.kubernetes.io/')"
-             " && !k.startsWith('app.kubernetes.io/'))",
-             lambda m: not any(k.startswith(_RESERVED) for k in m.labels)),
-        Rule("annotations", "must not use a prefix of finetune-operator.io, batch.kubernetes.io or app.kubernetes.io",
-             "self.annotations.all(k, !k.startsWith('finetune-operator.io/') && !k.startsWith('batch.kubernetes.io/')"
-             " && !k.startsWith('app.kubernetes.io/'))",
-             lambda m: not any(k.startswith(_RESERVED) for k in m.annotations)),
-    )  # fmt: skip
+    rules = (_no_reserved_keys("labels"), _no_reserved_keys("annotations"))
 
 
 class Spec(Model):
@@ -547,6 +578,7 @@ class FineTuneJob(Model):
 def parse(body: Mapping[str, Any]) -> FineTuneJob:
     """A typed job out of a raw body, with defaults applied.
 
-    Raises pydantic.ValidationError whose messages name the field. JSON rules apply (2 is no "2", NaN is no number).
+    Raises pydantic.ValidationError (errors.describe puts it into words). JSON rules apply as the API server has them:
+    2 is no "2", NaN is no number, a null counts as absent, 2.0 is the integer 2.
     """
-    return FineTuneJob.model_validate_json(json.dumps(dict(body)))
+    return FineTuneJob.model_validate_json(json.dumps(as_admitted(dict(body), FineTuneJob)))

@@ -1,6 +1,7 @@
 """The scalar types of the resource: URIs, quantities, names; each with the pattern that the CRD carries too.
 
-Used by `resource`. Patterns are RE2 and Python alike. Never does I/O.
+Used by `resource`. Patterns mean the same in Go's RE2 (the API server) and Rust's regex (pydantic): no \\s, \\d or \\w,
+which differ outside ASCII. Never does I/O.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-_PATH = r"[^\s?#\\\x00-\x1f]+"
+_PATH = r"[^\x00-\x20\x7f?#\\]+"
 # hf://owner/model or hf://model; s3://bucket/key; pvc://claim/path
 MODEL_URI_PATTERN = (
     r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
@@ -39,7 +40,9 @@ OUTPUT_URI_PATTERN = (
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
-QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+OPTIONAL_DNS_SUBDOMAIN_PATTERN = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$"
+QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 MODULE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
 
@@ -47,29 +50,46 @@ ModelUri = Annotated[str, Field(pattern=MODEL_URI_PATTERN, max_length=1024)]
 DataUri = Annotated[str, Field(pattern=DATA_URI_PATTERN, max_length=1024)]
 OutputUri = Annotated[str, Field(pattern=OUTPUT_URI_PATTERN, max_length=1024)]
 SecretName = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, min_length=1, max_length=253)]
-ObjectName = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, max_length=253)]
+ObjectName = Annotated[str, Field(pattern=OPTIONAL_DNS_SUBDOMAIN_PATTERN, max_length=253)]
+LabelKey = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, max_length=317)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
 ResourceName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=128)]
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN, max_length=128)]
 ModuleName = Annotated[str, Field(pattern=MODULE_PATTERN, min_length=1, max_length=128)]
 
 
+MAX_QUANTITY = 2**50  # of a quantity given as a bare number: 1 Pi
+
+
 def _quantity(value: Any) -> Any:
     """`cpu: 16` and `cpu: "16"` are the same to a person, and to Kubernetes."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else value
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number and 0 <= value <= MAX_QUANTITY else value
 
 
 Quantity = Annotated[
     str,
     BeforeValidator(_quantity),
     Field(pattern=QUANTITY_PATTERN, max_length=32),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY_PATTERN, "maxLength": 32}),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "pattern": QUANTITY_PATTERN,
+            "maxLength": 32,
+            "minimum": 0,
+            "maximum": MAX_QUANTITY,
+        }
+    ),
 ]
+
+MAX_COUNT = 100_000_000
 
 
 def _auto_or_positive(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value == "auto" or (is_number and 1 <= value <= MAX_COUNT):
         return value
-    raise ValueError('must be "auto" or a whole number of at least 1')
+    raise ValueError(f'must be "auto" or a whole number from 1 to {MAX_COUNT}')
 
 
 AutoOrPositive = Annotated[
@@ -78,14 +98,10 @@ AutoOrPositive = Annotated[
     WithJsonSchema(
         {
             "x-kubernetes-int-or-string": True,
-            "x-kubernetes-validations": [
-                {
-                    "rule": "type(self) == int ? self >= 1 : self == 'auto'",
-                    "message": 'must be "auto" or a whole number of at least 1',
-                }
-            ],
             "pattern": "^auto$",
             "maxLength": 8,
+            "minimum": 1,
+            "maximum": MAX_COUNT,
         }
     ),
 ]
@@ -109,6 +125,9 @@ def quantity_value(quantity: str) -> float:
 
 
 def has_parent_segment(uri: str) -> bool:
-    """Whether a URI's path holds `..`, `.` or an empty segment, which would name another place than it reads."""
+    """Whether a URI's path holds `..`, `.` or an empty segment, which would name another place than it reads.
+
+    One slash at the end is fine.
+    """
     path = uri.split("://", 1)[-1]
-    return any(part in ("..", ".", "") for part in path.rstrip("/").split("/"))
+    return any(part in ("..", ".", "") for part in path.removesuffix("/").split("/"))
