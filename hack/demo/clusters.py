@@ -58,7 +58,9 @@ def _localcluster(*args: str) -> str:
 
 def _image(*args: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "hack")}
-    done = subprocess.run(["python3", "-m", "images", *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        ["python3", "-m", "images", *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
+    )
     if done.returncode:
         raise RuntimeError(f"images {' '.join(args)} ended with {done.returncode}; its words stand above")
     return done.stdout.strip().splitlines()[-1]

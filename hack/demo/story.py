@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import obstore
-from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
+from demo_assets import dataset, model
 from finetune_api.yaml import load_all
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from demo import clusters, install, watch
 from demo.clusters import ROOT, Place
-from demo_assets import dataset, model
+from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
 
 NAMESPACE = "ml-team"
 LIMIT_SECONDS = 1800.0
@@ -159,7 +159,9 @@ def sparkline(values: list[float]) -> str:
 
 def go_on(place: Place, job_name: str, uri: str, seconds: float) -> None:
     """What a person would want to try next."""
-    kubeconfig = os.path.relpath(place.kubeconfig, Path.cwd()) if place.kubeconfig.startswith(str(ROOT)) else place.kubeconfig
+    kubeconfig = (
+        os.path.relpath(place.kubeconfig, Path.cwd()) if place.kubeconfig.startswith(str(ROOT)) else place.kubeconfig
+    )
     console.print(f"\n[bold]It took {seconds:.0f} s.[/bold] How to go on:")
     for what, command in (
         ("look around", f"export KUBECONFIG={kubeconfig}; {place.kubectl} -n {NAMESPACE} get ftj,jobs,pods"),

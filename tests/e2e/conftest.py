@@ -12,10 +12,10 @@ from pathlib import Path
 
 import obstore
 import pytest
-from demo import clusters, install
-from testkit.tiny_models import tiny_llama
 
+from demo import clusters, install
 from e2e.world import NAMESPACE, World
+from testkit.tiny_models import tiny_llama
 
 CLUSTER = "e2e"
 

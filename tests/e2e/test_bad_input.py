@@ -6,8 +6,8 @@ import json
 
 import obstore
 import pytest
-from demo import install
 
+from demo import install
 from e2e.world import NAMESPACE, World, fine_tune_job
 
 KEY = {"credentialsRef": {"name": "s3"}}

@@ -6,10 +6,10 @@ import json
 import time
 
 import pytest
-from demo import install
-from finetune_api.names import HISTORY_PATH
 
+from demo import install
 from e2e.world import World, fine_tune_job
+from finetune_api.names import HISTORY_PATH
 
 TWO_PODS = {
     "distribution": {"nodes": 2, "processesPerNode": 1, "strategy": "ddp"},

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo import watch
 from safetensors.torch import load
 
+from demo import watch
 from e2e.world import NAMESPACE, World, fine_tune_job
 
 LORA = {"type": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0}}
@@ -42,8 +42,9 @@ def test_lora_on_two_pods_of_two_ranks_leaves_an_adapter_that_peft_loads(
     world: World, lora_ddp: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import PeftModel
-    from testkit.tiny_models import tiny_llama
     from transformers import AutoModelForCausalLM
+
+    from testkit.tiny_models import tiny_llama
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for path in world.files("lora-ddp"):
@@ -51,7 +52,9 @@ def test_lora_on_two_pods_of_two_ranks_leaves_an_adapter_that_peft_loads(
             (tmp_path / path).write_bytes(world.download("lora-ddp", path))
     base = tiny_llama(tmp_path / "base", seed=1)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base or tmp_path / "base"), str(tmp_path))
-    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == sum(t.numel() for t in lora_ddp.values())
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == sum(
+        t.numel() for t in lora_ddp.values()
+    )
 
 
 def test_the_manifest_lists_every_file_and_its_origin(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import obstore
+
 from demo import install, watch
 from demo.clusters import Place
 from finetune_api.names import MANIFEST_PATH
@@ -119,9 +120,14 @@ class World:
             parts.append(f"--- {pod_name}\n" + self.kubectl("logs", pod_name, "--tail=40", check=False))
         parts.append(
             self.place.kubectl_run(
-                "-n", install.OPERATOR_NAMESPACE, "logs", "-l", "app.kubernetes.io/name=finetune-operator",
-                "--tail=40", check=False,
-            )  # fmt: skip
+                "-n",
+                install.OPERATOR_NAMESPACE,
+                "logs",
+                "-l",
+                "app.kubernetes.io/name=finetune-operator",
+                "--tail=40",
+                check=False,
+            )
         )
         return "\n".join(parts)
 
@@ -135,9 +141,7 @@ class World:
         """Paths in the destination, relative to it."""
         store = install.s3_store(self.place, "outputs")
         return {
-            meta["path"].removeprefix(f"{name}/")
-            for batch in obstore.list(store, prefix=f"{name}/")
-            for meta in batch
+            meta["path"].removeprefix(f"{name}/") for batch in obstore.list(store, prefix=f"{name}/") for meta in batch
         }
 
     def download(self, name: str, path: str) -> bytes:
