@@ -35,6 +35,7 @@ COMMON_LABELS = {
 
 ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
 ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
+ANNOTATION_RESTARTS = f"{GROUP}/restarts"  # restarts before an attempt, as JSON by cause, on its Job
 
 CONTAINER_TRAINER = "trainer"
 

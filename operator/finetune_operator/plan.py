@@ -1,0 +1,175 @@
+"""plan: a FineTuneJob and the settings become the RunConfig of one attempt, or the field that can't be carried out.
+
+Called by reconcile and by `finetune run` and `finetune plan`. Pure: it knows no cluster, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from finetune_api import __version__, names
+from finetune_api.resource import BaseModelSpec, FineTuneJob, OutputSpec, SecretRef, Spec
+from finetune_api.run import (
+    DataConfig,
+    JobRef,
+    Location,
+    ModelConfig,
+    ProgressConfig,
+    Provenance,
+    RunConfig,
+    WorldConfig,
+)
+from finetune_api.scalars import quantity_value
+from finetune_operator.settings import Settings
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+CredentialsRole = Literal["model", "dataset", "output"]
+
+
+class PlanError(ValueError):
+    """A field that passes the schema and still can't be carried out; the message names field, value and remedy."""
+
+    def __init__(self, field: str, value: object, message: str) -> None:
+        super().__init__(f"{field}: {value!r} {message}")
+        self.field = field
+        self.value = value
+
+
+def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
+    """Everything that the pods of one attempt need to know.
+
+    Raises PlanError.
+    """
+    spec = job.spec
+    data_credentials = _credentials("dataset", spec.dataset.credentials_ref)
+    validation = spec.dataset.validation
+    return RunConfig(
+        job=JobRef(
+            namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt
+        ),
+        model=ModelConfig(location=_model_location(spec.model), dtype=spec.model.dtype),
+        data=DataConfig(
+            train=_location(spec.dataset.uri, data_credentials),
+            validation=_location(validation.uri, data_credentials) if validation and validation.uri else None,
+            validation_fraction=validation.fraction if validation else None,
+            test=_location(spec.dataset.test.uri, data_credentials) if spec.dataset.test else None,
+            format=_data_format(spec),
+            max_sequence_length=spec.dataset.max_sequence_length,
+            packing=spec.dataset.packing,
+            on_invalid=spec.dataset.on_invalid,
+        ),
+        method=spec.method.type,
+        lora=spec.method.lora,
+        training=spec.training,
+        world=_world(job, attempt),
+        checkpoint=spec.checkpoint,
+        output=_output_location(spec.output),
+        evaluation=spec.evaluation,
+        progress=_progress(settings),
+        s3=settings.storage.s3,
+        provenance=Provenance(
+            image=settings.trainer_image, operator_version=__version__, spec_digest=spec_digest(spec)
+        ),
+        metrics_linger_seconds=settings.pods.metrics_linger_seconds,
+        stall_seconds=spec.run_policy.stall_seconds,
+        grace_seconds=settings.pods.grace_period_seconds,
+    )
+
+
+def wants_preflight(spec: Spec) -> bool:
+    """Whether a pod without GPU checks inputs and destination before the attempt's pods exist."""
+    match spec.run_policy.preflight:
+        case "always":
+            return True
+        case "never":
+            return False
+        case "auto":
+            return spec.resources.gpu is not None
+
+
+def gpu_count(spec: Spec) -> int:
+    """GPUs of all pods together."""
+    return spec.distribution.nodes * spec.distribution.processes_per_node if spec.resources.gpu else 0
+
+
+def spec_digest(spec: Spec) -> str:
+    """sha256 over what is trained: runPolicy, which may change while it runs, is left out."""
+    content = {key: value for key, value in spec.to_json().items() if key != "runPolicy"}
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def strategy(spec: Spec) -> Strategy:
+    """auto: ddp for LoRA, whose state is small, and where there is nothing to split; zero2 for full training."""
+    chosen = spec.distribution.strategy
+    if chosen == "fsdp":
+        raise PlanError("spec.distribution.strategy", chosen, "is not supported yet; use zero3")
+    if chosen != "auto":
+        return chosen
+    world_size = spec.distribution.nodes * spec.distribution.processes_per_node
+    return "ddp" if spec.method.type == "lora" or world_size == 1 else "zero2"
+
+
+def _world(job: FineTuneJob, attempt: int) -> WorldConfig:
+    spec = job.spec
+    nodes, processes = spec.distribution.nodes, spec.distribution.processes_per_node
+    _refuse_more_shared_memory_than_memory(spec)
+    return WorldConfig(
+        nodes=nodes,
+        processes_per_node=processes,
+        strategy=strategy(spec),
+        device="cuda" if spec.resources.gpu else "cpu",
+        threads_per_process=max(1, int(quantity_value(spec.resources.cpu)) // processes),
+        master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",
+        master_port=names.RENDEZVOUS_PORT,
+    )
+
+
+def _refuse_more_shared_memory_than_memory(spec: Spec) -> None:
+    if quantity_value(spec.resources.shared_memory) > quantity_value(spec.resources.memory):
+        raise PlanError(
+            "spec.resources.sharedMemory",
+            spec.resources.shared_memory,
+            f"is more than resources.memory ({spec.resources.memory}), in which it is counted; lower it or raise "
+            "memory",
+        )
+
+
+def _data_format(spec: Spec) -> Literal["auto", "prompt-completion", "messages"]:
+    chosen = spec.dataset.format
+    if chosen == "auto" or chosen == "prompt-completion" or chosen == "messages":
+        return chosen
+    raise PlanError("spec.dataset.format", chosen, "is not supported yet; use prompt-completion or messages")
+
+
+def _progress(settings: Settings) -> ProgressConfig | None:
+    if not settings.progress.url:
+        return None
+    return ProgressConfig(
+        url=settings.progress.url.rstrip("/") + names.PROGRESS_PATH,
+        token_path=names.PROGRESS_TOKEN_PATH,
+        interval_seconds=settings.progress.interval_seconds,
+    )
+
+
+def _model_location(model: BaseModelSpec) -> Location:
+    return _location(model.uri, _credentials("model", model.credentials_ref), model.revision)
+
+
+def _output_location(output: OutputSpec) -> Location:
+    return _location(output.uri, _credentials("output", output.credentials_ref))
+
+
+def _location(uri: str, credentials: str | None, revision: str | None = None) -> Location:
+    return Location(uri=_mounted(uri), display=uri, revision=revision, credentials=credentials)
+
+
+def _mounted(uri: str) -> str:
+    """A claim's path as it is seen inside the pod; other places as they are."""
+    scheme, _, rest = uri.partition("://")
+    return f"file://{names.PVC_ROOT}/{rest}" if scheme == "pvc" else uri
+
+
+def _credentials(role: CredentialsRole, reference: SecretRef | None) -> str | None:
+    return f"{names.CREDENTIALS_ROOT}/{role}" if reference else None
