@@ -46,9 +46,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
     data_credentials = _credentials("dataset", spec.dataset.credentials_ref)
     validation = spec.dataset.validation
     return RunConfig(
-        job=JobRef(
-            namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt
-        ),
+        job=JobRef(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt),
         model=ModelConfig(location=_model_location(spec.model), dtype=spec.model.dtype),
         data=DataConfig(
             train=_location(spec.dataset.uri, data_credentials),

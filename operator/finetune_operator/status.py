@@ -1,0 +1,259 @@
+"""status: what the operator says of a job, in the words of batch/v1 Job and true to kstatus; and when it is due.
+
+Called by reconcile. Pure: the clock is an argument; whether two statuses differ is decided here, so that nothing is
+written when nothing changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from finetune_api.result import Result
+from finetune_api.status import (
+    CONDITION_COMPLETE,
+    CONDITION_FAILED,
+    CONDITION_RECONCILING,
+    CONDITION_STALLED,
+    CONDITION_SUSPENDED,
+    CheckpointStatus,
+    Condition,
+    EvaluationStatus,
+    ModelStatus,
+    ProgressStatus,
+    Status,
+)
+from finetune_operator import plan, policy
+from finetune_operator.decide import SUSPENDED, SUSPENDING, Outlook
+from finetune_operator.observe import Observed, Report
+
+# A change that isn't urgent waits this long, so that what follows it at once costs no write of its own.
+SETTLE_SECONDS = 2.0
+
+_URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A condition before it has a time."""
+
+    holds: bool
+    reason: str
+    message: str = ""
+
+
+def status(seen: Observed, outlook: Outlook, now: datetime) -> Status:
+    """The whole status after this turn."""
+    before = seen.job.status
+    time = timestamp(now)
+    result = outlook.verdict.result if outlook.verdict else None
+    reported = _reported(seen, outlook)
+    return Status(
+        observed_generation=seen.job.metadata.generation,
+        phase=outlook.phase,
+        message=outlook.message,
+        conditions=_conditions(seen, outlook, time),
+        start_time=before.start_time or _start_time(seen, outlook, time),
+        completion_time=before.completion_time or (time if outlook.is_terminal else None),
+        attempt=outlook.attempt,
+        gpus=plan.gpu_count(seen.job.spec),
+        restarts=outlook.restarts,
+        restarts_total=policy.total(outlook.restarts),
+        progress=_progress(seen, outlook, reported, result),
+        checkpoint=_newest(before.checkpoint, reported.progress.checkpoint if reported else None, _checkpoint(seen)),
+        model=_model(before.model, reported, result),
+        artifact=(result.artifact if result else None) or before.artifact,
+        evaluation=_evaluation(before.evaluation, reported, result),
+        failure=None if outlook.phase == "Succeeded" else outlook.failure,
+    )
+
+
+def acknowledged(before: Status, generation: int) -> Status:
+    """A finished job's status after a change of spec that changes nothing anymore."""
+    return before.model_copy(
+        update={
+            "observed_generation": generation,
+            "conditions": tuple(c.model_copy(update={"observed_generation": generation}) for c in before.conditions),
+        }
+    )
+
+
+def seconds_until_due(
+    before: Status, after: Status, noticed: float | None, write_every: float, now: datetime
+) -> float | None:
+    """How long the new status may wait; None where it says the same, 0 where it is due.
+
+    `noticed` is how long ago, in seconds, it first differed.
+    """
+    if before == after:
+        return None
+    if _without_progress(before) == _without_progress(after):
+        if before.progress is None or before.progress.update_time is None:
+            return 0.0
+        age = (now - datetime.fromisoformat(before.progress.update_time)).total_seconds()
+        return max(0.0, write_every - age)
+    if _is_urgent(before, after):
+        return 0.0
+    return max(0.0, SETTLE_SECONDS - (noticed or 0.0))
+
+
+def timestamp(moment: datetime) -> str:
+    """RFC 3339 in UTC, to the second, as Kubernetes writes it."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _is_urgent(before: Status, after: Status) -> bool:
+    """Ends, suspensions, restarts and the answer to a new spec are told at once."""
+    return (
+        before.observed_generation != after.observed_generation
+        or (after.phase in _URGENT_PHASES and before.phase != after.phase)
+        or before.restarts != after.restarts
+        or _suspension_reason(before) != _suspension_reason(after)
+    )
+
+
+def _suspension_reason(of: Status) -> str:
+    return next((c.reason for c in of.conditions if c.type == CONDITION_SUSPENDED), "")
+
+
+def _without_progress(of: Status) -> Status:
+    return of.model_copy(update={"progress": None, "checkpoint": None, "evaluation": None, "model": None})
+
+
+def _start_time(seen: Observed, outlook: Outlook, time: str) -> str | None:
+    if seen.attempts:
+        return seen.attempts[0].job.created
+    return time if outlook.attempt > 0 else None
+
+
+def _conditions(seen: Observed, outlook: Outlook, time: str) -> tuple[Condition, ...]:
+    failed = outlook.phase == "Failed"
+    working = outlook.phase in ("Pending", "Starting", "Restarting") or outlook.suspension == SUSPENDING
+    ended = "Finished" if outlook.is_terminal else "NotFinished"
+    said = {
+        CONDITION_COMPLETE: _Said(True, outlook.reason, outlook.message)
+        if outlook.phase == "Succeeded"
+        else _Said(False, ended),
+        CONDITION_FAILED: _Said(True, outlook.reason, outlook.message) if failed else _Said(False, ended),
+        CONDITION_SUSPENDED: _Said(outlook.suspension == SUSPENDED, outlook.suspension or "NotSuspended"),
+        CONDITION_RECONCILING: _Said(True, outlook.reason, outlook.message) if working else _Said(False, outlook.phase),
+        CONDITION_STALLED: _Said(True, outlook.reason, outlook.message) if failed else _Said(False, "Healthy"),
+    }
+    earlier = {condition.type: condition for condition in seen.job.status.conditions}
+    return tuple(
+        _condition(kind, words, earlier.get(kind), seen.job.metadata.generation, time) for kind, words in said.items()
+    )
+
+
+def _condition(kind: str, said: _Said, before: Condition | None, generation: int, time: str) -> Condition:
+    value: Literal["True", "False"] = "True" if said.holds else "False"
+    unchanged = before is not None and before.status == value
+    return Condition(
+        type=kind,
+        status=value,
+        observed_generation=generation,
+        last_transition_time=before.last_transition_time if before and unchanged else time,
+        reason=said.reason,
+        message=said.message,
+    )
+
+
+def _reported(seen: Observed, outlook: Outlook) -> Report | None:
+    """Progress of the attempt that status speaks of; an earlier one's is history."""
+    report = seen.report
+    return report if report and report.progress.attempt == outlook.attempt else None
+
+
+def _progress(
+    seen: Observed, outlook: Outlook, reported: Report | None, result: Result | None
+) -> ProgressStatus | None:
+    before = seen.job.status.progress
+    if outlook.phase == "Succeeded":
+        return _finished_progress(before, reported, result)
+    if reported is None:
+        return before
+    told = reported.progress
+    return ProgressStatus(
+        step=told.step,
+        total_steps=told.total_steps,
+        percent=_percent(told.step, told.total_steps),
+        epoch=told.epoch,
+        train_loss=told.train_loss,
+        eval_loss=told.eval_loss,
+        tokens_per_second=told.tokens_per_second,
+        eta_seconds=told.eta_seconds,
+        message=told.message or told.phase,
+        update_time=reported.time,
+    )
+
+
+def _finished_progress(
+    before: ProgressStatus | None, reported: Report | None, result: Result | None
+) -> ProgressStatus | None:
+    """The result has the last word; what it leaves out is what was last reported."""
+    told = reported.progress if reported else None
+    last = before or ProgressStatus()
+    step = (result.step if result else None) or (told.step if told else last.step)
+    total = (result.total_steps if result else None) or (told.total_steps if told else last.total_steps)
+    if not total:
+        return before
+    measured = (result.evaluation if result else None) or EvaluationStatus()
+    reported_losses = (told.train_loss, told.eval_loss) if told else (None, None)
+    return ProgressStatus(
+        step=step,
+        total_steps=total,
+        percent=100,
+        epoch=told.epoch if told else last.epoch,
+        train_loss=_first(measured.train_loss, reported_losses[0], last.train_loss),
+        eval_loss=_first(measured.eval_loss, reported_losses[1], last.eval_loss),
+        tokens_per_second=told.tokens_per_second if told else last.tokens_per_second,
+        eta_seconds=0,
+        message="done",
+        update_time=reported.time if reported else last.update_time,
+    )
+
+
+def _percent(step: int, total: int) -> int:
+    return min(100, 100 * step // total) if total > 0 else 0
+
+
+def _checkpoint(seen: Observed) -> CheckpointStatus | None:
+    """What the pods of any attempt told as they ended; a suspended attempt's last word is here."""
+    found: CheckpointStatus | None = None
+    for attempt in seen.attempts:
+        for pod in attempt.pods:
+            told = pod.result.checkpoint if pod.result else None
+            found = _newest(found, told)
+    return found
+
+
+def _newest(*checkpoints: CheckpointStatus | None) -> CheckpointStatus | None:
+    known = [checkpoint for checkpoint in checkpoints if checkpoint]
+    return max(known, key=lambda checkpoint: checkpoint.step) if known else None
+
+
+def _model(before: ModelStatus | None, reported: Report | None, result: Result | None) -> ModelStatus | None:
+    return (result.model if result else None) or (reported.progress.model if reported else None) or before
+
+
+def _evaluation(
+    before: EvaluationStatus | None, reported: Report | None, result: Result | None
+) -> EvaluationStatus | None:
+    if result and result.evaluation:
+        return result.evaluation
+    if reported is None:
+        return before
+    told = reported.progress
+    if told.test_loss_before is None and told.eval_loss is None:
+        return before
+    return EvaluationStatus(
+        train_loss=told.train_loss,
+        eval_loss=told.eval_loss,
+        test_loss_before=told.test_loss_before,
+        test_loss_after=told.test_loss_after,
+    )
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
