@@ -72,7 +72,7 @@ def model_in(annotation: Any) -> type[Model] | None:
 
 def as_admitted(body: Any, model: type[Model] | None) -> Any:
     """A raw value as the API server sees it: a null for a field counts as absent, and 2.0 is the integer 2."""
-    if isinstance(body, float) and body.is_integer():
+    if isinstance(body, float) and body.is_integer() and abs(body) < 2**63:
         return int(body)
     if isinstance(body, list | tuple):
         return [as_admitted(item, model) for item in body]

@@ -1,0 +1,123 @@
+"""YAML as kubectl reads it, for the command line: `2e-4` is a number, `yes` is true, a date is a string.
+
+kubectl goes through sigs.k8s.io/yaml (YAML 1.1 with Go's numbers, then JSON), PyYAML has other numbers. tests/api
+compares the two. Reads text, never files.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from typing import Any
+
+import yaml
+
+_PLAIN = "tag:finetune-operator.io,2026:plain"
+_MERGE = "tag:yaml.org,2002:merge"
+
+_WORDS: dict[str, Any] = {
+    **dict.fromkeys(("y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"), True),
+    **dict.fromkeys(("n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"), False),
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+}
+_NOT_JSON = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INTEGER = re.compile(r"([-+]?)(0[xX][0-9a-fA-F]+|0[oO]?[0-7]+|0[bB][01]+|0|[1-9][0-9]*)")
+_INT64 = range(-(2**63), 2**63)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser with kubectl's idea of plain scalars and keys."""
+
+    def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _MERGE if value == "<<" else _PLAIN
+        return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+
+    def construct_plain(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return plain(node.value)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        return base64.b64decode(node.value).decode("utf-8", "replace")
+
+    def construct_merge(self, node: yaml.ScalarNode) -> str:
+        return str(node.value)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag != _MERGE and key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is given twice; remove one", key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node.value, str) else str(key_node.start_mark))
+        return {_key(key): value for key, value in super().construct_mapping(node, deep=deep).items()}
+
+
+_Loader.add_constructor(_PLAIN, _Loader.construct_plain)
+_Loader.add_constructor(_MERGE, _Loader.construct_merge)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_plain)
+_Loader.add_constructor("tag:yaml.org,2002:binary", _Loader.construct_text)
+
+
+def load_all(text: str) -> tuple[Any, ...]:
+    """Every document that holds something. Raises yaml.YAMLError, which tells line and column.
+
+    Stricter than kubectl in one thing: a key that is given twice in a mapping is refused.
+    """
+    documents = yaml.load_all(text, Loader=_Loader)
+    return tuple(document for document in documents if document is not None)
+
+
+def load(text: str) -> Any:
+    """The one document in a text. Raises ValueError when there is none, or more than one."""
+    documents = load_all(text)
+    if len(documents) != 1:
+        raise ValueError(f"there are {len(documents)} documents in this YAML; give one")
+    return documents[0]
+
+
+def plain(text: str) -> Any:
+    """What an unquoted word means. Raises ValueError for what JSON cannot carry (.nan, .inf)."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _NOT_JSON.fullmatch(text):
+        raise ValueError(f"{text} is not a number that Kubernetes can store; give a finite one")
+    if text[0] not in "+-.0123456789":
+        return text
+    number = text.replace("_", "")
+    if match := _INTEGER.fullmatch(number):
+        value = _integer(match.group(2)) * (-1 if match.group(1) == "-" else 1)
+        if value in _INT64:
+            return value
+    if _FLOAT.fullmatch(number):
+        return _float(float(number), text)
+    return text
+
+
+def _integer(digits: str) -> int:
+    """Go's base prefixes: 0x, 0o and a bare 0 for octal, 0b."""
+    prefix = digits[:2].lower()
+    if prefix in ("0x", "0o", "0b"):
+        return int(digits[2:], {"0x": 16, "0o": 8, "0b": 2}[prefix])
+    return int(digits, 8 if len(digits) > 1 and digits[0] == "0" else 10)
+
+
+def _float(value: float, text: str) -> int | float:
+    """JSON as Go writes it has no 2.0: that is the integer 2."""
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large a number")
+    return int(value) if value.is_integer() and int(value) in _INT64 else value
+
+
+def _key(key: Any) -> str:
+    """JSON's keys are strings."""
+    if isinstance(key, bool):
+        return "true" if key else "false"
+    if key is None:
+        raise yaml.constructor.ConstructorError(None, None, "a key is empty; give it a name")
+    return str(key)
