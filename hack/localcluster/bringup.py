@@ -1,0 +1,177 @@
+"""The steps of `up`, in order. Called by cluster under its lock; each step may be cut off anywhere."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from localcluster import components, configs, node, packages, sandbox
+from localcluster.api import Api, http_ok
+from localcluster.builds import tool
+from localcluster.components import Layout
+from localcluster.errors import LocalClusterError
+from localcluster.locks import exclusive
+from localcluster.network import network_for
+from localcluster.paths import ClusterPaths
+from localcluster.pki import identities, kubeconfig, make_pki
+from localcluster.spec import BUCKETS, S3, ClusterSpec
+
+_GIB = 1 << 30
+_KUBECONFIGS = ("admin", "controller-manager", "scheduler", "proxy", "node")
+
+
+def check_host(spec: ClusterSpec, paths: ClusterPaths) -> None:
+    """Refuses, before anything is started, what can't work here."""
+    if os.geteuid() != 0:
+        raise LocalClusterError(
+            f"up needs root (user id is {os.geteuid()}): it makes network and mount namespaces; "
+            "run it with sudo, or use kind where Docker runs"
+        )
+    for hidden in ("/run", "/var/lib", "/var/log"):
+        if paths.root.is_relative_to(hidden):
+            raise LocalClusterError(
+                f"cache folder {paths.root}: the cluster hides {hidden}; set FINETUNE_CACHE to another folder"
+            )
+    wanted = packages.CONTROL_PLANE | ({} if spec.control_plane_only else packages.NODE)
+    packages.ensure(wanted | (packages.PROMETHEUS if "prometheus" in spec.addons else {}))
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalClusterError(
+            f"cache folder {paths.root}: {error.strerror}; set FINETUNE_CACHE to a writable folder"
+        ) from error
+    need = 1 if spec.control_plane_only else 3
+    free = shutil.disk_usage(paths.root).free / _GIB
+    if free < need:
+        raise LocalClusterError(
+            f"cluster {spec.name!r} needs {need} GiB of disk, {paths.root} has {free:.1f} GiB free; "
+            "free some, or set FINETUNE_CACHE to a folder on a larger disk"
+        )
+
+
+def build_tools(spec: ClusterSpec) -> dict[str, Path]:
+    """Every program that this spec runs, built if the cache lacks it."""
+    kube = tool("kube").parent
+    tools = {link.name: link for link in kube.iterdir()}
+    if not spec.control_plane_only:
+        tools["coredns"], tools["pause"] = tool("coredns"), tool("pause")
+    if "s3" in spec.addons:
+        tools["versitygw"] = tool("versitygw")
+    if spec.kwok:
+        tools["kwok"] = tool("kwok")
+    return tools
+
+
+def start_control_plane(spec: ClusterSpec, paths: ClusterPaths, tools: dict[str, Path]) -> Layout:
+    """Namespaces, certificates, etcd, API server, controller manager, scheduler; answers when they do."""
+    shutil.rmtree(paths.logs, ignore_errors=True)
+    for folder in (paths.run, paths.data, paths.logs, paths.etc):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths.run.chmod(0o700)
+    with exclusive(paths.root.parent / ".network.lock", "another cluster to choose its network"):
+        network = network_for(spec.name, sandbox.routes_in_use())
+        sandbox.start(paths, network)
+    layout = Layout(spec, paths, network)
+    sandbox.launch(paths, components.etcd(layout, tools["etcd"]))
+    make_pki(paths.pki, identities(spec.node_name, network.node_address, network.kubernetes_service))
+    for identity in _KUBECONFIGS:
+        text = kubeconfig(paths.pki, identity, layout.server, f"localcluster-{spec.name}")
+        (paths.etc / f"{identity}.kubeconfig").write_text(text)
+    if spec.audit:
+        (paths.etc / "audit-policy.yaml").write_text(configs.audit_policy())
+    shutil.copy(paths.etc / "admin.kubeconfig", paths.kubeconfig)
+    sandbox.launch(paths, components.apiserver(layout, tools["kube-apiserver"]))
+    return layout
+
+
+def finish_control_plane(layout: Layout, tools: dict[str, Path]) -> None:
+    api = api_of(layout)
+    wait(lambda: api.answers("/readyz"), "kube-apiserver", layout.paths)
+    sandbox.launch(layout.paths, components.controller_manager(layout, tools["kube-controller-manager"]))
+    sandbox.launch(layout.paths, components.scheduler(layout, tools["kube-scheduler"]))
+    account = "/api/v1/namespaces/default/serviceaccounts/default"
+    wait(lambda: api.answers(account), "kube-controller-manager", layout.paths)
+
+
+def start_addons(layout: Layout, tools: dict[str, Path]) -> S3 | None:
+    """Object storage and Prometheus, which need no Kubernetes to start."""
+    paths, addons = layout.paths, layout.spec.addons
+    access = None
+    if "s3" in addons:
+        access = S3(f"http://{layout.network.node_address}:9000", "localcluster", secrets.token_hex(16))
+        for bucket in BUCKETS:
+            (paths.data / "s3" / bucket).mkdir(parents=True, exist_ok=True)
+        (paths.data / "s3-metadata").mkdir(exist_ok=True)
+        sandbox.launch(paths, components.s3(layout, tools["versitygw"], access, has_xattrs(paths.data)))
+    if "prometheus" in addons:
+        (paths.etc / "prometheus.yaml").write_text(configs.prometheus(paths.pki, layout.network))
+        sandbox.launch(paths, components.prometheus(layout))
+    return access
+
+
+def wait_for_addons(layout: Layout) -> None:
+    address = layout.network.node_address
+    if "s3" in layout.spec.addons:
+        wait(lambda: http_ok(f"http://{address}:9000/"), "s3", layout.paths)
+    if "prometheus" in layout.spec.addons:
+        wait(lambda: http_ok(f"http://{address}:9090/-/ready"), "prometheus", layout.paths)
+
+
+def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]:
+    """Everything, to the point where pods run."""
+    tools = build_tools(spec)
+    layout = start_control_plane(spec, paths, tools)
+    with ThreadPoolExecutor() as pool:
+        runtime = None if spec.control_plane_only else pool.submit(node.start_runtime, layout, tools["pause"])
+        access = start_addons(layout, tools)
+        finish_control_plane(layout, tools)
+        if runtime is not None:
+            runtime.result()
+            node.start_node(layout, tools)
+    api = api_of(layout)
+    if spec.kwok:
+        sandbox.launch(paths, components.kwok(layout, tools["kwok"]))
+        for number in range(spec.kwok_nodes):
+            api.request("POST", "/api/v1/nodes", node.kwok_node(spec, number))
+        fake = [f"/api/v1/nodes/{node.kwok_name(number)}" for number in range(spec.kwok_nodes)]
+        wait(lambda: all(node.is_ready(api, path) for path in fake), "kwok", paths)
+    if not spec.control_plane_only:
+        mine = f"/api/v1/nodes/{spec.node_name}"
+        wait(lambda: node.is_ready(api, mine), "kubelet", paths)
+        wait(lambda: http_ok(f"http://{layout.network.node_address}:8080/health"), "coredns", paths)
+        if spec.pretend_gpus:
+            node.pretend_gpus(api, spec.node_name, spec.pretend_gpus)
+    wait_for_addons(layout)
+    return layout, access
+
+
+def api_of(layout: Layout) -> Api:
+    return Api(layout.server, layout.paths.pki)
+
+
+def wait(done: Callable[[], bool], component: str, paths: ClusterPaths, seconds: float = 90) -> None:
+    """Polls; on time-out raises an error that ends with the component's own last words."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            log = paths.logs / f"{component}.log"
+            lines = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else ["no output"]
+            raise LocalClusterError(
+                f"{component} is not ready after {seconds:.0f} s; its last words ({log}):\n" + "\n".join(lines)
+            )
+        time.sleep(0.1)
+
+
+def has_xattrs(folder: Path) -> bool:
+    """Whether this file system keeps user attributes, where the S3 server would put its metadata."""
+    try:
+        os.setxattr(folder, "user.localcluster", b"1")
+        os.removexattr(folder, "user.localcluster")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""The public face: `up`, and a `Cluster` to talk to. Called by cli and by tests; prints nothing but progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from localcluster import bringup, node, sandbox
+from localcluster.api import Api
+from localcluster.bringup import wait
+from localcluster.builds import tool
+from localcluster.components import Layout
+from localcluster.errors import LocalClusterError
+from localcluster.locks import exclusive
+from localcluster.paths import ClusterPaths, cluster_paths
+from localcluster.spec import S3, ClusterSpec, checked, covers
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster. Addresses answer from the host and from pods alike."""
+
+    spec: ClusterSpec
+    server: str
+    kubeconfig: Path
+    bridge_address: str
+    host_address: str
+    s3: S3 | None = None
+    prometheus_url: str | None = None
+    audit_log: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def node(self) -> str | None:
+        return None if self.spec.control_plane_only else self.spec.node_name
+
+    def down(self) -> None:
+        down(self.name)
+
+    def load(self, image: str) -> None:
+        """An image of local buildah storage, or the path of an OCI archive, into the node's containerd."""
+        from localcluster.loading import load  # buildah is needed here only
+
+        load(self.name, image)
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        """kubectl's output; raises LocalClusterError with its own words."""
+        done = subprocess.run(
+            [tool("kubectl"), *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
+        )
+        if done.returncode:
+            raise LocalClusterError(f"kubectl {' '.join(arguments)} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    def restart(self, component: str, *, kill: bool = False) -> None:
+        """Ends a component (by SIGKILL if `kill`); it is started again one second later."""
+        number = signal.SIGKILL if kill else signal.SIGTERM
+        sandbox.ask(cluster_paths(self.name), {"op": "restart", "name": component, "signal": int(number)})
+
+
+def up(
+    name: str = "demo",
+    *,
+    pretend_gpus: int = 0,
+    control_plane_only: bool = False,
+    addons: Iterable[str] = (),
+    kwok: bool = False,
+    kwok_nodes: int = 0,
+    audit: bool = False,
+) -> Cluster:
+    """Starts the cluster, or returns the running one if it gives all that is asked. Leaves nothing if it fails."""
+    spec = checked(
+        ClusterSpec(
+            name=name,
+            pretend_gpus=pretend_gpus,
+            control_plane_only=control_plane_only,
+            addons=frozenset(addons),
+            kwok=kwok or kwok_nodes > 0,
+            kwok_nodes=kwok_nodes,
+            audit=audit,
+        )
+    )
+    paths = cluster_paths(name)
+    bringup.check_host(spec, paths)
+    with exclusive(paths.lock, f"another up or down of cluster {name!r}"):
+        if running := find(name):
+            if covers(running.spec, spec):
+                return running
+            raise LocalClusterError(
+                f"cluster {name!r} is up with other options ({_words(running.spec)}); "
+                f"run `down --name {name}` first, or choose another --name"
+            )
+        sandbox.destroy(paths, name)
+        try:
+            layout, access = bringup.bring_up(spec, paths)
+        except BaseException:
+            sandbox.destroy(paths, name)
+            raise
+        cluster = _described(layout, access)
+        _remember(cluster, paths)
+        return cluster
+
+
+def down(name: str = "demo", *, purge: bool = False) -> None:
+    """Ends the cluster and removes all that it made; loaded images stay in the cache unless `purge`."""
+    if os.geteuid() != 0:
+        raise LocalClusterError(f"down needs root (user id is {os.geteuid()}); run it with sudo")
+    spec = checked(ClusterSpec(name=name))
+    paths = cluster_paths(spec.name)
+    with exclusive(paths.lock, f"another up or down of cluster {name!r}"):
+        sandbox.destroy(paths, name)
+        if purge:
+            sandbox.remove_tree(paths.root)
+
+
+def find(name: str) -> Cluster | None:
+    """The running cluster of that name, None if there is none or only a part of one."""
+    paths = cluster_paths(name)
+    if sandbox.init_pid(paths.root) is None or not paths.info.exists():
+        return None
+    return _recalled(json.loads(paths.info.read_text()))
+
+
+def get(name: str) -> Cluster:
+    if cluster := find(name):
+        return cluster
+    raise LocalClusterError(f"cluster {name!r} is not up; run `up --name {name}` first")
+
+
+def component_states(name: str) -> list[dict[str, Any]]:
+    services: list[dict[str, Any]] = sandbox.ask(cluster_paths(name), {"op": "list"})["services"]
+    return services
+
+
+def restore_gpus(cluster: Cluster) -> None:
+    """A kubelet that starts again forgets pretended GPUs: wait for it, then tell it again."""
+    if not cluster.node or not cluster.spec.pretend_gpus:
+        return
+    paths = cluster_paths(cluster.name)
+    api = Api(cluster.server, paths.pki)
+    where = f"/api/v1/nodes/{cluster.node}"
+    wait(lambda: node.is_ready(api, where), "kubelet", paths)
+    node.pretend_gpus(api, cluster.node, cluster.spec.pretend_gpus)
+
+
+def _described(layout: Layout, access: S3 | None) -> Cluster:
+    spec, paths, address = layout.spec, layout.paths, layout.network.node_address
+    return Cluster(
+        spec=spec,
+        server=layout.server,
+        kubeconfig=paths.kubeconfig,
+        bridge_address=address,
+        host_address=layout.network.host_address,
+        s3=access,
+        prometheus_url=f"http://{address}:9090" if "prometheus" in spec.addons else None,
+        audit_log=paths.audit_log if spec.audit else None,
+    )
+
+
+def _remember(cluster: Cluster, paths: ClusterPaths) -> None:
+    """Written last and at once: a cluster without this file is not up."""
+    document = asdict(cluster)
+    document["spec"]["addons"] = sorted(cluster.spec.addons)
+    draft = paths.info.with_suffix(".tmp")
+    draft.write_text(json.dumps(document, default=str))
+    draft.rename(paths.info)
+
+
+def _recalled(document: dict[str, Any]) -> Cluster:
+    spec = document["spec"]
+    return Cluster(
+        spec=ClusterSpec(**{**spec, "addons": frozenset(spec["addons"])}),
+        server=document["server"],
+        kubeconfig=Path(document["kubeconfig"]),
+        bridge_address=document["bridge_address"],
+        host_address=document["host_address"],
+        s3=S3(**document["s3"]) if document["s3"] else None,
+        prometheus_url=document["prometheus_url"],
+        audit_log=Path(document["audit_log"]) if document["audit_log"] else None,
+    )
+
+
+def _words(spec: ClusterSpec) -> str:
+    words = [f"addons: {','.join(sorted(spec.addons)) or 'none'}", f"pretended GPUs: {spec.pretend_gpus}"]
+    words += ["control plane only"] if spec.control_plane_only else ["with a node"]
+    words += [f"kwok nodes: {spec.kwok_nodes}"] if spec.kwok else []
+    return "; ".join([*words, "audit log"] if spec.audit else words)

@@ -1,0 +1,75 @@
+"""The addresses of a cluster, derived from its name. Pure: the addresses in use come in as an argument."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from localcluster.errors import LocalClusterError
+
+_FIRST, _COUNT = 160, 64  # second octet: 10.160.0.0/16 to 10.223.0.0/16, one /16 a cluster
+
+
+@dataclass(frozen=True)
+class Network:
+    """One cluster's /16. The host end and the node end of a veth pair share the first /30."""
+
+    octet: int
+    host_interface: str
+
+    @property
+    def block(self) -> str:
+        return f"10.{self.octet}.0.0/16"
+
+    @property
+    def host_address(self) -> str:
+        return f"10.{self.octet}.0.1"
+
+    @property
+    def node_address(self) -> str:
+        """Everything the cluster serves is here: API server, DNS, S3, Prometheus, kubelet."""
+        return f"10.{self.octet}.0.2"
+
+    @property
+    def service_cidr(self) -> str:
+        return f"10.{self.octet}.32.0/20"
+
+    @property
+    def kubernetes_service(self) -> str:
+        return f"10.{self.octet}.32.1"
+
+    @property
+    def pod_cidr(self) -> str:
+        return f"10.{self.octet}.128.0/18"
+
+    @property
+    def kwok_pod_cidr(self) -> str:
+        return f"10.{self.octet}.192.1/18"
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def network_for(name: str, used: Iterable[str]) -> Network:
+    """The name's own /16, or the next one that overlaps none of `used` (CIDRs of routes and other clusters)."""
+    taken = [ipaddress.ip_network(cidr, strict=False) for cidr in used]
+    digest = _digest(name)
+    start = int(digest[:8], 16)
+    for step in range(_COUNT):
+        octet = _FIRST + (start + step) % _COUNT
+        network = Network(octet, host_interface(name))
+        block = ipaddress.ip_network(network.block)
+        if not any(block.overlaps(other) for other in taken):
+            return network
+    raise LocalClusterError(
+        f"no free network for cluster {name!r}: 10.{_FIRST}.0.0/16 to 10.{_FIRST + _COUNT - 1}.0.0/16 all "
+        "overlap a route of this machine; take another cluster down or drop the route"
+    )
+
+
+def host_interface(name: str) -> str:
+    """The host end's interface name (15 characters at most), the same for a name on every run."""
+    return f"ftlc-{_digest(name)[:8]}"

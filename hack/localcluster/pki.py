@@ -1,0 +1,119 @@
+"""Certificates and kubeconfigs of a cluster, by openssl. Called by cluster at every `up`; keeps nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from localcluster.errors import LocalClusterError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate: file name, subject and, for a server, the names it answers to."""
+
+    name: str
+    common_name: str
+    organization: str = ""
+    sans: tuple[str, ...] = ()
+
+    @property
+    def subject(self) -> str:
+        return f"/O={self.organization}/CN={self.common_name}" if self.organization else f"/CN={self.common_name}"
+
+
+def identities(node_name: str, node_address: str, kubernetes_service: str) -> tuple[Identity, ...]:
+    """All that a cluster needs, with the names that Kubernetes' own authorizers expect. Pure."""
+    api_names = (
+        *(f"DNS:kubernetes{suffix}" for suffix in ("", ".default", ".default.svc", ".default.svc.cluster.local")),
+        "DNS:localhost",
+        f"IP:{node_address}",
+        f"IP:{kubernetes_service}",
+        "IP:127.0.0.1",
+    )
+    return (
+        Identity("apiserver", "kube-apiserver", sans=api_names),
+        Identity("kubelet", node_name, sans=(f"DNS:{node_name}", f"IP:{node_address}")),
+        Identity("admin", "localcluster-admin", "system:masters"),
+        Identity("apiserver-kubelet", "kube-apiserver-kubelet-client", "system:masters"),
+        Identity("controller-manager", "system:kube-controller-manager"),
+        Identity("scheduler", "system:kube-scheduler"),
+        Identity("proxy", "system:kube-proxy"),
+        Identity("node", f"system:node:{node_name}", "system:nodes"),
+        Identity("front-proxy", "front-proxy-client"),
+    )
+
+
+def make_pki(folder: Path, wanted: tuple[Identity, ...]) -> None:
+    """Writes ca.crt, NAME.crt, NAME.key and service-accounts.key/.pub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    _openssl(
+        folder,
+        *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "365"),
+        *("-subj", "/CN=localcluster-ca", "-keyout", "ca.key", "-out", "ca.crt"),
+        *("-addext", "keyUsage=critical,keyCertSign,cRLSign,digitalSignature"),
+    )
+    for identity in wanted:
+        _signed(folder, identity)
+    _openssl(folder, "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out", "service-accounts.key")
+    _openssl(folder, "pkey", "-in", "service-accounts.key", "-pubout", "-out", "service-accounts.pub")
+
+
+def _signed(folder: Path, identity: Identity) -> None:
+    name = identity.name
+    extensions = ["basicConstraints=CA:FALSE", "extendedKeyUsage=clientAuth,serverAuth"]
+    if identity.sans:
+        extensions.append(f"subjectAltName={','.join(identity.sans)}")
+    (folder / f"{name}.ext").write_text("\n".join(extensions))
+    _openssl(
+        folder,
+        *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", identity.subject),
+        *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
+    )
+    _openssl(
+        folder,
+        *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"),
+        *("-days", "365", "-extfile", f"{name}.ext", "-out", f"{name}.crt"),
+    )
+
+
+def _openssl(folder: Path, *arguments: str) -> None:
+    try:
+        done = subprocess.run(["openssl", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise LocalClusterError("openssl is missing; install Debian's package openssl") from None
+    if done.returncode:
+        raise LocalClusterError(f"openssl {arguments[0]} failed: {done.stderr.strip()}")
+
+
+def kubeconfig(pki: Path, identity: str, server: str, cluster: str) -> str:
+    """A self-contained kubeconfig (certificates inside). JSON, which is YAML."""
+
+    def inline(file: str) -> str:
+        return base64.b64encode((pki / file).read_bytes()).decode()
+
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [
+                {"name": cluster, "cluster": {"server": server, "certificate-authority-data": inline("ca.crt")}}
+            ],
+            "users": [
+                {
+                    "name": identity,
+                    "user": {
+                        "client-certificate-data": inline(f"{identity}.crt"),
+                        "client-key-data": inline(f"{identity}.key"),
+                    },
+                }
+            ],
+            "contexts": [{"name": cluster, "context": {"cluster": cluster, "user": identity}}],
+            "current-context": cluster,
+        },
+        indent=1,
+    )

@@ -1,0 +1,245 @@
+"""A cluster's namespaces seen from the host: made, entered and wiped out. Called by bringup and cluster.
+
+Everything is found again from the cluster's folder alone (a process's arguments, an interface's name, a
+cgroup's name), so that `down` works after a crash at any line of `up`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from localcluster.components import Component
+from localcluster.errors import LocalClusterError
+from localcluster.network import Network, host_interface
+from localcluster.paths import PACKAGE, ClusterPaths
+
+_INIT = "localcluster.init"
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def processes(root: Path) -> list[int]:
+    """The processes outside and inside that hold the cluster up: `unshare` and process 1."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                argv = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if _INIT.encode() in argv and os.fsencode(root) in argv:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def init_pid(root: Path) -> int | None:
+    """Process 1 of the namespaces, by the host's numbering."""
+    for pid in processes(root):
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        numbers = next((line.split() for line in status.splitlines() if line.startswith("NSpid:")), [])
+        if len(numbers) > 2 and numbers[-1] == "1":
+            return pid
+    return None
+
+
+def start(paths: ClusterPaths, network: Network) -> int:
+    """Makes the namespaces and the veth pair; returns process 1."""
+    log = (paths.logs / "init.log").open("ab")
+    namespaces = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
+    with log:
+        subprocess.Popen(
+            ["unshare", *namespaces, "--propagation", "slave", "--", sys.executable, "-m", _INIT, str(paths.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+    deadline = time.monotonic() + 10
+    while not (paths.run / "control").exists():
+        if time.monotonic() > deadline or not processes(paths.root):
+            raise LocalClusterError(
+                f"the cluster's namespaces did not start: {_tail(paths.logs / 'init.log')}; "
+                "this needs root with the right to make network, mount and process namespaces"
+            )
+        time.sleep(0.02)
+    pid = init_pid(paths.root)
+    if pid is None:
+        raise LocalClusterError(f"the cluster's process 1 ended: {_tail(paths.logs / 'init.log')}")
+    _connect(pid, network)
+    return pid
+
+
+def _connect(pid: int, network: Network) -> None:
+    host = network.host_interface
+    _run("ip", "link", "add", host, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+    inside = (
+        "link set lo up",
+        f"addr add {network.node_address}/30 dev eth0",
+        "link set eth0 up",
+        f"route add default via {network.host_address}",
+    )
+    _run(*enter(pid), "ip", "-batch", "-", stdin="\n".join(inside))
+    outside = (
+        f"addr add {network.host_address}/30 dev {host}",
+        f"link set {host} up",
+        f"route add {network.block} via {network.node_address}",
+    )
+    _run("ip", "-batch", "-", stdin="\n".join(outside))
+
+
+def routes_in_use() -> list[str]:
+    """CIDRs that this machine already routes, the default route aside."""
+    answer = json.loads(_run("ip", "-json", "-4", "route", "show", "table", "all") or "[]")
+    return [route["dst"] for route in answer if route["dst"] != "default"]
+
+
+def enter(pid: int) -> list[str]:
+    """The words to put before a command to run it inside."""
+    return ["nsenter", "--target", str(pid), "--mount", "--net", "--pid", "--ipc", "--uts", "--"]
+
+
+def ask(paths: ClusterPaths, request: dict[str, Any]) -> dict[str, Any]:
+    """One request to process 1; raises LocalClusterError if it refuses or isn't there."""
+    folder = os.open(paths.run, os.O_PATH)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(f"/proc/self/fd/{folder}/control")
+            with connection.makefile("rw") as stream:
+                stream.write(json.dumps(request) + "\n")
+                stream.flush()
+                answer: dict[str, Any] = json.loads(stream.readline() or "{}")
+    except OSError as error:
+        raise LocalClusterError(f"cluster {paths.root.name!r} does not answer: {error}; run `up`") from error
+    finally:
+        os.close(folder)
+    if not answer.get("ok"):
+        raise LocalClusterError(answer.get("error", f"cluster {paths.root.name!r} refused {request['op']}"))
+    return answer
+
+
+def launch(paths: ClusterPaths, component: Component) -> None:
+    ask(
+        paths,
+        {"op": "start", "name": component.name, "argv": list(component.argv), "env": dict(component.env)},
+    )
+
+
+def stop(paths: ClusterPaths, name: str) -> None:
+    """Ends a component for good and waits for its end."""
+    ask(paths, {"op": "stop", "name": name})
+
+    def ended() -> bool:
+        return not any(s["name"] == name and s["pid"] for s in ask(paths, {"op": "list"})["services"])
+
+    _wait_until(ended, f"{name} has not ended")
+
+
+def cgroup_name(name: str) -> str:
+    return f"localcluster-{name}"
+
+
+def _hierarchies() -> Iterator[Path]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.split()[0] in ("cgroup", "cgroup2"):
+            yield Path(before.split()[4])
+
+
+def make_cgroups(name: str) -> None:
+    """The cgroup that the kubelet puts its pods under, in every hierarchy that this machine mounts."""
+    for hierarchy in _hierarchies():
+        if (hierarchy / "cgroup.subtree_control").exists():
+            _delegate(hierarchy)
+        group = hierarchy / cgroup_name(name)
+        group.mkdir(exist_ok=True)
+        for setting in ("cpuset.cpus", "cpuset.mems"):
+            if (group / setting).exists() and (hierarchy / setting).exists():
+                (group / setting).write_text((hierarchy / setting).read_text())
+        if (group / "cgroup.subtree_control").exists():
+            _delegate(group)
+
+
+def _delegate(group: Path) -> None:
+    for controller in (group / "cgroup.controllers").read_text().split():
+        try:
+            (group / "cgroup.subtree_control").write_text(f"+{controller}")
+        except OSError:
+            continue  # a controller that this group may not hand on is one that pods go without
+
+
+def destroy(paths: ClusterPaths, name: str) -> None:
+    """Ends every process; the kernel then drops mounts and interfaces. Removes cgroups and running state."""
+    for pid in processes(paths.root):
+        _kill(pid)
+    _wait_until(lambda: not processes(paths.root), "processes of the cluster are still there")
+    interface = host_interface(name)
+    if Path(f"/sys/class/net/{interface}").exists():
+        subprocess.run(["ip", "link", "delete", interface], capture_output=True, check=False)
+    _wait_until(lambda: _remove_cgroups(name), "cgroups of the cluster are still busy")
+    for folder in (paths.run, paths.data):
+        _wait_until(lambda folder=folder: remove_tree(folder), f"{folder} can't be removed")  # type: ignore[misc]
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _remove_cgroups(name: str) -> bool:
+    gone = True
+    for hierarchy in _hierarchies():
+        top = hierarchy / cgroup_name(name)
+        for folder, _, _ in os.walk(top, topdown=False):
+            try:
+                os.rmdir(folder)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                gone = False
+    return gone
+
+
+def remove_tree(folder: Path) -> bool:
+    """Whether the folder is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def _wait_until(done: Any, otherwise: str) -> None:
+    deadline = time.monotonic() + 15
+    while not done():
+        if time.monotonic() > deadline:
+            raise LocalClusterError(f"{otherwise} after 15 s; run `down` again")
+        time.sleep(0.03)
+
+
+def _run(*argv: str, stdin: str = "") -> str:
+    try:
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise LocalClusterError(f"{argv[0]} is missing; install Debian's iproute2 and util-linux") from None
+    if done.returncode:
+        raise LocalClusterError(f"`{' '.join(argv)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "no output"
