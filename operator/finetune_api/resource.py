@@ -581,4 +581,4 @@ def parse(body: Mapping[str, Any]) -> FineTuneJob:
     Raises pydantic.ValidationError (errors.describe puts it into words). JSON rules apply as the API server has them:
     2 is no "2", NaN is no number, a null counts as absent, 2.0 is the integer 2.
     """
-    return FineTuneJob.model_validate_json(json.dumps(as_admitted(dict(body), FineTuneJob)))
+    return FineTuneJob.model_validate_json(json.dumps(as_admitted(dict(body), FineTuneJob)), by_name=False)

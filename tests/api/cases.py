@@ -1,0 +1,312 @@
+"""The table of valid and invalid jobs that pydantic and the API server must judge alike. Values only."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+ABSENT = object()
+
+MINIMAL: dict[str, Any] = {
+    "apiVersion": "finetune-operator.io/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "minimal", "namespace": "default"},
+    "spec": {
+        "model": {"uri": "hf://org/model"},
+        "dataset": {"uri": "s3://data/train.jsonl"},
+        "method": {"type": "lora", "lora": {}},
+        "output": {"uri": "s3://models/minimal"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`changes` are dotted paths under spec (or `metadata.…`) and their values; `field` is what a refusal names."""
+
+    id: str
+    changes: tuple[tuple[str, Any], ...]
+    field: str | None = None
+
+    @property
+    def valid(self) -> bool:
+        return self.field is None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return changed(MINIMAL, *self.changes)
+
+
+def changed(body: dict[str, Any], *changes: tuple[str, Any]) -> dict[str, Any]:
+    """A copy with values set, or removed where the value is ABSENT. A list index is a number in the path."""
+    new = copy.deepcopy(body)
+    for path, value in changes:
+        at: Any = new if path.split(".")[0] in ("metadata", "apiVersion", "kind", "spec", "") else new["spec"]
+        *parents, last = path.split(".")
+        for parent in parents:
+            at = at[int(parent)] if isinstance(at, list) else at.setdefault(parent, {})
+        if value is ABSENT:
+            at.pop(last, None)
+        else:
+            at[last] = value
+    return new
+
+
+def ok(id_: str, *changes: tuple[str, Any]) -> Case:
+    return Case(id_, changes)
+
+
+def bad(id_: str, field: str, *changes: tuple[str, Any]) -> Case:
+    return Case(id_, changes, field)
+
+
+def one(path: str, *values: Any) -> tuple[Case, ...]:
+    """Valid values of one field."""
+    return tuple(ok(f"{path}={_short(value)}", (path, value)) for value in values)
+
+
+def none_of(path: str, *values: Any, also: tuple[tuple[str, Any], ...] = ()) -> tuple[Case, ...]:
+    """Values of one field that are refused, by its name."""
+    return tuple(bad(f"{path}!={_short(value)}", f"spec.{path}", *also, (path, value)) for value in values)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:30]}…{len(text)}"
+
+
+FULL = {"method": {"type": "full"}}
+GPU = ("resources.gpu", {"name": "nvidia.com/gpu"})
+LONG = "x" * 1100
+
+CASES: tuple[Case, ...] = (
+    ok("the smallest job"),
+    ok("full training", ("method", {"type": "full"})),
+    ok("everything at once",
+       ("metadata.labels", {"team": "support"}),
+       ("model.revision", "main"), ("model.dtype", "float32"), ("model.credentialsRef", {"name": "hf-token"}),
+       ("dataset.validation", {"fraction": 0.05}), ("dataset.test", {"uri": "s3://data/test.jsonl"}),
+       ("dataset.credentialsRef", {"name": "s3-reader"}), ("dataset.format", "messages"),
+       ("method.lora", {"rank": 8, "alpha": 16, "dropout": 0.1, "targetModules": ["q_proj"], "bias": "none"}),
+       ("training", {"epochs": 1.5, "globalBatchSize": 128, "microBatchSize": 4, "learningRate": 1e-5,
+                     "scheduler": "cosine", "earlyStopping": {"patience": 2}, "seed": 7}),
+       ("distribution", {"nodes": 2, "processesPerNode": 8, "strategy": "zero3"}), GPU,
+       ("resources.cpu", "16"), ("resources.memory", "128Gi"), ("resources.sharedMemory", "16Gi"),
+       ("checkpoint", {"every": 100, "keep": 3}), ("output.credentialsRef", {"name": "s3-writer"}),
+       ("evaluation", {"samples": 20, "maxNewTokens": 32}),
+       ("runPolicy", {"suspend": True, "preflight": "never", "maxRestarts": {"application": 0}, "stallSeconds": 0}),
+       ("pod", {"nodeSelector": {"gpu": "h100"}, "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                "serviceAccountName": "trainer", "labels": {"example.com/team": "a"},
+                "annotations": {"example.com/note": "two words"}, "imagePullSecrets": [{"name": "pull"}]})),
+    # The object itself.
+    bad("unknown field in spec", "spec.colour", ("colour", "red")),
+    bad("unknown field deep inside", "spec.method.lora.r", ("method.lora", {"r": 8})),
+    bad("a field in the wrong case", "spec.runPolicy.max_restarts", ("runPolicy", {"max_restarts": {}})),
+    bad("no model", "spec.model", ("model", ABSENT)),
+    bad("no dataset", "spec.dataset", ("dataset", ABSENT)),
+    bad("no method", "spec.method", ("method", ABSENT)),
+    bad("no output", "spec.output", ("output", ABSENT)),
+    bad("no model uri", "spec.model.uri", ("model", {})),
+    bad("a null where a value is required", "spec.model.uri", ("model.uri", None)),
+    bad("no spec", "spec", ("spec", ABSENT)),
+    bad("spec is a list", "spec", ("spec", [])),
+    bad("model is a string", "spec.model", ("model", "hf://org/model")),
+    ok("nulls count as absent", ("training", {"epochs": None}), ("model.revision", None), ("pod", None)),
+    bad("a null in a map", "spec.pod.labels.team", ("pod.labels", {"team": None})),
+    ok("a whole number written as a float", ("training.maxSteps", 3.0)),
+    ok("name of 50 characters", ("metadata.name", "a" * 50)),
+    bad("name of 51 characters", "metadata.name", ("metadata.name", "a" * 51)),
+    bad("name with a dot", "metadata.name", ("metadata.name", "a.b")),
+    bad("name that begins with a digit", "metadata.name", ("metadata.name", "7b")),
+    bad("name in capitals", "metadata.name", ("metadata.name", "Replies")),
+    # Places.
+    *one("model.uri", "hf://gpt2", "hf://org/model-1.5_b", "s3://models/base", "s3://models/base/",
+         "pvc://claim/path/to/model", "s3://models/überraschung"),
+    *none_of("model.uri", "", 7, "org/model", "hf://", "hf://a/b/c", "file:///etc/shadow", "http://169.254.169.254/x",
+             "s3://models", "s3://models/", "S3://models/x", "s3://Models/x", "s3://models/../x", "s3://models/a//b",
+             "s3://models/./x", "s3://models/x/..", "s3://models/a b", "s3://models/a?b",
+             "s3://models/a#b", "s3://models/a\\b", "s3://models/a\nb", "pvc://claim", "pvc://../x",
+             "pvc://claim/../../other", "gs://models/base", "az://models/base", f"s3://models/{LONG}",
+             "hf://org/model\n", " hf://org/model"),
+    *one("dataset.uri", "hf://org/data/train.jsonl", "pvc://claim/train.jsonl", "s3://data/a/b.jsonl"),
+    *none_of("dataset.uri", "hf://org/data", "s3://data//x", "gs://data/x.jsonl", "/data/x.jsonl"),
+    *one("output.uri", "s3://models/v1", "pvc://claim/out", "s3://models/v1/", "s3://models/a\u00a0b"),
+    *none_of("output.uri", "hf://org/model", "gs://models/v1", "s3://models/a/../b", "file:///tmp/x", "s3://m/x"),
+    # The model.
+    *one("model.revision", "main", "v1.0", "refs/pr/1", "0123456789abcdef0123456789abcdef01234567"),
+    *none_of("model.revision", "", "-x", "a b", 1, "x" * 129),
+    bad("a revision of what is not on a hub", "spec.model.revision",
+        ("model", {"uri": "s3://models/base", "revision": "main"})),
+    *one("model.dtype", "auto", "float32", "bfloat16"),
+    *none_of("model.dtype", "float16", "fp32", "", 32, True),
+    *none_of("model.quantization", "int8", "nf4", "int4"),
+    *none_of("model.trustRemoteCode", True, "true", 1),
+    *one("model.trustRemoteCode", False),
+    *none_of("model.credentialsRef", "hf-token", []),
+    bad("a Secret without a name", "spec.model.credentialsRef.name", ("model.credentialsRef", {})),
+    bad("a Secret of another namespace", "spec.model.credentialsRef.name",
+        ("model.credentialsRef", {"name": "other/hf-token"})),
+    bad("a Secret's namespace", "spec.model.credentialsRef.namespace",
+        ("model.credentialsRef", {"name": "hf-token", "namespace": "other"})),
+    # The data.
+    *one("dataset.format", "auto", "prompt-completion", "messages"),
+    *none_of("dataset.format", "text", "label-studio", "snorkel", "csv"),
+    *one("dataset.maxSequenceLength", 8, 1048576),
+    *none_of("dataset.maxSequenceLength", 7, 1048577, -1, "2048", 2.5, True, 2**63),
+    *none_of("dataset.packing", "yes", 1, "true"),
+    *one("dataset.onInvalid", "fail", "drop"),
+    *none_of("dataset.onInvalid", "ignore", ""),
+    *one("dataset.validation", {"fraction": 0.05}, {"fraction": 0.499}, {"uri": "s3://data/val.jsonl"}),
+    *(Case(f"validation {_short(value)}", (("dataset.validation", value),), "spec.dataset.validation.fraction")
+      for value in ({}, {"fraction": 0.1, "uri": "s3://data/val.jsonl"}, {"fraction": 0}, {"fraction": 0.5},
+                    {"fraction": "0.1"}, {"fraction": -0.1})),
+    *none_of("dataset.validation.uri", "gs://data/val.jsonl", "s3://data/../val.jsonl", "val.jsonl"),
+    bad("a test file without uri", "spec.dataset.test.uri", ("dataset.test", {})),
+    # The method.
+    bad("a method without type", "spec.method.type", ("method", {"lora": {}})),
+    *none_of("method.type", "qlora", "LoRA", "", also=(("method", {}),)),
+    bad("lora without its settings", "spec.method.lora", ("method", {"type": "lora"})),
+    bad("full with lora's settings", "spec.method.lora", ("method", {"type": "full", "lora": {}})),
+    *one("method.lora.rank", 1, 1024),
+    *none_of("method.lora.rank", 0, -1, 1025, "16", 16.5, 2**63, True),
+    *none_of("method.lora.alpha", 0, 4097, "32"),
+    *one("method.lora.dropout", 0, 0.999),
+    *none_of("method.lora.dropout", 1, -0.1, "0.1"),
+    *one("method.lora.targetModules", ["all-linear"], ["model.layers.0.q_proj"]),
+    *none_of("method.lora.targetModules", [], "q_proj", ["m"] * 65),
+    bad("a target module that is no name", "spec.method.lora.targetModules[0]", ("method.lora.targetModules", ["q proj"])),
+    bad("a null among target modules", "spec.method.lora.targetModules[1]",
+        ("method.lora.targetModules", ["q_proj", None])),
+    *none_of("method.lora.bias", "all", "lora_only", "some"),
+    # The recipe.
+    ok("epochs alone", ("training.epochs", 0.5)),
+    ok("maxSteps alone", ("training.maxSteps", 100)),
+    bad("both epochs and maxSteps", "spec.training.maxSteps", ("training", {"epochs": 3, "maxSteps": 100})),
+    *none_of("training.epochs", 0, -1, 1000.5, "3"),
+    *none_of("training.maxSteps", 0, 100000001, 1.5),
+    *one("training.learningRate", 1, 1e-12, 2e-4),
+    *none_of("training.learningRate", 0, -1e-4, 1.0001, 1e308, "NaN", "2e-4", True, [2e-4]),
+    *one("training.globalBatchSize", 1, 1048576),
+    *none_of("training.globalBatchSize", 0, 1048577),
+    *one("training.microBatchSize", "auto", 1, 64),
+    *none_of("training.microBatchSize", 0, -1, 65, "4", "Auto", "", 1.5, True, [], 2**40),
+    *none_of("training.scheduler", "exponential"),
+    *one("training.warmupRatio", 0, 1, 0.5),
+    *none_of("training.warmupRatio", -0.01, 1.01),
+    *none_of("training.optimizer", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"),
+    *none_of("training.weightDecay", -0.1, 1.1),
+    *none_of("training.maxGradNorm", -1, 1000001),
+    *one("training.maxGradNorm", 0),
+    *none_of("training.evalEverySteps", -1, 100000001),
+    bad("early stopping without validation rows", "spec.training.earlyStopping", ("training.earlyStopping", {})),
+    ok("early stopping with validation rows", ("training.earlyStopping", {}), ("dataset.validation", {"fraction": 0.1})),
+    *none_of("training.earlyStopping.patience", 0, 1001, also=(("dataset.validation", {"fraction": 0.1}),)),
+    *one("training.seed", 0, 4294967295),
+    *none_of("training.seed", -1, 4294967296),
+    # The hardware.
+    ok("as many examples as processes", ("distribution", {"nodes": 8, "processesPerNode": 8})),
+    bad("fewer examples than processes", "spec.training.globalBatchSize",
+        ("distribution", {"nodes": 8, "processesPerNode": 9}), GPU),
+    *none_of("distribution.nodes", 0, -1, 1025, 1e9, "2"),
+    *none_of("distribution.processesPerNode", 0, 17),
+    *one("distribution.strategy", "auto", "ddp", "zero1", "zero2", "zero3"),
+    *none_of("distribution.strategy", "fsdp", "zero4", "zero"),
+    *none_of("distribution.offload", "optimizer", "parameters", "disk"),
+    ok("a GPU of the default kind", ("resources.gpu", {})),
+    ok("a GPU of another kind", ("resources.gpu", {"name": "amd.com/gpu"})),
+    *none_of("resources.gpu.name", "", "nvidia.com/", "a/b/c", "nvidia gpu"),
+    *one("resources.cpu", 16, "16", "500m", "1.5"),
+    *none_of("resources.cpu", "", "-1", -1, "four", 1.5, "16 ", "1e3", "0", 0, "0m", True, 2**51),
+    *one("resources.memory", "128Gi", "2000M", 2000000000000),
+    *none_of("resources.memory", "128GB", "0", "128gi", "١Gi"),
+    *none_of("resources.scratch", "0Gi", "lots"),
+    bad("shared memory as large as the memory", "spec.resources.sharedMemory",
+        ("resources", {"memory": "8Gi", "sharedMemory": "8192Mi"})),
+    ok("shared memory a little smaller", ("resources", {"memory": "8Gi", "sharedMemory": "8191Mi"})),
+    # Checkpoints, evaluation, tracking.
+    *one("checkpoint.every", "auto", 1, 500),
+    *none_of("checkpoint.every", 0, "never", "500", -5, 1.5),
+    *none_of("checkpoint.keep", 0, 101),
+    *none_of("output.merge", True),
+    *none_of("evaluation.metrics", ["rouge"], "rouge"),
+    bad("an unknown metric", "spec.evaluation.metrics[0]", ("evaluation.metrics", ["f1"])),
+    bad("samples without a test file", "spec.evaluation.samples", ("evaluation.samples", 5)),
+    ok("samples with a test file", ("evaluation.samples", 5), ("dataset.test", {"uri": "s3://data/test.jsonl"})),
+    *none_of("evaluation.samples", -1, 1001, also=(("dataset.test", {"uri": "s3://data/test.jsonl"}),)),
+    *none_of("evaluation.maxNewTokens", 0, 4097),
+    *none_of("tracking.mlflow", {"uri": "http://mlflow"}),
+    # Life cycle.
+    *none_of("runPolicy.suspend", "true", 1),
+    *none_of("runPolicy.queueName", "team-a", "x" * 64),
+    *none_of("runPolicy.preflight", "sometimes"),
+    *one("runPolicy.maxRestarts", {}, {"application": 0, "infrastructure": 1000}),
+    *none_of("runPolicy.maxRestarts.application", -1, 1001),
+    *none_of("runPolicy.activeDeadlineSeconds", -1, 31536001, "1h"),
+    *none_of("runPolicy.stallSeconds", -1, 86401),
+    *none_of("runPolicy.ttlSecondsAfterFinished", -1, 31536001),
+    # The pods.
+    *one("pod.labels", {"a": "b"}, {"example.com/a.b_c": "D-1"}, {"a": ""}, {"a" * 63: "b" * 63}),
+    *none_of("pod.labels", {"finetune-operator.io/job-name": "x"}, {"app.kubernetes.io/name": "x"},
+             {"batch.kubernetes.io/job-name": "x"}, {f"l{n}": "x" for n in range(33)}, ["a"]),
+    *none_of("pod.annotations", {"finetune-operator.io/run-config": "{}"}),
+    *(Case(f"{place} key {_short(key)}", ((f"pod.{place}", {key: "x"}),), f"spec.pod.{place}")
+      for place in ("labels", "annotations", "nodeSelector") for key in ("a b", "", "a" * 64, "/a", "UPPER.com/a")),
+    *(Case(f"label value {_short(value)}", (("pod.labels", {"a": value}),), "spec.pod.labels.a")
+      for value in ("two words", "b" * 64, "-x", 1, True)),
+    ok("an annotation of 1024 characters", ("pod.annotations", {"a": "ü" * 1024})),
+    bad("an annotation of 1025 characters", "spec.pod.annotations.a", ("pod.annotations", {"a": "ü" * 1025})),
+    ok("any taint", ("pod.tolerations", [{"operator": "Exists"}])),
+    ok("a taint for a while",
+       ("pod.tolerations", [{"key": "a", "value": "b", "effect": "NoExecute", "tolerationSeconds": 60}])),
+    *(Case(f"toleration {_short(value)}", (("pod.tolerations", [value]),), f"spec.pod.tolerations[0].{field}")
+      for field, value in (
+          ("operator", {"value": "x"}), ("operator", {"key": "a", "operator": "In"}),
+          ("value", {"key": "a", "operator": "Exists", "value": "x"}),
+          ("tolerationSeconds", {"key": "a", "tolerationSeconds": 60}),
+          ("tolerationSeconds", {"key": "a", "effect": "NoSchedule", "tolerationSeconds": 60}),
+          ("tolerationSeconds", {"key": "a", "effect": "NoExecute", "tolerationSeconds": -1}),
+          ("effect", {"key": "a", "effect": "No"}), ("key", {"key": "a b"}),
+      )),
+    *none_of("pod.tolerations", [{"operator": "Exists"}] * 17, {}),
+    *one("pod.serviceAccountName", "", "trainer"),
+    *none_of("pod.serviceAccountName", "other/trainer", "-x", "X"),
+    *none_of("pod.priorityClassName", "a b"),
+    *none_of("pod.hostNetwork", True),
+    *none_of("pod.containers", []),
+    bad("a pull secret without a name", "spec.pod.imagePullSecrets[0].name", ("pod.imagePullSecrets", [{}])),
+)  # fmt: skip
+
+# (id, the job as it is, what is changed, the field that the refusal names or None)
+TRANSITIONS: tuple[tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...], str | None], ...] = (
+    ("nothing", (), (), None),
+    ("suspend", (), (("runPolicy.suspend", True),), None),
+    ("resume", (("runPolicy.suspend", True),), (("runPolicy.suspend", False),), None),
+    ("deadline", (), (("runPolicy.activeDeadlineSeconds", 60),), None),
+    ("ttl", (), (("runPolicy.ttlSecondsAfterFinished", 60),), None),
+    ("a default spelt out", (), (("training.globalBatchSize", 64), ("resources.cpu", "4")), None),
+    ("labels", (), (("metadata.labels", {"a": "b"}),), None),
+    ("model", (), (("model.uri", "hf://org/other"),), "spec.model.uri"),
+    ("revision added", (), (("model.revision", "main"),), "spec.model.revision"),
+    ("revision removed", (("model.revision", "main"),), (("model.revision", ABSENT),), "spec.model.revision"),
+    ("credentials", (), (("model.credentialsRef", {"name": "x"}),), "spec.model.credentialsRef"),
+    ("dataset", (), (("dataset.packing", False),), "spec.dataset.packing"),
+    ("validation added", (), (("dataset.validation", {"fraction": 0.1}),), "spec.dataset.validation"),
+    ("rank", (), (("method.lora.rank", 8),), "spec.method.lora"),
+    ("method", (), (("method", {"type": "full"}),), "spec.method.type"),
+    ("learning rate", (), (("training.learningRate", 1e-3),), "spec.training.learningRate"),
+    ("epochs to maxSteps", (("training.epochs", 1),), (("training", {"maxSteps": 5}),), "spec.training.maxSteps"),
+    ("micro batch", (), (("training.microBatchSize", 2),), "spec.training.microBatchSize"),
+    ("nodes", (), (("distribution.nodes", 2),), "spec.distribution.nodes"),
+    ("memory", (), (("resources.memory", "32Gi"),), "spec.resources.memory"),
+    ("gpu", (), (("resources.gpu", {}),), "spec.resources.gpu"),
+    ("checkpoint", (), (("checkpoint.every", 5),), "spec.checkpoint.every"),
+    ("output", (), (("output.uri", "s3://models/other"),), "spec.output.uri"),
+    ("evaluation", (), (("evaluation.maxNewTokens", 8),), "spec.evaluation.maxNewTokens"),
+    ("restarts", (), (("runPolicy.maxRestarts.application", 5),), "spec.runPolicy.maxRestarts"),
+    ("stall", (), (("runPolicy.stallSeconds", 5),), "spec.runPolicy.stallSeconds"),
+    ("preflight", (), (("runPolicy.preflight", "never"),), "spec.runPolicy.preflight"),
+    ("pod labels", (), (("pod.labels", {"a": "b"}),), "spec.pod.labels"),
+    ("tolerations", (), (("pod.tolerations", [{"operator": "Exists"}]),), "spec.pod.tolerations"),
+    ("two at once", (), (("runPolicy.suspend", True), ("training.seed", 1)), "spec.training.seed"),
+)  # fmt: skip

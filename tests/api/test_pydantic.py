@@ -1,0 +1,72 @@
+"""The contract by pydantic alone: the table of cases, transitions, what a refusal says, and the generated files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api import generate
+from finetune_api.errors import describe
+from finetune_api.resource import FineTuneJob, parse
+from finetune_api.transitions import transition_errors
+from pydantic import ValidationError
+
+from api.cases import CASES, MINIMAL, TRANSITIONS, Case, changed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_pydantic_accepts_what_is_valid_and_names_the_field_of_what_is_not(case: Case) -> None:
+    if case.valid:
+        assert isinstance(parse(case.body), FineTuneJob)
+        return
+    with pytest.raises(ValidationError) as refusal:
+        parse(case.body)
+    assert any(line.startswith(str(case.field)) for line in describe(refusal.value)), describe(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "change", "field"), [row[1:] for row in TRANSITIONS], ids=[r[0] for r in TRANSITIONS]
+)
+def test_a_transition_is_refused_by_the_name_of_the_field(
+    before: tuple[tuple[str, Any], ...], change: tuple[tuple[str, Any], ...], field: str | None
+) -> None:
+    old = changed(MINIMAL, *before)
+    new = changed(old, *change)
+    errors = transition_errors(parse(old).spec, parse(new).spec)
+    assert bool(errors) is (field is not None)
+    assert field is None or any(error.startswith(f"{field} ") for error in errors)
+
+
+def test_ids_are_unique() -> None:
+    ids = [case.id for case in CASES]
+    assert sorted(set(ids)) == sorted(ids)
+
+
+def test_a_refusal_shows_the_value() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        parse(changed(MINIMAL, ("method.lora.rank", 0)))
+    (line,) = describe(refusal.value)
+    assert line == "spec.method.lora.rank: Input should be greater than or equal to 1 (got 0)"
+
+
+def test_a_refusal_lists_every_broken_rule() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        parse(changed(MINIMAL, ("training", {"epochs": 1, "maxSteps": 1, "optimizer": "adafactor"})))
+    assert describe(refusal.value) == (
+        "spec.training.maxSteps: give either epochs or maxSteps, not both",
+        "spec.training.optimizer: this optimizer is not supported yet; use adamw",
+    )
+
+
+def test_every_generated_file_is_up_to_date() -> None:
+    assert generate.stale(Path(__file__).parents[2]) == [], f"run {generate.COMMAND}"
+
+
+def test_the_check_fails_on_a_stale_file_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "operator" / "finetune_api").mkdir(parents=True)
+    assert generate.main(["--root", str(tmp_path), "--check"]) == 1
+    assert "docs/reference.md is out of date" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+    assert generate.main(["--root", str(tmp_path)]) == 0
+    assert generate.main(["--root", str(tmp_path), "--check"]) == 0

@@ -1,0 +1,96 @@
+"""What the tests share: one control plane for the whole session, for everything marked `cluster`.
+
+`FINETUNE_TEST_CLUSTER=name` uses a cluster that is up (`python3 -m localcluster up --name name ...`) and keeps it;
+otherwise one is made when the first test asks for it, and removed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class ControlPlane:
+    """A real API server with etcd, controller manager and scheduler."""
+
+    name: str
+    kubeconfig: Path
+    audit_log: Path | None
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
+        """Standard output of kubectl; on failure a CalledProcessError, or with check=False its standard error too."""
+        command = [localcluster_tool("kubectl"), "--kubeconfig", str(self.kubeconfig), *arguments]
+        done = subprocess.run(command, input=stdin, text=True, capture_output=True, timeout=120)
+        if check and done.returncode:
+            raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stderr}")
+        return done.stdout + ("" if check else done.stderr)
+
+
+def localcluster(*arguments: str, timeout: float = 1200) -> str:
+    """Standard output of the local cluster's command line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "localcluster", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "hack")},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        timeout=timeout,
+    )
+    if done.returncode:
+        raise AssertionError(f"localcluster {' '.join(arguments)}: exit code {done.returncode}")
+    return done.stdout
+
+
+_TOOLS: dict[str, str] = {}
+
+
+def localcluster_tool(name: str) -> str:
+    """Path of kubectl, helm and so on, built on first use."""
+    if name not in _TOOLS:
+        _TOOLS[name] = localcluster("tool", name).strip().splitlines()[-1]
+    return _TOOLS[name]
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[ControlPlane]:
+    """The session's control plane. It has no node: pods stay Pending unless a test plays the kubelet."""
+    running = os.environ.get("FINETUNE_TEST_CLUSTER")
+    name = running or f"test-{os.getpid()}"
+    try:
+        if not running:
+            localcluster("up", "--name", name, "--control-plane-only", "--audit")
+        state = json.loads(localcluster("status", "--name", name, "--json"))
+        audit = state.get("auditLog")
+        yield ControlPlane(name, Path(state["kubeconfig"]), Path(audit) if audit else None)
+    finally:
+        if not running:
+            localcluster("down", "--name", name)
+
+
+@pytest.fixture(scope="session")
+def kubeconfig(control_plane: ControlPlane) -> Path:
+    return control_plane.kubeconfig
+
+
+@pytest.fixture(scope="session")
+def crd(control_plane: ControlPlane) -> ControlPlane:
+    """The control plane with the committed CRD established."""
+    control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+    return control_plane
+
+
+@pytest.fixture(scope="session")
+def helm() -> str:
+    """Path of the real helm."""
+    return localcluster_tool("helm")
