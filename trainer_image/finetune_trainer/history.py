@@ -1,0 +1,34 @@
+"""History: the loss history of a job over all its attempts, as it is kept beside checkpoints and the result.
+
+Filled by the supervisor from rank 0's step and eval events; a resumed attempt begins with the lines up to its step.
+"""
+
+from __future__ import annotations
+
+from finetune_api import events
+
+Line = events.StepEvent | events.EvalEvent
+
+
+class History:
+    """Grows by one line a step; `text` is the file's content."""
+
+    def __init__(self, lines: tuple[Line, ...] = ()) -> None:
+        self._lines = list(lines)
+
+    def add(self, event: events.Event) -> None:
+        if isinstance(event, Line):
+            self._lines.append(event)
+
+    def until(self, step: int) -> tuple[Line, ...]:
+        return tuple(line for line in self._lines if line.step <= step)
+
+    def text(self, until: int | None = None) -> str:
+        lines = self._lines if until is None else self.until(until)
+        return "".join(f"{events.encode(line)}\n" for line in lines)
+
+
+def parse(text: str, until: int) -> tuple[Line, ...]:
+    """The lines up to a step. What can't be read is left out: a torn history is no reason to train again."""
+    found = (events.decode(line) for line in text.splitlines() if line.strip())
+    return tuple(event for event in found if isinstance(event, Line) and event.step <= until)

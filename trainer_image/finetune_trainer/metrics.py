@@ -1,0 +1,134 @@
+"""What Prometheus scrapes from a trainer pod. Fed by the supervisor's loop; lives in the supervisor, so it outlives
+a rank that was killed. A series exists once its value is known; labels never hold a step, a URI or a UID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from finetune_api import events as e
+from finetune_api.run import JobRef
+from finetune_trainer.gpu import Gpus
+
+_LABELS = ("namespace", "job", "attempt")
+_STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
+
+
+class Metrics:
+    """The series of one attempt, in a registry of their own."""
+
+    def __init__(self, job: JobRef, gpus: Gpus) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self._job = {"namespace": job.namespace, "job": job.name, "attempt": str(job.attempt)}
+        self.registry.register(_GpuCollector(gpus, self._job))
+        self._train_loss = self._gauge("finetune_train_loss", "Mean loss per supervised token of the last step.")
+        self._eval_loss = self._gauge(
+            "finetune_eval_loss", "Mean loss per supervised token of a held-out split.", "split"
+        )
+        self._learning_rate = self._gauge("finetune_learning_rate", "Learning rate of the last step.")
+        self._grad_norm = self._gauge("finetune_grad_norm", "Global L2 norm of the gradient before clipping.")
+        self._steps = self._counter("finetune_train_steps", "Optimizer steps done by this attempt.")
+        self._tokens = self._counter("finetune_train_tokens", "Tokens trained on, padding not counted, all ranks.")
+        self._samples = self._counter("finetune_train_samples", "Examples trained on, all ranks.")
+        self._step_seconds = Histogram(
+            "finetune_train_step_duration_seconds",
+            "Wall time of a step, by part (phase=total is the whole).",
+            (*_LABELS, "phase"),
+            registry=self.registry,
+            buckets=_STEP_BUCKETS,
+        )
+        self._ratio = self._gauge("finetune_train_progress_ratio", "Steps done of all steps, 0 to 1.")
+        self._last_step = self._gauge("finetune_train_last_step_timestamp_seconds", "When the last step ended.")
+        self._padding = self._gauge("finetune_train_padding_ratio", "Share of computed positions without a token.")
+        self._checkpoint_seconds = self._gauge(
+            "finetune_checkpoint_duration_seconds", "Time of the last checkpoint, by tier (local, remote).", "tier"
+        )
+        self._checkpoint_bytes = self._counter("finetune_checkpoint_bytes", "Bytes of checkpoints, by tier.", "tier")
+        self._checkpoint_time = self._gauge(
+            "finetune_checkpoint_last_success_timestamp_seconds", "When the last checkpoint was complete.", "tier"
+        )
+        self._checkpoint_failures = self._counter("finetune_checkpoint_upload_failures", "Checkpoints not uploaded.")
+        self._phase_seconds = self._counter(
+            "finetune_phase_seconds", "Time by phase: fetching, checking, loading, tokenizing, training, …", "phase"
+        )
+        self._total_steps = 0
+
+    def serve(self, port: int) -> None:
+        """Serves /metrics in a thread. Raises OSError when the port is taken."""
+        start_http_server(port, registry=self.registry)
+
+    def observe(self, event: e.Event) -> None:
+        """Takes one of rank 0's events."""
+        match event:
+            case e.PlanEvent():
+                self._total_steps = event.total_steps
+                self._set(self._padding, event.padding_share)
+            case e.StepEvent():
+                self._set(self._train_loss, event.loss)
+                self._set(self._learning_rate, event.learning_rate)
+                self._set(self._grad_norm, event.grad_norm)
+                self._set(self._last_step, event.time)
+                self._steps.labels(**self._job).inc()
+                self._tokens.labels(**self._job).inc(event.tokens)
+                self._samples.labels(**self._job).inc(event.samples)
+                for phase, seconds in event.seconds.items():
+                    self._step_seconds.labels(**self._job, phase=phase).observe(seconds)
+                if self._total_steps:
+                    self._set(self._ratio, event.step / self._total_steps)
+            case e.EvalEvent():
+                self._set(self._eval_loss, event.loss, split=event.split)
+            case e.CheckpointEvent():
+                self.checkpoint(tier="local", seconds=event.seconds, size=event.bytes, at=event.time)
+            case _:
+                return
+
+    def checkpoint(self, *, tier: str, seconds: float, size: int, at: float) -> None:
+        """A checkpoint is complete on this node's disk (local) or in the destination (remote)."""
+        self._set(self._checkpoint_seconds, seconds, tier=tier)
+        self._set(self._checkpoint_time, at, tier=tier)
+        self._checkpoint_bytes.labels(**self._job, tier=tier).inc(size)
+
+    def checkpoint_failed(self) -> None:
+        self._checkpoint_failures.labels(**self._job).inc()
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Time that went into a phase since the last call."""
+        self._phase_seconds.labels(**self._job, phase=phase).inc(seconds)
+
+    def _set(self, gauge: Gauge, value: float, **labels: str) -> None:
+        gauge.labels(**self._job, **labels).set(value)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, (*_LABELS, *labels), registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, (*_LABELS, *labels), registry=self.registry)
+
+
+class _GpuCollector(Collector):
+    """Asks NVML when it is scraped."""
+
+    def __init__(self, gpus: Gpus, labels: dict[str, str]) -> None:
+        self._gpus = gpus
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        samples = self._gpus.sample()
+        families: tuple[tuple[str, str, Any], ...] = (
+            ("finetune_gpu_utilization_ratio", "Share of time in which a kernel ran, 0 to 1.", "utilization_ratio"),
+            ("finetune_gpu_memory_used_bytes", "GPU memory in use.", "memory_used_bytes"),
+            ("finetune_gpu_memory_total_bytes", "GPU memory in all.", "memory_total_bytes"),
+        )
+        for name, text, attribute in families:
+            family = GaugeMetricFamily(name, text, labels=(*self._labels, "gpu"))
+            for sample in samples:
+                value = getattr(sample, attribute)
+                if value is not None:
+                    family.add_metric((*self._labels.values(), str(sample.index)), value)
+            if family.samples:
+                yield family

@@ -1,0 +1,127 @@
+"""TrainingState: what the events so far amount to. Pure: `after(state, event)` is the next state.
+
+Folded by the supervisor; read by metrics, progress, upload and the result. Reads no file and no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from finetune_api import events as e
+from finetune_api.status import EvaluationStatus
+
+_SPEED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """`step` counts from the very first attempt, `steps_here` in this one. Losses are means per supervised token."""
+
+    phase: str = "starting"
+    plan: e.PlanEvent | None = None
+    step: int = 0
+    steps_here: int = 0
+    last: e.StepEvent | None = None
+    tokens: int = 0
+    samples: int = 0
+    evals: dict[int, float] = field(default_factory=dict)
+    eval_loss: float | None = None
+    test_before: float | None = None
+    test_after: float | None = None
+    checkpoint: Checkpoint | None = None
+    saved: e.SavedEvent | None = None
+    preempted: e.PreemptedEvent | None = None
+    samples_shown: tuple[e.SampleEvent, ...] = ()
+    decisions: tuple[e.DecisionEvent, ...] = ()
+    recent: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps if self.plan else 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the last steps, evaluation and checkpoints not counted."""
+        seconds = sum(seconds for _, seconds in self.recent)
+        return sum(tokens for tokens, _ in self.recent) / seconds if seconds > 0 else None
+
+    @property
+    def eta_seconds(self) -> int | None:
+        """Steps left times the mean of the last steps' durations."""
+        if not self.recent or not self.total_steps:
+            return None
+        mean = sum(seconds for _, seconds in self.recent) / len(self.recent)
+        return round(mean * max(0, self.total_steps - self.step))
+
+    @property
+    def evaluation(self) -> EvaluationStatus | None:
+        """The losses of what was written: the eval loss is the one of the saved step."""
+        eval_loss = self.evals.get(self.saved.step, self.eval_loss) if self.saved else self.eval_loss
+        train_loss = self.last.loss if self.last else None
+        values = (train_loss, eval_loss, self.test_before, self.test_after)
+        if all(value is None for value in values):
+            return None
+        return EvaluationStatus(
+            train_loss=train_loss,
+            eval_loss=eval_loss,
+            test_loss_before=self.test_before,
+            test_loss_after=self.test_after,
+        )
+
+
+def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> TrainingState:
+    """The state once `event` has happened. `restored` events are those of earlier attempts."""
+    match event:
+        case e.PhaseEvent():
+            return replace(state, phase=event.phase)
+        case e.PlanEvent():
+            return replace(state, plan=event, step=max(state.step, event.start_step))
+        case e.StepEvent():
+            recent = () if restored else (*state.recent, (event.tokens, event.seconds.get("total", 0.0)))
+            return replace(
+                state,
+                step=event.step,
+                steps_here=state.steps_here + (not restored),
+                last=event,
+                tokens=state.tokens + event.tokens,
+                samples=state.samples + event.samples,
+                recent=recent[-_SPEED_STEPS:],
+            )
+        case e.EvalEvent():
+            return _evaluated(state, event)
+        case e.CheckpointEvent():
+            return replace(state, checkpoint=Checkpoint(event.step, event.path, event.bytes))
+        case e.SampleEvent():
+            kept = tuple(sample for sample in state.samples_shown if sample.index != event.index)
+            return replace(state, samples_shown=(*kept, event))
+        case e.SavedEvent():
+            return replace(state, saved=event)
+        case e.PreemptedEvent():
+            return replace(state, preempted=event)
+        case e.DecisionEvent():
+            return replace(state, decisions=(*state.decisions, event))
+        case e.ErrorEvent():
+            return state
+
+
+def restored(history: tuple[e.StepEvent | e.EvalEvent, ...], step: int) -> TrainingState:
+    """The state at a checkpoint, out of the history that was stored beside it."""
+    state = TrainingState()
+    for event in history:
+        state = after(state, event, restored=True)
+    return replace(state, step=step)
+
+
+def _evaluated(state: TrainingState, event: e.EvalEvent) -> TrainingState:
+    if event.split == "validation":
+        return replace(state, eval_loss=event.loss, evals={**state.evals, event.step: event.loss})
+    if event.step == 0 and state.test_before is None:
+        return replace(state, test_before=event.loss)
+    return replace(state, test_after=event.loss)
