@@ -59,7 +59,7 @@ def start(paths: ClusterPaths, network: Network) -> int:
     log = (paths.logs / "init.log").open("ab")
     namespaces = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
     with log:
-        subprocess.Popen(
+        holder = subprocess.Popen(
             ["unshare", *namespaces, "--propagation", "slave", "--", sys.executable, "-m", _INIT, str(paths.root)],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -70,7 +70,7 @@ def start(paths: ClusterPaths, network: Network) -> int:
         )
     deadline = time.monotonic() + 10
     while not (paths.run / "control").exists():
-        if time.monotonic() > deadline or not processes(paths.root):
+        if time.monotonic() > deadline or holder.poll() is not None:
             raise LocalClusterError(
                 f"the cluster's namespaces did not start: {_tail(paths.logs / 'init.log')}; "
                 "this needs root with the right to make network, mount and process namespaces"
