@@ -92,7 +92,7 @@ class Cache:
         """A FineTuneJob as it was read, or as our write left it."""
         key = key_of(body)
         known = self._bodies.get(key)
-        if known is None or _version(known) < _version(body) or known["metadata"]["uid"] != body["metadata"]["uid"]:
+        if known is None or _version(known) < _version(body):
             if known is not None:
                 self._keys.pop(known["metadata"]["uid"], None)
             self._bodies[key] = body

@@ -107,31 +107,41 @@ def decide(seen: Observed, now: datetime) -> Decision:
     return replace(decision, recheck=_earlier(decision.recheck, left))
 
 
-def name_conflict(outlook: Outlook, message: str) -> Outlook:
-    """What is said when a child's name belongs to somebody else."""
-    failure = FailureStatus(reason="NameConflict", message=message, attempt=outlook.attempt)
-    return replace(outlook, phase="Failed", reason="NameConflict", message=message, failure=failure, verdict=None)
+def failed_to_start(seen: Observed, outlook: Outlook, reason: str, message: str) -> Outlook:
+    """What is said when a child can't be created, and only a person can change that."""
+    number, restarts = _standing(seen)
+    failure = FailureStatus(reason=reason, message=message, attempt=number, hint=policy.hint(reason))
+    return replace(
+        outlook,
+        phase="Failed",
+        reason=reason,
+        message=message,
+        attempt=number,
+        restarts=restarts,
+        failure=failure,
+        verdict=None,
+    )
 
 
-def refused(outlook: Outlook, reason: str, message: str) -> Outlook:
-    """What is said when the spec can't be carried out."""
-    failure = FailureStatus(reason=reason, message=message, attempt=outlook.attempt)
-    return replace(outlook, phase="Failed", reason=reason, message=message, failure=failure, verdict=None)
-
-
-def blocked(outlook: Outlook, reason: str, message: str) -> Outlook:
+def blocked(seen: Observed, outlook: Outlook, message: str) -> Outlook:
     """What is said while the cluster refuses a child for now; it is tried again."""
-    return replace(outlook, phase="Pending", reason=reason, message=message)
+    number, restarts = _standing(seen)
+    return replace(outlook, phase="Pending", reason="Blocked", message=message, attempt=number, restarts=restarts)
 
 
 def _case(seen: Observed, now: datetime) -> _Case:
-    """The newest attempt is the higher one of status and Jobs; its counters are on its Job, written with it."""
+    number, restarts = _standing(seen)
     current = seen.current
-    status = seen.job.status
-    number = max(status.attempt, current.number if current else 0)
-    if current and current.number == number:
-        return _Case(seen, now, number, current.job.restarts, verdict(current, dict(seen.words)))
-    return _Case(seen, now, number, status.restarts, None)
+    found = verdict(current, dict(seen.words)) if current and current.number == number else None
+    return _Case(seen, now, number, restarts, found)
+
+
+def _standing(seen: Observed) -> tuple[int, Restarts]:
+    """The newest attempt is the higher one of status and Jobs; its counters are on its Job, written with it."""
+    current, status = seen.current, seen.job.status
+    if current and current.number >= status.attempt:
+        return current.number, current.job.restarts
+    return status.attempt, status.restarts
 
 
 def _first(case: _Case) -> Decision:

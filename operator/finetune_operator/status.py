@@ -20,6 +20,7 @@ from finetune_api.status import (
     CheckpointStatus,
     Condition,
     EvaluationStatus,
+    FailureStatus,
     ModelStatus,
     ProgressStatus,
     Status,
@@ -53,7 +54,7 @@ def status(seen: Observed, outlook: Outlook, now: datetime) -> Status:
         observed_generation=seen.job.metadata.generation,
         phase=outlook.phase,
         message=outlook.message,
-        conditions=_conditions(seen, outlook, time),
+        conditions=_conditions(before, seen.job.metadata.generation, outlook, time),
         start_time=before.start_time or _start_time(seen, outlook, time),
         completion_time=before.completion_time or (time if outlook.is_terminal else None),
         attempt=outlook.attempt,
@@ -61,11 +62,30 @@ def status(seen: Observed, outlook: Outlook, now: datetime) -> Status:
         restarts=outlook.restarts,
         restarts_total=policy.total(outlook.restarts),
         progress=_progress(seen, outlook, reported, result),
-        checkpoint=_newest(before.checkpoint, reported.progress.checkpoint if reported else None, _checkpoint(seen)),
+        checkpoint=_newest(
+            before.checkpoint, seen.report.progress.checkpoint if seen.report else None, _checkpoint(seen)
+        ),
         model=_model(before.model, reported, result),
         artifact=(result.artifact if result else None) or before.artifact,
         evaluation=_evaluation(before.evaluation, reported, result),
         failure=None if outlook.phase == "Succeeded" else outlook.failure,
+    )
+
+
+def unreadable(before: Status, generation: int, message: str, now: datetime) -> Status:
+    """Of a job whose spec isn't one: the API server holds another version of the schema."""
+    time = timestamp(now)
+    failure = FailureStatus(reason="InvalidSpec", message=message, hint=policy.hint("InvalidSpec"))
+    outlook = Outlook("Failed", "InvalidSpec", message, before.attempt, before.restarts, failure)
+    return before.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": outlook.phase,
+            "message": message,
+            "conditions": _conditions(before, generation, outlook, time),
+            "completion_time": time,
+            "failure": failure,
+        }
     )
 
 
@@ -127,7 +147,7 @@ def _start_time(seen: Observed, outlook: Outlook, time: str) -> str | None:
     return time if outlook.attempt > 0 else None
 
 
-def _conditions(seen: Observed, outlook: Outlook, time: str) -> tuple[Condition, ...]:
+def _conditions(before: Status, generation: int, outlook: Outlook, time: str) -> tuple[Condition, ...]:
     failed = outlook.phase == "Failed"
     working = outlook.phase in ("Pending", "Starting", "Restarting") or outlook.suspension == SUSPENDING
     ended = "Finished" if outlook.is_terminal else "NotFinished"
@@ -140,10 +160,8 @@ def _conditions(seen: Observed, outlook: Outlook, time: str) -> tuple[Condition,
         CONDITION_RECONCILING: _Said(True, outlook.reason, outlook.message) if working else _Said(False, outlook.phase),
         CONDITION_STALLED: _Said(True, outlook.reason, outlook.message) if failed else _Said(False, "Healthy"),
     }
-    earlier = {condition.type: condition for condition in seen.job.status.conditions}
-    return tuple(
-        _condition(kind, words, earlier.get(kind), seen.job.metadata.generation, time) for kind, words in said.items()
-    )
+    earlier = {condition.type: condition for condition in before.conditions}
+    return tuple(_condition(kind, words, earlier.get(kind), generation, time) for kind, words in said.items())
 
 
 def _condition(kind: str, said: _Said, before: Condition | None, generation: int, time: str) -> Condition:
