@@ -87,6 +87,7 @@ def crd(control_plane: ControlPlane) -> ControlPlane:
     """The control plane with the committed CRD established."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+    control_plane.kubectl("api-resources", "--api-group=finetune-operator.io")  # kubectl forgets what it had cached
     return control_plane
 
 

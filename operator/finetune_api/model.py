@@ -71,16 +71,15 @@ def model_in(annotation: Any) -> type[Model] | None:
 
 
 def as_admitted(body: Any, model: type[Model] | None) -> Any:
-    """A raw value as the API server sees it: a null for a field counts as absent, and 2.0 is the integer 2."""
+    """A raw value as the API server sees it: a null under a key counts as absent, and 2.0 is the integer 2."""
     if isinstance(body, float) and body.is_integer() and abs(body) < 2**63:
         return int(body)
     if isinstance(body, list | tuple):
         return [as_admitted(item, model) for item in body]
     if not isinstance(body, Mapping):
         return body
-    if model is None:
-        return {key: as_admitted(value, None) for key, value in body.items()}
-    types = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    fields = model.model_fields if model else {}
+    types = {field.alias or name: field.annotation for name, field in fields.items()}
     return {key: as_admitted(value, model_in(types.get(key))) for key, value in body.items() if value is not None}
 
 

@@ -63,7 +63,7 @@ def _section(path: str, model: type[Model]) -> list[str]:
 def _row(path: str, key: str, schema: JsonSchema, inner: type[Model] | None, is_list: bool) -> str:
     field = schema["properties"][key]
     kind = f"[{'list of ' if is_list else ''}object](#{_anchor(path, key)})" if inner else type_name(field)
-    default = "**required**" if key in schema.get("required", []) else _default(field)
+    default = "**required**" if key in schema.get("required", []) else _default(field, inner is not None)
     return f"| `{key}` | {_cell(kind)} | {_cell(default)} | {_cell(field['description'] or '')} |"
 
 
@@ -107,11 +107,11 @@ def _between(low: Any, high: Any, what: str) -> str:
     return f", {' and '.join(words)} {what}" if words else ""
 
 
-def _default(field: JsonSchema) -> str:
+def _default(field: JsonSchema, has_fields: bool) -> str:
     if "default" not in field:
         return ""
-    if field["default"] == {} and field["type"] == "object":
-        return "`{}`"
+    if has_fields and field["type"] == "object":
+        return "`{}`"  # its fields tell theirs
     return f"`{json.dumps(field['default'])}`"
 
 

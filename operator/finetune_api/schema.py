@@ -222,7 +222,8 @@ def _default(value: Any) -> JsonSchema:
     if value is None:
         return {}
     if isinstance(value, Model):
-        return {"default": {}}  # the defaults inside then apply
+        # All of it: the API server asks the rules of a default before it fills in the defaults inside.
+        return {"default": value.to_json()}
     return {"default": list(value) if isinstance(value, tuple) else value}
 
 

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
     def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0]:
             return _MERGE if value == "<<" else _PLAIN
-        return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+        return str(super().resolve(kind, value, implicit))
 
     def construct_plain(self, node: yaml.ScalarNode) -> Any:
         try:
@@ -48,14 +48,25 @@ class _Loader(yaml.SafeLoader):
         return str(node.value)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.tag != _MERGE and key_node.value in seen:
+        given = [(self._key(key), key) for key, _ in node.value if key.tag != _MERGE]
+        for index, (name, key) in enumerate(given):
+            if name in {other for other, _ in given[:index]}:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice; remove one", key_node.start_mark
+                    None, None, f"the key {name!r} is given twice; remove one", key.start_mark
                 )
-            seen.add(key_node.value if isinstance(key_node.value, str) else str(key_node.start_mark))
-        return {_key(key): value for key, value in super().construct_mapping(node, deep=deep).items()}
+        self.flatten_mapping(node)
+        return {self._key(key): self.construct_object(value, deep) for key, value in node.value}
+
+    def _key(self, node: yaml.Node) -> str:
+        """JSON's keys are strings."""
+        key = self.construct_object(node, True)
+        if isinstance(key, bool):
+            return "true" if key else "false"
+        if key is None or isinstance(key, list | dict):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a word or a number; give it a name", node.start_mark
+            )
+        return str(key)
 
 
 _Loader.add_constructor(_PLAIN, _Loader.construct_plain)
@@ -112,12 +123,3 @@ def _float(value: float, text: str) -> int | float:
     if math.isinf(value):
         raise ValueError(f"{text} is too large a number")
     return int(value) if value.is_integer() and int(value) in _INT64 else value
-
-
-def _key(key: Any) -> str:
-    """JSON's keys are strings."""
-    if isinstance(key, bool):
-        return "true" if key else "false"
-    if key is None:
-        raise yaml.constructor.ConstructorError(None, None, "a key is empty; give it a name")
-    return str(key)

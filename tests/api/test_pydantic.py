@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+
+from api.cases import CASES, MINIMAL, TRANSITIONS, Case, changed
 from finetune_api import generate
 from finetune_api.errors import describe
 from finetune_api.resource import FineTuneJob, parse
 from finetune_api.transitions import transition_errors
-from pydantic import ValidationError
-
-from api.cases import CASES, MINIMAL, TRANSITIONS, Case, changed
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
