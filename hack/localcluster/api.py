@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,24 @@ class Api:
             return json.loads(text)
         except ValueError:
             return text
+
+    def lines(self, path: str, timeout: float) -> Iterator[bytes]:
+        """The lines of an answer that goes on, such as a watch; raises ApiError, ends when the server ends it."""
+        where = urlsplit(self.server)
+        connection = http.client.HTTPSConnection(
+            where.hostname or "", where.port, timeout=timeout, context=self._tls()
+        )
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            if answer.status >= 300:
+                raise ApiError(answer.status, f"GET {path}: {answer.status} {answer.read()[:300]!r}")
+            while line := answer.readline():
+                yield line
+        except (OSError, http.client.HTTPException) as error:
+            raise ApiError(0, f"GET {self.server}{path}: {error}") from error
+        finally:
+            connection.close()
 
     def answers(self, path: str) -> bool:
         try:

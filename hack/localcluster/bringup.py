@@ -109,7 +109,8 @@ def start_addons(layout: Layout, tools: dict[str, Path]) -> S3 | None:
         (paths.data / "s3-metadata").mkdir(exist_ok=True)
         sandbox.launch(paths, components.s3(layout, tools["versitygw"], access, has_xattrs(paths.data)))
     if "prometheus" in addons:
-        (paths.etc / "prometheus.yaml").write_text(configs.prometheus(paths.pki, layout.network))
+        (paths.etc / "prometheus.yaml").write_text(configs.prometheus(paths.targets))
+        sandbox.launch(paths, components.discovery(layout))
         sandbox.launch(paths, components.prometheus(layout))
     return access
 

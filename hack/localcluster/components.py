@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from localcluster.network import Network
-from localcluster.paths import ClusterPaths
+from localcluster.paths import PACKAGE, ClusterPaths
 from localcluster.spec import S3, S3_REGION, ClusterSpec
 
 
@@ -165,6 +166,7 @@ def kwok(layout: Layout, program: Path) -> Component:
         "kwok",
         (
             str(program),
+            f"--config={PACKAGE / 'kwok-stages.yaml'}",
             f"--kubeconfig={layout.paths.etc / 'admin.kubeconfig'}",
             "--manage-all-nodes=false",
             "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
@@ -190,6 +192,21 @@ def s3(layout: Layout, program: Path, access: S3, has_xattrs: bool) -> Component
             str(folder),
         ),
         (("ROOT_ACCESS_KEY", access.access_key_id), ("ROOT_SECRET_KEY", access.secret_access_key)),
+    )
+
+
+def discovery(layout: Layout) -> Component:
+    """Follows the pods for Prometheus."""
+    return Component(
+        "discovery",
+        (
+            sys.executable,
+            "-m",
+            "localcluster.discovery",
+            layout.server,
+            str(layout.paths.pki),
+            str(layout.paths.targets),
+        ),
     )
 
 

@@ -56,6 +56,10 @@ class ClusterPaths:
         return self.run / "etc"
 
     @property
+    def targets(self) -> Path:
+        return self.etc / "prometheus-targets.json"
+
+    @property
     def kubeconfig(self) -> Path:
         return self.run / "kubeconfig"
 

@@ -1,0 +1,89 @@
+"""Tells Prometheus which pods to scrape: watches pods, writes a file_sd file. Run as a component by init.
+
+Debian's Prometheus is built without Kubernetes service discovery. This keeps what a PodMonitor would: pods of
+this project with a container port named `metrics`. It never writes to the API server.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from localcluster.api import Api, ApiError
+
+SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
+PORT_NAME = "metrics"
+_WATCH_SECONDS = 300
+
+
+def targets(pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One file_sd group a metrics port of a running pod. Pure."""
+    groups = []
+    for pod in pods:
+        meta, status = pod["metadata"], pod.get("status", {})
+        if status.get("phase") != "Running" or not status.get("podIP"):
+            continue
+        for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
+            for port in container.get("ports", []):
+                if port.get("name") == PORT_NAME:
+                    groups.append(
+                        {
+                            "targets": [f"{status['podIP']}:{port['containerPort']}"],
+                            "labels": {"namespace": meta["namespace"], "pod": meta["name"]},
+                        }
+                    )
+    return sorted(groups, key=lambda group: group["targets"])
+
+
+def follow(api: Api, file: Path) -> None:
+    """Lists, then watches until the watch ends; the caller begins anew."""
+    query = urlencode({"labelSelector": SELECTOR})
+    listed = api.get(f"/api/v1/pods?{query}")
+    pods = {pod["metadata"]["uid"]: pod for pod in listed["items"]}
+    version = listed["metadata"]["resourceVersion"]
+    written = _write(file, list(pods.values()), None)
+    query = urlencode(
+        {
+            "labelSelector": SELECTOR,
+            "watch": "true",
+            "resourceVersion": version,
+            "timeoutSeconds": _WATCH_SECONDS,
+        }
+    )
+    for line in api.lines(f"/api/v1/pods?{query}", _WATCH_SECONDS + 30):
+        event = json.loads(line)
+        if event["type"] == "ERROR":
+            return
+        pod = event["object"]
+        if event["type"] == "DELETED":
+            pods.pop(pod["metadata"]["uid"], None)
+        else:
+            pods[pod["metadata"]["uid"]] = pod
+        written = _write(file, list(pods.values()), written)
+
+
+def _write(file: Path, pods: list[dict[str, Any]], before: str | None) -> str:
+    text = json.dumps(targets(pods), indent=1)
+    if text != before:
+        draft = file.with_suffix(".tmp")
+        draft.write_text(text)
+        draft.rename(file)
+    return text
+
+
+def main(server: str, pki: str, file: str) -> None:
+    api = Api(server, Path(pki))
+    while True:
+        try:
+            follow(api, Path(file))
+        except ApiError as error:
+            print(f"localcluster discovery: {error}; again in 1 s", file=sys.stderr, flush=True)
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
