@@ -1,0 +1,58 @@
+"""1,200 + 120 dictionary definitions as JSONL, from Debian's WordNet. Used by the demo, tests and benchmarks.
+
+`folder()` is all that others need: train.jsonl, test.jsonl, LICENSE, README.md. The same bytes every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from demo_assets import wordnet
+from demo_assets.package import debian_files, write_once
+from demo_assets.wordnet import Definition
+
+PACKAGE = "wordnet-base"
+SIZES = {"train": 1200, "test": 120}
+NOTE = """# Definitions from WordNet 3.0
+
+Prompt/completion pairs for a small fine-tuning job: 1,200 in train.jsonl, 120 held out in test.jsonl. Every pair
+asks for the definition of a noun ("Define the noun: lighthouse") and answers as WordNet does, in a phrase.
+No word and no definition stands twice, within a file or across the two. Made from Debian's package wordnet-base.
+
+WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved; use, copying, modification and
+distribution for any purpose and without fee are granted on the terms in LICENSE.
+"""
+
+
+def folder() -> Path:
+    """The cached folder; made in some seconds the first time."""
+    source = Path(wordnet.__file__).read_bytes() + Path(__file__).read_bytes()
+    return write_once(f"wordnet-{hashlib.sha256(source).hexdigest()[:12]}", _make)
+
+
+def copy_to(target: Path) -> Path:
+    """The data in a folder of the caller's own."""
+    shutil.copytree(folder(), target, dirs_exist_ok=True)
+    return target
+
+
+def lines(definitions: Iterable[Definition]) -> str:
+    """JSONL, one prompt/completion pair a line."""
+    return "".join(json.dumps({"prompt": each.prompt, "completion": each.gloss}) + "\n" for each in definitions)
+
+
+def _make(target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        share = debian_files(PACKAGE, Path(scratch)) / "usr/share"
+        words = share / "wordnet"
+        with (words / "index.noun").open() as index, (words / "data.noun").open() as data:
+            parts = wordnet.split(wordnet.definitions(index, data), SIZES)
+        shutil.copy(share / "doc" / PACKAGE / "copyright", target / "LICENSE")
+    for name, definitions in parts.items():
+        (target / f"{name}.jsonl").write_text(lines(definitions))
+    (target / "README.md").write_text(NOTE)
