@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def _buildah(*arguments: str) -> None:
     subprocess.run(["buildah", *arguments], check=True, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE)
 
 
-def _read(path: Path) -> tuple[dict[str, list[dict[str, dict[str, str]]]], dict[str, bytes]]:
+def _read(path: Path) -> tuple[Any, dict[str, bytes]]:
     blobs: dict[str, bytes] = {}
     index = {}
     with tarfile.open(path) as tar:

@@ -79,9 +79,7 @@ def tiny_llama(
     folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, tied: bool = True, chat: bool = True
 ) -> Path:
     """Decoder-only with grouped-query attention and a chat template: the shape of SmolLM2, 5,000x less."""
-    config = LlamaConfig(
-        **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=tied, **_token_ids(chat)
-    )
+    config = LlamaConfig(**_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=tied, **_token_ids(chat))
     return _save(folder, LlamaForCausalLM, config, tokenizer(chat), seed)
 
 
@@ -158,9 +156,7 @@ def _token_ids(chat: bool) -> dict[str, Any]:
     }
 
 
-def _save(
-    folder: Path, model: type[PreTrainedModel], config: Any, words: PreTrainedTokenizerFast, seed: int
-) -> Path:
+def _save(folder: Path, model: type[PreTrainedModel], config: Any, words: PreTrainedTokenizerFast, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = model(config)
