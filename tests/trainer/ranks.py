@@ -1,0 +1,215 @@
+"""Runs real ranks on tiny models: writes run.json and the rows, starts the processes, reads what they told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finetune_api import events
+from finetune_api.resource import LoraSpec, TrainingSpec
+from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
+from finetune_api.resource import EvaluationSpec
+from finetune_trainer.paths import Paths
+
+_ROOT = Path(__file__).parents[2]
+E = TypeVar("E")
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Prompt and completion of mixed lengths, none like another."""
+    words = "define the noun wander tower light ship fox quick lazy dog again aim move about".split()
+    made = []
+    for index in range(count):
+        at = index + seed * 1000
+        prompt = " ".join(words[(at * 7 + k) % len(words)] for k in range(1 + at % 5))
+        answer = " ".join(words[(at * 5 + 3 * k) % len(words)] for k in range(1 + (at * 3) % 9))
+        made.append({"prompt": f"{at}: {prompt}?", "completion": f" {answer}."})
+    return made
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a group of ranks left behind."""
+
+    paths: Paths
+    codes: tuple[int, ...]
+    logs: str
+
+    def events(self, kind: type[E], rank: int = 0) -> list[E]:
+        path = self.paths.rank_events(rank)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [event for event in map(events.decode, lines) if isinstance(event, kind)]
+
+    @property
+    def losses(self) -> list[float]:
+        return [event.loss for event in self.events(events.StepEvent)]
+
+    def evals(self, split: str) -> dict[int, float]:
+        return {e.step: e.loss for e in self.events(events.EvalEvent) if e.split == split}
+
+    def decision(self, topic: str) -> events.DecisionEvent:
+        return next(event for event in self.events(events.DecisionEvent) if event.topic == topic)
+
+    @property
+    def failure(self) -> events.ErrorEvent:
+        """The first error of any rank that isn't about a lost peer."""
+        told = [e for rank in range(len(self.codes)) for e in self.events(events.ErrorEvent, rank)]
+        return min(told, key=lambda event: (event.reason == "PeerLost", event.time))
+
+    def check(self) -> Ended:
+        assert set(self.codes) == {0}, self.logs
+        return self
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on one machine. `scratch` is made by `prepare`."""
+
+    scratch: Path
+    run: RunConfig
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(self.scratch)
+
+    def start(self) -> Ranks:
+        return Ranks(self)
+
+    def finish(self, timeout: float = 120) -> Ended:
+        """Runs to the end; asserts nothing."""
+        return self.start().wait(timeout)
+
+
+def prepare(
+    scratch: Path,
+    model: Path,
+    rows: Iterable[Mapping[str, Any]] | str,
+    *,
+    world: int = 1,
+    strategy: str = "ddp",
+    lora: Mapping[str, Any] | None = None,
+    full: bool = False,
+    validation: Iterable[Mapping[str, Any]] | float | None = None,
+    test: Iterable[Mapping[str, Any]] | None = None,
+    data: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    every: int | str = "auto",
+    samples: int = 0,
+    dtype: str = "float32",
+    resume: Path | None = None,
+) -> Job:
+    """Fills a scratch folder as the supervisor does. Defaults: LoRA on q and v, no dropout, 8 examples a step."""
+    paths = Paths(scratch)
+    paths.data("train").parent.mkdir(parents=True, exist_ok=True)
+    paths.model.symlink_to(model)
+    _write(paths.data("train"), rows)
+    own_validation = validation is not None and not isinstance(validation, float)
+    if own_validation:
+        _write(paths.data("validation"), validation)  # type: ignore[arg-type]
+    if test is not None:
+        _write(paths.data("test"), test)
+    if resume is not None:
+        paths.resume.symlink_to(resume)
+    run = RunConfig(
+        job=JobRef(namespace="default", name="tiny", uid="u-1", attempt=1),
+        model=ModelConfig(location=_place("hf://tiny/model"), dtype=dtype),  # type: ignore[arg-type]
+        data=DataConfig(
+            train=_place("train.jsonl"),
+            validation=_place("validation.jsonl") if own_validation else None,
+            validation_fraction=validation if isinstance(validation, float) else None,
+            test=_place("test.jsonl") if test is not None else None,
+            **{"max_sequence_length": 96, **(data or {})},
+        ),
+        method="full" if full else "lora",
+        lora=None if full else LoraSpec(**{"rank": 4, "alpha": 8, "dropout": 0.0, **(lora or {})}),
+        training=TrainingSpec(
+            **{"global_batch_size": 8, "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_steps": 6, **(training or {})}
+        ),
+        world=WorldConfig(processes_per_node=world, strategy=strategy),  # type: ignore[arg-type]
+        checkpoint=CheckpointSpec(every=every),
+        evaluation=EvaluationSpec(samples=samples, max_new_tokens=12),
+        output=_place("out"),
+        scratch=str(scratch),
+    )
+    paths.run_config.write_text(json.dumps(run.to_json()))
+    return Job(scratch, run)
+
+
+def _place(uri: str) -> Location:
+    return Location(uri=uri, display=uri)
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]] | str) -> None:
+    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Ranks:
+    """Running processes of a job, one a rank."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        size = job.run.world.size
+        port = _free_port()
+        job.paths.rank_log(0).parent.mkdir(exist_ok=True)
+        self._logs = [job.paths.rank_log(rank) for rank in range(size)]
+        self.processes = []
+        for rank in range(size):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": f"{_ROOT}/operator:{_ROOT}/trainer_image",
+                "FINETUNE_SCRATCH": str(job.scratch),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
+            with self._logs[rank].open("ab") as log:
+                command = [sys.executable, "-m", "finetune_trainer.rank"]
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def until(self, kind: type[events.Event], count: int = 1, timeout: float = 90) -> None:
+        """Waits until rank 0 has told so many events of a kind."""
+        end = time.monotonic() + timeout
+        while len(self._ended(()).events(kind)) < count:
+            assert time.monotonic() < end, self._ended(()).logs
+            assert all(process.poll() in (None, 0) for process in self.processes), self._ended(()).logs
+            time.sleep(0.005)
+
+    def kill(self) -> Ended:
+        """SIGKILL to all."""
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+        return self.wait(30)
+
+    def wait(self, timeout: float = 120) -> Ended:
+        end = time.monotonic() + timeout
+        try:
+            codes = tuple(p.wait(max(0.1, end - time.monotonic())) for p in self.processes)
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.kill()
+        return self._ended(codes)
+
+    def _ended(self, codes: tuple[int, ...]) -> Ended:
+        logs = "\n".join(f"--- rank {i}\n{log.read_text()[-6000:]}" for i, log in enumerate(self._logs))
+        return Ended(self._job.paths, codes, logs)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,67 @@
+"""The README.md beside the weights: what it is, what it was made of, how to load it. Pure; called by `rank` once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from finetune_api.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured, mean loss per learnt token."""
+
+    steps: int
+    rows: int
+    eval_loss: float | None
+    test_before: float | None
+    test_after: float | None
+
+
+def card(run: RunConfig, base: str, figures: Figures) -> str:
+    """Markdown with the front matter that hubs read."""
+    lora = run.method == "lora"
+    front = ["---"]
+    if run.model.location.uri.startswith("hf://"):
+        front += [f"base_model: {json.dumps(base)}"]
+    front += [f"library_name: {'peft' if lora else 'transformers'}", "tags: [finetune-operator]", "---"]
+    kind = "A LoRA adapter for" if lora else "A fine-tuned version of"
+    t = run.training
+    length = f"{t.max_steps} steps" if t.max_steps is not None else f"{t.epochs or 3:g} epochs"
+    recipe = [
+        f"- method: {run.method}" + (f", rank {run.lora.rank}, alpha {run.lora.alpha}, dropout {run.lora.dropout:g}, "
+                                     f"on {', '.join(run.lora.target_modules)}" if run.lora else ""),
+        f"- {figures.steps} optimizer steps ({length} asked for) of {t.global_batch_size} examples",
+        f"- AdamW, learning rate {t.learning_rate:g} ({t.scheduler}, warm-up {t.warmup_ratio:g}), weight decay "
+        f"{t.weight_decay:g}, gradient norm at most {t.max_grad_norm:g}, seed {t.seed}",
+    ]  # fmt: skip
+    losses = [
+        f"| {name} | {loss:.4f} |"
+        for name, loss in (
+            ("validation", figures.eval_loss),
+            ("test, base model", figures.test_before),
+            ("test, this result", figures.test_after),
+        )
+        if loss is not None
+    ]
+    whole = 'model = AutoModelForCausalLM.from_pretrained("<this folder>")'
+    load = (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("<base>"), "<this folder>")'
+        if lora
+        else f"from transformers import AutoModelForCausalLM\n\n{whole}"
+    )
+    parts = [
+        "\n".join(front),
+        f"# {run.job.name}",
+        f"{kind} `{base}`, made by the FineTuneJob `{run.job.namespace}/{run.job.name}`.",
+        "## Data",
+        f"`{run.data.train.display}`, {figures.rows} rows.",
+        "## Recipe",
+        "\n".join(recipe),
+    ]
+    if losses:
+        parts += ["## Loss", "Mean over supervised tokens.", "\n".join(["| rows | loss |", "| --- | --- |", *losses])]
+    parts += ["## Use", f"```python\n{load}\n```", "`finetune/manifest.json` lists every file's digest and the origin."]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,136 @@
+"""Checkpoints on a node's disk: saving (rank 0), reading, and what a resumed run needs to go on as if never stopped.
+
+A folder `step-N` exists only complete: it is written as step-N.tmp, its manifest last, synced, then renamed.
+weights.safetensors, optimizer.safetensors, best.safetensors (where earlier weights were better) and state.json; no
+pickle. Called by the loop and by `rank`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune_api.model import LenientModel
+from finetune_api.run import JobRef
+from finetune_trainer import manifest_io
+from finetune_trainer.failure import Failed
+from finetune_trainer.selection import Best
+
+WEIGHTS, OPTIMIZER, BEST, STATE = "weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"
+KEPT_LOCALLY = 2
+
+
+class BestState(LenientModel):
+    step: int
+    loss: float
+    worse_since: int
+
+
+class State(LenientModel):
+    """All that isn't a tensor. There is no random state: every draw is a function of seed, step and rank."""
+
+    step: int = 0
+    data_key: str = Field(default="", description="The rows that the plan was made of.")
+    dtype: str = ""
+    best: BestState | None = None
+    eval_due: bool = Field(default=False, description="The evaluation after this step is still to be done.")
+    stopped_early: bool = False
+    test_loss_before: float | None = None
+    answers_before: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> Best | None:
+        return Best(self.best.step, self.best.loss, self.best.worse_since) if self.best else None
+
+    def with_best(self, best: Best) -> State:
+        return self.model_copy(update={"best": BestState(**asdict(best))})
+
+
+def save(
+    root: Path,
+    state: State,
+    *,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    best: Path | None,
+    job: JobRef,
+) -> Path:
+    """Rank 0 only. Returns the complete folder; older ones beyond the last two are removed."""
+    folder = root / f"step-{state.step}"
+    aside = root / f"step-{state.step}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _save_tensors(weights, aside / WEIGHTS)
+    _save_tensors(moments, aside / OPTIMIZER)
+    if best is not None:
+        os.link(best, aside / BEST)
+    (aside / STATE).write_text(state.model_dump_json(by_alias=True))
+    manifest_io.write_manifest(aside, kind="checkpoint", job=job, step=state.step)
+    for path in aside.iterdir():
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    _sync(root)
+    _prune(root)
+    return folder
+
+
+def read_state(folder: Path) -> State | None:
+    """The state to go on from, or None on a fresh start. Raises Failed for a folder that isn't a whole checkpoint."""
+    if not folder.is_dir():
+        return None
+    why = manifest_io.verify(folder)
+    if why is not None:
+        raise Failed("TrainingError", f"the checkpoint to resume from isn't complete: {why}")
+    try:
+        return State.model_validate_json((folder / STATE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise Failed("TrainingError", f"the checkpoint's {STATE} can't be read: {error}") from None
+
+
+def read_tensors(path: Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Raises Failed where `expected` names other tensors: the checkpoint is of another model or method."""
+    tensors = load_file(path)
+    if expected is not None and tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise Failed("InvalidConfig", f"the checkpoint doesn't fit the model: {len(odd)} weights differ, e.g. {odd[0]}")
+    return dict(tensors)
+
+
+def save_best(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Rank 0 only. Replaces the file as a whole (checkpoints may still hold a link to the old one)."""
+    aside = path.with_suffix(".tmp")
+    _save_tensors(weights, aside)
+    os.replace(aside, path)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty or not tensors:
+        raise RuntimeError(f"{path.name}: refusing to write empty tensors ({', '.join(empty[:3]) or 'none at all'})")
+    save_file(dict(tensors), path)
+
+
+def _prune(root: Path) -> None:
+    steps = sorted((p for p in root.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    for old in steps[:-KEPT_LOCALLY]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

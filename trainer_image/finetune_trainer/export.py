@@ -1,0 +1,88 @@
+"""The result as PEFT, Transformers and vLLM load it: weights, configuration, tokenizer, model card. Rank 0 only.
+
+Called by `rank` after the loop with whole weights. Never asks a model hub for anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_api.run import RunConfig
+from finetune_trainer.model import Loaded
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+def write(
+    folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], *, run: RunConfig, model: Path, card: str
+) -> None:
+    """`weights` are the trained ones by the model's parameter names, float32. The folder appears whole."""
+    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
+    if empty or not weights:
+        raise RuntimeError(f"refusing to write empty weights ({', '.join(empty[:3]) or 'none at all'})")
+    aside = folder.with_name(f"{folder.name}.tmp")
+    for old in (aside, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if run.method == "lora":
+        _write_adapter(aside, loaded, weights, base_name(run))
+    else:
+        _write_model(aside, loaded, weights, model)
+    for name in _TOKENIZER_FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, aside / name)
+    (aside / "README.md").write_text(card)
+    os.replace(aside, folder)
+
+
+def base_name(run: RunConfig) -> str:
+    """What `base_model_name_or_path` says: a hub id as tools know it, any other place as the user wrote it."""
+    return run.model.location.display.removeprefix("hf://")
+
+
+def _write_adapter(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], base: str) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = get_peft_model_state_dict(loaded.model, state_dict=dict(weights), save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    config = copy.deepcopy(loaded.model.peft_config["default"])
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _write_model(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], model: Path) -> None:
+    """In the number format that the base was stored in."""
+    stored = stored_dtype(model)
+    tensors = {name: tensor.to(stored) for name, tensor in weights.items()}
+    config = copy.deepcopy(loaded.base.config)
+    config.dtype = stored
+    config._attn_implementation_internal = None
+    config.architectures = [type(loaded.base).__name__]
+    loaded.base.save_pretrained(str(folder), state_dict=tensors, max_shard_size="5GB")
+    config.save_pretrained(str(folder))
+
+
+def stored_dtype(model: Path) -> torch.dtype:
+    """Of the largest tensor in the folder's first weights file."""
+    from safetensors import safe_open
+
+    first = min(model.glob("*.safetensors"))
+    with safe_open(str(first), framework="pt") as file:
+        sizes: dict[str, Any] = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        largest = max(sizes, key=lambda name: torch.Size(sizes[name]).numel())
+        dtype: torch.dtype = file.get_tensor(largest).dtype
+        return dtype

@@ -1,0 +1,186 @@
+"""Learner: the model, its optimizer and how both are spread over the ranks, behind one interface.
+
+Chosen once by `rank`; the loop never asks which it is. `Replicated` (ddp) is here, `Sharded` (ZeRO) in `zero`.
+Weights and moments go in and out by parameter name, whole and in float32, so a checkpoint fits any strategy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetune_trainer.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Of the optimizer: AdamW with betas 0.9 and 0.999, epsilon 1e-8."""
+
+    weight_decay: float
+    max_grad_norm: float  # 0 means never clip
+
+
+class Learner(Protocol):
+    """All methods are called by all ranks at the same time, unless they say otherwise."""
+
+    @property
+    def model(self) -> Any:
+        """What the loop calls: forward passes through it are seen by the strategy."""
+        ...
+
+    @property
+    def plain(self) -> Any:
+        """The model without its wrapper, for generating text."""
+        ...
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; gradients meet after the last one."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds this rank's gradients. They are averaged over ranks, so the loss comes in times the world size."""
+        ...
+
+    def step(self, rate: float) -> float:
+        """Clips, steps and forgets the gradients; returns the norm before clipping.
+
+        Where the norm isn't finite, nothing is changed.
+        """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained weights on rank 0's CPU; empty on other ranks."""
+        ...
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's moments as `exp_avg/<name>`, on rank 0's CPU; empty on other ranks."""
+        ...
+
+    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Goes on as if `steps` steps had been done. Every rank gives the whole mapping."""
+        ...
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Rank 0's weights everywhere, for evaluation: no step may follow. Other ranks' mappings aren't looked at."""
+        ...
+
+
+def trained(model: Any) -> dict[str, Any]:
+    """Parameters that learn, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adamw(model: Any, recipe: Recipe, *, fused: bool) -> torch.optim.AdamW:
+    """Biases and norms (one-dimensional weights) don't decay."""
+    parameters = list(trained(model).values())
+    groups = [
+        {"params": [p for p in parameters if len(_shape(p)) > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if len(_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused
+    )
+
+
+def _shape(parameter: Any) -> Any:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+class Replicated:
+    """Every rank holds everything; gradients are averaged by DistributedDataParallel, through Accelerate."""
+
+    def __init__(self, model: Any, recipe: Recipe, world: World) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # With `find_unused_parameters` DDP never re-orders its buckets after the first step. The order decides how sums
+        # are rounded, so on the CPU, where a resumed run is bit-identical, it must not change.
+        options = DistributedDataParallelKwargs(
+            find_unused_parameters=world.device.type == "cpu", gradient_as_bucket_view=True
+        )
+        accelerator = Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[options])
+        assert_same_world(accelerator, world)
+        self._world = world
+        self._max_norm = recipe.max_grad_norm or math.inf
+        self._plain = model
+        self._accelerator = accelerator
+        self._model = accelerator.prepare_model(model)
+        self._optimizer = adamw(model, recipe, fused=True)
+        self._parameters = trained(model)
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def plain(self) -> Any:
+        return self._plain
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        if last:
+            yield
+        else:
+            with self._accelerator.no_sync(self._model):
+                yield
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._accelerator.backward(loss)
+
+    def step(self, rate: float) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._max_norm))
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        if not self._world.is_first:
+            return {}
+        return {name: to_cpu(parameter) for name, parameter in self._parameters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        if not self._world.is_first:
+            return {}
+        return {
+            f"{moment}/{name}": to_cpu(self._optimizer.state[parameter][moment])
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+            if parameter in self._optimizer.state
+        }
+
+    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        for name, parameter in self._parameters.items():
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(steps), device=parameter.device),
+                **{moment: moments[f"{moment}/{name}"].to(parameter.device, parameter.dtype) for moment in MOMENTS},
+            }
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if self._world.is_first:
+                    parameter.copy_(weights[name])
+                dist.broadcast(parameter.data, src=0)
+
+
+def assert_same_world(accelerator: Any, world: World) -> None:
+    """Accelerate can believe in a world of its own, silently: then every rank would train on the same rows."""
+    seen = (accelerator.num_processes, accelerator.process_index)
+    if seen != (world.size, world.rank):
+        raise RuntimeError(f"Accelerate sees (world, rank) {seen} instead of {(world.size, world.rank)}")
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """A copy of its own, in float32."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

@@ -1,0 +1,163 @@
+"""Loads the base model from a folder and puts LoRA adapters on it. Called by `rank` on every rank alike.
+
+Only safetensors are read and no code that ships with a model is run. Never reaches for the network.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune_api.resource import LoraSpec
+from finetune_trainer import documents
+from finetune_trainer.failure import Failed
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`base` is the Transformers model, also inside of `model` where that carries adapters."""
+
+    model: Any
+    base: Any
+    encoder_decoder: bool
+    packs: bool
+    why_not: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(_size(p) for p in self.model.parameters())
+
+    @property
+    def trainable(self) -> int:
+        return sum(_size(p) for p in self.model.parameters() if p.requires_grad)
+
+
+def check(folder: Path) -> None:
+    """Raises Failed ModelInvalid unless the folder looks like a model whose weights are safetensors."""
+    if not (folder / "config.json").is_file():
+        raise Failed("ModelInvalid", "model.uri: the folder has no config.json, so it isn't a Transformers model")
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f"only {', '.join(pickles)}, which are pickles and never loaded" if pickles else "no weights"
+        raise Failed("ModelInvalid", f"model.uri: the folder holds {found}; convert them to *.safetensors")
+
+
+def load(folder: Path, *, dtype: torch.dtype, max_length: int) -> Loaded:
+    """The base model on the CPU, in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    check(folder)
+    documents.register()
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        encoder_decoder = bool(config.is_encoder_decoder)
+        why_not = _why_not_packed(config, encoder_decoder, max_length)
+        auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **({} if why_not else {"attn_implementation": documents.NAME}),
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        raise Failed("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise Failed(
+            "ModelInvalid",
+            f"model.uri: the weights lack {len(missing)} tensors that the model needs, e.g. {missing[0]}; is it the "
+            "folder of a whole model (not of an adapter)?",
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit and not encoder_decoder:
+        raise Failed(
+            "InvalidConfig", f"dataset.maxSequenceLength is {max_length}, but the model has {limit} positions; lower it"
+        )
+    return Loaded(model, model, encoder_decoder, not why_not, why_not)
+
+
+def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
+    """With adapters of float32 beside a frozen base. The same seed gives the same adapters on every rank."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = list(lora.target_modules)
+    _check_targets(loaded.base, targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        bias="none",
+        fan_in_fan_out=_is_conv1d(loaded.base, targets),
+        task_type=TaskType.SEQ_2_SEQ_LM if loaded.encoder_decoder else TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(seed)
+    model = get_peft_model(loaded.base, config)
+    return Loaded(model, loaded.base, loaded.encoder_decoder, loaded.packs, loaded.why_not)
+
+
+def unfreeze(loaded: Loaded) -> Loaded:
+    """For full training: every weight learns."""
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(True)
+    return loaded
+
+
+def _why_not_packed(config: Any, encoder_decoder: bool, max_length: int) -> str:
+    """Why examples can't share a row in this family, or nothing. What isn't foreseen here is found by `loss_differs`."""
+    if encoder_decoder:
+        return "an encoder-decoder reads one example a row"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"layers of kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))} carry state along"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < max_length and (kinds - {"full_attention"} or not kinds):
+        return f"the attention window of {window} tokens is shorter than dataset.maxSequenceLength {max_length}"
+    return ""
+
+
+def _check_targets(base: Any, targets: list[str]) -> None:
+    if targets == ["all-linear"]:
+        return
+    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _has_matrix(module)}
+    unknown = [
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name, m in base.named_modules() if _has_matrix(m))
+    ]
+    if unknown:
+        raise Failed(
+            "InvalidConfig",
+            f"method.lora.targetModules: the model has no linear layer called {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(linear))} (or give all-linear)",
+        )
+
+
+def _has_matrix(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_conv1d(base: Any, targets: list[str]) -> bool:
+    chosen = (m for name, m in base.named_modules() if name.rsplit(".", 1)[-1] in targets)
+    return any(type(module).__name__ == "Conv1D" for module in chosen)
+
+
+def _size(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

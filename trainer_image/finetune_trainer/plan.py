@@ -1,0 +1,195 @@
+"""The heart: which examples every optimizer step learns from, on which rank, in which micro-batch. Pure; no torch.
+
+Every rank computes the same answer from lengths alone, so the denominator of the loss is known without communication,
+resuming is reading `step(n)`, and the order of the data doesn't depend on the number of ranks.
+
+The examples form one endless stream: epoch 0 in a random order, epoch 1 in another, and so on. Step n (counted from 1)
+takes the stream's next `global_batch` examples, so that every example comes once an epoch; only a run's last step can
+be smaller.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEFAULT_EPOCHS = 3.0
+
+Micro = tuple[int, ...]
+"""Examples that one rank computes at once; empty where a rank only keeps step with the others."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a global batch is cut. Changes speed and memory, never the result.
+
+    `packed`: a micro-batch is examples end to end, at most `rows * row_tokens` tokens. Else at most `rows` examples,
+    padded to the longest of them.
+    """
+
+    world: int
+    rows: int
+    row_tokens: int
+    packed: bool
+
+    @property
+    def budget(self) -> int:
+        return self.rows * self.row_tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. `micros[rank]` has the same length for every rank."""
+
+    number: int
+    epoch: float  # passes done after this step
+    examples: tuple[int, ...]
+    micros: tuple[tuple[Micro, ...], ...]
+    tokens: int
+    label_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`lengths` and `label_counts` in tokens, by example. Build it with `make`."""
+
+    seed: int
+    lengths: NDArray[np.int64]
+    label_counts: NDArray[np.int64]
+    global_batch: int
+    total_steps: int
+    total_examples: int
+    shape: Shape
+    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def epochs(self) -> float:
+        return self.total_examples / self.rows
+
+    def step(self, number: int) -> Step:
+        """Step 1 … total_steps."""
+        if not 1 <= number <= self.total_steps:
+            raise ValueError(f"step {number} isn't in 1 … {self.total_steps}")
+        begin = (number - 1) * self.global_batch
+        end = min(number * self.global_batch, self.total_examples)
+        chosen = tuple(self._at(position) for position in range(begin, end))
+        return Step(
+            number,
+            end / self.rows,
+            chosen,
+            cut(chosen, self.lengths, self.shape),
+            int(self.lengths[list(chosen)].sum()),
+            int(self.label_counts[list(chosen)].sum()),
+        )
+
+    def padding_share(self, most: int = 200) -> float:
+        """Share of computed positions that hold no token, over the first `most` steps."""
+        tokens = computed = 0
+        for number in range(1, min(self.total_steps, most) + 1):
+            step = self.step(number)
+            tokens += step.tokens
+            computed += sum(positions(micro, self.lengths, self.shape) for rank in step.micros for micro in rank)
+        return 1 - tokens / computed
+
+    def _at(self, position: int) -> int:
+        epoch, within = divmod(position, self.rows)
+        if epoch not in self._orders:
+            self._orders.pop(epoch - 2, None)
+            self._orders[epoch] = order(self.seed, epoch, self.rows)
+        return int(self._orders[epoch][within])
+
+
+def make(
+    *,
+    seed: int,
+    lengths: NDArray[np.int64],
+    label_counts: NDArray[np.int64],
+    global_batch: int,
+    epochs: float | None,
+    max_steps: int | None,
+    shape: Shape,
+) -> Plan:
+    """Either of epochs and max_steps; three epochs where both are None."""
+    rows = len(lengths)
+    if rows == 0:
+        raise ValueError("a plan needs at least one example")
+    if max_steps is not None:
+        total = max_steps * global_batch
+    else:
+        total = max(1, round((DEFAULT_EPOCHS if epochs is None else epochs) * rows))
+    return Plan(seed, lengths, label_counts, global_batch, math.ceil(total / global_batch), total, shape)
+
+
+def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """The examples of an epoch in the order in which they are learnt."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def held_out(seed: int, rows: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(train, validation) as sorted indices; at least one of each. Raises ValueError where that can't be."""
+    count = max(1, round(rows * fraction))
+    if count >= rows:
+        raise ValueError(f"{rows} rows can't be split into train and validation")
+    chosen = np.random.Generator(np.random.PCG64([seed, 0x5EED])).permutation(rows)[:count]
+    mask = np.zeros(rows, dtype=bool)
+    mask[chosen] = True
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
+def cut(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> tuple[tuple[Micro, ...], ...]:
+    """The examples as micro-batches by rank: every example once, ranks in balance, each rank as many as the others."""
+    micros = _packed(chosen, lengths, shape) if shape.packed else _padded(chosen, lengths, shape)
+    return tuple(tuple(micros[rank :: shape.world]) for rank in range(shape.world))
+
+
+def positions(micro: Micro, lengths: NDArray[np.int64], shape: Shape) -> int:
+    """Computed token positions; a rank that only keeps step computes one."""
+    if not micro:
+        return 1
+    own = lengths[list(micro)]
+    return int(own.sum()) if shape.packed else int(own.max()) * len(micro)
+
+
+def _packed(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> list[Micro]:
+    """Longest first into the emptiest bin: few bins, all nearly as full, so that no rank waits for another."""
+    longest_first = sorted(chosen, key=lambda index: (-int(lengths[index]), index))
+    total = int(lengths[list(chosen)].sum())
+    per_rank = max(1, math.ceil(total / (shape.world * shape.budget)))
+    while True:
+        bins = _fill(longest_first, lengths, shape.budget, per_rank * shape.world)
+        if bins is not None:
+            return bins
+        per_rank += 1
+
+
+def _fill(ordered: Sequence[int], lengths: NDArray[np.int64], budget: int, count: int) -> list[Micro] | None:
+    """None where an example doesn't fit into the emptiest bin."""
+    heap = [(0, index) for index in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for example in ordered:
+        load, index = heap[0]
+        size = int(lengths[example])
+        if load and load + size > budget:
+            return None
+        heapq.heapreplace(heap, (load + size, index))
+        bins[index].append(example)
+    return [tuple(members) for members in bins]
+
+
+def _padded(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> list[Micro]:
+    """Examples of like length together; neighbours in length go to different ranks at the same time."""
+    longest_first = sorted(chosen, key=lambda index: (-int(lengths[index]), index))
+    per_rank = math.ceil(len(chosen) / (shape.world * shape.rows))
+    count = per_rank * shape.world
+    sizes = [len(chosen) // count + (index < len(chosen) % count) for index in range(count)]
+    stream: Iterator[int] = iter(longest_first)
+    return [tuple(next(stream) for _ in range(size)) for size in sizes]

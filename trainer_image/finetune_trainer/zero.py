@@ -1,0 +1,138 @@
+"""Sharded: a Learner on DeepSpeed's ZeRO stages 1 to 3, through Accelerate. Chosen by `rank`.
+
+Three things are needed together on the CPU, else Accelerate goes wrong silently: ACCELERATE_USE_DEEPSPEED (its plugin
+sets it), no `cpu=True`, and the gloo process group made beforehand. `assert_same_world` would notice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune_trainer.learner import MOMENTS, Recipe, adamw, assert_same_world, to_cpu, trained
+from finetune_trainer.world import World
+
+Stage = Literal[1, 2, 3]
+
+
+def prepare_environment(device: str) -> None:
+    """Before the first import of deepspeed."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def configuration(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's own configuration. The loop counts micro-batches itself, hence accumulation 1."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Sharded:
+    """Stage 1 splits the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
+
+    def __init__(self, model: Any, recipe: Recipe, world: World, stage: Stage) -> None:
+        from accelerate import Accelerator, DeepSpeedPlugin
+
+        plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage, recipe), zero3_init_flag=False)
+        accelerator = Accelerator(deepspeed_plugin=plugin)
+        assert_same_world(accelerator, world)
+        self._world = world
+        self._stage = stage
+        self._plain = model
+        engine, _ = accelerator.prepare(model.to(world.device), adamw(model, recipe, fused=False))
+        self._engine = engine
+        self._parameters = trained(model)
+
+    @property
+    def model(self) -> Any:
+        return self._engine
+
+    @property
+    def plain(self) -> Any:
+        return self._plain
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        yield
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        if self._engine.optimizer.overflow:  # DeepSpeed found a gradient that isn't finite, and changed nothing
+            return math.nan
+        return float(self._engine.get_global_grad_norm())
+
+    def weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return self._gathered({name: (p, safe_get_full_fp32_param) for name, p in self._parameters.items()})
+
+    def moments(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        def of(moment: str) -> Any:
+            return lambda parameter: safe_get_full_optimizer_state(parameter, moment)
+
+        return self._gathered(
+            {f"{moment}/{name}": (p, of(moment)) for name, p in self._parameters.items() for moment in MOMENTS}
+        )
+
+    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        optimizer = self._engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        for partition in flat:
+            optimizer.optimizer.state[partition] = {
+                "step": torch.tensor(float(steps)),
+                **{moment: torch.zeros_like(partition) for moment in MOMENTS},
+            }
+        if self._stage != 3:
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                value = moments[f"{moment}/{name}"].to(self._world.device)
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        import deepspeed
+        import torch.distributed as dist
+
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+                    if self._world.is_first:
+                        parameter.copy_(weights[name])
+                    if self._stage != 3:
+                        dist.broadcast(parameter.data, src=0)
+
+    def _gathered(self, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One parameter at a time, so that a rank never holds more than one whole; only rank 0 keeps them."""
+        kept: dict[str, Tensor] = {}
+        for name, (parameter, whole) in wanted.items():
+            value = whole(parameter)
+            if value is None or value.numel() == 0:
+                raise RuntimeError(f"DeepSpeed gave nothing for {name}")
+            if self._world.is_first:
+                kept[name] = to_cpu(value)
+        return kept
