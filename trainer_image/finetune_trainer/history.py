@@ -5,7 +5,9 @@ Filled by the supervisor from rank 0's step and eval events; a resumed attempt b
 
 from __future__ import annotations
 
-from finetune_api import events
+from pathlib import Path
+
+from finetune_api import events, names
 
 Line = events.StepEvent | events.EvalEvent
 
@@ -26,6 +28,16 @@ class History:
     def text(self, until: int | None = None) -> str:
         lines = self._lines if until is None else self.until(until)
         return "".join(f"{events.encode(line)}\n" for line in lines)
+
+
+def write_beside(export: Path, history: str, samples: tuple[events.SampleEvent, ...]) -> None:
+    """history.jsonl and samples.jsonl into the result's finetune folder."""
+    target = export / names.HISTORY_PATH
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(history)
+    if samples:
+        lines = (events.encode(sample) for sample in sorted(samples, key=lambda sample: sample.index))
+        (export / names.SAMPLES_PATH).write_text("".join(f"{line}\n" for line in lines))
 
 
 def parse(text: str, until: int) -> tuple[Line, ...]:

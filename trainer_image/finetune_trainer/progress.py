@@ -15,6 +15,7 @@ from urllib.parse import urljoin, urlsplit
 from finetune_api.progress import Progress
 from finetune_api.run import ProgressConfig
 from finetune_api.status import CheckpointStatus, ModelStatus
+from finetune_trainer.gpu import Gpus
 from finetune_trainer.log import Log
 from finetune_trainer.state import TrainingState
 
@@ -101,10 +102,12 @@ def _once(url: str, body: bytes, headers: dict[str, str], timeout: float) -> tup
 
 
 class Poster:
-    """Posts the newest value at most every `interval_seconds`; a change of phase goes at once."""
+    """Posts the newest value at most every `interval_seconds`; a change of phase goes at once. The GPUs are sampled
+    when something is posted."""
 
-    def __init__(self, config: ProgressConfig | None, log: Log) -> None:
+    def __init__(self, config: ProgressConfig | None, gpus: Gpus, log: Log) -> None:
         self._config = config
+        self._gpus = gpus
         self._log = log
         self._changed = threading.Condition()
         self._latest: Progress | None = None
@@ -142,7 +145,7 @@ class Poster:
                 self._changed.wait_for(lambda: self._urgent or self._closing, self._config.interval_seconds)
                 latest, closing, self._urgent = self._latest, self._closing, False
             if latest is not None and (latest != sent or closing):
-                self._tell(post(self._config, latest))
+                self._tell(post(self._config, latest.model_copy(update={"gpus": self._gpus.sample()})))
                 sent = latest
             if closing:
                 return

@@ -1,0 +1,114 @@
+"""Node: everything that the supervisor of one pod was told, read once at the door. Types and parsing only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune_api import run
+from finetune_api.names import (
+    ENV_NODE_RANK,
+    ENV_RUN_CONFIG,
+    ENV_TERMINATION_LOG,
+    RUN_CONFIG_PATH,
+    TERMINATION_LOG_PATH,
+)
+from finetune_trainer.failure import Failed
+from finetune_trainer.paths import Paths
+from finetune_trainer.ranks import RANK_COMMAND
+from finetune_trainer.store import Access
+
+# What of our own environment the ranks may see; credentials aren't among it.
+_FOR_RANKS = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
+    "POD_NAME", "SSL_CERT_FILE", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR",
+)  # fmt: skip
+_PREFIXES_FOR_RANKS = (
+    "CUDA_",
+    "NCCL_",
+    "GLOO_",
+    "NVIDIA_",
+    "TORCH_",
+    "DS_",
+    "OMP_",
+    "MKL_",
+    "HF_HOME",
+    "MPL",
+    "FINETUNE_",
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. The defaults are a cluster's; tests take shorter ones."""
+
+    tick: float = 0.1
+    settle: float = 2.0
+    """From the first death of a rank until the others' deaths are judged together with it."""
+    terminate: float = 5.0
+    """From SIGTERM to SIGKILL of a rank."""
+    grace_margin: float = 10.0
+    """Kept free of grace_seconds, for the result's last words."""
+    upload_patience: float = 1800.0
+    """How long the result's upload is tried again."""
+    checkpoint_patience: float = 300.0
+    store_retries: int = 6
+    store_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One pod's part of an attempt."""
+
+    run: run.RunConfig
+    rank: int
+    termination_log: Path
+    environment: Mapping[str, str] = field(repr=False)
+    rank_command: tuple[str, ...] = RANK_COMMAND
+    timing: Timing = Timing()
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(Path(self.run.scratch))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node writes to the destination and reports progress."""
+        return self.rank == 0
+
+    @property
+    def access(self) -> Access:
+        return Access(
+            s3=self.run.s3,
+            environment=self.environment,
+            retries=self.timing.store_retries,
+            retry_seconds=self.timing.store_seconds,
+        )
+
+    @property
+    def rank_environment(self) -> dict[str, str]:
+        return {
+            key: value
+            for key, value in self.environment.items()
+            if key in _FOR_RANKS or key.startswith(_PREFIXES_FOR_RANKS)
+        }
+
+
+def termination_log(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get(ENV_TERMINATION_LOG, TERMINATION_LOG_PATH))
+
+
+def parse(environment: Mapping[str, str], timing: Timing = Timing()) -> Node:
+    """What this pod shall do. Raises Failed(InvalidConfig) naming the variable or the field."""
+    path = Path(environment.get(ENV_RUN_CONFIG, RUN_CONFIG_PATH))
+    try:
+        config = run.parse(path.read_bytes())
+    except OSError as error:
+        raise Failed("InvalidConfig", f"{ENV_RUN_CONFIG}: {path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise Failed("InvalidConfig", f"{path}: {error}") from None
+    text = environment.get(ENV_NODE_RANK, "0")
+    if not text.isdecimal() or int(text) >= config.world.nodes:
+        raise Failed("InvalidConfig", f"{ENV_NODE_RANK}: {text!r} must be 0 to {config.world.nodes - 1}")
+    return Node(config, int(text), termination_log(environment), environment, timing=timing)
