@@ -31,7 +31,8 @@ _EPILOG = f"""environment:
   AWS_*, HF_*             credentials and endpoints where the RunConfig names no Secret
 
 exit codes:
-  0 done, {REASONS["Preempted"].exit_code} asked to leave (with a checkpoint where there was something to save), else by reason:
+  0 done; {REASONS["Preempted"].exit_code} asked to leave (with a checkpoint where there was something to save);
+  else by reason:
   {", ".join(f"{r.exit_code} {r.name}" for r in REASONS.values() if r.exit_code and r.name != "Preempted")}
 """
 

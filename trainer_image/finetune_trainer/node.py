@@ -46,8 +46,8 @@ class Timing:
     tick: float = 0.1
     settle: float = 2.0
     """From the first death of a rank until the others' deaths are judged together with it."""
-    terminate: float = 5.0
-    """From SIGTERM to SIGKILL of a rank."""
+    terminate: float = 1.0
+    """From SIGTERM to SIGKILL of a rank. Short: nothing is saved in it, stopping is agreed through the stop flag."""
     grace_margin: float = 10.0
     """Kept free of grace_seconds, for the result's last words."""
     upload_patience: float = 1800.0
