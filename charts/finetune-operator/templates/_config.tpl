@@ -1,0 +1,49 @@
+{{/* The operator's settings file (operator/finetune_operator/settings.py). Numbers through toJson: 1209600, not 1.2096e+06. */}}
+{{- define "finetune-operator.config" -}}
+trainerImage: {{ include "finetune-operator.image" (list .Values.trainer.image .Chart.AppVersion) | quote }}
+imagePullPolicy: {{ .Values.trainer.image.pullPolicy }}
+watchNamespaces: {{ .Values.watchNamespaces | toJson }}
+leaderElection:
+  enabled: true
+  namespace: {{ .Release.Namespace | quote }}
+  name: {{ include "finetune-operator.fullname" . | quote }}
+  leaseSeconds: {{ .Values.leaderElection.leaseSeconds | toJson }}
+  renewSeconds: {{ .Values.leaderElection.renewSeconds | toJson }}
+  retrySeconds: {{ .Values.leaderElection.retrySeconds | toJson }}
+progress:
+  {{- if .Values.progress.enabled }}
+  url: {{ printf "http://%s.%s.svc:8443" (include "finetune-operator.fullname" .) .Release.Namespace | quote }}
+  port: 8443
+  {{- else }}
+  url: ""
+  port: 0
+  {{- end }}
+  intervalSeconds: {{ .Values.progress.intervalSeconds | toJson }}
+  writeEverySeconds: {{ .Values.progress.writeEverySeconds | toJson }}
+storage:
+  s3:
+    endpoint: {{ if .Values.storage.s3.endpoint }}{{ .Values.storage.s3.endpoint | quote }}{{ else }}null{{ end }}
+    region: {{ .Values.storage.s3.region | quote }}
+    allowHttp: {{ .Values.storage.s3.allowHttp }}
+  hub:
+    endpoint: {{ if .Values.storage.hub.endpoint }}{{ .Values.storage.hub.endpoint | quote }}{{ else }}null{{ end }}
+limits:
+  requestsPerSecond: {{ .Values.limits.requestsPerSecond | toJson }}
+  burst: {{ .Values.limits.burst | toJson }}
+  workers: {{ .Values.limits.workers | toJson }}
+pods:
+  gracePeriodSeconds: {{ .Values.pods.gracePeriodSeconds | toJson }}
+  metricsLingerSeconds: {{ .Values.pods.metricsLingerSeconds | toJson }}
+  preflightCpu: {{ .Values.pods.preflightCpu | toString | quote }}
+  preflightMemory: {{ .Values.pods.preflightMemory | toString | quote }}
+  tolerations: {{ .Values.pods.tolerations | toJson }}
+  nodeSelector: {{ .Values.pods.nodeSelector | toJson }}
+  schedulerName: {{ .Values.pods.schedulerName | quote }}
+  runtimeClassName: {{ .Values.pods.runtimeClassName | quote }}
+  imagePullSecrets: {{ .Values.pods.imagePullSecrets | toJson }}
+metricsPort: 9090
+probesPort: 8081
+sweepSeconds: {{ .Values.sweepSeconds | toJson }}
+metricsRetentionSeconds: {{ .Values.metricsRetentionSeconds | toJson }}
+logLevel: {{ .Values.logLevel }}
+{{- end }}
