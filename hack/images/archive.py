@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from images.commands import do
 from images.errors import ImagesError
@@ -32,20 +33,29 @@ def image_size(image: str, environment: Mapping[str, str]) -> int:
 
 
 def write(image: str, path: Path, present: frozenset[str], environment: Mapping[str, str]) -> None:
-    """Write `image` to `path`; the layers in `present` are named in its manifest, but not in the archive."""
+    """Write `image` to `path`, whole or not at all; the layers in `present` are left out."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with unfinished.open("wb") as out:
+            stream(image, out, present, environment, path.parent)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def stream(image: str, out: IO[bytes], present: frozenset[str], environment: Mapping[str, str], scratch: Path) -> None:
+    """Write `image` to `out` by way of `scratch`; layers in `present` are named in its manifest, but not written."""
     left_out = frozenset(layer_digests(image, environment)) & present
     push = _push_without if left_out else _push_whole
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".image-", dir=scratch) as folder:
         manifest, blobs = push(image, Path(folder), left_out, environment)
-        unfinished = path.with_name(path.name + ".part")
-        with tarfile.open(unfinished, "w") as tar:
+        with tarfile.open(fileobj=out, mode="w|", bufsize=1 << 20) as tar:
             _add(tar, "oci-layout", json.dumps({"imageLayoutVersion": "1.0.0"}).encode())
             _add(tar, "index.json", json.dumps(_index(image, manifest)).encode())
             _add(tar, f"blobs/sha256/{hashlib.sha256(manifest).hexdigest()}", manifest)
             for blob in blobs:
                 tar.add(blob, f"blobs/sha256/{blob.name}")
                 blob.unlink()  # two whole copies at once would be a lot of disk
-        unfinished.rename(path)
 
 
 def _push_whole(
