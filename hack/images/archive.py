@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +24,21 @@ def layer_digests(image: str, environment: Mapping[str, str]) -> tuple[str, ...]
     template = "{{range .OCIv1.RootFS.DiffIDs}}{{.}} {{end}}"
     command = ["buildah", "inspect", "--type", "image", "--format", template, image]
     return tuple(do(command, environment, remedy=f"Build it first: python3 -m images build ({image}).").split())
+
+
+def unpacked(layers: Sequence[str], snapshots: Container[str]) -> frozenset[str]:
+    """Of an image's layers, lowest first, those that a node has unpacked, by the names of its snapshots. Pure.
+
+    A snapshot is named by its chain: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
+    """
+    found: set[str] = set()
+    chain = ""
+    for layer in layers:
+        chain = f"sha256:{hashlib.sha256(f'{chain} {layer}'.encode()).hexdigest()}" if chain else layer
+        if chain not in snapshots:
+            break
+        found.add(layer)
+    return frozenset(found)
 
 
 def image_size(image: str, environment: Mapping[str, str]) -> int:

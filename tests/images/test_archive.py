@@ -58,6 +58,13 @@ def test_layers_that_are_there_already_are_named_but_not_written(image: str, tmp
     assert (tmp_path / "rest.tar").stat().st_size < 100_000
 
 
+def test_a_node_that_unpacked_the_lower_layers_needs_the_upper_ones_alone() -> None:
+    first, second, third = (f"sha256:{digit * 64}" for digit in "abc")
+    both = f"sha256:{hashlib.sha256(f'{first} {second}'.encode()).hexdigest()}"
+    assert archive.unpacked((first, second, third), {first, both, third}) == {first, second}
+    assert archive.unpacked((first, second), set()) == frozenset()
+
+
 def test_nothing_but_the_archive_is_left_in_its_folder(image: str, tmp_path: Path) -> None:
     archive.write(image, tmp_path / "whole.tar", frozenset(), ENVIRONMENT)
     assert [file.name for file in tmp_path.iterdir()] == ["whole.tar"]
