@@ -31,9 +31,7 @@ class Api:
     def request(self, method: str, path: str, body: Any = None, content: str = "application/json") -> Any:
         """The decoded answer (text if it isn't JSON); raises ApiError."""
         where = urlsplit(self.server)
-        connection = http.client.HTTPSConnection(
-            where.hostname or "", where.port, timeout=10, context=self._tls()
-        )
+        connection = http.client.HTTPSConnection(where.hostname or "", where.port, timeout=10, context=self._tls())
         try:
             payload = None if body is None else json.dumps(body)
             connection.request(method, path, payload, {"Content-Type": content})
@@ -53,9 +51,7 @@ class Api:
     def lines(self, path: str, timeout: float) -> Iterator[bytes]:
         """The lines of an answer that goes on, such as a watch; raises ApiError, ends when the server ends it."""
         where = urlsplit(self.server)
-        connection = http.client.HTTPSConnection(
-            where.hostname or "", where.port, timeout=timeout, context=self._tls()
-        )
+        connection = http.client.HTTPSConnection(where.hostname or "", where.port, timeout=timeout, context=self._tls())
         try:
             connection.request("GET", path)
             answer = connection.getresponse()

@@ -140,10 +140,11 @@ def _run_go(go: Path, recipe: Recipe, work: Path) -> None:
     env = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-trimpath", "GOBIN": str(work)}
     env["PATH"] = f"{go.parent}{os.pathsep}{env.get('PATH', '')}"
     if recipe.is_own_module:
-        argv = [go, "build", "-mod=readonly", "-ldflags", recipe.ldflags, "-o", work / recipe.name, recipe.package]
+        argv = [str(go), "build", "-mod=readonly", "-ldflags", recipe.ldflags, "-o", str(work / recipe.name)]
+        argv.append(recipe.package)
         done = subprocess.run(argv, cwd=PACKAGE / "kube", env=env, capture_output=True, text=True, check=False)
     else:
-        argv = [go, "install", "-ldflags", recipe.ldflags, recipe.package]
+        argv = [str(go), "install", "-ldflags", recipe.ldflags, recipe.package]
         done = subprocess.run(argv, cwd=work, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-15:])

@@ -22,21 +22,18 @@ _WATCH_SECONDS = 300
 
 def targets(pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One file_sd group a metrics port of a running pod. Pure."""
-    groups = []
-    for pod in pods:
-        meta, status = pod["metadata"], pod.get("status", {})
-        if status.get("phase") != "Running" or not status.get("podIP"):
-            continue
-        for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
-            for port in container.get("ports", []):
-                if port.get("name") == PORT_NAME:
-                    groups.append(
-                        {
-                            "targets": [f"{status['podIP']}:{port['containerPort']}"],
-                            "labels": {"namespace": meta["namespace"], "pod": meta["name"]},
-                        }
-                    )
-    return sorted(groups, key=lambda group: group["targets"])
+    groups = [
+        {
+            "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
+            "labels": {"namespace": pod["metadata"]["namespace"], "pod": pod["metadata"]["name"]},
+        }
+        for pod in pods
+        if pod.get("status", {}).get("phase") == "Running" and pod["status"].get("podIP")
+        for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+        for port in container.get("ports", [])
+        if port.get("name") == PORT_NAME
+    ]
+    return sorted(groups, key=lambda group: str(group["targets"]))
 
 
 def follow(api: Api, file: Path) -> None:

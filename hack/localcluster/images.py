@@ -10,20 +10,16 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from localcluster import packages, sandbox
+from localcluster import sandbox
 from localcluster.errors import LocalClusterError
 from localcluster.paths import ClusterPaths
-
-_BUILDAH_ENV = {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,7 @@ class Containerd:
             words = ctr.stderr.read().decode(errors="replace").strip()
         if ctr.returncode:
             raise LocalClusterError(f"containerd can't import the image: {words}")
+        self.ctr("content", "prune", "references")  # unpacked layers aren't needed a second time, as blobs
 
 
 def pause_image(program: Path) -> str:
@@ -101,9 +98,7 @@ def one_file_image(name: str, file: str, content: bytes) -> bytes:
             "schemaVersion": 2,
             "mediaType": f"{kind}.manifest.v1+json",
             "config": {"mediaType": f"{kind}.config.v1+json", "digest": _sha(config), "size": len(config)},
-            "layers": [
-                {"mediaType": f"{kind}.layer.v1.tar+gzip", "digest": _sha(squeezed), "size": len(squeezed)}
-            ],
+            "layers": [{"mediaType": f"{kind}.layer.v1.tar+gzip", "digest": _sha(squeezed), "size": len(squeezed)}],
         }
     )
     named = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rsplit(":", 1)[-1]}

@@ -8,17 +8,17 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from images import archive
+from images.errors import ImagesError
 from localcluster import packages
 from localcluster.errors import LocalClusterError
 from localcluster.images import Containerd
@@ -26,16 +26,30 @@ from localcluster.locks import exclusive
 from localcluster.paths import ClusterPaths, cluster_paths
 
 NAME_KEYS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
-_GIB = 1 << 30
+_BUILDAH = {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """An image to load: its full name, an id that changes with its content, and what writes it as an archive."""
+    """An image to load: its full name, an id that changes with its content, its layers (lowest first).
+
+    `write` writes it as an OCI archive, leaving out the layers that it is given.
+    """
 
     name: str
     id: str
-    write: Callable[[IO[bytes]], None]
+    layers: tuple[str, ...]
+    write: Callable[[IO[bytes], frozenset[str]], None]
+
+
+def shared_layers(layers: tuple[str, ...], loaded: Iterable[list[str]]) -> frozenset[str]:
+    """The lowest layers that some loaded image has in the same places: only those are unpacked there. Pure."""
+
+    def common(other: list[str]) -> int:
+        pairs = zip(layers, other, strict=False)
+        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(layers), len(other)))
+
+    return frozenset(layers[: max(map(common, loaded), default=0)])
 
 
 def full_name(image: str) -> str:
@@ -70,41 +84,51 @@ def load(cluster_name: str, image: str) -> None:
             f"cluster {cluster_name!r} has no node to load {image!r} onto; run `up` without --control-plane-only"
         )
     with exclusive(paths.root / ".load.lock", f"another load into cluster {cluster_name!r}"):
-        archive = Path(image)
-        source = from_archive(archive) if archive.is_file() else _from_buildah(image)
+        file = Path(image)
+        source = from_archive(file) if file.is_file() else _from_buildah(image, paths.root)
         remembered = _remembered(paths)
-        if remembered.get(source.name) == source.id and runtime.has(source.name):
+        if remembered.get(source.name, {}).get("id") == source.id and runtime.has(source.name):
             print(f"{source.name} is already on cluster {cluster_name}")
             return
         started = time.monotonic()
-        runtime.import_stream(source.write)
-        _remember(paths, {**remembered, source.name: source.id})
+        _import(runtime, source, [entry["layers"] for entry in remembered.values()])
+        _remember(paths, {**remembered, source.name: {"id": source.id, "layers": source.layers}})
         print(f"{source.name} is on cluster {cluster_name} after {time.monotonic() - started:.1f} s")
 
 
-def from_archive(archive: Path) -> Source:
+def _import(runtime: Containerd, source: Source, loaded: list[list[str]]) -> None:
+    """Without the layers that are there; if that fails (one was removed after all), with every layer."""
+    present = shared_layers(source.layers, loaded)
+    try:
+        runtime.import_stream(lambda out: source.write(out, present))
+    except LocalClusterError as error:
+        if not present:
+            raise
+        print(f"localcluster: importing {source.name} whole, since: {error}", file=sys.stderr)
+        runtime.import_stream(lambda out: source.write(out, frozenset()))
+
+
+def from_archive(file: Path) -> Source:
     """An OCI archive; its name comes from its own annotations."""
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(file) as tar:
             member = next(m for m in tar if m.name.removeprefix("./") == "index.json")
             content = tar.extractfile(member)
             index = content.read() if content else b"{}"
         [manifest] = json.loads(index)["manifests"]
     except (tarfile.TarError, StopIteration, ValueError, KeyError) as error:
         raise LocalClusterError(
-            f"{archive}: not an OCI archive with one image ({error!r}); write one with "
-            f"`buildah push --disable-compression NAME oci-archive:{archive}:NAME`"
+            f"{file}: not an OCI archive with one image ({error!r}); write one with "
+            f"`buildah push --disable-compression NAME oci-archive:{file}:NAME`"
         ) from error
     annotations = manifest.get("annotations", {})
     name = next((annotations[key] for key in NAME_KEYS if key in annotations), "")
     if not name:
-        raise LocalClusterError(
-            f"{archive}: the image in it has no name; write it as oci-archive:{archive.name}:NAME:TAG"
-        )
+        raise LocalClusterError(f"{file}: the image in it has no name; write it as oci-archive:{file.name}:NAME:TAG")
     full = full_name(name)
 
-    def write(out: IO[bytes]) -> None:
-        with tarfile.open(archive) as tar, tarfile.open(fileobj=out, mode="w|") as copy:
+    def write(out: IO[bytes], _: frozenset[str]) -> None:
+        with tarfile.open(file) as tar, tarfile.open(fileobj=out, mode="w|") as copy:
             for entry in tar:
                 content = tar.extractfile(entry) if entry.isfile() else None
                 if entry.name.removeprefix("./") == "index.json":
@@ -112,55 +136,47 @@ def from_archive(archive: Path) -> Source:
                 copy.addfile(entry, content)
 
     renamed = named_index(index, full)
-    return Source(full, manifest["digest"], write)
+    return Source(full, manifest["digest"], (), write)
 
 
-def _from_buildah(image: str) -> Source:
+def _from_buildah(image: str, scratch: Path) -> Source:
     packages.ensure(packages.BUILDAH)
-    inspected = _buildah("inspect", "--type", "image", "--format", "{{.FromImageID}}", image)
+    environment = {name: os.environ.get(name, value) for name, value in _BUILDAH.items()}
+    template = "{{.FromImageID}}{{range .OCIv1.RootFS.DiffIDs}} {{.}}{{end}}"
+    inspected = subprocess.run(
+        ["buildah", "inspect", "--type", "image", "--format", template, image],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
     if inspected.returncode:
+        words = inspected.stderr.strip().splitlines() or ["no output"]
         raise LocalClusterError(
-            f"image {image!r}: neither a file nor an image of local buildah storage "
-            f"({inspected.stderr.strip().splitlines()[-1:]}); build it first, or give an OCI archive"
+            f"image {image!r}: neither a file nor an image of local buildah storage ({words[-1]}); "
+            "build it first, or give an OCI archive"
         )
+    identity, *layers = inspected.stdout.split()
     full = full_name(image)
-    return Source(full, inspected.stdout.strip(), lambda out: _stream_buildah(image, full, out))
 
+    def write(out: IO[bytes], present: frozenset[str]) -> None:
+        try:
+            archive.stream(image, out, present, environment, scratch)
+        except ImagesError as error:
+            raise LocalClusterError(f"image {image!r}: {error}") from error
 
-def _stream_buildah(image: str, name: str, out: IO[bytes]) -> None:
-    """By way of an uncompressed OCI folder: gzip would cost 30 s for a large image."""
-    scratch = Path(os.environ.get("TMPDIR", "/var/tmp"))  # noqa: S108 -- where buildah keeps its own
-    free = shutil.disk_usage(scratch).free
-    with tempfile.TemporaryDirectory(prefix="localcluster-load-", dir=scratch) as folder:
-        pushed = _buildah("push", "--quiet", "--disable-compression", image, f"oci:{folder}:{name}")
-        if pushed.returncode:
-            raise LocalClusterError(
-                f"buildah can't write {image!r} to {folder} ({free / _GIB:.1f} GiB free there): "
-                f"{pushed.stderr.strip()}"
-            )
-        index = Path(folder) / "index.json"
-        index.write_bytes(named_index(index.read_bytes(), name))
-        with subprocess.Popen(["tar", "-C", folder, "-cf", "-", "."], stdout=subprocess.PIPE) as tar:
-            assert tar.stdout is not None  # noqa: S101 -- it is a pipe
-            shutil.copyfileobj(tar.stdout, out, 1 << 20)
-        if tar.returncode:
-            raise LocalClusterError(f"tar can't read {folder}: exit code {tar.returncode}")
-
-
-def _buildah(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot", **os.environ}
-    return subprocess.run(["buildah", *arguments], capture_output=True, text=True, check=False, env=env)
+    return Source(full, identity, tuple(layers), write)
 
 
 def _remembered(paths: ClusterPaths) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = json.loads(paths.loaded.read_text())
+        loaded = json.loads(paths.loaded.read_text())
+        return {name: {"id": entry["id"], "layers": entry["layers"]} for name, entry in loaded.items()}
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         print(f"localcluster: {paths.loaded} is damaged, importing again", file=sys.stderr)
         return {}
-    return loaded
 
 
 def _remember(paths: ClusterPaths, loaded: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def destroy(paths: ClusterPaths, name: str) -> None:
         subprocess.run(["ip", "link", "delete", interface], capture_output=True, check=False)
     _wait_until(lambda: _remove_cgroups(name), "cgroups of the cluster are still busy")
     for folder in (paths.run, paths.data):
-        _wait_until(lambda folder=folder: remove_tree(folder), f"{folder} can't be removed")  # type: ignore[misc]
+        _wait_until(partial(remove_tree, folder), f"{folder} can't be removed")
 
 
 def _kill(pid: int) -> None:
@@ -222,7 +223,7 @@ def remove_tree(folder: Path) -> bool:
     return not folder.exists()
 
 
-def _wait_until(done: Any, otherwise: str) -> None:
+def _wait_until(done: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + 15
     while not done():
         if time.monotonic() > deadline:
