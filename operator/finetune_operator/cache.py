@@ -172,10 +172,10 @@ class Cache:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _strays(self, uid: str) -> Iterator[Pod]:
-        """Live pods of a FineTuneJob whose Job is gone. Only those that a Job controlled: a label can be forged."""
+        """Live pods of a FineTuneJob whose Job is gone; by label, since an orphaned pod has no owner any more."""
         for pod_uid in self._pods_labelled.get(uid, ()):
             pod = self._pods[pod_uid]
-            if pod.is_live and pod.job_uid and pod.job_uid not in self._jobs:
+            if pod.is_live and pod.job_uid not in self._jobs:
                 yield pod
 
     def _remember_pod(self, pod: Pod) -> None:

@@ -95,7 +95,7 @@ def _has_lost_a_pod(attempt: Attempt) -> bool:
 
 def _waiting(attempt: Attempt, words: dict[str, str]) -> Verdict:
     for pod in attempt.pods:
-        if pod.unschedulable:
+        if pod.is_live and not pod.started and pod.unschedulable:
             return Verdict("waiting", UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
     for pod in attempt.pods:
         if pod.is_live and pod.waiting_reason not in _QUIET_WAITING:
