@@ -211,6 +211,8 @@ class BucketPlace:
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotSupportedError):
             raise
         except exceptions.BaseError as error:
+            if "NoSuchBucket" in str(error):  # obstore has no type for it
+                raise Failed(NOT_FOUND[self._role], f"{self._at()}: the bucket isn't there") from None
             if "169.254." in str(error):
                 raise Failed(
                     "CredentialsMissing",

@@ -5,6 +5,7 @@ PID 1 of the pod. Never imports torch: it has to outlive a rank that was killed 
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 import traceback
@@ -77,11 +78,15 @@ class Supervisor:
             return self._preempted()
         except Failed as failed:
             return self._failed(failed)
-        except Exception as error:
-            self._log.error("the supervisor itself failed", traceback=traceback.format_exc())
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             return self._failed(
-                Failed("TrainingError", f"{type(error).__name__}: {error}", log_tail=traceback.format_exc())
+                Failed("DiskFull", f"resources.scratch: {error.filename}: {error.strerror}; raise it")
+                if full
+                else self._own_failure(error)
             )
+        except Exception as error:
+            return self._failed(self._own_failure(error))
         finally:
             self._enter(self._phase, self._message)
             self._poster.close()
@@ -263,6 +268,10 @@ class Supervisor:
             checkpoint=self._checkpoint,
             model=self._model,
         )
+
+    def _own_failure(self, error: Exception) -> Failed:
+        self._log.error("the supervisor itself failed", traceback=traceback.format_exc())
+        return Failed("TrainingError", f"{type(error).__name__}: {error}", log_tail=traceback.format_exc())
 
     def _failed(self, failed: Failed) -> Result:
         self._log.error(failed.message, reason=failed.reason, rank=failed.rank, exit_code=failed.exit_code)

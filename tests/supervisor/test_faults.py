@@ -1,0 +1,202 @@
+"""What goes wrong in one pod, with a real supervisor and real signals: inputs, ranks, memory, stalls."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.run import DataConfig, ModelConfig
+from supervisor import world
+from supervisor.world import Ended, Setup
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path).write_inputs()
+
+
+def ending(setup: Setup, behaviour: dict[str, Any] | None = None, **how: Any) -> Ended:
+    ended = world.supervise(setup.run(), setup.folder, behaviour=behaviour, **how)
+    assert ended.last.outcome == "failed", ended.output
+    return ended
+
+
+INPUTS = {
+    "an empty file": ("", 65, "DatasetInvalid", "is empty"),
+    "a broken line": (world.ROWS + '{"prompt": "a", "comple\n', 65, "DatasetInvalid", "row 9: isn't JSON"),
+    "a row without completion": (
+        world.ROWS + '{"prompt": "a"}\n',
+        65,
+        "DatasetInvalid",
+        "row 9: completion is missing",
+    ),
+    "blank lines only": ("\n\n\n", 65, "DatasetInvalid", "it is empty"),
+}
+
+
+@pytest.mark.parametrize(("text", "code", "reason", "words"), INPUTS.values(), ids=INPUTS)
+def test_rows_that_cannot_be_used_are_named_before_a_rank_starts(
+    setup: Setup, text: str, code: int, reason: str, words: str
+) -> None:
+    setup.train.write_text(text)
+    ended = ending(setup, ranks="/bin/false")
+    assert (ended.code, ended.last.reason) == (code, reason)
+    assert words in ended.last.message
+    assert "dataset" in ended.last.message
+
+
+def test_invalid_rows_are_left_to_the_ranks_where_they_may_be_dropped(setup: Setup) -> None:
+    setup.train.write_text(world.ROWS + "{broken\n")
+    data = DataConfig(train=world.place(f"file://{setup.train}"), on_invalid="drop")
+    assert world.supervise(setup.but(data=data).run(), setup.folder).code == 0
+
+
+def test_a_data_file_that_is_not_there_is_named(setup: Setup) -> None:
+    setup.train.unlink()
+    ended = ending(setup)
+    assert (ended.code, ended.last.reason) == (65, "DatasetNotFound")
+    assert str(setup.train) in ended.last.message
+
+
+def test_a_model_that_is_not_there_is_named(setup: Setup) -> None:
+    place = ModelConfig(location=world.place("file:///nowhere/at/all"))
+    ended = ending(setup.but(model=place))
+    assert (ended.code, ended.last.reason) == (66, "ModelNotFound")
+    assert "/nowhere/at/all" in ended.last.message
+
+
+def test_a_folder_that_is_no_model_is_refused(setup: Setup) -> None:
+    (setup.model / "config.json").unlink()
+    ended = ending(setup)
+    assert (ended.code, ended.last.reason) == (66, "ModelInvalid")
+    assert "config.json" in ended.last.message
+
+
+def test_a_model_of_pickles_only_is_refused_and_nothing_is_unpickled(setup: Setup) -> None:
+    (setup.model / "model.safetensors").rename(setup.model / "pytorch_model.bin")
+    ended = ending(setup)
+    assert (ended.code, ended.last.reason) == (66, "ModelInvalid")
+    assert "pytorch_model.bin" in ended.last.message
+    assert "safetensors" in ended.last.message
+
+
+def test_pickles_beside_safetensors_are_never_brought_to_the_node(setup: Setup) -> None:
+    (setup.model / "pytorch_model.bin").write_bytes(b"evil")
+    (setup.model / "modeling_evil.py").write_text("raise SystemExit")
+    assert world.supervise(setup.run(), setup.folder).code == 0
+    fetched = {path.name for path in (setup.folder / "scratch" / "model").iterdir()}
+    assert fetched == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+def test_a_destination_that_cannot_be_written_is_refused_before_training(setup: Setup) -> None:
+    (setup.folder / "file").write_text("not a folder")
+    ended = ending(setup.but(output=world.place(f"file://{setup.folder}/file/below")))
+    assert ended.code == 67
+    assert ended.last.reason == "OutputNotFound"
+
+
+def test_a_killed_rank_is_rank_killed_and_the_others_are_ended(setup: Setup) -> None:
+    behaviour = {"steps": 100, "seconds": 0.1, "at_step": 3, "on_rank": 1, "then": "kill"}
+    ended = ending(setup, behaviour)
+    assert (ended.code, ended.last.reason, ended.last.rank, ended.last.exit_code) == (72, "RankKilled", 1, 137)
+    assert "rank 1" in ended.last.message
+    assert "rank 1 of 2 is here" in ended.last.log_tail
+    assert ended.last.checkpoint is not None
+
+
+def test_a_rank_killed_from_outside_is_noticed(setup: Setup) -> None:
+    running = world.start(setup.run(), setup.folder, behaviour={"steps": 1000, "seconds": 0.1})
+    events = setup.folder / "scratch/events/rank-0.jsonl"
+    world.until(lambda: events.exists() and '"step":2' in events.read_text())
+    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    ended = running.wait()
+    assert (ended.code, ended.last.reason, ended.last.rank) == (72, "RankKilled", 0)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_what_a_rank_reports_itself_is_the_reason(setup: Setup) -> None:
+    ended = ending(setup, {"at_step": 3, "then": "error"})
+    assert (ended.code, ended.last.reason, ended.last.rank) == (71, "NonFiniteLoss", 0)
+    assert ended.last.message == "rank 0: loss became NaN at step 3"
+
+
+def test_a_broken_connection_without_a_local_cause_is_peer_lost(setup: Setup) -> None:
+    ended = ending(setup, {"at_step": 3, "then": "exit"})
+    assert (ended.code, ended.last.reason) == (75, "PeerLost")
+
+
+def test_a_crash_is_the_programs_own_failure(setup: Setup) -> None:
+    ended = ending(setup, {"at_step": 3, "on_rank": 1, "then": "abort"})
+    assert (ended.code, ended.last.reason, ended.last.exit_code) == (1, "TrainingError", 134)
+
+
+def test_a_hanging_rank_is_a_stall(setup: Setup) -> None:
+    ended = ending(setup.but(stall_seconds=1), {"at_step": 3, "then": "hang"})
+    assert (ended.code, ended.last.reason) == (73, "Stalled")
+    assert "runPolicy.stallSeconds=1 in phase training" in ended.last.message
+    assert ended.last.checkpoint is not None
+    assert ended.last.checkpoint.step == 2
+
+
+def test_slow_loading_is_no_stall_while_the_limit_is_off(setup: Setup) -> None:
+    ended = world.supervise(setup.but(stall_seconds=0).run(), setup.folder, behaviour={"loading": 1.5})
+    assert ended.code == 0, ended.output
+
+
+def test_orphans_of_a_rank_are_reaped(setup: Setup) -> None:
+    behaviour = {"at_step": 2, "then": "orphan", "steps": 200, "seconds": 0.05}
+    running = world.start(setup.run(), setup.folder, behaviour=behaviour)
+    events = setup.folder / "scratch/events/rank-0.jsonl"
+    world.until(lambda: events.exists() and '"step":15' in events.read_text())
+    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+    states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children]
+    assert len(children) == 2
+    assert "Z" not in states
+    running.terminate()
+    assert running.wait().code == 143
+
+
+def test_ranks_die_with_their_supervisor(setup: Setup) -> None:
+    running = world.start(setup.run(), setup.folder, behaviour={"steps": 1000, "seconds": 0.1})
+    events = setup.folder / "scratch/events/rank-0.jsonl"
+    world.until(lambda: events.exists() and '"step":2' in events.read_text())
+    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+    running.process.kill()
+    running.process.wait()
+    world.until(lambda: not any(alive(pid) for pid in children))
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ranks_see_no_credentials(setup: Setup) -> None:
+    dump = setup.folder / "env.sh"
+    dump.write_text("#!/bin/sh\nenv\nexit 3\n")
+    dump.chmod(0o755)
+    secrets = {"AWS_SECRET_ACCESS_KEY": "s3cret", "HF_TOKEN": "hf_s3cret", "NCCL_DEBUG": "INFO"}
+    ended = ending(setup, ranks=str(dump), environment=secrets)
+    assert "s3cret" not in ended.output
+    assert "NCCL_DEBUG=INFO" in ended.output
+    assert "WORLD_SIZE=2" in ended.output
+
+
+def test_a_run_configuration_that_is_wrong_names_the_field(setup: Setup, tmp_path: Path) -> None:
+    running = world.start(setup.run(), tmp_path, environment={"FINETUNE_RUN_CONFIG": "/nowhere"})
+    ended = running.wait()
+    assert (ended.code, ended.last.reason) == (64, "InvalidConfig")
+    assert "/nowhere" in ended.last.message
+
+
+def test_a_failure_of_the_supervisor_itself_is_told_with_its_traceback(setup: Setup) -> None:
+    ended = ending(setup.but(scratch="/proc/nowhere"))
+    assert ended.code == 1
+    assert "Traceback" in ended.last.log_tail

@@ -1,0 +1,199 @@
+"""The supervisor against a real S3 server: inputs and result in buckets, keys from a mounted Secret, and every way in
+which a store can refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune_api.run import DataConfig, ModelConfig, S3Config
+from supervisor import world
+from supervisor.outage import Wire
+from supervisor.world import Setup
+from testkit.s3_server import S3, running_s3
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with running_s3(tmp_path_factory.mktemp("s3"), ("models", "data", "outputs")) as server:
+        world.small_model(server.folder / "models" / "tiny")
+        (server.folder / "data" / "train.jsonl").write_text(world.ROWS)
+        yield server
+
+
+@dataclass(frozen=True)
+class Remote:
+    setup: Setup
+    s3: S3
+    keys: Path
+    output: Path
+
+    def but(self, **changes: object) -> Remote:
+        return Remote(self.setup.but(**changes), self.s3, self.keys, self.output)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, s3: S3) -> Remote:
+    keys = world.secret(tmp_path / "keys", s3.environment())
+    name = tmp_path.name
+    setup = Setup(tmp_path).but(
+        model=ModelConfig(location=world.place("s3://models/tiny", keys)),
+        data=DataConfig(train=world.place("s3://data/train.jsonl", keys)),
+        output=world.place(f"s3://outputs/{name}/v1", keys),
+    )
+    return Remote(setup, s3, keys, s3.folder / "outputs" / name / "v1")
+
+
+def failed(remote: Remote, command: str = "supervise") -> tuple[int, str, str]:
+    ended = world.supervise(remote.setup.run(), remote.setup.folder, command=command)
+    return ended.code, ended.last.reason, ended.last.message
+
+
+def test_model_and_data_come_from_buckets_and_the_result_goes_to_one(remote: Remote) -> None:
+    ended = world.supervise(remote.setup.run(), remote.setup.folder)
+    assert ended.code == 0, ended.output
+    assert (remote.output / "adapter_model.safetensors").read_bytes() == b"weights after 4"
+    assert world.manifest(remote.output).step == 4
+    assert "secret" not in ended.output
+
+
+def test_keys_and_endpoint_may_come_from_the_environment(remote: Remote) -> None:
+    anonymous = {
+        "model": ModelConfig(location=world.place("s3://models/tiny")),
+        "data": DataConfig(train=world.place("s3://data/train.jsonl")),
+        "output": world.place(f"s3://outputs/{remote.setup.folder.name}/v2"),
+    }
+    ended = world.supervise(
+        remote.setup.but(**anonymous).run(), remote.setup.folder, environment=remote.s3.environment()
+    )
+    assert ended.code == 0, ended.output
+
+
+def test_the_administrators_endpoint_holds_where_the_secret_names_none(remote: Remote) -> None:
+    (remote.keys / "AWS_ENDPOINT_URL").unlink()
+    there = S3Config(endpoint=remote.s3.endpoint, region="us-east-1", allow_http=True)
+    ended = world.supervise(remote.setup.but(s3=there).run(), remote.setup.folder)
+    assert ended.code == 0, ended.output
+
+
+def test_a_bucket_that_is_not_there_is_named_before_training(remote: Remote) -> None:
+    place = world.place("s3://nowhere/v1", remote.keys)
+    code, reason, message = failed(remote.but(output=place))
+    assert (code, reason) == (67, "OutputNotFound")
+    assert "output.uri: s3://nowhere/v1" in message
+
+
+def test_data_that_is_not_there_is_told_from_a_missing_bucket(remote: Remote) -> None:
+    missing = DataConfig(train=world.place("s3://data/other.jsonl", remote.keys))
+    assert failed(remote.but(data=missing))[:2] == (65, "DatasetNotFound")
+    bucket = DataConfig(train=world.place("s3://nowhere/other.jsonl", remote.keys))
+    code, reason, message = failed(remote.but(data=bucket))
+    assert (code, reason) == (65, "DatasetNotFound")
+    assert "bucket" in message
+
+
+def test_a_model_that_is_not_there_is_named(remote: Remote) -> None:
+    missing = ModelConfig(location=world.place("s3://models/other", remote.keys))
+    code, reason, message = failed(remote.but(model=missing))
+    assert (code, reason) == (66, "ModelNotFound")
+    assert "s3://models/other" in message
+
+
+def test_a_wrong_key_is_access_denied(remote: Remote) -> None:
+    (remote.keys / "AWS_SECRET_ACCESS_KEY").write_text("wrong")
+    assert failed(remote)[:2] == (68, "AccessDenied")
+
+
+def test_half_a_key_is_named(remote: Remote) -> None:
+    (remote.keys / "AWS_SECRET_ACCESS_KEY").unlink()
+    code, reason, message = failed(remote)
+    assert (code, reason) == (68, "CredentialsMissing")
+    assert "output.credentialsRef: the Secret has no key AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_no_keys_at_all_is_refused_by_the_store(remote: Remote) -> None:
+    there = S3Config(endpoint=remote.s3.endpoint, region="us-east-1", allow_http=True)
+    place = world.place("s3://outputs/anonymous/v1")
+    assert failed(remote.but(s3=there, output=place))[:2] == (68, "AccessDenied")
+
+
+def test_another_jobs_result_and_another_jobs_checkpoint_are_refused(remote: Remote) -> None:
+    assert world.supervise(remote.setup.run(), remote.setup.folder).code == 0
+    ended = world.supervise(remote.setup.run(uid="uid-2"), remote.setup.folder)
+    assert ended.last.reason == "OutputOccupied"
+    kept = remote.output / "finetune" / "manifest.json"
+    text = json.loads(kept.read_text())
+    kept.unlink()
+    step = remote.output / "checkpoints" / "step-2"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text(json.dumps({**text, "kind": "checkpoint"}))
+    ended = world.supervise(remote.setup.run(uid="uid-2"), remote.setup.folder)
+    assert (ended.code, ended.last.reason) == (67, "OutputOccupied")
+    assert "checkpoint of ns/job" in ended.last.message
+
+
+def test_a_result_that_cannot_be_uploaded_is_tried_again_without_training_again(remote: Remote) -> None:
+    with Wire(remote.s3.endpoint) as wire:
+        (remote.keys / "AWS_ENDPOINT_URL").write_text(wire.url)
+        hold = {"hold": str(remote.setup.folder / "go"), "hold_at": 4, "checkpoint_every": 9}
+        running = world.start(remote.setup.run(), remote.setup.folder, behaviour=hold)
+        events = remote.setup.folder / "scratch/events/rank-0.jsonl"
+        world.until(lambda: events.exists() and '"step":4' in events.read_text())
+        wire.cut()
+        (remote.setup.folder / "go").touch()
+        world.until(lambda: '"saved"' in events.read_text())
+        world.until(lambda: wire.refused > 30)
+        wire.mend()
+        ended = running.wait(timeout=90)
+    assert ended.code == 0, ended.output
+    assert "is tried again" in ended.output
+    assert ended.output.count("ranks started") == 1
+    assert world.manifest(remote.output).step == 4
+
+
+def test_a_checkpoint_that_cannot_be_uploaded_does_not_disturb_training(remote: Remote) -> None:
+    with Wire(remote.s3.endpoint) as wire:
+        (remote.keys / "AWS_ENDPOINT_URL").write_text(wire.url)
+        hold = {"hold": str(remote.setup.folder / "go"), "hold_at": 1, "checkpoint_every": 1, "steps": 6}
+        running = world.start(remote.setup.run(), remote.setup.folder, behaviour=hold)
+        world.until(lambda: (remote.output / "checkpoints/step-1/manifest.json").exists())
+        wire.cut()
+        (remote.setup.folder / "go").touch()
+        events = remote.setup.folder / "scratch/events/rank-0.jsonl"
+        world.until(lambda: '"saved"' in events.read_text())
+        wire.mend()
+        ended = running.wait(timeout=90)
+    assert ended.code == 0, ended.output
+
+
+def test_a_store_that_never_answers_is_storage_unavailable(remote: Remote) -> None:
+    (remote.keys / "AWS_ENDPOINT_URL").write_text("http://127.0.0.1:9")
+    code, reason, message = failed(remote, "preflight")
+    assert (code, reason) == (74, "StorageUnavailable")
+    assert "output.uri" in message
+
+
+@pytest.mark.parametrize("damage", ["torn file", "torn manifest", "missing file", "other bytes"])
+def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(remote: Remote, damage: str) -> None:
+    behaviour = {"steps": 4, "checkpoint_every": 1, "seconds": 0.3, "at_step": 4, "then": "exit", "attempt": 1}
+    ended = world.supervise(remote.setup.run(), remote.setup.folder, behaviour=behaviour)
+    assert ended.code != 0
+    newest = remote.output / "checkpoints" / "step-3"
+    weights = newest / "weights.safetensors"
+    match damage:
+        case "torn file":
+            weights.write_bytes(weights.read_bytes()[:500])
+        case "torn manifest":
+            (newest / "manifest.json").write_text('{"version": 1, "kind"')
+        case "missing file":
+            weights.unlink()
+        case "other bytes":
+            weights.write_bytes(b"x" * weights.stat().st_size)
+    ended = world.supervise(remote.setup.run(attempt=2), remote.setup.folder, behaviour=behaviour)
+    assert ended.code == 0, ended.output
+    assert "checkpoints/step-3 is left aside" in ended.output
+    assert '"step": 2' in next(line for line in ended.output.splitlines() if "going on from" in line)
