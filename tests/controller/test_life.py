@@ -260,14 +260,6 @@ def test_a_job_fails_when_its_deadline_has_passed(world: World, operator: Operat
     assert "activeDeadlineSeconds" in failed["message"]
 
 
-def test_a_spec_that_the_api_server_refuses_in_a_child_fails_with_its_words(world: World, operator: Operator) -> None:
-    world.submit("label", pod={"nodeSelector": {"pool": "not a label value"}})
-    failed = world.wait_phase("label", "Failed")
-    assert failed["failure"]["reason"] == "InvalidSpec"
-    assert "nodeSelector" in failed["message"]
-    assert failed["attempt"] == 0
-
-
 def test_a_recreated_job_waits_for_its_predecessors_children_to_go(world: World, operator: Operator) -> None:
     world.submit("again")
     world.run_pods("again-1")

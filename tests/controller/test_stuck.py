@@ -1,0 +1,87 @@
+"""What pods wait for is told in the words of whoever knows it, and the job goes on by itself when it is mended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from controller.operator_process import Operator
+from controller.world import World
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_missing_secret_is_told_in_the_kubelets_words_and_recovers(world: World, operator: Operator) -> None:
+    world.submit("keyless", output={"credentialsRef": {"name": "s3-writer"}})
+    (pod,) = world.wait_pods("keyless-1")
+    world.waiting_container(pod, "ContainerCreating", "")
+    said = 'MountVolume.SetUp failed for volume "credentials-output" : secret "s3-writer" not found'
+    world.warn(pod, "FailedMount", said)
+
+    def told() -> bool:
+        status = world.status("keyless")
+        return status.get("phase") == "Pending" and said in status["message"]
+
+    world.wait(told, 20)
+    assert world.condition("keyless", "Stalled")["status"] == "False"
+    assert world.condition("keyless", "Reconciling")["status"] == "True"
+    world.run_pod(pod)
+    assert said not in world.wait_phase("keyless", "Running")["message"]
+
+
+def test_a_node_without_room_is_told_in_the_schedulers_words(world: World, operator: Operator) -> None:
+    world.submit("huge", resources={"cpu": "1000"})
+    world.wait_pods("huge-1")
+    message = world.wait_phase("huge", "Pending")["message"]
+    assert "nodes are available" in message
+    assert "huge-1-0" in message
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("ImagePullBackOff", 'Back-off pulling image "example.test/trainer:1"'),
+        ("CreateContainerConfigError", 'configmap "x" not found'),
+    ],
+)
+def test_a_container_that_cannot_start_is_told_in_the_kubelets_words(
+    world: World, operator: Operator, reason: str, message: str
+) -> None:
+    world.submit("image")
+    (pod,) = world.wait_pods("image-1")
+    world.waiting_container(pod, reason, message)
+    told = world.wait_phase("image", "Pending")["message"]
+    assert f"{reason}: {message}" in told
+
+
+def test_a_quota_that_refuses_the_job_is_told_in_its_words_and_recovers(world: World, operator: Operator) -> None:
+    quota: Any = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none"},
+        "spec": {"hard": {"count/jobs.batch": "0"}},
+    }
+    world.create("resourcequotas", quota)
+    world.wait(lambda: (world.get("resourcequotas", "none") or {}).get("status", {}).get("hard"))
+    world.submit("limited")
+    status = world.wait_phase("limited", "Pending")
+    assert "exceeded quota: none" in status["message"]
+    assert status["attempt"] == 0
+    world.delete("resourcequotas", "none")
+    world.wait_job("limited-1", 20)
+    assert world.status("limited")["restartsTotal"] == 0
+
+
+def test_pods_that_a_quota_refuses_are_told_in_the_job_controllers_words(world: World, operator: Operator) -> None:
+    quota: Any = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "small"},
+        "spec": {"hard": {"pods": "0"}},
+    }
+    world.create("resourcequotas", quota)
+    world.wait(lambda: (world.get("resourcequotas", "small") or {}).get("status", {}).get("hard"))
+    world.submit("podless")
+    world.wait_job("podless-1")
+    world.wait(lambda: "exceeded quota: small" in world.status("podless").get("message", ""), 20)
