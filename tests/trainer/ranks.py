@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_api import events
-from finetune_api.resource import LoraSpec, TrainingSpec
+from finetune_api.resource import EvaluationSpec, LoraSpec, TrainingSpec
 from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
-from finetune_api.resource import EvaluationSpec
 from finetune_trainer.paths import Paths
 
 _ROOT = Path(__file__).parents[2]
@@ -26,7 +25,23 @@ E = TypeVar("E")
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Prompt and completion of mixed lengths, none like another."""
-    words = "define the noun wander tower light ship fox quick lazy dog again aim move about".split()
+    words = [
+        "define",
+        "the",
+        "noun",
+        "wander",
+        "tower",
+        "light",
+        "ship",
+        "fox",
+        "quick",
+        "lazy",
+        "dog",
+        "again",
+        "aim",
+        "move",
+        "about",
+    ]
     made = []
     for index in range(count):
         at = index + seed * 1000

@@ -51,9 +51,7 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     parts = [
         sdpa_attention_forward(module, q, k, v, None, **options)[0]
-        for q, k, v in zip(
-            query.split(_lengths, dim=2), key.split(_lengths, dim=2), value.split(_lengths, dim=2), strict=True
-        )
+        for q, k, v in zip(*(torch.split(tensor, list(_lengths), dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=1), None
 

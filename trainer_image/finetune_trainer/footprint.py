@@ -24,7 +24,7 @@ class ModelSize:
 
 
 def activation_bytes_per_token(size: ModelSize) -> int:
-    """What a decoder layer keeps for its backward pass (norms, q k v o, gate, up, product) and the logits in float32."""
+    """What a decoder layer keeps for its backward pass (norms, q k v o, gate, up, product), and the logits."""
     layer = 12 * size.hidden + 5 * size.intermediate
     return size.layers * layer * size.bytes_per_value + 12 * size.vocabulary
 

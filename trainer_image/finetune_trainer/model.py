@@ -117,7 +117,7 @@ def unfreeze(loaded: Loaded) -> Loaded:
 
 
 def _why_not_packed(config: Any, encoder_decoder: bool, max_length: int) -> str:
-    """Why examples can't share a row in this family, or nothing. What isn't foreseen here is found by `loss_differs`."""
+    """Why examples can't share a row in this family, or nothing. `evaluate.packing_differs` finds the rest."""
     if encoder_decoder:
         return "an encoder-decoder reads one example a row"
     kinds = set(getattr(config, "layer_types", None) or ())

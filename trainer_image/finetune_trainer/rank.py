@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _tell(run: RunConfig, paths: Paths, reporter: Reporter) -> None:
-    """The imports of torch and its friends take seconds, so they come after the run configuration is known to be good."""
+    """Importing torch and its friends takes seconds, so it comes after the run configuration was read."""
     from finetune_trainer import story, world
 
     if run.world.strategy != "ddp":

@@ -61,8 +61,11 @@ def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
         declared = json.loads(path.read_text()).get("eos_token_id")
         found.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
     if not found:
-        raise Failed("ModelInvalid", "model.uri: neither the tokenizer nor generation_config.json names an end-of-"
-                     "sequence token, so an answer could never end; set eos_token in tokenizer_config.json")  # fmt: skip
+        raise Failed(
+            "ModelInvalid",
+            "model.uri: neither the tokenizer nor generation_config.json names an end-of-sequence token, so an answer "
+            "could never end; set eos_token in tokenizer_config.json",
+        )
     return frozenset(found)
 
 
@@ -115,7 +118,7 @@ class Renderer:
         if self._chat:
             return (
                 "chat template",
-                "the tokenizer has one, so prompt and completion are a user's and an assistant's turn",
+                "the tokenizer has one, so prompt and completion become user and assistant turns",
             )
         return "plain text", "the tokenizer has no chat template: prompt, completion and an end token, nothing between"
 
@@ -137,7 +140,7 @@ class Renderer:
             first = learnt.index(True) if any(learnt) else len(ids)
             return Problem(
                 row.number,
-                f"the prompt has {first} tokens, so none of the {self._max_length} of dataset.maxSequenceLength is left "
+                f"the prompt has {first} tokens, so of dataset.maxSequenceLength {self._max_length} none is left "
                 "to learn",
             )
         end = self._max_length

@@ -32,7 +32,7 @@ def is_eval_step(step: int, total: int, every: int) -> bool:
 
 
 def is_checkpoint_step(step: int, total: int, every: int) -> bool:
-    """At every `every`-th step and at the end, so that a pod that dies while it writes the result trains nothing twice."""
+    """At every `every`-th step, and at the end so that a pod that dies while it saves the result loses nothing."""
     return step == total or step % every == 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from finetune_trainer.learner import Learner, Recipe, Replicated
 from finetune_trainer.loss import LossSum
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
+from finetune_trainer.split import Split
 from finetune_trainer.train import Training
 from finetune_trainer.world import World
 
@@ -65,8 +65,8 @@ def _check_same_data(saved: State | None, data: Data) -> None:
     if saved is not None and saved.data_key != data.key:
         raise Failed(
             "DatasetInvalid",
-            "dataset.uri: the rows, or the model's tokenizer, changed since the checkpoint was taken, so the run can't go "
-            "on from it; put the old file back, or start a new FineTuneJob",
+            "dataset.uri: the rows, or the model's tokenizer, changed since the checkpoint was taken, so the run "
+            "can't go on from it; put the old file back, or start a new FineTuneJob",
         )
 
 
@@ -214,7 +214,8 @@ def _free_bytes(world: World) -> int:
     """Of the GPU, or this rank's share of the machine's free memory (the container's limit where it is lower)."""
     if world.device.type == "cuda":
         return int(torch.cuda.mem_get_info(world.device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             with open(path) as file:
@@ -229,7 +230,7 @@ def _measure_base(t: Training, data: Data, state: State) -> State:
     """The test loss and the answers before the first step; a resumed run has them in its checkpoint."""
     if state.step > 0 or data.test is None or state.test_loss_before is not None:
         return state
-    loss = _test_loss(t, data, 0)
+    loss = _test_loss(t, data.test, 0)
     return state.model_copy(update={"test_loss_before": loss, "answers_before": _answers(t, data)})
 
 
@@ -237,7 +238,7 @@ def _measure_result(t: Training, data: Data, state: State) -> float | None:
     if data.test is None:
         return None
     chosen = state.best.step if t.run.training.keep_best and state.best else state.step
-    loss = _test_loss(t, data, chosen)
+    loss = _test_loss(t, data.test, chosen)
     for index, (row, after) in enumerate(zip(data.samples, _answers(t, data), strict=True)):
         t.reporter.report(
             events.SampleEvent,
@@ -250,11 +251,10 @@ def _measure_result(t: Training, data: Data, state: State) -> float | None:
     return loss
 
 
-def _test_loss(t: Training, data: Data, step: int) -> float:
-    assert data.test is not None
+def _test_loss(t: Training, test: Split, step: int) -> float:
     t.reporter.phase("evaluating")
     loss, labels = evaluate.split_loss(
-        t.learner, data.test, t.plan.shape, collate=t.collate, loss_sum=t.loss_sum, world=t.world
+        t.learner, test, t.plan.shape, collate=t.collate, loss_sum=t.loss_sum, world=t.world
     )
     t.reporter.report(events.EvalEvent, step=step, split="test", loss=loss, label_tokens=labels)
     return loss

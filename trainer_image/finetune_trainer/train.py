@@ -55,8 +55,8 @@ def train(t: Training, state: State) -> tuple[State, bool]:
     every = selection.checkpoint_interval(t.run.checkpoint.every, total)
     t.reporter.phase("training")
     t.learner.model.train()
-    if state.eval_due:
-        state = _evaluate(t, state)
+    if t.validation is not None and state.eval_due:
+        state = _evaluate(t, t.validation, state)
     while state.step < total and not state.stopped_early:
         clock = _Clock()
         step = t.plan.step(state.step + 1)
@@ -71,13 +71,15 @@ def train(t: Training, state: State) -> tuple[State, bool]:
         clock.lap("optimizer")
         state = state.model_copy(update={"step": step.number})
         _report(t, step, loss, rate, norm, clock.seconds())
+        last = step.number == total
         if t.validation is not None and selection.is_eval_step(step.number, total, recipe.eval_every_steps):
-            state = state.model_copy(update={"eval_due": True}) if stop else _evaluate(t, state)
+            due = state.model_copy(update={"eval_due": True})
+            state = due if stop and not last else _evaluate(t, t.validation, due)
         if stop or state.stopped_early or selection.is_checkpoint_step(step.number, total, every):
             _save(t, state)
-        if stop and step.number < total:
+        if stop and not last:
             return state, True
-    return (_evaluate(t, state) if state.eval_due else state), False
+    return state, False
 
 
 def _learn(t: Training, step: Step, clock: _Clock) -> list[float]:
@@ -123,13 +125,12 @@ def _agree(t: Training, step: Step, nll: list[float]) -> tuple[float, bool]:
     return total / step.label_tokens, any_stop > 0
 
 
-def _evaluate(t: Training, state: State) -> State:
+def _evaluate(t: Training, validation: Split, state: State) -> State:
     """The eval loss after state.step, and what follows from it; keeps the weights where they are the best so far."""
-    assert t.validation is not None
     recipe = t.run.training
     t.reporter.phase("evaluating")
     loss, labels = evaluate.split_loss(
-        t.learner, t.validation, t.plan.shape, collate=t.collate, loss_sum=t.loss_sum, world=t.world
+        t.learner, validation, t.plan.shape, collate=t.collate, loss_sum=t.loss_sum, world=t.world
     )
     t.reporter.report(events.EvalEvent, step=state.step, split="validation", loss=loss, label_tokens=labels)
     best = selection.after_eval(state.chosen, state.step, loss)

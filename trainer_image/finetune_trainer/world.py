@@ -68,7 +68,7 @@ def from_environment(environ: Mapping[str, str], device: str) -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise Failed(
             "InvalidConfig",
-            "world.device is cuda, but no GPU can be used in this pod; check the node's driver, or remove resources.gpu",
+            "world.device is cuda, but this pod can use no GPU; check the node's driver, or remove resources.gpu",
         )
     return World(rank, local_rank, size, local_size, torch.device("cuda", local_rank) if device == "cuda" else _CPU)
 

@@ -1,7 +1,7 @@
 """Sharded: a Learner on DeepSpeed's ZeRO stages 1 to 3, through Accelerate. Chosen by `rank`.
 
-Three things are needed together on the CPU, else Accelerate goes wrong silently: ACCELERATE_USE_DEEPSPEED (its plugin
-sets it), no `cpu=True`, and the gloo process group made beforehand. `assert_same_world` would notice.
+Three things are needed together on the CPU, else Accelerate goes wrong silently: ACCELERATE_USE_DEEPSPEED, no
+`cpu=True`, and the backend named by InitProcessGroupKwargs. `assert_same_world` would notice.
 """
 
 from __future__ import annotations
@@ -42,14 +42,24 @@ def configuration(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _without_compiling() -> None:
+    """On the CPU DeepSpeed would build a shared-memory all-reduce with a compiler, into the home directory: half a minute
+    that a read-only pod can't spend, for something that can't reach another pod."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Sharded:
     """Stage 1 splits the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
 
     def __init__(self, model: Any, recipe: Recipe, world: World, stage: Stage) -> None:
-        from accelerate import Accelerator, DeepSpeedPlugin
+        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
+        _without_compiling()
         plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage, recipe), zero3_init_flag=False)
-        accelerator = Accelerator(deepspeed_plugin=plugin)
+        backend = InitProcessGroupKwargs(backend="gloo" if world.device.type == "cpu" else "nccl")
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
         assert_same_world(accelerator, world)
         self._world = world
         self._stage = stage
