@@ -123,8 +123,10 @@ def down(name: str = "demo", *, purge: bool = False) -> None:
     paths = cluster_paths(spec.name)
     with exclusive(paths.lock, f"another up or down of cluster {name!r}"):
         sandbox.destroy(paths, name)
-        if purge:
+        sandbox.remove_tree(paths.logs)
+        if purge or not paths.containerd.exists():
             sandbox.remove_tree(paths.root)
+        paths.lock.unlink(missing_ok=True)
 
 
 def find(name: str) -> Cluster | None:

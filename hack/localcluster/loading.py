@@ -49,7 +49,8 @@ def shared_layers(layers: tuple[str, ...], loaded: Iterable[list[str]]) -> froze
         pairs = zip(layers, other, strict=False)
         return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(layers), len(other)))
 
-    return frozenset(layers[: max(map(common, loaded), default=0)])
+    shared = max(map(common, loaded), default=0)
+    return frozenset(layers[:shared]) - frozenset(layers[shared:])
 
 
 def full_name(image: str) -> str:

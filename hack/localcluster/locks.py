@@ -12,15 +12,23 @@ from pathlib import Path
 
 @contextmanager
 def exclusive(path: Path, waiting_for: str) -> Iterator[None]:
-    """Holds the lock for the body; says once on stderr what it waits for."""
+    """Holds the lock for the body, which may delete the file; says once on stderr what it waits for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = _locked(path, waiting_for)
     try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(path: Path, waiting_for: str) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"localcluster: waiting for {waiting_for}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+            return handle
+        os.close(handle)  # its last holder deleted the file: take the lock that others will find

@@ -19,7 +19,7 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class ClusterPaths:
-    """One cluster's folder. `run` and `data` go at down, `logs` at the next up, `containerd` stays."""
+    """One cluster's folder. `run`, `data` and `logs` go at down; `containerd` stays."""
 
     root: Path
 

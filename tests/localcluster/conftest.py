@@ -1,0 +1,86 @@
+"""What the tests of hack/localcluster share: a static busybox as an image, and a look at what a host holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from localcluster import sandbox
+from localcluster.images import one_file_image
+from localcluster.network import host_interface
+from localcluster.paths import cache_root, cluster_paths
+
+BUSYBOX = "localhost/localcluster-busybox:test"
+HOST_FOLDERS = ("/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/var/log/containers", "/run/netns")
+HOST_SETTINGS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What of a cluster shows on the host. Equal before and after means that nothing was left."""
+
+    processes: tuple[str, ...]
+    mounts: tuple[str, ...]
+    interface: bool
+    routes: tuple[str, ...]
+    cgroups: tuple[str, ...]
+    firewall: str
+    folders: tuple[str, ...]
+    settings: tuple[str, ...]
+
+
+@pytest.fixture
+def host() -> Callable[[str], Host]:
+    """Looks at this machine for what belongs to the cluster of a name."""
+    return _host
+
+
+def _host(name: str) -> Host:
+    root = str(cluster_paths(name).root)
+    table = Path("/proc/self/mountinfo").read_text().splitlines()
+    routes = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout.splitlines()
+    save = shutil.which("iptables-save")
+    return Host(
+        processes=tuple(_processes_naming(f"{root}/")),
+        mounts=tuple(line for line in table if root in line),
+        interface=Path(f"/sys/class/net/{host_interface(name)}").exists(),
+        routes=tuple(line for line in routes if host_interface(name) in line),
+        cgroups=tuple(map(str, Path("/sys/fs/cgroup").glob(f"**/{sandbox.cgroup_name(name)}"))),
+        firewall=subprocess.run([save], capture_output=True, text=True, check=True).stdout if save else "",
+        folders=tuple(folder for folder in HOST_FOLDERS if Path(folder).exists()),
+        settings=tuple(Path("/proc/sys", setting).read_text() for setting in HOST_SETTINGS),
+    )
+
+
+def _processes_naming(text: str) -> Iterator[str]:
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if text in line:
+                yield line
+
+
+@pytest.fixture(scope="session")
+def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OCI archive of Debian's static busybox, which stands in for a workload."""
+    kept = cache_root() / "test" / "busybox"
+    if not kept.exists():
+        folder = tmp_path_factory.mktemp("busybox")
+        folder.chmod(0o777)
+        subprocess.run(["apt-get", "-qq", "download", "busybox-static"], cwd=folder, check=True)
+        [package] = folder.glob("*.deb")
+        subprocess.run(["dpkg", "-x", package, folder], check=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "bin" / "busybox", kept)
+    archive = tmp_path_factory.mktemp("image") / "busybox.tar"
+    archive.write_bytes(one_file_image(BUSYBOX, "busybox", kept.read_bytes()))
+    return archive
