@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def node(crd: Any) -> None:
 @pytest.fixture
 def world(crd: Any, node: None) -> Iterator[World]:
     """An empty namespace with its service account; deleted at the end."""
-    name = f"world-{next(_numbers)}"
+    name = f"world-{os.getpid()}-{next(_numbers)}"
     there = World(crd.kubeconfig, name)
     answer = there.request(
         "POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}

@@ -50,11 +50,16 @@ class World:
     def request(
         self, method: str, path: str, body: Any = None, content: str = "application/json", **query: str
     ) -> Answer:
-        try:
-            return self._server.request(method, path, body, content, **query)
-        except (OSError, http.client.HTTPException):
-            self._server = Server(self._kubeconfig)
-            return self._server.request(method, path, body, content, **query)
+        """Once more on a new connection where the old one is dead; while the server restarts, for a while."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return self._server.request(method, path, body, content, **query)
+            except (OSError, http.client.HTTPException):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+                self._server = Server(self._kubeconfig)
 
     def path(self, resource: str, name: str = "") -> str:
         group = {
