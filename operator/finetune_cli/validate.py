@@ -1,0 +1,39 @@
+"""`finetune validate FILE...`: what the API server would refuse, without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from finetune_api.resource import FineTuneJob
+from finetune_cli import files
+from finetune_operator.plan import PlanError, plan
+from finetune_operator.settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML files; - is standard input")
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 when every job of every file is valid, else 1."""
+    failed = False
+    for name in options.files:
+        found = files.read(name)
+        problems = [*found.problems, *(p for job in found.jobs for p in _plan_problems(name, job))]
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        failed |= bool(problems)
+        if not problems:
+            jobs = ", ".join(job.metadata.name for job in found.jobs)
+            print(f"{name}: {jobs} {'is' if len(found.jobs) == 1 else 'are'} valid")
+    return 1 if failed else 0
+
+
+def _plan_problems(name: str, job: FineTuneJob) -> list[files.Problem]:
+    """What passes the schema and still can't be carried out."""
+    try:
+        plan(job, Settings())
+    except PlanError as error:
+        return [files.Problem(name, 0, str(error))]
+    return []
