@@ -1,1 +1,1 @@
-"""`finetune` and `kubectl finetune`: validate, plan, run without a cluster. Thin: it calls the others' pure functions."""
+"""`finetune` and `kubectl finetune`: validate, plan, run without a cluster. Thin: it calls the others' functions."""
