@@ -1,0 +1,220 @@
+"""Every query of the dashboard and the alerts parses and asks only for series that the code defines, and alerts fire
+when they should (promtool, where Prometheus is installed)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from chart.rendering import CHART, EVERYTHING, of_kind, render
+from finetune_api.events import CheckpointEvent
+from finetune_api.progress import GpuSample
+from finetune_api.run import JobRef
+from finetune_operator import job_metrics
+from finetune_operator import metrics as operator_metrics
+from finetune_operator.cache import Cache
+from finetune_operator.reports import Reports
+from finetune_trainer import metrics as trainer_metrics
+
+DASHBOARD = json.loads((CHART / "dashboards" / "finetune-operator.json").read_text())
+_VARIABLES = {"$__rate_interval": "5m", "$namespace": "team", "$job": "a"}
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    yield from (panel for panel in DASHBOARD["panels"] if panel["type"] != "row")
+
+
+def dashboard_queries() -> list[str]:
+    return [target["expr"] for panel in panels() for target in panel["targets"]]
+
+
+def rules(helm: str) -> list[dict[str, Any]]:
+    (rule,) = of_kind(render(helm, *EVERYTHING), "PrometheusRule")
+    return [one for group in rule["spec"]["groups"] for one in group["rules"]]
+
+
+def without_variables(query: str) -> str:
+    for variable, value in _VARIABLES.items():
+        query = query.replace(variable, value)
+    return query
+
+
+def series_of(registry: CollectorRegistry) -> set[str]:
+    """Names as Prometheus stores them."""
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    return {family.name + suffix for family in registry.collect() for suffix in suffixes.get(family.type, ("",))}
+
+
+class TwoGpus:
+    """Stands where NVML does, so that the GPU series exist."""
+
+    def sample(self) -> tuple[GpuSample, ...]:
+        return (GpuSample(index=0, utilization_ratio=0.5, memory_used_bytes=1, memory_total_bytes=2),)
+
+
+def defined_series() -> set[str]:
+    operator = operator_metrics.Metrics()
+    job_metrics.register(operator.registry, Cache(), Reports(), 3600)
+    trainer = trainer_metrics.Metrics(JobRef(namespace="n", name="j", uid="u", attempt=1), TwoGpus())
+    trainer.observe(CheckpointEvent(time=0, step=1, path="/x", seconds=1, bytes=1))
+    return series_of(operator.registry) | series_of(trainer.registry)
+
+
+def asked_series(query: str) -> set[str]:
+    return set(re.findall(r"\b(?:finetune|process)_[a-z0-9_]+", query))
+
+
+@pytest.mark.parametrize("query", dashboard_queries())
+def test_a_query_of_the_dashboard_parses(query: str) -> None:
+    promql_parser.parse(without_variables(query))
+
+
+def test_every_alert_parses_and_says_what_it_is_about(helm: str) -> None:
+    for rule in rules(helm):
+        promql_parser.parse(rule["expr"])
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_dashboard_and_alerts_ask_only_for_series_that_exist(helm: str) -> None:
+    asked = {
+        name
+        for query in [*dashboard_queries(), *(rule["expr"] for rule in rules(helm))]
+        for name in asked_series(query)
+    }
+    assert asked <= defined_series()
+
+
+def test_the_dashboard_uses_nearly_all_series_of_the_trainer() -> None:
+    """A new series deserves a panel, or a reason here why it has none."""
+    elsewhere = {
+        "finetune_train_learning_rate", "finetune_learning_rate", "finetune_grad_norm",  # the operator re-exports them
+        "finetune_train_tokens_total", "finetune_train_progress_ratio", "finetune_train_last_step_timestamp_seconds",
+        "finetune_checkpoint_bytes_total", "finetune_checkpoint_last_success_timestamp_seconds",
+    }  # fmt: skip
+    asked = {name for query in dashboard_queries() for name in asked_series(query)}
+    trainers = {
+        name
+        for name in defined_series()
+        if not name.startswith(("finetune_job_", "finetune_operator_", "process_", "python_"))
+    }
+    assert trainers - asked <= elsewhere
+
+
+def test_panels_have_a_title_a_place_of_their_own_and_the_chosen_data_source() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        assert panel["title"]
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    for panel in panels():
+        assert panel["datasource"]["uid"] == "${datasource}"
+
+
+def test_the_chart_carries_the_dashboard_where_grafana_looks(helm: str) -> None:
+    (config,) = [
+        c for c in of_kind(render(helm, *EVERYTHING), "ConfigMap") if "grafana_dashboard" in c["metadata"]["labels"]
+    ]
+    assert json.loads(config["data"]["finetune-operator.json"]) == DASHBOARD
+
+
+JOB = 'namespace="team", job="a"'
+# alert → (series of 90 minutes, one sample a minute, that make it fire; for the label of the alert)
+FIRES: dict[str, dict[str, str]] = {
+    "FineTuneJobFailed": {f'finetune_job_status_condition{{{JOB}, condition="Failed"}}': "1x90"},
+    "FineTuneJobNoProgress": {
+        f"finetune_job_step{{{JOB}}}": "7x90",
+        f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
+    },
+    "FineTuneJobCheckpointOld": {
+        f"finetune_job_start_timestamp_seconds{{{JOB}}}": "-7200x90",
+        f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
+    },
+    "FineTuneJobUploadFailing": {f'finetune_checkpoint_upload_failures_total{{{JOB}, attempt="1"}}': "0x80 1x9"},
+    "FineTuneJobGPUIdle": {f'finetune_gpu_utilization_ratio{{{JOB}, attempt="1", gpu="0"}}': "0.01x90"},
+    "FineTuneJobRestartLoop": {f'finetune_job_restarts_total{{{JOB}, cause="application"}}': "0x70 6x20"},
+    "FineTuneJobWaitsLong": {f'finetune_job_phase{{{JOB}, phase="Pending"}}': "1x90"},
+    "FineTuneOperatorDown": {},
+    "FineTuneOperatorNoLeader": {'finetune_operator_leader{pod="a"}': "0x90"},
+    "FineTuneOperatorSlow": {'finetune_operator_event_loop_lag_seconds{pod="a"}': "3x90"},
+    "FineTuneOperatorRefused": {
+        'finetune_operator_api_requests_total{verb="get", resource="jobs", code="403"}': "0+60x90",
+        'finetune_operator_api_requests_total{verb="get", resource="jobs", code="200"}': "0+60x90",
+    },
+}
+# The same series on a good day: nothing fires.
+CALM = {
+    f'finetune_job_status_condition{{{JOB}, condition="Failed"}}': "0x90",
+    f"finetune_job_step{{{JOB}}}": "0+5x90",
+    f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
+    f"finetune_job_start_timestamp_seconds{{{JOB}}}": "0x90",
+    f"finetune_job_checkpoint_timestamp_seconds{{{JOB}}}": "0+60x90",
+    f'finetune_checkpoint_upload_failures_total{{{JOB}, attempt="1"}}': "0x90",
+    f'finetune_gpu_utilization_ratio{{{JOB}, attempt="1", gpu="0"}}': "0.9x90",
+    f'finetune_job_restarts_total{{{JOB}, cause="preemption"}}': "0+1x90",
+    'finetune_operator_leader{pod="a"}': "1x90",
+    'finetune_operator_leader{pod="b"}': "0x90",
+    'finetune_operator_event_loop_lag_seconds{pod="a"}': "0x90",
+    'finetune_operator_api_requests_total{verb="get", resource="jobs", code="200"}': "0+60x90",
+}
+
+
+def _promtool(folder: Path, helm: str, test: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    groups = [{"name": "all", "rules": rules(helm)}]
+    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    (folder / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [test]}))
+    return subprocess.run([promtool, "test", "rules", "test.yml"], cwd=folder, text=True, capture_output=True)
+
+
+def _series(series: dict[str, str]) -> list[dict[str, str]]:
+    return [{"series": name, "values": values} for name, values in series.items()]
+
+
+@pytest.mark.parametrize("alert", FIRES)
+def test_an_alert_fires_when_it_should(alert: str, helm: str, tmp_path: Path) -> None:
+    test = {
+        "interval": "1m",
+        "input_series": _series(FIRES[alert]),
+        "promql_expr_test": [
+            {
+                "expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})',
+                "eval_time": "85m",
+                "exp_samples": [{"labels": "{}", "value": 1}],
+            }
+        ],
+    }
+    done = _promtool(tmp_path, helm, test)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_alert_fires_on_a_good_day(helm: str, tmp_path: Path) -> None:
+    test = {
+        "interval": "1m",
+        "input_series": _series(CALM),
+        "promql_expr_test": [
+            {"expr": 'count(ALERTS{alertstate="firing"})', "eval_time": f"{minute}m"} for minute in (10, 45, 85)
+        ],
+    }
+    done = _promtool(tmp_path, helm, test)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tried(helm: str) -> None:
+    assert set(FIRES) == {rule["alert"] for rule in rules(helm)}
