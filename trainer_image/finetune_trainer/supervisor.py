@@ -159,7 +159,7 @@ class Supervisor:
         self._state = state.after(self._state, event)
         self._history.add(event)
         self._metrics.observe(event)
-        if isinstance(event, events.PhaseEvent):
+        if isinstance(event, events.PhaseEvent) and event.phase != "done":  # the result isn't uploaded yet
             self._enter(event.phase)
         if isinstance(event, events.PlanEvent) and self._model is not None:
             counted = {"parameters": event.parameters, "trainable_parameters": event.trainable_parameters}
