@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    console = Console()
+    console = Console(soft_wrap=True)
     missing = [name for name in _TRAINER if importlib.util.find_spec(name) is None]
     if missing:
         return _refuse(f"the trainer isn't installed ({', '.join(missing)}); install finetune-operator[trainer,cli]")

@@ -111,7 +111,7 @@ def summary(console: Console, output: Path, model: str) -> None:
         for name in ("prompt", "before", "after", "reference"):
             console.print(Text(f"{name:>10}  ", "bold") + Text(str(sample.get(name, "")).strip()))
     console.print("\nTo use it:", style="bold")
-    console.print(how_to_load(manifest.kind, output, model), markup=False, highlight=False, soft_wrap=True)
+    console.print(how_to_load(manifest.kind, output, model), markup=False, highlight=False)
 
 
 def losses(metrics: dict[str, float]) -> list[str]:

@@ -1,0 +1,91 @@
+"""A job planned for this machine: places, processes, identity. Pure, so tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.resource import FineTuneJob, parse
+from finetune_api.run import ProgressConfig, S3Config
+from finetune_api.yaml import load
+from finetune_cli.local import CannotRunHere, LocalRun, Machine, Overrides, local_run
+
+ROOT = Path(__file__).parents[2]
+AS_WRITTEN = Overrides()
+CPU = Machine(cores=2, gpus=0, free_port=12345)
+
+
+def job(name: str = "quickstart", **spec: Any) -> FineTuneJob:
+    body = load((ROOT / "examples" / f"{name}.yaml").read_text())
+    return parse({**body, "spec": {**body["spec"], **spec}})
+
+
+def planned(given: FineTuneJob, overrides: Overrides = AS_WRITTEN, machine: Machine = CPU) -> LocalRun:
+    return local_run(
+        given,
+        overrides,
+        machine,
+        folder=Path("/home/user"),
+        scratch_root=Path("/scratch"),
+        progress=ProgressConfig(url="http://127.0.0.1:1/v1/progress", token_path="/t"),
+        s3=S3Config(),
+    )
+
+
+def test_paths_take_the_place_of_uris_and_the_default_output_lies_here() -> None:
+    config = planned(job(), Overrides(model="m", dataset="/d/train.jsonl", test="~nobody/t")).config
+    assert config.model.location.uri == "file:///home/user/m"
+    assert config.data.train.uri == "file:///d/train.jsonl"
+    assert config.output.uri == "file:///home/user/quickstart-output"
+    assert config.output.display == "/home/user/quickstart-output"
+
+
+def test_a_uri_may_take_the_place_of_a_uri() -> None:
+    assert planned(job(), Overrides(model="hf://owner/name")).config.model.location.uri == "hf://owner/name"
+
+
+def test_validation_rows_replace_the_held_out_share() -> None:
+    config = planned(job(), Overrides(validation="v.jsonl")).config
+    assert config.data.validation is not None
+    assert config.data.validation_fraction is None
+    assert planned(job()).config.data.validation_fraction == 0.05
+
+
+def test_as_many_processes_as_the_machine_has_cores_share_the_same_batch() -> None:
+    run = planned(job())
+    assert (run.config.world.nodes, run.config.world.size, run.config.world.threads_per_process) == (1, 2, 1)
+    assert run.config.training.global_batch_size == 16
+    assert "2 processes here instead of 4; the global batch stays as it is" in run.notes
+    assert planned(job(), Overrides(processes=1)).config.world.threads_per_process == 2
+
+
+def test_a_job_for_gpus_trains_on_the_cpu_where_there_is_none() -> None:
+    gpu = job(resources={"gpu": {}})
+    here = planned(gpu)
+    assert here.config.world.device == "cpu"
+    assert any("no GPU here" in note for note in here.notes)
+    there = planned(gpu, machine=Machine(cores=8, gpus=1, free_port=1))
+    assert (there.config.world.device, there.config.world.size) == ("cuda", 1)
+    with pytest.raises(CannotRunHere, match="there are 1 GPUs"):
+        planned(gpu, Overrides(processes=2), Machine(cores=8, gpus=1, free_port=1))
+
+
+def test_a_volume_needs_a_path() -> None:
+    with pytest.raises(CannotRunHere, match="give --model PATH"):
+        planned(job("volume"))
+
+
+def test_secrets_are_not_read_and_that_is_said() -> None:
+    run = planned(job())
+    assert run.config.model.location.credentials is None
+    assert any("AWS_*" in note for note in run.notes)
+
+
+def test_the_same_recipe_and_places_are_the_same_run_and_a_change_is_another() -> None:
+    first = planned(job()).config.job.uid
+    assert planned(job(), Overrides(processes=1)).config.job.uid == first
+    assert planned(job(runPolicy={"stallSeconds": 5})).config.job.uid == first
+    assert planned(job(training={"maxSteps": 17})).config.job.uid != first
+    assert planned(job(), Overrides(output="elsewhere")).config.job.uid != first
