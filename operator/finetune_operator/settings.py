@@ -113,7 +113,7 @@ class Identity(Model):
 
 def parse(text: str) -> Settings:
     """Raises pydantic.ValidationError whose messages name the key."""
-    return Settings.model_validate_json(json.dumps(yaml.safe_load(text) or {}))
+    return Settings.model_validate_json(json.dumps(yaml.safe_load(text) or {}), by_name=False)
 
 
 def load(path: Path | None) -> Settings:
