@@ -111,6 +111,7 @@ def controller_manager(layout: Layout, program: Path) -> Component:
             f"--cluster-signing-cert-file={pki / 'ca.crt'}",
             f"--cluster-signing-key-file={pki / 'ca.key'}",
             "--node-monitor-grace-period=40s",
+            "--pvclaimbinder-sync-period=3s",
             "--kube-api-qps=300",
             "--kube-api-burst=500",
         ),
