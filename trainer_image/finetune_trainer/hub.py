@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+import httpx
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,6 +32,8 @@ from finetune_trainer import digests
 from finetune_trainer.failure import Failed
 from finetune_trainer.place import FIELD, NOT_FOUND, Entry, Role
 
+_WAITS = (0.5, 1.0, 2.0)
+T = TypeVar("T")
 _LFS_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,9 +56,7 @@ class HubPlace:
         self._display = display
         self._token = token
         self._api = HfApi(token=token or False)
-        with self._translated(revision):
-            ask = self._api.model_info if kind == "model" else self._api.dataset_info
-            info = ask(repository, revision=revision, files_metadata=True, timeout=30)
+        info = self._tried(lambda: self._info(revision))
         self.commit = info.sha or ""
         self._entries = tuple(
             sorted(
@@ -90,16 +92,7 @@ class HubPlace:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.parent / f".{target.name}.hub"
         try:
-            with self._translated(self.commit):
-                file = hf_hub_download(
-                    self._repository,
-                    entry.path,
-                    revision=self.commit,
-                    repo_type=self._kind,
-                    local_dir=aside,
-                    token=self._token or False,
-                )
-            os.replace(file, target)
+            os.replace(self._tried(lambda: self._fetch(entry.path, aside)), target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         digest = digests.of_file(target)
@@ -118,6 +111,33 @@ class HubPlace:
 
     def delete(self, paths: tuple[str, ...]) -> None:
         raise self._read_only(str(paths))
+
+    def _info(self, revision: str | None) -> ModelInfo | DatasetInfo:
+        ask = self._api.model_info if self._kind == "model" else self._api.dataset_info
+        with self._translated(revision):
+            return ask(self._repository, revision=revision, files_metadata=True, timeout=30)
+
+    def _fetch(self, path: str, folder: Path) -> str:
+        with self._translated(self.commit):
+            return hf_hub_download(
+                self._repository,
+                path,
+                revision=self.commit,
+                repo_type=self._kind,
+                local_dir=folder,
+                token=self._token or False,
+            )
+
+    def _tried(self, action: Callable[[], T]) -> T:
+        """Again, a few times, while the hub doesn't answer."""
+        for wait in _WAITS:
+            try:
+                return action()
+            except Failed as failed:
+                if failed.reason != "StorageUnavailable":
+                    raise
+            time.sleep(wait)
+        return action()
 
     def _read_only(self, path: str) -> Failed:
         return Failed("InvalidConfig", f"{FIELD[self._role]}: {self._display} is read-only ({path})")
@@ -147,7 +167,5 @@ class HubPlace:
             raise Failed("StorageUnavailable", f"{at}: the hub can't be reached ({error})") from None
         except EntryNotFoundError as error:
             raise Failed(NOT_FOUND[self._role], f"{at}: {error}") from None
-        except OSError as error:
-            if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-                raise
+        except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
             raise Failed("StorageUnavailable", f"{at}: the hub can't be reached ({error})") from None
