@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import httpx
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # its HTTP client's own
 
 from finetune_api.names import SECRET_HF_TOKEN
 from finetune_trainer import digests
@@ -167,5 +167,5 @@ class HubPlace:
             raise Failed("StorageUnavailable", f"{at}: the hub can't be reached ({error})") from None
         except EntryNotFoundError as error:
             raise Failed(NOT_FOUND[self._role], f"{at}: {error}") from None
-        except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+        except (TransportError, ConnectionError, TimeoutError) as error:
             raise Failed("StorageUnavailable", f"{at}: the hub can't be reached ({error})") from None
