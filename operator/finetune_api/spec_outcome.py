@@ -1,0 +1,123 @@
+"""spec.checkpoint, output, evaluation, tracking and runPolicy: what is kept and told, and how it may end. Put together
+in `resource`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api import scalars as s
+from finetune_api.model import Model
+from finetune_api.spec_inputs import SecretRef
+from finetune_api.spec_rules import REMOTE, clean_uri, not_yet
+
+
+class CheckpointSpec(Model):
+    """How often the state is saved, so that a restart loses little."""
+
+    every: s.AutoOrPositive = Field(
+        default="auto", description="Optimizer steps between checkpoints; auto is a tenth of the run."
+    )
+    keep: int = Field(default=2, ge=1, le=100, description="Checkpoints kept in the destination while training.")
+
+
+class OutputSpec(Model):
+    """Where the result goes."""
+
+    uri: s.OutputUri = Field(
+        description="Folder for the adapter or the model: s3://bucket/prefix or pvc://claim/path. Exactly here; a "
+        "folder that holds another job's result is refused."
+    )
+    credentials_ref: SecretRef | None = Field(default=None, description="Secret with the credentials for uri.")
+    merge: bool = Field(default=False, description="Also write base and adapter merged into one model.")
+
+    rules = (
+        clean_uri(),
+        not_yet("uri", "!self.uri.matches('^(gs|az)://')",
+                 lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
+        not_yet("merge", "!self.merge", lambda m: not m.merge, "a merged model", "merge with PEFT after the job"),
+    )  # fmt: skip
+
+
+class EvaluationSpec(Model):
+    """What is measured on the test rows besides the loss."""
+
+    metrics: Annotated[tuple[Literal["rouge", "bleu", "accuracy"], ...], Field(max_length=8)] = Field(
+        default=(), description="Scores of generated answers."
+    )
+    samples: int = Field(
+        default=0, ge=0, le=1000,
+        description="Test prompts that are answered before and after training, for people to read.",
+    )  # fmt: skip
+    max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest generated answer, in tokens.")
+
+    rules = (
+        not_yet("metrics", "self.metrics.size() == 0", lambda m: not m.metrics,
+                 "scoring generated answers", "leave metrics empty"),
+    )  # fmt: skip
+
+
+class MlflowSpec(Model):
+    """An MLflow server."""
+
+    uri: Annotated[str, Field(max_length=1024)] = Field(description="URL of the tracking server.")
+    experiment: Annotated[str, Field(max_length=256)] = Field(default="", description="Name of the experiment.")
+
+
+class TrackingSpec(Model):
+    """Where the course of training is recorded besides Prometheus."""
+
+    mlflow: MlflowSpec | None = Field(default=None, description="Record to an MLflow server.")
+
+    rules = (not_yet("mlflow", "!has(self.mlflow)", lambda m: m.mlflow is None, "MLflow", "use Prometheus"),)
+
+
+class MaxRestartsSpec(Model):
+    """How many failures of each cause are survived. A preemption never counts."""
+
+    application: int = Field(default=1, ge=0, le=1000, description="Failures of the training program itself.")
+    infrastructure: int = Field(default=20, ge=0, le=1000, description="Failures of nodes, network and storage.")
+
+
+class RunPolicySpec(Model):
+    """Life cycle."""
+
+    suspend: bool = Field(
+        default=False, description="true saves a checkpoint and removes the pods; false goes on from there."
+    )
+    queue_name: Annotated[str, Field(max_length=63)] = Field(
+        default="", description="Kueue local queue that admits the pods. Empty means none."
+    )
+    preflight: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Check model, data and destination in a small pod without GPU before GPUs are taken. auto does so "
+        "when GPUs are asked for; without a GPU the same checks run in the training pods.",
+    )
+    max_restarts: MaxRestartsSpec = Field(
+        default_factory=MaxRestartsSpec, description="Restarts of the whole group, by cause."
+    )
+    active_deadline_seconds: int = Field(
+        default=0,
+        ge=0,
+        le=31536000,
+        description="Seconds after which an unfinished job fails. 0 means never.",
+    )
+    stall_seconds: int = Field(
+        default=600, ge=0, le=86400,
+        description="Seconds without a sign of progress after which an attempt is ended and restarted. 0 means never.",
+    )  # fmt: skip
+    ttl_seconds_after_finished: int = Field(
+        default=0, ge=0, le=31536000,
+        description="Seconds after the end when the pods are removed; the FineTuneJob stays. 0 means never.",
+    )  # fmt: skip
+
+    rules = (
+        not_yet(
+            "queueName",
+            "self.queueName == ''",
+            lambda m: m.queue_name == "",
+            "a Kueue queue",
+            "leave it empty",
+        ),
+    )

@@ -1,0 +1,119 @@
+"""spec.method and spec.training: what is trained, and how. Put together in `resource`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api import scalars as s
+from finetune_api.model import Model, Rule
+from finetune_api.spec_rules import not_yet
+
+
+class LoraSpec(Model):
+    """Low-rank adapters (Hu et al. 2021): the update of a weight is (alpha / rank) * B A."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank of the update. 1 to 1024.")
+    alpha: int = Field(default=32, ge=1, le=4096, description="Scale of the update: it is multiplied by alpha / rank.")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout before the first matrix. 0 to below 1.")
+    target_modules: Annotated[tuple[s.ModuleName, ...], Field(min_length=1, max_length=64)] = Field(
+        default=("q_proj", "v_proj"),
+        description="Names of the linear layers that get an adapter, as in the model's code; all-linear means "
+        "every one but the output layer.",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained too.")
+
+    rules = (not_yet("bias", "self.bias == 'none'", lambda m: m.bias == "none", "training biases", "use none"),)
+
+
+class MethodSpec(Model):
+    """What is trained: low-rank adapters, or all weights."""
+
+    type: Literal["lora", "full"] = Field(description="lora trains adapters beside a frozen base; full trains all.")
+    lora: LoraSpec | None = Field(default=None, description="Settings of the adapters. Required with type lora.")
+
+    rules = (
+        Rule("lora", "is required when type is lora ({} takes the defaults)",
+             "self.type != 'lora' || has(self.lora)", lambda m: m.type != "lora" or m.lora is not None),
+        Rule("lora", "has no meaning when type is full; remove it",
+             "self.type != 'full' || !has(self.lora)", lambda m: m.type != "full" or m.lora is None),
+    )  # fmt: skip
+
+
+class EarlyStoppingSpec(Model):
+    """Stop when the eval loss no longer falls."""
+
+    patience: int = Field(
+        default=3, ge=1, le=1000, description="Evaluations without a better eval loss before it stops."
+    )
+
+
+class TrainingSpec(Model):
+    """The recipe."""
+
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="Passes over the data. Either epochs or maxSteps; 3 if neither.",
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, le=100000000, description="Optimizer steps. Either epochs or maxSteps."
+    )
+    global_batch_size: int = Field(
+        default=64, ge=1, le=1048576,
+        description="Examples per optimizer step, whatever the number of GPUs.",
+    )  # fmt: skip
+    micro_batch_size: s.AutoOrPositive = Field(
+        default="auto",
+        description="Examples (with packing: rows of maxSequenceLength tokens) that one GPU computes at once. auto "
+        "takes what fits. It changes speed and memory, never the result.",
+    )
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="Course of the learning rate after warm-up: constant, linear or cosine to 0.",
+    )
+    warmup_ratio: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="Share of all steps in which the learning rate rises from 0. 0 to 1.",
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = Field(
+        default="adamw", description="The optimizer. adamw is AdamW with betas 0.9 and 0.999, epsilon 1e-8."
+    )
+    weight_decay: float = Field(default=0.001, ge=0, le=1, description="Decoupled weight decay. 0 to 1.")
+    max_grad_norm: float = Field(
+        default=0.3,
+        ge=0,
+        le=1000000,
+        description="Gradients are scaled down to this global norm. 0 means never.",
+    )
+    eval_every_steps: int = Field(
+        default=500, ge=0, le=100000000,
+        description="Optimizer steps between evaluations on the validation rows. 0 means only at the end.",
+    )  # fmt: skip
+    early_stopping: EarlyStoppingSpec | None = Field(
+        default=None,
+        description="Stop when the eval loss no longer falls. Empty means never. Needs validation rows.",
+    )
+    keep_best: bool = Field(
+        default=True,
+        description="Write the weights with the lowest eval loss instead of the last ones. Without validation rows "
+        "the last ones are written.",
+    )
+    seed: int = Field(
+        default=42, ge=0, le=4294967295, description="Seed of data order, adapter initialisation and dropout."
+    )
+
+    rules = (
+        Rule("maxSteps", "give either epochs or maxSteps, not both",
+             "!(has(self.epochs) && has(self.maxSteps))", lambda m: m.epochs is None or m.max_steps is None),
+        not_yet("optimizer", "self.optimizer == 'adamw'", lambda m: m.optimizer == "adamw",
+                 "this optimizer", "use adamw"),
+        Rule("microBatchSize", "must not be larger than globalBatchSize",
+             "type(self.microBatchSize) != int || self.microBatchSize <= self.globalBatchSize",
+             lambda m: not isinstance(m.micro_batch_size, int) or m.micro_batch_size <= m.global_batch_size),
+    )  # fmt: skip

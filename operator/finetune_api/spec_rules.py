@@ -1,0 +1,27 @@
+"""Rules that several parts of spec share. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api import scalars as s
+from finetune_api.model import Rule
+
+
+def not_yet(field: str, cel: str, holds: Any, what: str, instead: str) -> Rule:
+    return Rule(field=field, message=f"{what} is not supported yet; {instead}", cel=cel, holds=holds)
+
+
+def clean_uri() -> Rule:
+    return Rule(
+        field="uri",
+        message="must not hold '..', '.' or empty path segments",
+        cel="!has(self.uri) || !self.uri.matches('^[a-z0-9]+://.*//|/[.]{1,2}(/|$)')",
+        holds=lambda m: m.uri is None or not s.has_parent_segment(m.uri),
+    )
+
+
+REMOTE = (
+    "gs:// and az://",
+    "use s3://, hf:// or pvc://",
+)
