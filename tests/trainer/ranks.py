@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,30 +23,16 @@ _ROOT = Path(__file__).parents[2]
 E = TypeVar("E")
 
 
+_WORDS = "define the noun wander tower light ship fox quick lazy dog again aim move about".split()  # noqa: SIM905
+
+
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Prompt and completion of mixed lengths, none like another."""
-    words = [
-        "define",
-        "the",
-        "noun",
-        "wander",
-        "tower",
-        "light",
-        "ship",
-        "fox",
-        "quick",
-        "lazy",
-        "dog",
-        "again",
-        "aim",
-        "move",
-        "about",
-    ]
     made = []
     for index in range(count):
         at = index + seed * 1000
-        prompt = " ".join(words[(at * 7 + k) % len(words)] for k in range(1 + at % 5))
-        answer = " ".join(words[(at * 5 + 3 * k) % len(words)] for k in range(1 + (at * 3) % 9))
+        prompt = " ".join(_WORDS[(at * 7 + k) % len(_WORDS)] for k in range(1 + at % 5))
+        answer = " ".join(_WORDS[(at * 5 + 3 * k) % len(_WORDS)] for k in range(1 + (at * 3) % 9))
         made.append({"prompt": f"{at}: {prompt}?", "completion": f" {answer}."})
     return made
 
@@ -167,10 +153,17 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]] | str) -> None:
     path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def finish_all(jobs: Sequence[Job], timeout: float = 240) -> list[Ended]:
+    """Several jobs of one world size, one after the other in the same processes; all must end well."""
+    many = [sys.executable, str(Path(__file__).with_name("many.py")), *(str(job.scratch) for job in jobs)]
+    ended = Ranks(jobs[0], many).wait(timeout).check()
+    return [Ended(job.paths, ended.codes, ended.logs) for job in jobs]
+
+
 class Ranks:
     """Running processes of a job, one a rank."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, command: Sequence[str] = (sys.executable, "-m", "finetune_trainer.rank")) -> None:
         self._job = job
         size = job.run.world.size
         port = _free_port()
@@ -192,7 +185,6 @@ class Ranks:
                 "HF_HUB_OFFLINE": "1",
             }
             with self._logs[rank].open("ab") as log:
-                command = [sys.executable, "-m", "finetune_trainer.rank"]
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
     def until(self, kind: type[events.Event], count: int = 1, timeout: float = 90) -> None:

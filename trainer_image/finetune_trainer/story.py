@@ -89,7 +89,7 @@ def _build(
     padded = _collator(loaded, data, world, packed=False)
     packed = _packs(run, loaded, learner, data, padded, loss_sum, reporter)
     collate = _collator(loaded, data, world, packed=True) if packed else padded
-    shape = _shape(run, loaded, world, data, packed, reporter)
+    shape = _shape(run, loaded, world, data, loss_sum, packed, reporter)
     whole = plan.make(
         seed=run.training.seed,
         lengths=data.train.lengths,
@@ -186,7 +186,13 @@ def _packs(
 
 
 def _shape(
-    run: RunConfig, loaded: model.Loaded, world: World, data: Data, packed: bool, reporter: Reporter
+    run: RunConfig,
+    loaded: model.Loaded,
+    world: World,
+    data: Data,
+    loss_sum: LossSum,
+    packed: bool,
+    reporter: Reporter,
 ) -> plan.Shape:
     longest = int(data.train.lengths.max())
     row = run.data.max_sequence_length if packed else longest
@@ -194,7 +200,7 @@ def _shape(
     if isinstance(asked, int):
         rows_at_once, reason = asked, "training.microBatchSize says so"
     else:
-        size = footprint.from_config(loaded.base.config, 2 if loss_autocasts(run, loaded) else 4)
+        size = footprint.from_config(loaded.base.config, 4 if loss_sum.autocast is None else 2)
         share = -(-run.training.global_batch_size // world.size)
         rows_at_once, reason = footprint.rows_at_once(
             size, row_tokens=row, global_rows=share, device=world.device.type, free_bytes=_free_bytes(world)
@@ -203,11 +209,6 @@ def _shape(
     what = f"{rows_at_once} rows of {row} tokens" if packed else f"{rows_at_once} examples"
     reporter.decision("microBatchSize", what, reason)
     return plan.Shape(world.size, rows_at_once, row, packed)
-
-
-def loss_autocasts(run: RunConfig, loaded: model.Loaded) -> bool:
-    """Whether activations take two bytes a value."""
-    return loaded.base.dtype == torch.bfloat16 or run.model.dtype == "bfloat16"
 
 
 def _free_bytes(world: World) -> int:

@@ -43,7 +43,7 @@ def configuration(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 
 
 def _without_compiling() -> None:
-    """On the CPU DeepSpeed would build a shared-memory all-reduce with a compiler, into the home directory: half a minute
+    """On the CPU DeepSpeed would compile a shared-memory all-reduce into the home directory: half a minute
     that a read-only pod can't spend, for something that can't reach another pod."""
     import deepspeed.ops
 
@@ -100,6 +100,8 @@ class Sharded:
     def moments(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_moments()
+
         def of(moment: str) -> Any:
             return lambda parameter: safe_get_full_optimizer_state(parameter, moment)
 
@@ -117,12 +119,18 @@ class Sharded:
                 "step": torch.tensor(float(steps)),
                 **{moment: torch.zeros_like(partition) for moment in MOMENTS},
             }
-        if self._stage != 3:
-            optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 value = moments[f"{moment}/{name}"].to(self._world.device)
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _link_moments(self) -> None:
+        """DeepSpeed 0.19 links parameters to their moments after the first group's first step, when the other groups have
+        none yet, and never again."""
+        if self._stage != 3:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         import deepspeed

@@ -1,0 +1,42 @@
+"""A rank that does several runs, one after the other, so that tests pay once for starting it: `many.py SCRATCH…`.
+
+What it does for each is `story.tell`, as `finetune_trainer.rank` does. Runs that fail belong elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from finetune_api.run import parse
+from finetune_trainer import story, world, zero
+from finetune_trainer.paths import Paths
+from finetune_trainer.reporter import Reporter
+
+
+def main(folders: list[str]) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    who = world.from_environment(os.environ, "cpu")
+    world.join(who, expected=who.size, timeout=timedelta(seconds=120))
+    for folder in folders:
+        paths = Paths(Path(folder))
+        run = parse(paths.run_config.read_bytes())
+        _forget_accelerate()
+        if run.world.strategy != "ddp":
+            zero.prepare_environment("cpu")
+        story.tell(run, paths, who, Reporter(paths.rank_events(who.rank), who.rank))
+    world.leave(who)
+
+
+def _forget_accelerate() -> None:
+    """Accelerate keeps its state for the life of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,91 @@
+"""The same training written the plainest way: one example at a time, no batch, no ranks, no masks; for comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune_trainer import model, plan, schedule, seeds, tokens
+from finetune_trainer.learner import trained
+from finetune_trainer.render import Renderer
+from trainer.ranks import Job
+
+
+@dataclass(frozen=True)
+class Naive:
+    """Mean loss per learnt token of each step, gradient norms before clipping, and the weights at the end."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def examples(job: Job, cache: Path) -> tokens.Tokens:
+    """The job's training rows, rendered."""
+    renderer = Renderer.load(job.paths.model, job.run.data.max_sequence_length)
+    return tokens.build(
+        cache, "naive", job.paths.data("train"), "dataset.uri", format="auto", on_invalid="fail", renderer=renderer
+    )
+
+
+def schedule_of(job: Job, rows: tokens.Tokens) -> plan.Plan:
+    training = job.run.training
+    return plan.make(
+        seed=training.seed,
+        lengths=rows.lengths,
+        label_counts=rows.label_counts,
+        global_batch=training.global_batch_size,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        shape=plan.Shape(world=1, rows=1, row_tokens=96, packed=False),
+    )
+
+
+def train(job: Job, cache: Path) -> Naive:
+    run = job.run
+    loaded = model.load(job.paths.model, dtype=torch.float32, max_length=run.data.max_sequence_length)
+    loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora")) if run.lora else model.unfreeze(loaded)
+    parameters = trained(loaded.model)
+    decaying = [p for p in parameters.values() if p.dim() > 1]
+    others = [p for p in parameters.values() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decaying, "weight_decay": run.training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    )
+    rows = examples(job, cache)
+    whole = schedule_of(job, rows)
+    losses, norms = [], []
+    for number in range(1, whole.total_steps + 1):
+        step = whole.step(number)
+        nll = torch.stack([_nll(loaded, rows, index) for index in step.examples]).sum() / step.label_tokens
+        nll.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), run.training.max_grad_norm)))
+        rate = schedule.learning_rate(
+            number,
+            whole.total_steps,
+            peak=run.training.learning_rate,
+            kind=run.training.scheduler,
+            warmup_ratio=run.training.warmup_ratio,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(nll.detach()))
+    return Naive(losses, norms, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def _nll(loaded: model.Loaded, rows: tokens.Tokens, index: int) -> Tensor:
+    ids, learnt = rows.example(index)
+    source = int(rows.sources[index])
+    whole = torch.tensor(ids.astype("int64"))
+    if source:
+        labels = whole[source:]
+        logits = loaded.model(input_ids=whole[None, :source], labels=labels[None], use_cache=False).logits[0]
+        return functional.cross_entropy(logits, labels, reduction="sum")
+    logits = loaded.model(input_ids=whole[None], attention_mask=torch.ones_like(whole[None])).logits[0]
+    at = torch.tensor(learnt.nonzero()[0])
+    return functional.cross_entropy(logits[at - 1], whole[at], reduction="sum")

@@ -1,0 +1,163 @@
+"""One job, cut in many ways, is the same job: ranks, accumulation, packing and ZeRO stages change speed alone.
+
+All runs of one world size share their processes (many.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune_api import events
+from trainer import naive
+from trainer.ranks import Ended, Job, finish_all, pairs, prepare
+
+_ROWS = pairs(21)  # no multiple of the batch of 8
+_WAYS: dict[str, dict[str, Any]] = {
+    "1 rank": {},
+    "1 rank, accumulation": {"training": {"micro_batch_size": 1}},
+    "1 rank, padded": {"data": {"packing": False}},
+    "1 rank, padded, accumulation": {"data": {"packing": False}, "training": {"micro_batch_size": 2}},
+    "2 ranks": {"world": 2},
+    "2 ranks, accumulation": {"world": 2, "training": {"micro_batch_size": 1}},
+    "2 ranks, padded, accumulation": {"world": 2, "data": {"packing": False}, "training": {"micro_batch_size": 2}},
+    "2 ranks, zero1": {"world": 2, "strategy": "zero1"},
+    "2 ranks, zero2": {"world": 2, "strategy": "zero2"},
+    "2 ranks, zero2, accumulation": {"world": 2, "strategy": "zero2", "training": {"micro_batch_size": 1}},
+    "2 ranks, zero3": {"world": 2, "strategy": "zero3"},
+    "2 ranks, zero3, accumulation": {"world": 2, "strategy": "zero3", "training": {"micro_batch_size": 1}},
+    "1 rank, full": {"full": True},
+    "2 ranks, full": {"world": 2, "full": True},
+    "2 ranks, full, zero2": {"world": 2, "full": True, "strategy": "zero2"},
+    "2 ranks, full, zero3": {"world": 2, "full": True, "strategy": "zero3", "training": {"micro_batch_size": 1}},
+    "1 rank, qwen2": {"family": "qwen2"},
+    "1 rank, gpt2": {"family": "gpt2", "lora": {"target_modules": ("c_attn",)}},
+    "1 rank, t5": {"family": "t5", "lora": {"target_modules": ("q", "v")}},
+    "2 ranks, t5, accumulation": {
+        "world": 2, "family": "t5", "lora": {"target_modules": ("q", "v")}, "training": {"micro_batch_size": 2},
+    },
+}  # fmt: skip
+
+
+def _job(folder: Path, models: dict[str, Path], way: dict[str, Any]) -> Job:
+    options = {key: value for key, value in way.items() if key not in ("family", "training", "data", "full", "lora")}
+    full = way.get("full", False)
+    training = {
+        "learning_rate": 1e-3 if full else 1e-2,
+        "weight_decay": 0.01,
+        "max_steps": None,
+        "epochs": 2.0,
+        "scheduler": "cosine",
+        "warmup_ratio": 0.2,
+        "eval_every_steps": 2,
+        "keep_best": False,
+        **way.get("training", {}),
+    }
+    return prepare(
+        folder,
+        models[way.get("family", "llama")],
+        _ROWS,
+        full=full,
+        lora=way.get("lora"),
+        data=way.get("data"),
+        training=training,
+        validation=pairs(7, 1),
+        test=pairs(5, 2),
+        samples=2,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
+    """All ways, by name."""
+    root = tmp_path_factory.mktemp("ways")
+    jobs = {name: _job(root / str(index), models, way) for index, (name, way) in enumerate(_WAYS.items())}
+    done: dict[str, Ended] = {}
+    for size in (1, 2):
+        names = [name for name, job in jobs.items() if job.run.world.size == size]
+        done.update(zip(names, finish_all([jobs[name] for name in names]), strict=True))
+    return done
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[tuple[str, bool], naive.Naive]:
+    """The naive loop's answers by family and whether everything is trained."""
+    root = tmp_path_factory.mktemp("naive")
+    answers = {}
+    for index, way in enumerate(_WAYS.values()):
+        key = way.get("family", "llama"), way.get("full", False)
+        if key not in answers:
+            answers[key] = naive.train(_job(root / str(index), models, way), root / f"tokens-{index}")
+    return answers
+
+
+def _weights(ended: Ended) -> dict[str, Tensor]:
+    newest = max(ended.paths.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
+    return load_file(newest / "weights.safetensors")
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_every_way_gives_the_naive_loops_losses_norms_and_weights(
+    way: str, ended: dict[str, Ended], plain: dict[tuple[str, bool], naive.Naive]
+) -> None:
+    expected = plain[_WAYS[way].get("family", "llama"), _WAYS[way].get("full", False)]
+    steps = ended[way].events(events.StepEvent)
+    assert [step.loss for step in steps] == pytest.approx(expected.losses, abs=2e-6)
+    assert [step.grad_norm for step in steps] == pytest.approx(expected.norms, rel=1e-4)
+    weights = _weights(ended[way])
+    assert weights.keys() == expected.weights.keys()
+    for name, tensor in weights.items():
+        assert (tensor - expected.weights[name]).abs().max() < 1e-5, name
+
+
+def test_evaluation_depends_neither_on_ranks_nor_on_batches(ended: dict[str, Ended]) -> None:
+    llamas = [e for name, e in ended.items() if "full" not in name and _WAYS[name].get("family") is None]
+    for split in ("validation", "test"):
+        expected = llamas[0].evals(split)
+        assert len(expected) >= 2
+        for other in llamas[1:]:
+            assert other.evals(split) == pytest.approx(expected, abs=1e-5)
+
+
+def test_zero3_gives_the_adapter_of_ddp_to_five_digits(ended: dict[str, Ended]) -> None:
+    ours = load_file(ended["2 ranks"].paths.export / "adapter_model.safetensors")
+    theirs = load_file(ended["2 ranks, zero3"].paths.export / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.numel() > 0
+        assert (tensor - theirs[name]).abs().max() < 1e-5, name
+
+
+def test_every_row_is_learnt_once_an_epoch_and_the_plan_tells_it_before(ended: dict[str, Ended]) -> None:
+    for run in ended.values():
+        (plan,) = run.events(events.PlanEvent)
+        steps = run.events(events.StepEvent)
+        assert plan.total_steps == len(steps) == 6  # 42 examples by 8
+        assert sum(step.samples for step in steps) == 2 * len(_ROWS)
+        assert sum(step.tokens for step in steps) == 2 * plan.tokens_per_epoch
+        assert sum(step.label_tokens for step in steps) == 2 * plan.label_tokens_per_epoch
+        assert steps[-1].epoch == 2
+
+
+def test_a_packed_batch_computes_no_padding_and_a_padded_one_does(ended: dict[str, Ended]) -> None:
+    shares = {name: run.events(events.PlanEvent)[0].padding_share for name, run in ended.items()}
+    assert shares["1 rank"] == 0
+    assert shares["1 rank, padded"] > 0.05
+
+
+def test_an_encoder_decoder_is_padded_and_says_why(ended: dict[str, Ended]) -> None:
+    assert ended["1 rank, t5"].decision("packing").choice == "off"
+    assert "encoder-decoder" in ended["1 rank, t5"].decision("packing").reason
+    assert ended["1 rank, gpt2"].decision("packing").choice == "on"
+
+
+def test_answers_before_and_after_are_the_same_whatever_the_strategy(ended: dict[str, Ended]) -> None:
+    samples = [(s.prompt, s.before, s.after) for s in ended["1 rank"].events(events.SampleEvent)]
+    assert len(samples) == 2
+    for way in ("2 ranks", "2 ranks, zero2", "2 ranks, zero3"):
+        assert [(s.prompt, s.before, s.after) for s in ended[way].events(events.SampleEvent)] == samples
