@@ -108,6 +108,18 @@ def test_a_wrong_key_is_access_denied(remote: Remote) -> None:
     assert failed(remote)[:2] == (68, "AccessDenied")
 
 
+@pytest.mark.parametrize("part", ["model", "data", "output"])
+def test_an_unknown_key_is_access_denied_even_where_the_store_says_404(remote: Remote, part: str) -> None:
+    unknown = {**remote.s3.environment(), "AWS_ACCESS_KEY_ID": "nobody"}
+    keys = world.secret(remote.setup.folder / "unknown", unknown)
+    parts: dict[str, object] = {
+        "model": ModelConfig(location=world.place("s3://models/tiny", keys)),
+        "data": DataConfig(train=world.place("s3://data/train.jsonl", keys)),
+        "output": world.place("s3://outputs/unknown/v1", keys),
+    }
+    assert failed(remote.but(**{part: parts[part]}))[:2] == (68, "AccessDenied")
+
+
 def test_half_a_key_is_named(remote: Remote) -> None:
     (remote.keys / "AWS_SECRET_ACCESS_KEY").unlink()
     code, reason, message = failed(remote)

@@ -24,6 +24,7 @@ from finetune_trainer.place import FIELD, NOT_FOUND, Entry, Role
 
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 8
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
 _IDENTITY = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -120,7 +121,7 @@ class BucketPlace:
             with self._translated():
                 item = obstore.head(self._store, self._key(path))
         except FileNotFoundError:
-            return None
+            return self._missing(path)
         return Entry(path, int(item["size"]), item["e_tag"])
 
     def read(self, path: str) -> bytes | None:
@@ -128,7 +129,7 @@ class BucketPlace:
             with self._translated():
                 return bytes(obstore.get(self._store, self._key(path)).bytes())
         except FileNotFoundError:
-            return None
+            return self._missing(path)
 
     def download(self, entry: Entry, target: Path) -> str:
         """In parts, several at once; written and hashed in order, so memory stays at PARTS_AT_ONCE parts."""
@@ -190,6 +191,11 @@ class BucketPlace:
             except exceptions.PreconditionError:
                 raise Failed("StorageUnavailable", f"{self._at(entry.path)} changed while it was read") from None
 
+    def _missing(self, path: str) -> None:
+        """A 404 without a body may also mean a missing bucket or an unknown key: a list tells."""
+        with self._translated(missing_is="the bucket isn't there"):
+            next(iter(obstore.list(self._store, prefix=self._key(path))), None)
+
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{path}".strip("/")
 
@@ -211,6 +217,9 @@ class BucketPlace:
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotSupportedError):
             raise
         except exceptions.BaseError as error:
+            if any(f"<Code>{code}</Code>" in str(error) for code in _REFUSED):  # some stores say it with a 404
+                what = f"{self._at()}: the store refused the credentials ({_first_line(error)})"
+                raise Failed("AccessDenied", what) from None
             if "NoSuchBucket" in str(error):  # obstore has no type for it
                 raise Failed(NOT_FOUND[self._role], f"{self._at()}: the bucket isn't there") from None
             if "169.254." in str(error):
