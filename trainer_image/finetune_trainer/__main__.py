@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,8 +96,15 @@ def _preflight(node: Node, log: Log) -> result.Result:
     # As PID 1 we have no default action for signals: without this, a deleted pod would stay its grace period.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
+    # In a thread, since a signal is heard by the main one only, and only between two steps of Python.
+    checks = ThreadPoolExecutor(1).submit(preflight.check, node.run, node.paths, node.access, log.info)
     try:
-        return preflight.check(node.run, node.paths, node.access, log.info)
+        while True:
+            try:
+                return checks.result(timeout=0.1)
+            except TimeoutError:
+                if checks.done():
+                    raise
     except Failed as failed:
         log.error(failed.message, reason=failed.reason)
         return result.Result(outcome="failed", reason=failed.reason, message=failed.message)

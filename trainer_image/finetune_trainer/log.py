@@ -15,7 +15,7 @@ Level = Literal["info", "warning", "error"]
 
 
 class Log:
-    """Thread-safe; `fields` are JSON values."""
+    """Thread-safe; `fields` are JSON values; None is left out."""
 
     def __init__(self, stream: TextIO | None = None, *, text: bool = False) -> None:
         self._stream = stream if stream is not None else sys.stdout
@@ -37,6 +37,7 @@ class Log:
 
     def _say(self, level: Level, message: str, fields: dict[str, Any]) -> None:
         now = datetime.now(UTC)
+        fields = {key: value for key, value in fields.items() if value is not None}
         if self._text:
             tail = "".join(f" {key}={value}" for key, value in fields.items())
             self._write(f"{now.astimezone():%H:%M:%S} {level}: {message}{tail}")

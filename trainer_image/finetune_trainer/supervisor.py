@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from finetune_api import events, names
 from finetune_api.result import Result
-from finetune_api.status import ArtifactStatus, CheckpointStatus, EvaluationStatus, ModelStatus
-from finetune_trainer import fetch, history, preflight, provenance, state, upload
+from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
+from finetune_trainer import endings, fetch, history, preflight, provenance, state, upload
 from finetune_trainer.checkpoints import CheckpointUploader, Stored
 from finetune_trainer.destination import Destination
 from finetune_trainer.failure import Failed
@@ -71,20 +71,12 @@ class Supervisor:
     def run(self) -> Result:
         """Trains, or finds that it is done already. Never raises what was foreseen: that is the Result."""
         try:
-            if self._node.run.metrics_port:
-                self._metrics.serve(self._node.run.metrics_port)
+            self._serve_metrics()
             return self._story()
         except Asked:
             return self._preempted()
         except Failed as failed:
             return self._failed(failed)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            return self._failed(
-                Failed("DiskFull", f"resources.scratch: {error.filename}: {error.strerror}; raise it")
-                if full
-                else self._own_failure(error)
-            )
         except Exception as error:
             return self._failed(self._own_failure(error))
         finally:
@@ -104,7 +96,9 @@ class Supervisor:
             if self._stop.asked:
                 raise Asked
             return Result(outcome="succeeded")
-        return self._succeeded(self._in_thread(lambda: self._publish(inputs)))
+        artifact = self._in_thread(lambda: self._publish(inputs))
+        self._enter("done")
+        return endings.succeeded(self._state, artifact, self._model)
 
     # ---- before the ranks
 
@@ -229,66 +223,26 @@ class Supervisor:
         manifest, data = inputs.there.finished
         self._log.info("the result is there already; nothing is trained", uri=inputs.place.display)
         self._enter("done")
-        figures = manifest.metrics
-        evaluation = EvaluationStatus(
-            train_loss=figures.get("trainLoss"),
-            eval_loss=figures.get("evalLoss"),
-            test_loss_before=figures.get("testLossBefore"),
-            test_loss_after=figures.get("testLossAfter"),
-        )
-        return Result(
-            outcome="succeeded",
-            step=manifest.step,
-            artifact=upload.artifact(inputs.place, manifest, data),
-            evaluation=evaluation,
-        )
-
-    def _succeeded(self, artifact: ArtifactStatus) -> Result:
-        self._enter("done")
-        return Result(
-            outcome="succeeded",
-            step=self._state.step,
-            total_steps=self._state.total_steps,
-            artifact=artifact,
-            evaluation=self._state.evaluation,
-            model=self._model,
-        )
+        return endings.finished_before(manifest, upload.artifact(inputs.place, manifest, data))
 
     def _preempted(self) -> Result:
         """Asked to leave: the checkpoint's upload gets what time is left."""
         if self._uploader is not None and not self._uploader.wait(self._stop.left):
             self._log.warning("time is up before the checkpoint was uploaded")
-        step = self._checkpoint.step if self._checkpoint else 0
-        return Result(
-            outcome="preempted",
-            reason="Preempted",
-            message=f"asked to leave at step {self._state.step}; it goes on from step {step}",
-            step=self._state.step,
-            total_steps=self._state.total_steps,
-            checkpoint=self._checkpoint,
-            model=self._model,
-        )
-
-    def _own_failure(self, error: Exception) -> Failed:
-        self._log.error("the supervisor itself failed", traceback=traceback.format_exc())
-        return Failed("TrainingError", f"{type(error).__name__}: {error}", log_tail=traceback.format_exc())
+        return endings.preempted(self._state, self._checkpoint, self._model)
 
     def _failed(self, failed: Failed) -> Result:
+        """A checkpoint that is still on its way arrives first: the next attempt goes on from it."""
         self._log.error(failed.message, reason=failed.reason, rank=failed.rank, exit_code=failed.exit_code)
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_patience, self._stop.left))
-        return Result(
-            outcome="failed",
-            reason=failed.reason,
-            message=failed.message,
-            rank=failed.rank,
-            exit_code=failed.exit_code,
-            log_tail=failed.log_tail,
-            step=self._state.step,
-            total_steps=self._state.total_steps,
-            checkpoint=self._checkpoint,
-            model=self._model,
-        )
+        return endings.failed(failed, self._state, self._checkpoint, self._model)
+
+    def _own_failure(self, error: Exception) -> Failed:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return Failed("DiskFull", f"resources.scratch: {error.filename}: {error.strerror}; raise it")
+        self._log.error("the supervisor itself failed", traceback=traceback.format_exc())
+        return Failed("TrainingError", f"{type(error).__name__}: {error}", log_tail=traceback.format_exc())
 
     # ---- throughout
 
@@ -308,6 +262,15 @@ class Supervisor:
                     raise Asked
         finally:
             with_time.shutdown(wait=False, cancel_futures=True)
+
+    def _serve_metrics(self) -> None:
+        port = self._node.run.metrics_port
+        if port == 0:
+            return
+        try:
+            self._metrics.serve(port)
+        except OSError as error:
+            self._log.warning("metrics can't be served; training goes on", port=port, detail=str(error))
 
     def _told(self, sentence: str) -> None:
         self._message = sentence

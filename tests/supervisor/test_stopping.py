@@ -1,0 +1,113 @@
+"""Asked to leave at awkward moments: while fetching, while uploading, on one node of two."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune_api.resource import CheckpointSpec, TrainingSpec
+from finetune_api.run import DataConfig, S3Config, WorldConfig
+from supervisor import world
+from supervisor.world import Setup
+from testkit.tiny_models import tiny_llama
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path).write_inputs()
+
+
+def test_a_stop_while_a_store_keeps_silent_ends_at_once(setup: Setup) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        run = setup.but(
+            output=world.place("s3://outputs/v1", world.secret(setup.folder / "keys", keys)),
+            s3=S3Config(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", allow_http=True),
+        ).run()
+        running = world.start(run, setup.folder)
+        silent.settimeout(20)
+        connection, _ = silent.accept()
+        began = time.monotonic()
+        running.terminate()
+        ended = running.wait(timeout=10)
+        connection.close()
+    assert (ended.code, ended.last.outcome) == (143, "preempted")
+    assert time.monotonic() - began < 5
+
+
+def test_a_preflight_ends_at_once(setup: Setup) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        run = setup.but(
+            output=world.place("s3://outputs/v1", world.secret(setup.folder / "keys", keys)),
+            s3=S3Config(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", allow_http=True),
+        ).run()
+        running = world.start(run, setup.folder, command="preflight")
+        silent.settimeout(20)
+        silent.accept()
+        running.terminate()
+        assert running.process.wait(timeout=10) == 143
+
+
+def test_preflight_counts_rows_and_tokens_and_leaves_no_weights_behind(setup: Setup) -> None:
+    shutil.rmtree(setup.model)
+    tiny_llama(setup.model)
+    ended = world.supervise(setup.run(), setup.folder, command="preflight")
+    assert ended.code == 0, ended.output
+    assert ended.last.message.startswith("train: 8 rows, ")
+    assert "tokens of which" in ended.last.message
+    assert not (setup.folder / "scratch" / "model").exists()
+    assert not list(setup.output.rglob("*"))
+
+
+def test_preflight_refuses_rows_that_leave_nothing_to_learn(setup: Setup) -> None:
+    shutil.rmtree(setup.model)
+    tiny_llama(setup.model)
+    data = DataConfig(train=world.place(f"file://{setup.train}"), max_sequence_length=8)
+    ended = world.supervise(setup.but(data=data).run(), setup.folder, command="preflight")
+    assert (ended.code, ended.last.reason) == (65, "DatasetInvalid")
+    assert "maxSequenceLength" in ended.last.message
+
+
+def test_two_nodes_leave_together_when_one_is_asked_to_and_go_on_together(setup: Setup) -> None:
+    """The real ranks: the stop is agreed among them, whichever node's flag it is."""
+    shutil.rmtree(setup.model)
+    tiny_llama(setup.model)
+    rows = [{"prompt": f"Define the noun: {i}.", "completion": f" Number {i}."} for i in range(20)]
+    setup.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = setup.but(
+        data=DataConfig(train=world.place(f"file://{setup.train}"), max_sequence_length=64),
+        world=WorldConfig(nodes=2, processes_per_node=1, master_port=port),
+        training=TrainingSpec(max_steps=3000, global_batch_size=2),
+        checkpoint=CheckpointSpec(every=100000),
+    )
+
+    def start(attempt: int) -> tuple[world.Running, world.Running]:
+        runs = [shared.run(attempt=attempt, scratch=f"scratch-{node}") for node in (0, 1)]
+        first, second = (
+            world.start(run, setup.folder / f"node-{node}", node=node, ranks=None) for node, run in enumerate(runs)
+        )
+        return first, second
+
+    leader, other = start(attempt=1)
+    events = setup.folder / "scratch-0/events/rank-0.jsonl"
+    world.until(lambda: events.exists() and '"step":5,' in events.read_text(), timeout=90)
+    other.terminate()
+    asked, told = other.wait(), leader.wait()
+    assert asked.code == 143, asked.output
+    assert told.code == 143, told.output
+    assert told.last.checkpoint is not None
+
+    step = told.last.checkpoint.step
+    leader, other = start(attempt=2)
+    world.until(lambda: events.exists() and f'"step":{step + 1},' in events.read_text(), timeout=90)
+    leader.terminate()
+    assert leader.wait().code == 143
+    assert other.wait().code == 0  # its ranks agreed to end; nobody asked this pod

@@ -1,0 +1,60 @@
+"""The last words of a pod: what happened → Result. Pure; called by the supervisor, one function an ending."""
+
+from __future__ import annotations
+
+from finetune_api.manifest import Manifest
+from finetune_api.result import Result
+from finetune_api.status import ArtifactStatus, CheckpointStatus, EvaluationStatus, ModelStatus
+from finetune_trainer.failure import Failed
+from finetune_trainer.state import TrainingState
+
+
+def succeeded(state: TrainingState, artifact: ArtifactStatus, model: ModelStatus | None) -> Result:
+    return Result(
+        outcome="succeeded",
+        step=state.step,
+        total_steps=state.total_steps,
+        artifact=artifact,
+        evaluation=state.evaluation,
+        model=model,
+    )
+
+
+def finished_before(manifest: Manifest, artifact: ArtifactStatus) -> Result:
+    """An earlier attempt finished, and its last word was lost: the manifest tells it again."""
+    figures = manifest.metrics
+    evaluation = EvaluationStatus(
+        train_loss=figures.get("trainLoss"),
+        eval_loss=figures.get("evalLoss"),
+        test_loss_before=figures.get("testLossBefore"),
+        test_loss_after=figures.get("testLossAfter"),
+    )
+    return Result(outcome="succeeded", step=manifest.step, artifact=artifact, evaluation=evaluation)
+
+
+def preempted(state: TrainingState, checkpoint: CheckpointStatus | None, model: ModelStatus | None) -> Result:
+    step = checkpoint.step if checkpoint else 0
+    return Result(
+        outcome="preempted",
+        reason="Preempted",
+        message=f"asked to leave at step {state.step}; it goes on from step {step}",
+        step=state.step,
+        total_steps=state.total_steps,
+        checkpoint=checkpoint,
+        model=model,
+    )
+
+
+def failed(why: Failed, state: TrainingState, checkpoint: CheckpointStatus | None, model: ModelStatus | None) -> Result:
+    return Result(
+        outcome="failed",
+        reason=why.reason,
+        message=why.message,
+        rank=why.rank,
+        exit_code=why.exit_code,
+        log_tail=why.log_tail,
+        step=state.step,
+        total_steps=state.total_steps,
+        checkpoint=checkpoint,
+        model=model,
+    )
