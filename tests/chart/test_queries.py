@@ -27,7 +27,7 @@ from finetune_operator.reports import Reports
 from finetune_trainer import metrics as trainer_metrics
 
 DASHBOARD = json.loads((CHART / "dashboards" / "finetune-operator.json").read_text())
-_VARIABLES = {"$__rate_interval": "5m", "$namespace": "team", "$job": "a"}
+_VARIABLES = {"$__rate_interval": "5m", "$namespace": ".*", "$job": ".*"}
 
 
 def panels() -> Iterator[dict[str, Any]]:
@@ -218,3 +218,58 @@ def test_no_alert_fires_on_a_good_day(helm: str, tmp_path: Path) -> None:
 
 def test_every_alert_is_tried(helm: str) -> None:
     assert set(FIRES) == {rule["alert"] for rule in rules(helm)}
+
+
+# A busy hour: two replicas of the operator; a job of two pods with two GPUs each in its second attempt; one that waits,
+# and one that failed.
+_PODS = ("a-2-0", "a-2-1")
+_POD = 'namespace="team", job="a", attempt="2"'
+BUSY = CALM | {
+    'finetune_job_phase{namespace="team", job="b", phase="Queued"}': "1x90",
+    'finetune_job_phase{namespace="team", job="c", phase="Failed"}': "1x90",
+    f"finetune_job_gpus{{{JOB}}}": "4x90",
+    **{
+        f"finetune_job_{name}{{{JOB}}}": "0.5x90"
+        for name in ("train_loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "progress_ratio",
+                     "eta_seconds")
+    },
+    f"finetune_train_loss{{{_POD}}}": "2-0.01x90",
+    f'finetune_eval_loss{{{_POD}, split="validation"}}': "2x90",
+    f"finetune_train_steps_total{{{_POD}}}": "0+5x90",
+    f"finetune_train_samples_total{{{_POD}}}": "0+80x90",
+    f"finetune_train_padding_ratio{{{_POD}}}": "0.1x90",
+    **{
+        f'finetune_train_step_duration_seconds_{part}{{{_POD}, phase="{phase}"}}': "0+5x90"
+        for part in ("sum", "count") for phase in ("data", "forward", "backward", "optimizer", "total")
+    },
+    **{
+        f'finetune_train_step_duration_seconds_bucket{{{_POD}, phase="total", le="{le}"}}': f"0+{count}x90"
+        for le, count in (("1", 3), ("10", 5), ("+Inf", 5))
+    },
+    **{f'finetune_phase_seconds_total{{{_POD}, pod="{pod}", phase="training"}}': "0+60x90" for pod in _PODS},
+    **{
+        f'finetune_gpu_{name}{{{_POD}, pod="{pod}", gpu="{gpu}"}}': "0.5x90"
+        for name in ("utilization_ratio", "memory_used_bytes", "memory_total_bytes")
+        for pod in _PODS for gpu in (0, 1)
+    },
+    f'finetune_checkpoint_duration_seconds{{{_POD}, tier="remote"}}': "3x90",
+    'finetune_operator_reconcile_total{pod="a", result="done"}': "0+9x90",
+    **{
+        f'finetune_operator_{name}_bucket{{pod="a", le="{le}"}}': "0+9x90"
+        for name in ("reconcile_duration_seconds", "queue_wait_seconds") for le in ("0.1", "+Inf")
+    },
+    'finetune_operator_queue_depth{pod="a"}': "0x90",
+    'finetune_operator_cache_objects{pod="a", resource="jobs"}': "3x90",
+    'finetune_operator_progress_posts_total{pod="a", code="200"}': "0+12x90",
+    'finetune_operator_last_sweep_timestamp_seconds{pod="a"}': "0+60x90",
+    **{f'process_resident_memory_bytes{{pod="{pod}"}}': "7e7x90" for pod in ("a", "b")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("query", dashboard_queries())
+def test_a_query_of_the_dashboard_answers_on_a_busy_day(query: str, helm: str, tmp_path: Path) -> None:
+    """promtool expects an empty answer, and tells what it got instead."""
+    expected = [{"expr": without_variables(query), "eval_time": "60m"}]
+    done = _promtool(tmp_path, helm, {"interval": "1m", "input_series": _series(BUSY), "promql_expr_test": expected})
+    assert re.search(r"exp:\s*nil\s*got:\s*\S*\{?.*\d", done.stdout + done.stderr, re.DOTALL), done.stdout + done.stderr
+    assert "error" not in done.stderr.lower()
