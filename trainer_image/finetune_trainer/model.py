@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from finetune_api.resource import LoraSpec
 from finetune_trainer import documents
@@ -70,7 +71,7 @@ def load(folder: Path, *, dtype: torch.dtype, max_length: int) -> Loaded:
             output_loading_info=True,
             **({} if why_not else {"attn_implementation": documents.NAME}),
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         raise Failed("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error

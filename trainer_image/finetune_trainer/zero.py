@@ -126,8 +126,8 @@ class Sharded:
                 safe_set_full_optimizer_state(parameter, value, moment)
 
     def _link_moments(self) -> None:
-        """DeepSpeed 0.19 links parameters to their moments after the first group's first step, when the other groups have
-        none yet, and never again."""
+        """DeepSpeed 0.19 links parameters to their moments once, after the first group's first step, when other groups
+        have none yet."""
         if self._stage != 3:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,167 @@
+"""What is written loads as it is, without a network, and gives the losses that were reported for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune_api import events
+from finetune_trainer import export
+from finetune_trainer.model import Loaded
+from finetune_trainer.render import Renderer
+from trainer.ranks import Ended, finish_all, pairs, prepare
+
+_HELD_OUT = pairs(9, 1)
+
+# Run by a fresh Python that can't reach a hub: loads base and result, prints the mean loss of the held-out rows.
+_LOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, result, rows = sys.argv[1:]
+if base:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), result)
+else:
+    model = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32)
+AutoTokenizer.from_pretrained(result).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+total, count = 0.0, 0
+for ids, learnt in json.load(open(rows)):
+    logits = model.eval()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    for at in range(1, len(ids)):
+        if learnt[at]:
+            total, count = total - float(logits[at - 1, ids[at]]), count + 1
+print("loss", total / count)
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
+    """A learning rate that soon does harm, so that the best weights aren't the last ones."""
+    root = tmp_path_factory.mktemp("export")
+    harmful = {"max_steps": 30, "learning_rate": 0.2, "eval_every_steps": 1, "max_grad_norm": 0.0}
+    common: dict[str, Any] = {"validation": _HELD_OUT, "test": _HELD_OUT}
+    jobs = {
+        "lora": prepare(root / "lora", models["llama"], pairs(6), training=harmful, **common),
+        "full": prepare(
+            root / "full", models["llama"], pairs(20), full=True, training={"learning_rate": 1e-3}, **common
+        ),
+        "last": prepare(root / "last", models["llama"], pairs(6), training={**harmful, "keep_best": False}, **common),
+        "early": prepare(
+            root / "early", models["llama"], pairs(6), training={**harmful, "early_stopping": {"patience": 2}}, **common
+        ),
+        "bf16": prepare(root / "bf16", models["llama"], pairs(6), dtype="bfloat16", training=harmful, **common),
+    }
+    return dict(zip(jobs, finish_all(list(jobs.values())), strict=True))
+
+
+def _loaded_loss(ended: Ended, tmp_path: Path, *, adapter: bool) -> float:
+    renderer = Renderer.load(ended.paths.model, 96)
+    from finetune_trainer import rows
+
+    examples = [renderer.render(row) for row in rows.read(ended.paths.data("test")).rows]
+    listed = tmp_path / "rows.json"
+    listed.write_text(json.dumps([[list(e.ids), list(e.learnt)] for e in examples]))  # type: ignore[union-attr]
+    base = str(ended.paths.model) if adapter else ""
+    out = subprocess.run(
+        [sys.executable, "-c", _LOAD, base, str(ended.paths.export), str(listed)],
+        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 0, out.stderr
+    return float(out.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("job", ["lora", "full"])
+def test_the_result_loads_air_gapped_and_gives_the_reported_loss(
+    job: str, done: dict[str, Ended], tmp_path: Path
+) -> None:
+    reported = max(done[job].evals("test").items())[1]
+    assert _loaded_loss(done[job], tmp_path, adapter=job == "lora") == pytest.approx(reported, abs=2e-5)
+
+
+def test_the_best_weights_are_written_not_the_last(done: dict[str, Ended]) -> None:
+    evals = done["lora"].evals("validation")
+    best = min(evals, key=lambda step: (evals[step], step))
+    assert best < 30
+    assert done["lora"].events(events.SavedEvent)[0].step == best
+    assert done["lora"].evals("test")[best] == pytest.approx(evals[best], abs=1e-6)  # the same rows
+
+
+def test_without_keep_best_the_last_weights_are_written(done: dict[str, Ended]) -> None:
+    assert done["last"].events(events.SavedEvent)[0].step == 30
+    assert done["last"].evals("test")[30] == pytest.approx(done["last"].evals("validation")[30], abs=1e-6)
+
+
+def test_early_stopping_ends_after_its_patience_and_says_so(done: dict[str, Ended]) -> None:
+    steps = done["early"].events(events.StepEvent)
+    evals = done["early"].evals("validation")
+    best = min(evals, key=lambda step: (evals[step], step))
+    assert len(steps) == best + 2 < 30
+    assert "2 evaluations brought no loss below" in done["early"].decision("earlyStopping").reason
+    assert done["early"].losses == done["lora"].losses[: len(steps)]
+
+
+def test_the_adapter_names_the_base_as_the_user_did_and_asks_no_hub(done: dict[str, Ended]) -> None:
+    config = json.loads((done["lora"].paths.export / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny/model"
+    assert config["inference_mode"] is True
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 8, ["q_proj", "v_proj"])
+    tensors = load_file(done["lora"].paths.export / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 2  # layers, modules, A and B
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_adapters_are_float32_beside_a_bfloat16_base(done: dict[str, Ended]) -> None:
+    tensors = load_file(done["bf16"].paths.export / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert done["bf16"].losses[:3] == pytest.approx(done["lora"].losses[:3], rel=2e-2)
+
+
+def test_a_whole_model_is_written_in_the_bases_format_with_tied_weights(done: dict[str, Ended]) -> None:
+    written = load_file(done["full"].paths.export / "model.safetensors")
+    base = load_file(done["full"].paths.model / "model.safetensors")
+    assert written.keys() == base.keys()
+    assert {name: (t.shape, t.dtype) for name, t in written.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    config = json.loads((done["full"].paths.export / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "finetune_documents" not in json.dumps(config)
+
+
+@pytest.mark.parametrize("job", ["lora", "full"])
+def test_the_tokenizer_comes_along_unchanged(job: str, done: dict[str, Ended]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (done[job].paths.export / name).read_bytes() == (done[job].paths.model / name).read_bytes()
+
+
+def test_the_card_tells_base_data_recipe_and_losses(done: dict[str, Ended]) -> None:
+    card = (done["lora"].paths.export / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "tiny/model"\nlibrary_name: peft\n')
+    for told in ("train.jsonl", "rank 4, alpha 8", "30 optimizer steps", "| test, base model |", "| validation |"):
+        assert told in card
+
+
+def test_empty_tensors_are_never_written(tmp_path: Path, done: dict[str, Ended]) -> None:
+    from finetune_api.run import parse
+
+    run = parse(done["lora"].paths.run_config.read_bytes())
+    nothing = Loaded(None, None, False, True, "")
+    with pytest.raises(RuntimeError, match=r"refusing to write empty weights \(a\.lora_A\)"):
+        export.write(
+            tmp_path / "export",
+            nothing,
+            {"a.lora_A": torch.zeros(0, 4)},
+            run=run,
+            model=done["lora"].paths.model,
+            card="",
+        )
+    assert not (tmp_path / "export").exists()

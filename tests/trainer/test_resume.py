@@ -1,0 +1,177 @@
+"""A run that was killed or stopped, however often, ends with the adapter of the run that wasn't, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune_api import events
+from finetune_trainer import checkpoint, manifest_io
+from finetune_trainer.failure import Failed
+from trainer.ranks import Ended, Job, finish_all, pairs, prepare
+
+_STEPS = 24
+
+
+def _job(folder: Path, model: Path, **options: Any) -> Job:
+    lora = options.pop("lora", {"dropout": 0.1})
+    training = {"max_steps": _STEPS, "scheduler": "cosine", "warmup_ratio": 0.1, "eval_every_steps": 3}
+    return prepare(
+        folder, model, pairs(21), lora=lora, validation=0.2, test=pairs(5, 2), training=training, every=2, **options
+    )
+
+
+def _interrupted(job: Job, checkpoints: int, keep: Path, *, politely: bool = False) -> Path:
+    """Ends a run after so many checkpoints; returns the newest good checkpoint, copied to `keep`."""
+    ranks = job.start()
+    ranks.until(events.CheckpointEvent, checkpoints)
+    if politely:
+        job.paths.stop.touch()
+        ended = ranks.wait().check()
+        (preempted,) = ended.events(events.PreemptedEvent)
+        assert not ended.events(events.SavedEvent)
+    else:
+        ended = ranks.kill()
+        assert set(ended.codes) == {-9}
+    newest = manifest_io.newest_complete(job.paths.checkpoints)
+    assert newest is not None
+    if politely:
+        assert newest.name == f"step-{preempted.step}"
+        assert preempted.step < _STEPS
+    shutil.copytree(newest, keep)
+    return keep
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run that was left alone, and one that wasn't."""
+
+    whole: Ended
+    resumed: Ended
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Pair]:
+    root, llama = tmp_path_factory.mktemp("resume"), models["llama"]
+    ways: dict[str, dict[str, Any]] = {
+        "killed twice": {},
+        "2 ranks, stopped": {"world": 2},
+        "2 ranks, killed": {"world": 2},
+        "2 ranks, zero2, killed": {"world": 2, "strategy": "zero2"},
+        "1 rank, then 2": {"lora": {"dropout": 0.0}},
+        "1 rank, then zero3": {"lora": {"dropout": 0.0}},
+    }
+    points: dict[str, Path] = {}
+    for index, (name, way) in enumerate(ways.items()):
+        if name == "1 rank, then zero3":
+            points[name] = points["1 rank, then 2"]
+            continue
+        first = _job(root / f"{index}-first", llama, **way)
+        points[name] = _interrupted(first, 2, root / f"{index}-a", politely="stopped" in name)
+        if name == "killed twice":
+            second = _job(root / f"{index}-second", llama, resume=points[name], **way)
+            points[name] = _interrupted(second, 2, root / f"{index}-b")
+    then = {**ways, "1 rank, then 2": {**ways["1 rank, then 2"], "world": 2}}
+    then["1 rank, then zero3"] = {**then["1 rank, then 2"], "strategy": "zero3"}
+    wholes = {name: _job(root / f"{i}-whole", llama, **way) for i, (name, way) in enumerate(ways.items())}
+    resumed = {
+        name: _job(root / f"{i}-resumed", llama, resume=points[name], **way)
+        for i, (name, way) in enumerate(then.items())
+    }
+    ended: dict[Path, Ended] = {}
+    for size in (1, 2):
+        jobs = [job for job in (*wholes.values(), *resumed.values()) if job.run.world.size == size]
+        ended.update(zip([job.scratch for job in jobs], finish_all(jobs), strict=True))
+    return {name: Pair(ended[wholes[name].scratch], ended[resumed[name].scratch]) for name in ways}
+
+
+_EXACT = ["killed twice", "2 ranks, stopped", "2 ranks, killed", "2 ranks, zero2, killed"]
+
+
+@pytest.mark.parametrize("way", _EXACT)
+def test_the_adapter_is_the_same_bit_by_bit(way: str, done: dict[str, Pair]) -> None:
+    whole, resumed = done[way].whole.paths.export, done[way].resumed.paths.export
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+@pytest.mark.parametrize("way", _EXACT)
+def test_losses_and_evaluations_after_the_resume_are_the_same_numbers(way: str, done: dict[str, Pair]) -> None:
+    whole, resumed = done[way].whole, done[way].resumed
+    start = resumed.events(events.PlanEvent)[0].start_step
+    assert 0 < start < _STEPS
+    assert resumed.losses == whole.losses[start:]
+    late = {step: loss for step, loss in whole.evals("validation").items() if step > start}
+    assert {step: loss for step, loss in resumed.evals("validation").items() if step > start} == late
+    assert max(resumed.evals("test").items()) == max(whole.evals("test").items())
+
+
+@pytest.mark.parametrize("way", ["1 rank, then 2", "1 rank, then zero3"])
+def test_another_world_or_strategy_goes_on_from_the_same_checkpoint(way: str, done: dict[str, Pair]) -> None:
+    whole, resumed = done[way].whole, done[way].resumed
+    start = resumed.events(events.PlanEvent)[0].start_step
+    assert resumed.losses == pytest.approx(whole.losses[start:], abs=1e-5)
+    ours = load_file(whole.paths.export / "adapter_model.safetensors")
+    theirs = load_file(resumed.paths.export / "adapter_model.safetensors")
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() < 1e-4, name
+
+
+def test_the_test_loss_of_the_base_is_measured_once_and_told_in_the_card(done: dict[str, Pair]) -> None:
+    assert 0 not in done["killed twice"].resumed.evals("test")
+    assert "test, base model" in (done["killed twice"].resumed.paths.export / "README.md").read_text()
+
+
+@pytest.fixture
+def good(done: dict[str, Pair], tmp_path: Path) -> Path:
+    """A root with two complete checkpoints."""
+    root = tmp_path / "checkpoints"
+    shutil.copytree(done["killed twice"].whole.paths.checkpoints, root)
+    assert manifest_io.newest_complete(root) == root / f"step-{_STEPS}"
+    return root
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["missing", "cut", "altered"])
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(name: str, how: str, good: Path) -> None:
+    torn = good / f"step-{_STEPS}" / name
+    content = torn.read_bytes()
+    torn.unlink()
+    if how == "cut":
+        torn.write_bytes(content[: len(content) // 2])
+    if how == "altered" and name != "manifest.json":
+        torn.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert manifest_io.newest_complete(good) == good / f"step-{_STEPS - 2}"
+    with pytest.raises(Failed, match="isn't complete"):
+        checkpoint.read_state(torn.parent)
+
+
+def test_a_half_written_folder_is_no_checkpoint(good: Path) -> None:
+    (good / f"step-{_STEPS}").rename(good / f"step-{_STEPS}.tmp")
+    assert manifest_io.newest_complete(good) == good / f"step-{_STEPS - 2}"
+
+
+def test_only_two_checkpoints_stay_on_the_disk(done: dict[str, Pair]) -> None:
+    for pair in done.values():
+        steps = {path.name for path in pair.whole.paths.checkpoints.iterdir()}
+        assert steps == {f"step-{_STEPS}", f"step-{_STEPS - 2}"}
+
+
+def test_rows_that_changed_since_the_checkpoint_are_refused(
+    done: dict[str, Pair], models: dict[str, Path], tmp_path: Path
+) -> None:
+    job = _job(
+        tmp_path / "job", models["llama"], resume=done["killed twice"].whole.paths.checkpoints / f"step-{_STEPS}"
+    )
+    rows = job.paths.data("train").read_text().splitlines()
+    job.paths.data("train").write_text("\n".join([*rows, json.dumps({"prompt": "new", "completion": "row"})]))
+    ended = job.finish()
+    assert ended.codes == (65,)
+    assert ended.failure.reason == "DatasetInvalid"
+    assert "changed since the checkpoint" in ended.failure.message
