@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from finetune_api import scalars as s
 from finetune_api.model import LenientModel, Model, Rule, as_admitted
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH
 from finetune_api.spec_hardware import DistributionSpec, GpuSpec, PodSpec, ResourcesSpec, TolerationSpec
@@ -97,7 +98,7 @@ class Spec(Model):
 class Metadata(LenientModel):
     """The part of ObjectMeta that we read."""
 
-    name: Annotated[str, Field(max_length=MAX_NAME_LENGTH, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")]
+    name: Annotated[str, Field(max_length=MAX_NAME_LENGTH, pattern=s.NAME_PATTERN)]
     namespace: str = "default"
     uid: str = ""
     generation: int = 1

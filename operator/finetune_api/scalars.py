@@ -38,13 +38,28 @@ OUTPUT_URI_PATTERN = (
     + r")$"
 )
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
-DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, and so of its pods and its Service
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 OPTIONAL_DNS_SUBDOMAIN_PATTERN = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$"
 QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 MODULE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
+
+# What a text that doesn't match should have been, for people.
+MEANING = {
+    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix or pvc://claim/path, without spaces, ? and #",
+    DATA_URI_PATTERN: "must be s3://bucket/key, pvc://claim/path or hf://owner/dataset/file, without spaces, ? and #",
+    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix or pvc://claim/path, without spaces, ? and #",
+    QUANTITY_PATTERN: "must be a quantity such as 16, 500m or 128Gi",
+    DNS_SUBDOMAIN_PATTERN: "must be an object's name: lower-case letters, digits, dashes and dots",
+    OPTIONAL_DNS_SUBDOMAIN_PATTERN: "must be an object's name: lower-case letters, digits, dashes and dots",
+    QUALIFIED_NAME_PATTERN: "must be a name such as example.com/name, of at most 63 characters behind the slash",
+    LABEL_VALUE_PATTERN: "must be at most 63 letters, digits, dashes, dots and underscores",
+    REVISION_PATTERN: "must be a branch, a tag or a commit",
+    MODULE_PATTERN: "must be a layer's name as in the model's code, e.g. q_proj",
+    NAME_PATTERN: "must be lower-case letters, digits and dashes, beginning with a letter",
+}
 
 ModelUri = Annotated[str, Field(pattern=MODEL_URI_PATTERN, max_length=1024)]
 DataUri = Annotated[str, Field(pattern=DATA_URI_PATTERN, max_length=1024)]

@@ -10,6 +10,7 @@ from typing import Any
 from finetune_api.model import Model, Rule, model_in
 from finetune_api.names import GROUP, KIND, MAX_NAME_LENGTH, PLURAL, SHORT_NAME, SINGULAR, VERSION
 from finetune_api.resource import FineTuneJob, Spec
+from finetune_api.scalars import NAME_PATTERN
 from finetune_api.status import Condition, Status
 from finetune_api.transitions import IMMUTABLE, immutable_message, is_immutable
 
@@ -83,7 +84,7 @@ def root_schema() -> JsonSchema:
         "x-kubernetes-validations": [
             {
                 "rule": f"self.metadata.name.size() <= {MAX_NAME_LENGTH}"
-                " && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                f" && self.metadata.name.matches({cel_string(NAME_PATTERN)})",
                 "message": f"metadata.name {NAME_MESSAGE}",
             }
         ],

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from api.cases import CASES, MINIMAL, TRANSITIONS, Case, changed
-from finetune_api import generate
+from api.cases import ABSENT, CASES, MINIMAL, TRANSITIONS, Case, changed
+from finetune_api import generate, scalars
 from finetune_api.errors import describe
 from finetune_api.resource import FineTuneJob, parse
 from finetune_api.transitions import transition_errors
@@ -48,6 +48,28 @@ def test_a_refusal_shows_the_value() -> None:
         parse(changed(MINIMAL, ("method.lora.rank", 0)))
     (line,) = describe(refusal.value)
     assert line == "spec.method.lora.rank: Input should be greater than or equal to 1 (got 0)"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (("model.uri", "org/model"), "spec.model.uri: must be hf://owner/name, s3://bucket/prefix or pvc://claim/path, "
+         "without spaces, ? and # (got 'org/model')"),
+        (("colour", "red"), "spec.colour: is no field that this version knows; look for a misspelling"),
+        (("output", ABSENT), "spec.output: is required"),
+        (("resources.cpu", "four"), "spec.resources.cpu: must be a quantity such as 16, 500m or 128Gi (got 'four')"),
+    ],
+    ids=["pattern", "unknown", "missing", "quantity"],
+)  # fmt: skip
+def test_a_refusal_says_what_is_wanted(change: tuple[str, Any], line: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        parse(changed(MINIMAL, change))
+    assert describe(refusal.value) == (line,)
+
+
+def test_every_pattern_is_put_into_words() -> None:
+    patterns = {value for name, value in vars(scalars).items() if name.endswith("_PATTERN")}
+    assert patterns == set(scalars.MEANING)
 
 
 def test_a_refusal_lists_every_broken_rule() -> None:

@@ -15,7 +15,7 @@ GOOD = (ROOT / "examples" / "quickstart.yaml").read_text()
 
 WRONG = {
     "a value out of range": (("rank: 16", "rank: 0"), "job.yaml:20: spec.method.lora.rank: ", "(got 0)"),
-    "a misspelt field": (("nodes: 2", "nodez: 2"), "job.yaml:26: spec.distribution.nodez: ", "not permitted"),
+    "a misspelt field": (("nodes: 2", "nodez: 2"), "job.yaml:26: spec.distribution.nodez: ", "misspelling"),
     "a missing field": (("type: lora", "kind: lora"), "spec.method.type: ", "required"),
     "broken YAML": (("spec:", "spec: ["), "isn't YAML", ""),
     "a key twice": (("    maxSteps: 16", "    maxSteps: 16\n    maxSteps: 17"), "'maxSteps' is given twice", ""),
