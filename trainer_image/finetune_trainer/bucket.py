@@ -24,7 +24,8 @@ from finetune_trainer.place import FIELD, NOT_FOUND, Entry, Role
 
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 8
-_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken",
+            "XAdminUserNotFound")  # fmt: skip
 _IDENTITY = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -202,24 +203,27 @@ class BucketPlace:
     def _at(self, path: str = "") -> str:
         return f"{FIELD[self._role]}: {self._display}{'/' + path if path else ''}"
 
+    def _refused(self, error: Exception) -> Failed:
+        return Failed("AccessDenied", f"{self._at()}: the store refused the credentials ({_first_line(error)})")
+
     @contextmanager
     def _translated(self, missing_is: str | None = None) -> Iterator[None]:
         """obstore's errors → Failed. A missing object stays FileNotFoundError, or is what `missing_is` says."""
         try:
             yield
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _is_refusal(error):
+                raise self._refused(error) from None
             if missing_is is None:
                 raise
             raise Failed(NOT_FOUND[self._role], f"{self._at()}: {missing_is}") from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            what = f"{self._at()}: the store refused the credentials ({_first_line(error)})"
-            raise Failed("AccessDenied", what) from None
+            raise self._refused(error) from None
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotSupportedError):
             raise
         except exceptions.BaseError as error:
-            if any(f"<Code>{code}</Code>" in str(error) for code in _REFUSED):  # some stores say it with a 404
-                what = f"{self._at()}: the store refused the credentials ({_first_line(error)})"
-                raise Failed("AccessDenied", what) from None
+            if _is_refusal(error):
+                raise self._refused(error) from None
             if "NoSuchBucket" in str(error):  # obstore has no type for it
                 raise Failed(NOT_FOUND[self._role], f"{self._at()}: the bucket isn't there") from None
             if "169.254." in str(error):
@@ -228,6 +232,11 @@ class BucketPlace:
                     f"{self._at()}: no keys; name a Secret in credentialsRef, or give the pod an identity",
                 ) from None
             raise Failed("StorageUnavailable", f"{self._at()}: {_first_line(error)}") from None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Some stores answer an unknown key with a 404, and tell only in the body."""
+    return any(f"<Code>{code}</Code>" in str(error) for code in _REFUSED)
 
 
 def _first_line(error: Exception) -> str:
