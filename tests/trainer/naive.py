@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from finetune_trainer import model, plan, schedule, seeds, tokens
 from finetune_trainer.learner import trained
 from finetune_trainer.render import Renderer
-from trainer.ranks import Job
+from trainer.ranks import Ended, Job
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ def train(job: Job, cache: Path) -> Naive:
         optimizer.zero_grad()
         losses.append(float(nll.detach()))
     return Naive(losses, norms, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def load_weights(ended: Ended) -> dict[str, Tensor]:
+    """The trained weights of a run's last checkpoint, by the model's names."""
+    newest = max(ended.paths.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
+    return dict(load_file(newest / "weights.safetensors"))
 
 
 def _nll(loaded: model.Loaded, rows: tokens.Tokens, index: int) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from torch import Tensor
 
 from finetune_api import events
 from trainer import naive
@@ -96,11 +95,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
     return answers
 
 
-def _weights(ended: Ended) -> dict[str, Tensor]:
-    newest = max(ended.paths.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
-    return load_file(newest / "weights.safetensors")
-
-
 @pytest.mark.parametrize("way", _WAYS)
 def test_every_way_gives_the_naive_loops_losses_norms_and_weights(
     way: str, ended: dict[str, Ended], plain: dict[tuple[str, bool], naive.Naive]
@@ -109,7 +103,7 @@ def test_every_way_gives_the_naive_loops_losses_norms_and_weights(
     steps = ended[way].events(events.StepEvent)
     assert [step.loss for step in steps] == pytest.approx(expected.losses, abs=2e-6)
     assert [step.grad_norm for step in steps] == pytest.approx(expected.norms, rel=1e-4)
-    weights = _weights(ended[way])
+    weights = naive.load_weights(ended[way])
     assert weights.keys() == expected.weights.keys()
     for name, tensor in weights.items():
         assert (tensor - expected.weights[name]).abs().max() < 1e-5, name

@@ -1,4 +1,4 @@
-"""The rows of a run as splits of tokens: rendered once a node, mapped by all its ranks. Called by `story`. No torch."""
+"""The rows of a run as splits of tokens: rendered once a node, mapped by all its ranks. Called by `story`."""
 
 from __future__ import annotations
 

@@ -176,10 +176,11 @@ class Renderer:
         rendered: list[tuple[list[int], bool]] = []
         for before, answer in pieces:
             prompt_ids, answer_ids = self._split(before, before + answer)
-            cut = next((i + 1 for i, token in enumerate(answer_ids) if token in self._stops), None)
-            if cut is None:
-                answer_ids, cut = [*answer_ids, self._stop], len(answer_ids) + 1
-            rendered += [(prompt_ids, False), (answer_ids[:cut], True), (answer_ids[cut:], False)]
+            stop = next((i for i, token in enumerate(answer_ids) if token in self._stops), len(answer_ids) - 1)
+            rendered += [(prompt_ids, False), (answer_ids[: stop + 1], True), (answer_ids[stop + 1 :], False)]
+        last = rendered[-2][0]
+        if last[-1] not in self._stops:  # the template ends no turn; without this an answer would never end
+            last.append(self._stop)
         return rendered[:-1]  # nothing follows the last stop token
 
     def _pieces(self, turns: tuple[Turn, ...], answers: list[int]) -> list[tuple[str, str]] | None:

@@ -1,0 +1,193 @@
+"""The plan's promises hold for any lengths, batch and world."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_trainer import footprint, plan, schedule, selection
+from finetune_trainer.selection import Best
+
+_lengths = st.lists(st.integers(2, 64), min_size=1, max_size=40)
+_shapes = st.builds(
+    plan.Shape, world=st.integers(1, 5), rows=st.integers(1, 4), row_tokens=st.just(64), packed=st.booleans()
+)
+
+
+def _plan(lengths: list[int], shape: plan.Shape, batch: int, **until: float | int | None) -> plan.Plan:
+    given_lengths = np.array(lengths)
+    return plan.make(
+        seed=3,
+        lengths=given_lengths,
+        label_counts=given_lengths // 2,
+        global_batch=batch,
+        epochs=until.get("epochs"),
+        max_steps=until.get("max_steps"),  # type: ignore[arg-type]
+        shape=shape,
+    )
+
+
+@given(_lengths, _shapes, st.integers(1, 17), st.integers(1, 3))
+def test_every_row_comes_once_an_epoch(lengths: list[int], shape: plan.Shape, batch: int, epochs: int) -> None:
+    p = _plan(lengths, shape, batch, epochs=float(epochs))
+    seen = [example for number in range(1, p.total_steps + 1) for example in p.step(number).examples]
+    for epoch in range(epochs):
+        part = seen[epoch * len(lengths) : (epoch + 1) * len(lengths)]
+        assert sorted(part) == list(range(len(lengths)))
+    assert len(seen) == epochs * len(lengths)
+    assert p.step(p.total_steps).epoch == epochs
+
+
+@given(_lengths, _shapes, st.integers(1, 17))
+def test_micro_batches_hold_each_example_once_and_fit_and_are_as_many_on_every_rank(
+    lengths: list[int], shape: plan.Shape, batch: int
+) -> None:
+    step = _plan(lengths, shape, batch, max_steps=2).step(1)
+    assert len(step.micros) == shape.world
+    assert len({len(rank) for rank in step.micros}) == 1
+    micros = [micro for rank in step.micros for micro in rank]
+    assert Counter(e for micro in micros for e in micro) == Counter(step.examples)
+    for micro in micros:
+        if shape.packed:
+            assert sum(lengths[e] for e in micro) <= shape.budget
+        else:
+            assert len(micro) <= shape.rows
+
+
+@given(_lengths, _shapes, _shapes, st.integers(1, 17), st.integers(1, 9))
+def test_neither_world_nor_packing_changes_what_a_step_learns(
+    lengths: list[int], one: plan.Shape, other: plan.Shape, batch: int, number: int
+) -> None:
+    a, b = (_plan(lengths, shape, batch, max_steps=9).step(number) for shape in (one, other))
+    assert (a.examples, a.tokens, a.label_tokens, a.epoch) == (b.examples, b.tokens, b.label_tokens, b.epoch)
+
+
+@given(_lengths, _shapes, st.integers(1, 17), st.data())
+def test_a_step_is_the_same_whichever_were_asked_for_before(
+    lengths: list[int], shape: plan.Shape, batch: int, data: st.DataObject
+) -> None:
+    """Resuming is asking for the next step."""
+    fresh, used = (_plan(lengths, shape, batch, max_steps=12) for _ in range(2))
+    for number in data.draw(st.lists(st.integers(1, 12), max_size=5)):
+        used.step(number)
+    number = data.draw(st.integers(1, 12))
+    assert fresh.step(number) == used.step(number)
+
+
+@given(_lengths, _shapes, st.integers(1, 17))
+def test_the_denominator_is_the_sum_of_the_labels(lengths: list[int], shape: plan.Shape, batch: int) -> None:
+    step = _plan(lengths, shape, batch, max_steps=1).step(1)
+    assert step.label_tokens == sum(lengths[e] // 2 for e in step.examples)
+    assert step.tokens == sum(lengths[e] for e in step.examples)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(2, 64), min_size=16, max_size=64), st.integers(1, 4))
+def test_packed_ranks_are_in_balance(lengths: list[int], world: int) -> None:
+    """No rank computes more than the mean and one longest example."""
+    shape = plan.Shape(world=world, rows=4, row_tokens=64, packed=True)
+    step = _plan(lengths, shape, len(lengths), max_steps=1).step(1)
+    loads = [sum(lengths[e] for micro in rank for e in micro) for rank in step.micros]
+    assert max(loads) <= sum(loads) / world + len(step.micros[0]) * max(lengths)
+
+
+def test_packing_computes_no_padding() -> None:
+    shape = plan.Shape(world=2, rows=2, row_tokens=64, packed=True)
+    assert _plan([5, 9, 33, 60, 2, 17], shape, 6, max_steps=4).padding_share() == 0
+
+
+@pytest.mark.parametrize(
+    ("until", "steps", "epochs"),
+    [({"epochs": 2.0}, 5, 2.0), ({"epochs": 0.5}, 2, 0.5), ({"max_steps": 7}, 7, 2.8), ({}, 8, 3.0)],
+)
+def test_the_steps_are_known_before_the_start(until: dict[str, float], steps: int, epochs: float) -> None:
+    p = _plan([4] * 10, plan.Shape(1, 1, 64, True), 4, **until)
+    assert (p.total_steps, p.epochs) == (steps, epochs)
+
+
+def test_epochs_have_different_orders_and_seeds_too() -> None:
+    orders = [tuple(plan.order(seed, epoch, 50)) for seed in (1, 2) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+@given(st.integers(2, 500), st.floats(0.001, 0.499))
+def test_held_out_rows_are_disjoint_and_not_none(rows: int, fraction: float) -> None:
+    train, validation = plan.held_out(7, rows, fraction)
+    assert len(train) >= 1
+    assert len(validation) >= 1
+    assert sorted([*train, *validation]) == list(range(rows))
+
+
+def test_one_row_cant_be_split() -> None:
+    with pytest.raises(ValueError, match="1 rows can't be split"):
+        plan.held_out(7, 1, 0.1)
+
+
+@given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(1, 300), st.floats(0, 1))
+def test_the_learning_rate_rises_to_its_peak_and_never_is_zero(kind: schedule.Kind, total: int, ratio: float) -> None:
+    rates = [
+        schedule.learning_rate(step, total, peak=0.5, kind=kind, warmup_ratio=ratio) for step in range(1, total + 1)
+    ]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.5)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
+
+
+def test_the_learning_rate_is_its_closed_form() -> None:
+    def rates(kind: schedule.Kind) -> list[float]:
+        return [schedule.learning_rate(s, 10, peak=1.0, kind=kind, warmup_ratio=0.2) for s in range(1, 11)]
+
+    warm = [1 / 3, 2 / 3]
+    assert rates("constant") == pytest.approx([*warm, *[1.0] * 8])
+    assert rates("linear") == pytest.approx([*warm, *[1 - k / 8 for k in range(8)]])
+    assert rates("cosine") == pytest.approx([*warm, *[(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]])
+
+
+def test_the_best_evaluation_is_the_first_of_the_lowest_and_patience_counts_the_rest() -> None:
+    best: Best | None = None
+    verdicts = []
+    for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0, 4.0], start=1):
+        best = selection.after_eval(best, step, loss)
+        verdicts.append(selection.should_stop(best, 2))
+    assert best == Best(5, 1.0, 1)
+    assert verdicts == [False, False, False, True, False, False]
+    assert not selection.should_stop(Best(1, 1.0, 99), None)
+
+
+def test_checkpoints_and_evaluations_come_at_their_steps_and_at_the_end() -> None:
+    assert [s for s in range(1, 11) if selection.is_eval_step(s, 10, 4)] == [4, 8, 10]
+    assert [s for s in range(1, 11) if selection.is_eval_step(s, 10, 0)] == [10]
+    assert [s for s in range(1, 11) if selection.is_checkpoint_step(s, 10, 3)] == [3, 6, 9, 10]
+    assert (selection.checkpoint_interval("auto", 240), selection.checkpoint_interval("auto", 5)) == (24, 1)
+    assert selection.checkpoint_interval(7, 240) == 7
+
+
+_SIZE = footprint.ModelSize(layers=30, hidden=576, intermediate=1536, vocabulary=49152, bytes_per_value=4)
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "global_rows", "device", "free_gib", "rows"),
+    [
+        pytest.param(128, 64, "cpu", 64, 8, id="a cpu has enough with a thousand tokens"),
+        pytest.param(128, 3, "cpu", 64, 3, id="no more than the batch"),
+        pytest.param(2048, 64, "cpu", 64, 1, id="at least one"),
+        pytest.param(2048, 64, "cuda", 80, 8, id="a gpu takes more"),
+        pytest.param(2048, 64, "cuda", 16, 2, id="what fits"),
+        pytest.param(2048, 64, "cuda", 0, 1, id="one even where it may not fit"),
+    ],
+)
+def test_auto_takes_what_fits_and_helps(
+    row_tokens: int, global_rows: int, device: str, free_gib: int, rows: int
+) -> None:
+    found, reason = footprint.rows_at_once(
+        _SIZE, row_tokens=row_tokens, global_rows=global_rows, device=device, free_bytes=free_gib * 2**30
+    )
+    assert found == rows
+    assert "MiB of activations" in reason

@@ -1,0 +1,262 @@
+"""What is learnt is exactly the answers and the token that ends them; what is seen is what inference shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from finetune_trainer import examples
+from finetune_trainer.failure import Failed
+from finetune_trainer.render import Example, Renderer, load_tokenizer
+from finetune_trainer.rows import Problem, Row, Turn
+
+# Templates as models ship them: Llama 2's (with a beginning token in the text), one that strips earlier reasoning, one
+# that ends no turn, one that refuses a system turn; and one that no model should have.
+_LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+_REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_OPEN_ENDED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+_NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+    "{{ m['content'] + eos_token }}{% endfor %}"
+)
+_UNSTABLE = "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+
+_TWO_TURNS = Row(
+    1,
+    (Turn("user", "Hi there"), Turn("assistant", "Hello."), Turn("user", "And?"), Turn("assistant", "Bye, lazy dog.")),
+)
+_ONE = Row(1, (Turn("user", "Define: fox"), Turn("assistant", "a quick dog")), plain=True)
+
+
+def _renderer(
+    models: dict[str, Path], family: str = "llama", *, max_length: int = 200, template: str | None = None, **more: Any
+) -> Renderer:
+    tokenizer = load_tokenizer(models[family])
+    for name, value in more.items():
+        setattr(tokenizer, name, value)
+    if template is not None:
+        tokenizer.chat_template = template
+    return Renderer(
+        tokenizer, frozenset({tokenizer.eos_token_id}), max_length=max_length, encoder_decoder=family == "t5"
+    )
+
+
+def _learnt(renderer: Renderer, row: Row) -> list[str]:
+    """The text of each run of learnt tokens."""
+    example = renderer.render(row)
+    assert isinstance(example, Example)
+    runs: list[list[int]] = []
+    for index, (token, flag) in enumerate(zip(example.ids, example.learnt, strict=True)):
+        if flag and (index == 0 or not example.learnt[index - 1]):
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+    return [renderer.tokenizer.decode(run) for run in runs]
+
+
+def _text(renderer: Renderer, row: Row) -> str:
+    example = renderer.render(row)
+    assert isinstance(example, Example)
+    return str(renderer.tokenizer.decode(list(example.ids)))
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        pytest.param(None, ["Hello.<|im_end|>", "Bye, lazy dog.<|im_end|>"], id="chatml"),
+        pytest.param(_LLAMA2, [" Hello. <|im_end|>", " Bye, lazy dog. <|im_end|>"], id="llama2"),
+        pytest.param(_REASONING, ["<think>\n\n</think>\n\nBye, lazy dog.<|im_end|>"], id="drops earlier reasoning"),
+        pytest.param(_OPEN_ENDED, ["Hello.\n", "Bye, lazy dog.\n<|im_end|>"], id="open ended"),
+    ],
+)
+def test_each_answer_and_its_stop_token_is_learnt_and_nothing_else(
+    template: str | None, learnt: list[str], models: dict[str, Path]
+) -> None:
+    renderer = _renderer(models, template=template)
+    assert _learnt(renderer, _TWO_TURNS) == learnt
+
+
+@pytest.mark.parametrize("template", [None, _LLAMA2])
+def test_the_tokens_are_those_of_the_whole_chat(template: str | None, models: dict[str, Path]) -> None:
+    renderer = _renderer(models, template=template)
+    chat = [{"role": turn.role, "content": turn.content} for turn in _TWO_TURNS.turns]
+    whole = renderer.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert _text(renderer, _TWO_TURNS) == whole.removesuffix("\n")
+    example = renderer.render(_TWO_TURNS)
+    assert isinstance(example, Example)
+    ids = renderer.tokenizer(whole, add_special_tokens=False).input_ids
+    assert list(example.ids) == ids[: len(example.ids)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_prompt_is_what_generation_starts_from_and_the_last_label_is_the_stop_token(
+    family: str, models: dict[str, Path]
+) -> None:
+    renderer = _renderer(models, family)
+    example = renderer.render(_ONE)
+    assert isinstance(example, Example)
+    prompt = renderer.prompt(_ONE)
+    first = example.learnt.index(True)
+    assert list(example.ids[:first]) == prompt
+    assert all(example.learnt[first:])
+    assert example.ids[-1] in renderer.stops
+
+
+def test_plain_text_is_prompt_completion_and_an_end_token(models: dict[str, Path]) -> None:
+    renderer = _renderer(models, "gpt2")
+    assert renderer.rule[0] == "plain text"
+    assert _text(renderer, _ONE) == "Define: foxa quick dog</s>"
+    assert _learnt(renderer, _ONE) == ["a quick dog</s>"]
+
+
+def test_an_end_token_is_learnt_even_where_it_is_the_padding_token(models: dict[str, Path]) -> None:
+    renderer = _renderer(models, "gpt2", pad_token="</s>")
+    assert renderer.tokenizer.pad_token_id == renderer.tokenizer.eos_token_id
+    assert _learnt(renderer, _ONE) == ["a quick dog</s>"]
+
+
+def _with_bos(models: dict[str, Path], tmp_path: Path, chat: bool) -> Renderer:
+    """A tokenizer that puts a beginning token before any text, as Llama's does."""
+    from tokenizers import Tokenizer, processors
+
+    folder = tmp_path / "bos"
+    shutil.copytree(models["llama" if chat else "gpt2"], folder)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(folder / "tokenizer.json"))
+    return Renderer.load(folder, 200)
+
+
+@pytest.mark.parametrize("prompt", ["Define: fox", "<s>Define: fox"])
+def test_plain_text_begins_with_one_beginning_token(prompt: str, models: dict[str, Path], tmp_path: Path) -> None:
+    renderer = _with_bos(models, tmp_path, chat=False)
+    example = renderer.render(Row(1, (Turn("user", prompt), Turn("assistant", "a dog")), plain=True))
+    assert isinstance(example, Example)
+    assert example.ids.count(1) == 1
+    assert example.ids[0] == 1
+
+
+def test_a_template_with_a_beginning_token_gets_no_second_one(models: dict[str, Path], tmp_path: Path) -> None:
+    renderer = _with_bos(models, tmp_path, chat=True)
+    renderer.tokenizer.chat_template = _LLAMA2
+    example = renderer.render(_TWO_TURNS)
+    assert isinstance(example, Example)
+    assert example.ids.count(1) == 1
+
+
+def test_an_encoder_decoder_gets_prompt_and_answer_apart(models: dict[str, Path]) -> None:
+    renderer = _renderer(models, "t5")
+    example = renderer.render(_ONE)
+    assert isinstance(example, Example)
+    decode = renderer.tokenizer.decode
+    assert decode(list(example.ids[: example.source])) == "Define: fox"
+    assert decode(list(example.ids[example.source :])) == "a quick dog</s>"
+    assert example.learnt == (False,) * example.source + (True,) * (len(example.ids) - example.source)
+
+
+def test_a_long_answer_is_cut_at_the_end_and_still_learnt(models: dict[str, Path]) -> None:
+    whole = _renderer(models).render(_ONE)
+    cut = _renderer(models, max_length=whole.learnt.index(True) + 2).render(_ONE)  # type: ignore[union-attr]
+    assert isinstance(cut, Example)
+    assert cut.ids == whole.ids[: len(cut.ids)]  # type: ignore[union-attr]
+    assert sum(cut.learnt) == 2
+
+
+def test_a_prompt_as_long_as_the_row_is_a_problem_with_its_number(models: dict[str, Path]) -> None:
+    whole = _renderer(models).render(_ONE)
+    problem = _renderer(models, max_length=whole.learnt.index(True)).render(_ONE)  # type: ignore[union-attr]
+    assert isinstance(problem, Problem)
+    assert problem.number == 1
+    assert "none is left to learn" in problem.message
+
+
+def test_a_template_that_refuses_a_row_makes_it_a_problem(models: dict[str, Path]) -> None:
+    row = Row(4, (Turn("system", "s"), *_ONE.turns))
+    assert _renderer(models, template=_NO_SYSTEM).render(row) == Problem(4, "the chat template refuses it: no system")
+
+
+def test_messages_without_a_template_are_a_problem(models: dict[str, Path]) -> None:
+    problem = _renderer(models, "gpt2").render(_TWO_TURNS)
+    assert isinstance(problem, Problem)
+    assert "need a chat template" in problem.message
+
+
+def test_a_template_whose_prompt_is_no_prefix_of_the_whole_is_refused(models: dict[str, Path]) -> None:
+    with pytest.raises(Failed, match="renders a prompt alone differently"):
+        _renderer(models, template=_UNSTABLE).render(_ONE)
+
+
+def test_the_light_tokenizer_agrees_with_transformers_own(models: dict[str, Path]) -> None:
+    for family in ("llama", "qwen2", "gpt2", "t5"):
+        own, auto = load_tokenizer(models[family]), AutoTokenizer.from_pretrained(models[family])
+        text = "Define the noun: fox <|im_end|> a quick, lazy dog"
+        assert own(text).input_ids == auto(text).input_ids
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="no tokenizer can be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def _prepare(models: dict[str, Path], folder: Path, lines: list[Any], **options: Any) -> examples.Examples:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    renderer = Renderer.load(models["llama"], options.pop("max_length", 64))
+    return examples.prepare(
+        path, "dataset.uri", **{"format": "auto", "on_invalid": "fail", **options}, renderer=renderer
+    )
+
+
+_GOOD = {"prompt": "fox", "completion": "a dog"}
+_LONG = {"prompt": "fox " * 80, "completion": "a dog"}
+
+
+def test_bad_rows_are_dropped_and_counted_where_asked(models: dict[str, Path], tmp_path: Path) -> None:
+    read = _prepare(models, tmp_path, [_GOOD, "{", _LONG, _GOOD], on_invalid="drop")
+    assert (len(read.examples), read.dropped, read.duplicates) == (2, 2, 1)
+    assert read.label_tokens < read.tokens
+
+
+@pytest.mark.parametrize(
+    ("lines", "on_invalid", "message"),
+    [
+        pytest.param([_GOOD, "{", _LONG], "fail", "2 rows can't be used: row 2: isn't JSON", id="some"),
+        pytest.param([_LONG, _LONG], "drop", "no usable row (row 1: the prompt has", id="all too long"),
+        pytest.param([_LONG], "fail", "1 row can't be used, and no other row is left", id="all too long, fail"),
+        pytest.param([], "fail", "the file is empty", id="empty"),
+    ],
+)
+def test_rows_that_cant_be_used_are_refused_with_their_numbers(
+    lines: list[Any], on_invalid: str, message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Failed) as refused:
+        _prepare(models, tmp_path, lines, on_invalid=on_invalid)
+    assert refused.value.reason == "DatasetInvalid"
+    assert message in refused.value.message
+
+
+def test_rendering_a_row_imports_no_torch(models: dict[str, Path]) -> None:
+    code = (
+        "import sys, pathlib; from finetune_trainer.render import Renderer, Row, Turn;"
+        "r = Renderer.load(pathlib.Path(sys.argv[1]), 64);"
+        "r.render(Row(1, (Turn('user', 'a'), Turn('assistant', 'b')))); assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(models["llama"])], check=True, env={"PYTHONPATH": "operator:trainer_image"}
+    )
