@@ -14,6 +14,7 @@ from finetune_trainer import fetch, history, state
 from finetune_trainer.bucket import access_options
 from finetune_trainer.failure import Failed
 from finetune_trainer.folder import FolderPlace
+from finetune_trainer.memory import oom_kills
 from finetune_trainer.place import Entry
 from finetune_trainer.tail import Tail, last_lines
 
@@ -172,6 +173,17 @@ def test_a_folder_creates_only_what_is_not_there_and_leaves_no_part_behind(tmp_p
     assert [entry.path for entry in place.list()] == ["a/b.json"]
     place.delete(("a/b.json", "a/none"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["low 0\nhigh 0\noom 3\noom_kill 2\noom_group_kill 0\n", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_kills_for_memory_are_read_from_either_cgroup_version(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file").write_text(text)
+    assert oom_kills((tmp_path / "none", tmp_path / "file")) == 2
+    assert oom_kills((tmp_path / "none",)) == 0
 
 
 def test_a_history_is_cut_at_the_step_that_is_asked_for() -> None:

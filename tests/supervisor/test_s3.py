@@ -4,6 +4,7 @@ which a store can refuse."""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune_api.run import DataConfig, ModelConfig, S3Config
+from finetune_trainer import digests
 from supervisor import world
 from supervisor.outage import Wire
 from supervisor.world import Setup
@@ -158,7 +160,7 @@ def test_a_result_that_cannot_be_uploaded_is_tried_again_without_training_again(
         wire.cut()
         (remote.setup.folder / "go").touch()
         world.until(lambda: '"saved"' in events.read_text())
-        world.until(lambda: wire.refused > 30)
+        world.until(lambda: wire.refused > 7)  # one request and its retries
         wire.mend()
         ended = running.wait(timeout=90)
     assert ended.code == 0, ended.output
@@ -209,3 +211,22 @@ def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(remote: Remote, d
     assert ended.code == 0, ended.output
     assert "checkpoints/step-3 is left aside" in ended.output
     assert '"step": 2' in next(line for line in ended.output.splitlines() if "going on from" in line)
+
+
+def test_a_pod_that_is_killed_again_and_again_still_leaves_one_whole_history_and_a_proven_result(
+    remote: Remote,
+) -> None:
+    behaviour = {"steps": 8, "checkpoint_every": 1, "seconds": 0.1}
+    for attempt, seconds in enumerate((0.3, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 0.9), start=1):
+        running = world.start(remote.setup.run(attempt=attempt), remote.setup.folder, behaviour=behaviour)
+        time.sleep(seconds)
+        running.process.kill()
+        running.process.communicate()
+    ended = world.supervise(remote.setup.run(attempt=20), remote.setup.folder, behaviour=behaviour)
+    assert ended.code == 0, ended.output
+    manifest = world.manifest(remote.output)
+    for file in manifest.files:
+        assert digests.of_file(remote.output / file.path) == file.sha256
+    lines = [json.loads(line) for line in (remote.output / "finetune/history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["type"] == "step"] == list(range(1, 9))
+    assert not list((remote.output / "checkpoints").rglob("*.json"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,12 +59,37 @@ def test_a_preflight_ends_at_once(setup: Setup) -> None:
 def test_preflight_counts_rows_and_tokens_and_leaves_no_weights_behind(setup: Setup) -> None:
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
-    ended = world.supervise(setup.run(), setup.folder, command="preflight")
+    data = DataConfig(train=world.place(f"file://{setup.train}"), max_sequence_length=64)
+    ended = world.supervise(setup.but(data=data).run(), setup.folder, command="preflight")
     assert ended.code == 0, ended.output
     assert ended.last.message.startswith("train: 8 rows, ")
     assert "tokens of which" in ended.last.message
     assert not (setup.folder / "scratch" / "model").exists()
     assert not list(setup.output.rglob("*"))
+
+
+def test_preflight_never_imports_torch(setup: Setup) -> None:
+    shutil.rmtree(setup.model)
+    tiny_llama(setup.model)
+    data = DataConfig(train=world.place(f"file://{setup.train}"), max_sequence_length=64)
+    config = setup.folder / "run.json"
+    config.write_text(setup.but(data=data).run().model_dump_json(by_alias=True, exclude_none=True))
+    code = "import sys; from finetune_trainer.__main__ import main; print(main(['preflight']), 'torch' in sys.modules)"
+    environment = {
+        "PYTHONPATH": f"{world.ROOT / 'trainer_image'}:{world.ROOT / 'operator'}",
+        "FINETUNE_RUN_CONFIG": str(config),
+        "FINETUNE_TERMINATION_LOG": str(setup.folder / "termination"),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
+
+
+def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: Setup) -> None:
+    shutil.rmtree(setup.model)
+    tiny_llama(setup.model)
+    ended = world.supervise(setup.run(), setup.folder, command="preflight")
+    assert (ended.code, ended.last.reason) == (64, "InvalidConfig")
+    assert "maxSequenceLength is 2048" in ended.last.message
 
 
 def test_preflight_refuses_rows_that_leave_nothing_to_learn(setup: Setup) -> None:

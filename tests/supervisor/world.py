@@ -28,6 +28,7 @@ from finetune_api.run import (
 )
 
 ROOT = Path(__file__).parents[2]
+STARTED: list[subprocess.Popen[str]] = []  # ended by conftest after each test
 STAND_IN = f"{sys.executable} {Path(__file__).with_name('stand_in.py')}"
 ROWS = "".join(json.dumps({"prompt": f"question {i}", "completion": f" answer {i}"}) + "\n" for i in range(8))
 
@@ -157,6 +158,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    STARTED.append(process)
     return Running(process, folder)
 
 

@@ -122,7 +122,8 @@ class BucketPlace:
             with self._translated():
                 item = obstore.head(self._store, self._key(path))
         except FileNotFoundError:
-            return self._missing(path)
+            self._explain_missing(path)
+            return None
         return Entry(path, int(item["size"]), item["e_tag"])
 
     def read(self, path: str) -> bytes | None:
@@ -130,7 +131,8 @@ class BucketPlace:
             with self._translated():
                 return bytes(obstore.get(self._store, self._key(path)).bytes())
         except FileNotFoundError:
-            return self._missing(path)
+            self._explain_missing(path)
+            return None
 
     def download(self, entry: Entry, target: Path) -> str:
         """In parts, several at once; written and hashed in order, so memory stays at PARTS_AT_ONCE parts."""
@@ -192,7 +194,7 @@ class BucketPlace:
             except exceptions.PreconditionError:
                 raise Failed("StorageUnavailable", f"{self._at(entry.path)} changed while it was read") from None
 
-    def _missing(self, path: str) -> None:
+    def _explain_missing(self, path: str) -> None:
         """A 404 without a body may also mean a missing bucket or an unknown key: a list tells."""
         with self._translated(missing_is="the bucket isn't there"):
             next(iter(obstore.list(self._store, prefix=self._key(path))), None)

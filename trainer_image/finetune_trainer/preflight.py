@@ -4,6 +4,8 @@ all in a pod without GPU; the supervisor runs the cheap ones before it starts th
 
 from __future__ import annotations
 
+import json
+
 from finetune_api.result import Result
 from finetune_api.run import RunConfig
 from finetune_api.status import ModelStatus
@@ -25,6 +27,7 @@ def check(run: RunConfig, paths: Paths, access: Access, told: Told) -> Result:
     if there.finished is not None:
         return Result(outcome="succeeded", message="the result is there already")
     model = fetch.model(run, paths, access, told, weights=False)
+    check_positions((paths.model / "config.json").read_bytes(), run.data.max_sequence_length)
     fetch.data(run, paths, access, told)
     sentence = check_tokens(run, paths, told)
     # The digest covers all files, so it isn't known before the weights are here.
@@ -38,6 +41,17 @@ def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[P
     if write and there.finished is None:
         destination.probe(place, run.job)
     return place, there
+
+
+def check_positions(config: bytes, max_sequence_length: int) -> None:
+    """The model has as many positions as the longest row needs. `config` is a config.json that was checked."""
+    body = json.loads(config)
+    limit = body.get("max_position_embeddings")
+    if isinstance(limit, int) and limit < max_sequence_length and not body.get("is_encoder_decoder"):
+        raise Failed(
+            "InvalidConfig",
+            f"dataset.maxSequenceLength is {max_sequence_length}, but the model has {limit} positions; lower it",
+        )
 
 
 def check_rows(run: RunConfig, paths: Paths, told: Told) -> None:

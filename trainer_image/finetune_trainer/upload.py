@@ -107,12 +107,11 @@ def publish(place: Place, export: Path, manifest: Manifest, job: JobRef) -> Arti
     May be called again after any failure. Raises Failed(OutputOccupied) when another job got there first.
     """
     data = _as_bytes(manifest)
+    _only_ours(place, job)  # before a file of another job's result is overwritten
     _upload_all(place, {file.path: export / file.path for file in manifest.files})
     if not place.create(MANIFEST_PATH, data):
-        there = place.read(MANIFEST_PATH)
-        if there is not None and there != data:
-            owned(there, job, place, MANIFEST_PATH)
-            place.write(MANIFEST_PATH, data)
+        _only_ours(place, job)
+        place.write(MANIFEST_PATH, data)
     _verify(place, manifest, data)
     return artifact(place, manifest, data)
 
@@ -126,6 +125,12 @@ def artifact(place: Place, manifest: Manifest, data: bytes) -> ArtifactStatus:
 def remove_checkpoints(place: Place) -> None:
     """After success: nothing is left to resume."""
     prune(place, keep=0)
+
+
+def _only_ours(place: Place, job: JobRef) -> None:
+    there = place.read(MANIFEST_PATH)
+    if there is not None:
+        owned(there, job, place, MANIFEST_PATH)
 
 
 def _verify(place: Place, manifest: Manifest, data: bytes) -> None:
