@@ -24,6 +24,38 @@ _SELECTOR = ",".join(f"{key}={value}" for key, value in _CHILDREN.items())
 _BACKOFFS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 
 
+class _NoDiffBase(kopf.DiffBaseStorage):
+    """kopf copies every object to see what changes; nobody here asks, and the copies are most of its work."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Nothing is ever stored."""
+
+
+class _NoProgress(kopf.ProgressStorage):
+    """Low-level handlers have no progress."""
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Nothing is ever stored."""
+
+    def purge(self, **_: Any) -> None:
+        """Nothing was stored."""
+
+    def touch(self, **_: Any) -> None:
+        """Nothing is ever touched."""
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+
 def settings() -> kopf.OperatorSettings:
     """No peering, no scanning, no posting: kopf watches, and that is all."""
     chosen = kopf.OperatorSettings()
@@ -31,6 +63,8 @@ def settings() -> kopf.OperatorSettings:
     chosen.scanning.disabled = True
     chosen.posting.enabled = False
     chosen.persistence.finalizer = f"{names.GROUP}/kopf"
+    chosen.persistence.diffbase_storage = _NoDiffBase()
+    chosen.persistence.progress_storage = _NoProgress()
     chosen.queueing.idle_timeout = 1.0
     chosen.watching.chunk_size = 500
     chosen.watching.server_timeout = 300

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api import resource
+from finetune_api import errors
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status
 from finetune_operator import decide, judge, status
@@ -23,6 +23,7 @@ from finetune_operator.decide import Decision, Outlook
 from finetune_operator.observe import Attempt, Observed, seconds_between
 from finetune_operator.plan import PlanError
 from finetune_operator.queue import Queue
+from finetune_operator.readings import Readings
 from finetune_operator.recorder import Recorder
 from finetune_operator.reports import Reports
 from finetune_operator.settings import Settings
@@ -49,6 +50,7 @@ class Reconciler:
         self._recorder = recorder
         self._hands = Hands(cluster, cache, settings)
         self._words = Words(cluster)
+        self._readings = Readings()
         self._noticed: dict[Key, float] = {}  # when status first differed from what is written
 
     async def reconcile(self, key: Key) -> None:
@@ -59,7 +61,7 @@ class Reconciler:
             return
         now = datetime.now(UTC)
         try:
-            job = resource.parse(family.body)
+            job = self._readings.job(key, family.body)
         except ValidationError as error:
             await self._refuse(family, error, now)
             return
@@ -165,11 +167,12 @@ class Reconciler:
         if before.phase in TERMINAL_PHASES:
             return
         meta = family.body["metadata"]
-        after = status.unreadable(before, int(meta.get("generation", 1)), _sentence(error), now)
+        after = status.unreadable(before, int(meta.get("generation", 1)), "; ".join(errors.describe(error)), now)
         await self._write((meta["namespace"], meta["name"]), family, after)
 
     def _forget(self, key: Key, family: Family | None) -> None:
         self._noticed.pop(key, None)
+        self._readings.forget(key)
         self._queue.forget(key)
         if family:
             self._reports.forget(family.uid)
@@ -186,9 +189,3 @@ def _readable_status(body: Any) -> Status:
         return Status.model_validate(body.get("status") or {})
     except ValidationError:
         return Status()
-
-
-def _sentence(error: ValidationError) -> str:
-    """The fields that are wrong, each with its value's problem."""
-    told = [".".join(str(part) for part in e["loc"]) + ": " + e["msg"] for e in error.errors()[:5]]
-    return "; ".join(told)

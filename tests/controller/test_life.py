@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 import pytest
@@ -110,7 +109,7 @@ def test_the_whole_group_restarts_on_an_application_failure_until_its_budget_is_
     for attempt in (1, 2):
         pods = world.run_pods(f"oom-{attempt}", 2)
         world.end_pod(pods[1], 137, reason="OOMKilled")
-        world.wait(partial(world.end_deleted_pods, f"oom-{attempt}", 75, _PEER_LOST))
+        world.leave(f"oom-{attempt}", 75, _PEER_LOST)
     failed = world.wait_phase("oom", "Failed")
     assert failed["failure"]["reason"] == "OutOfMemory"
     assert world.condition("oom", "Failed")["reason"] == "RestartBudgetSpent"
@@ -153,7 +152,7 @@ def test_a_pod_that_vanishes_restarts_the_group(world: World, operator: Operator
     world.wait_phase("lost", "Running")
     world.delete("pods", pods[1]["metadata"]["name"], gracePeriodSeconds=0)
     world.end_deleted_pods("lost-1", 137)
-    world.wait(lambda: world.end_deleted_pods("lost-1", 75, _PEER_LOST))
+    world.leave("lost-1", 75, _PEER_LOST)
     world.run_pods("lost-2", 2)
     status = world.wait_phase("lost", "Running")
     assert status["restarts"]["infrastructure"] == 1
@@ -198,7 +197,7 @@ def test_deleting_the_job_deletes_what_belongs_to_it(world: World, operator: Ope
     assert body["metadata"].get("finalizers") is None
     world.delete("finetunejobs", "gone")
     world.wait(lambda: world.get("jobs", "gone-1") is None)
-    world.wait(lambda: world.end_deleted_pods("gone-1"))
+    world.leave("gone-1")
     world.wait(lambda: world.all("pods") == [] and world.get("services", "gone") is None)
 
 
@@ -254,7 +253,7 @@ def test_a_finished_jobs_pods_go_after_their_time_to_live_and_the_job_stays(worl
 def test_a_job_fails_when_its_deadline_has_passed(world: World, operator: Operator) -> None:
     world.submit("late", run_policy={"activeDeadlineSeconds": 2})
     world.run_pods("late-1")
-    world.wait(lambda: world.end_deleted_pods("late-1"))
+    world.leave("late-1")
     failed = world.wait_phase("late", "Failed")
     assert failed["failure"]["reason"] == "DeadlineExceeded"
     assert "activeDeadlineSeconds" in failed["message"]
@@ -272,7 +271,7 @@ def test_a_recreated_job_waits_for_its_predecessors_children_to_go(world: World,
     assert "deleted FineTuneJob of the same name" in world.wait_phase("again", "Pending")["message"]
     assert first["attempt"] == 1
     world.patch("jobs", "again-1", {"metadata": {"finalizers": None}})
-    world.wait(lambda: world.end_deleted_pods("again-1"))
+    world.leave("again-1")
     again = world.get("finetunejobs", "again")
     assert again is not None
     uid = again["metadata"]["uid"]

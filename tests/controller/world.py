@@ -181,6 +181,16 @@ class World:
             self.end_pod(pod, exit_code, result)
         return len(asked)
 
+    def leave(self, job: str, exit_code: int = 143, result: Result | None = None, seconds: float = 20) -> None:
+        """Ends every pod of a Job as soon as it is asked to go, until none runs."""
+
+        def all_left() -> bool:
+            self.end_deleted_pods(job, exit_code, result)
+            pods = self.all("pods", **{"batch.kubernetes.io/job-name": job})
+            return all(pod["status"].get("phase") in ("Succeeded", "Failed") for pod in pods)
+
+        self.wait(all_left, seconds, lambda: f"end of the pods of {job}")
+
     def waiting_container(self, pod: Raw, reason: str, message: str) -> None:
         self.bind(pod)
         self._pod_status(pod["metadata"]["name"], "Pending", {"waiting": {"reason": reason, "message": message}})
