@@ -17,7 +17,6 @@ from finetune_trainer.reporter import Reporter
 
 
 def main(folders: list[str]) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     who = world.from_environment(os.environ, "cpu")
     world.join(who, expected=who.size, timeout=timedelta(seconds=120))
     for folder in folders:

@@ -48,7 +48,7 @@ def schedule_of(job: Job, rows: tokens.Tokens) -> plan.Plan:
 
 def train(job: Job, cache: Path) -> Naive:
     run = job.run
-    loaded = model.load(job.paths.model, dtype=torch.float32, max_length=run.data.max_sequence_length)
+    loaded = model.load(job.paths.model, dtype=torch.float32, longest=run.data.max_sequence_length)
     loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora")) if run.lora else model.unfreeze(loaded)
     parameters = trained(loaded.model)
     decaying = [p for p in parameters.values() if p.dim() > 1]

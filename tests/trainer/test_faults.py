@@ -114,15 +114,15 @@ def test_a_folder_that_isnt_a_model_is_refused(spoil: Any, told: str, tmp_path: 
     shutil.copytree(models["llama"], base)
     spoil(base)
     with pytest.raises(Failed, match=told) as refused:
-        model.load(base, dtype=torch.float32, max_length=64)
+        model.load(base, dtype=torch.float32, longest=64)
     assert refused.value.reason == "ModelInvalid"
 
 
 def test_rows_longer_than_the_models_positions_are_refused(models: dict[str, Path]) -> None:
     import torch
 
-    with pytest.raises(Failed, match="maxSequenceLength is 4096, but the model has 512 positions"):
-        model.load(models["llama"], dtype=torch.float32, max_length=4096)
+    with pytest.raises(Failed, match="longest row has 4096 tokens, but the model has 512 positions"):
+        model.load(models["llama"], dtype=torch.float32, longest=4096)
 
 
 @pytest.mark.parametrize(

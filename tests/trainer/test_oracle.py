@@ -61,7 +61,7 @@ def test_losses_and_weights_equal_the_stock_trainers(
             ids, learnt = rows.example(index)
             labels = [int(t) if flag else -100 for t, flag in zip(ids, learnt, strict=True)]
             listed.append({"input_ids": ids.tolist(), "labels": labels, "attention_mask": [1] * len(labels)})
-    loaded = model.load(models["llama"], dtype=torch.float32, max_length=96)
+    loaded = model.load(models["llama"], dtype=torch.float32, longest=96)
     loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora"))
     theirs = _Recording(
         model=loaded.model,

@@ -30,6 +30,12 @@ class Data:
     key: str
     dropped: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of any split."""
+        splits = (split for split in (self.train, self.validation, self.test) if split is not None)
+        return max(int(split.lengths.max()) for split in splits)
+
 
 def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data:
     """Raises Failed DatasetInvalid that numbers the rows. All ranks of a node wait for the first."""

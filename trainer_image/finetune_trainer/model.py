@@ -50,8 +50,8 @@ def check(folder: Path) -> None:
         raise Failed("ModelInvalid", f"model.uri: the folder holds {found}; convert them to *.safetensors")
 
 
-def load(folder: Path, *, dtype: torch.dtype, max_length: int) -> Loaded:
-    """The base model on the CPU, in evaluation mode."""
+def load(folder: Path, *, dtype: torch.dtype, longest: int) -> Loaded:
+    """The base model on the CPU, in evaluation mode. `longest` is the longest row in tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     check(folder)
@@ -59,7 +59,7 @@ def load(folder: Path, *, dtype: torch.dtype, max_length: int) -> Loaded:
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         encoder_decoder = bool(config.is_encoder_decoder)
-        why_not = _why_not_packed(config, encoder_decoder, max_length)
+        why_not = _why_not_packed(config, encoder_decoder, longest)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         model, info = auto.from_pretrained(
             str(folder),
@@ -83,9 +83,11 @@ def load(folder: Path, *, dtype: torch.dtype, max_length: int) -> Loaded:
             "folder of a whole model (not of an adapter)?",
         )
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit and not encoder_decoder:
+    if limit is not None and longest > limit and not encoder_decoder:
         raise Failed(
-            "InvalidConfig", f"dataset.maxSequenceLength is {max_length}, but the model has {limit} positions; lower it"
+            "InvalidConfig",
+            f"dataset.maxSequenceLength: the longest row has {longest} tokens, but the model has {limit} positions; "
+            f"set it to {limit}",
         )
     return Loaded(model, model, encoder_decoder, not why_not, why_not)
 
@@ -117,7 +119,7 @@ def unfreeze(loaded: Loaded) -> Loaded:
     return loaded
 
 
-def _why_not_packed(config: Any, encoder_decoder: bool, max_length: int) -> str:
+def _why_not_packed(config: Any, encoder_decoder: bool, longest: int) -> str:
     """Why examples can't share a row in this family, or nothing. `evaluate.packing_differs` finds the rest."""
     if encoder_decoder:
         return "an encoder-decoder reads one example a row"
@@ -125,8 +127,8 @@ def _why_not_packed(config: Any, encoder_decoder: bool, max_length: int) -> str:
     if kinds - {"full_attention", "sliding_attention"}:
         return f"layers of kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))} carry state along"
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < max_length and (kinds - {"full_attention"} or not kinds):
-        return f"the attention window of {window} tokens is shorter than dataset.maxSequenceLength {max_length}"
+    if window is not None and window < longest and (kinds - {"full_attention"} or not kinds):
+        return f"the attention window of {window} tokens is shorter than the longest row ({longest})"
     return ""
 
 

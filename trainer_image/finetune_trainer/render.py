@@ -179,7 +179,7 @@ class Renderer:
             stop = next((i for i, token in enumerate(answer_ids) if token in self._stops), len(answer_ids) - 1)
             rendered += [(prompt_ids, False), (answer_ids[: stop + 1], True), (answer_ids[stop + 1 :], False)]
         last = rendered[-2][0]
-        if last[-1] not in self._stops:  # the template ends no turn; without this an answer would never end
+        if not last or last[-1] not in self._stops:  # the template ends no turn; without this an answer would never end
             last.append(self._stop)
         return rendered[:-1]  # nothing follows the last stop token
 

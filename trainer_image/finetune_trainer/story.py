@@ -78,8 +78,8 @@ def _build(
     reporter.decision("dtype", choice, reason)
     lora = run.lora if run.method == "lora" else None
     mixed = choice == "bfloat16"
-    stored = torch.bfloat16 if mixed and lora is not None and run.world.strategy == "ddp" else torch.float32
-    loaded = model.load(paths.model, dtype=stored, max_length=run.data.max_sequence_length)
+    stored = torch.bfloat16 if mixed and lora is not None else torch.float32
+    loaded = model.load(paths.model, dtype=stored, longest=data.longest)
     loaded = model.unfreeze(loaded) if lora is None else model.adapt(loaded, lora, seeds.mix(run.training.seed, "lora"))
     parameters, trainable = loaded.parameters, loaded.trainable
     if saved is not None:

@@ -26,6 +26,7 @@ def prepare_environment(device: str) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # else DeepSpeed asks a program called numactl
 
 
 def configuration(stage: Stage, recipe: Recipe) -> dict[str, Any]:
