@@ -34,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     place = clusters.place(running) if running else clusters.up(CLUSTER)
     try:
         clusters.load(place.name, operator_image, trainer_image)
+        start_afresh(place)
         install.namespace(place, NAMESPACE)
         install.operator(place, operator_image, trainer_image, "pods.gracePeriodSeconds=40")
         scratch = tmp_path_factory.mktemp("assets")
@@ -44,6 +45,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     finally:
         if not running:
             clusters.remove(CLUSTER)
+
+
+def start_afresh(place: clusters.Place) -> None:
+    """Nothing of an earlier run on the same cluster."""
+    place.kubectl_run("delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait")
+    store = install.s3_store(place, "outputs")
+    old = [meta["path"] for batch in obstore.list(store) for meta in batch]
+    if old:
+        obstore.delete(store, old)
 
 
 def put_rows(place: clusters.Place) -> None:

@@ -86,7 +86,7 @@ def test_a_missing_secret_shows_in_status_and_heals_itself(world: World) -> None
 
 
 def test_a_node_without_room_is_told_in_the_schedulers_words(world: World) -> None:
-    job = fine_tune_job("too-big", resources={"cpu": "64", "memory": "1Gi"})
+    job = fine_tune_job("too-big", resources={"cpu": "64", "memory": "2Gi"})
     name = world.apply(job)
     status = world.until(name, lambda s: "Insufficient cpu" in s.get("message", ""), 60, "told by the scheduler")
     assert status["phase"] == "Pending"

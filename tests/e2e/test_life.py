@@ -60,7 +60,7 @@ def test_a_killed_rank_restarts_the_whole_group_from_the_checkpoint(world: World
 KILL_A_RANK = """
 import os, signal
 for pid in filter(str.isdigit, os.listdir('/proc')):
-    if b'finetune_trainer.rank' in open(f'/proc/{pid}/cmdline', 'rb').read():
+    if b'\\0finetune_trainer.rank\\0' in open(f'/proc/{pid}/cmdline', 'rb').read():
         os.kill(int(pid), signal.SIGKILL)
 """
 

@@ -21,7 +21,7 @@ NAMESPACE = "e2e"
 def fine_tune_job(name: str, **spec: Any) -> dict[str, Any]:
     """A small valid job that ends within seconds; keyword arguments replace whole parts of spec."""
     whole: dict[str, Any] = {
-        "model": {"uri": "s3://models/tiny-llama", "credentialsRef": {"name": "s3"}},
+        "model": {"uri": "s3://models/tiny-llama", "dtype": "float32", "credentialsRef": {"name": "s3"}},
         "dataset": {
             "uri": "s3://data/tiny/train.jsonl",
             "test": {"uri": "s3://data/tiny/test.jsonl"},
