@@ -60,6 +60,7 @@ def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data
                 format=run.data.format,
                 on_invalid=run.data.on_invalid,
                 renderer=renderer,
+                alive=reporter.alive,
             )
     world.wait()
     loaded = {name: tokens.load(paths.token_cache, key) for name, key in names.items()}

@@ -5,6 +5,9 @@ The loss is one sum over the whole split divided by its learnt tokens, so it dep
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,61 +22,78 @@ from finetune_trainer.world import World
 _TOGETHER = 4096  # examples that are spread over ranks at once
 
 
-def split_loss(
-    learner: Learner, split: Split, shape: plan.Shape, *, collate: Collator, loss_sum: LossSum, world: World
-) -> tuple[float, int]:
-    """(mean loss, learnt tokens)"""
-    lengths, labels = split.lengths, int(split.label_counts.sum())
-    learner.model.eval()
-    own = torch.zeros((), dtype=torch.float64, device=world.device)
-    with torch.no_grad():
-        for begin in range(0, len(split), _TOGETHER):
-            some = range(begin, min(begin + _TOGETHER, len(split)))
-            for micro in plan.cut(some, lengths, shape)[world.rank]:
-                batch = collate(split, micro)
-                with loss_sum.room(batch):
-                    own += loss_sum(learner.model, batch)
-    learner.model.train()
-    (total,) = world.total(float(own))
-    return total / labels, labels
+@dataclass(frozen=True)
+class Speech:
+    """How answers are generated: greedily, until a stop token. `together`: weights are split, so all ranks help."""
+
+    tokenizer: Any
+    stops: frozenset[int]
+    max_new_tokens: int
+    together: bool
 
 
-def answers(
-    learner: Learner,
-    prompts: list[list[int]],
-    *,
-    tokenizer: Any,
-    stops: frozenset[int],
-    max_new_tokens: int,
-    autocast: torch.dtype | None,
-    world: World,
-    together: bool,
-) -> tuple[str, ...]:
-    """Greedy answers by prompt, on every rank. `together`: weights are split, so all ranks work on each prompt."""
-    learner.model.eval()
-    own: dict[int, str] = {}
-    with torch.no_grad(), torch.autocast(world.device.type, autocast, enabled=autocast is not None):
-        for index, prompt in enumerate(prompts):
-            if not together and index % world.size != world.rank:
-                continue
-            ids = torch.tensor([prompt], device=world.device)
-            out = learner.plain.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(stops),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
-                synced_gpus=together,
-            )
-            new = out[0] if learner.plain.config.is_encoder_decoder else out[0, len(prompt) :]
-            own[index] = tokenizer.decode(new, skip_special_tokens=True).strip()
-    learner.model.train()
-    merged: dict[int, str] = {}
-    for part in world.everyones(own):
-        merged.update(part)
-    return tuple(merged[index] for index in range(len(prompts)))
+@dataclass(frozen=True)
+class Evaluator:
+    """What evaluation needs of a run. `alive` is called between pieces of work."""
+
+    learner: Learner
+    shape: plan.Shape
+    collate: Collator
+    loss_sum: LossSum
+    world: World
+    alive: Callable[[], None]
+
+    def loss(self, split: Split) -> tuple[float, int]:
+        """(mean loss, learnt tokens)"""
+        lengths, labels = split.lengths, int(split.label_counts.sum())
+        own = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        with self._evaluating():
+            for begin in range(0, len(split), _TOGETHER):
+                some = range(begin, min(begin + _TOGETHER, len(split)))
+                for micro in plan.cut(some, lengths, self.shape)[self.world.rank]:
+                    batch = self.collate(split, micro)
+                    with self.loss_sum.room(batch):
+                        own += self.loss_sum(self.learner.model, batch)
+                    self.alive()
+        (total,) = self.world.total(float(own))
+        return total / labels, labels
+
+    def answers(self, prompts: list[list[int]], speech: Speech) -> tuple[str, ...]:
+        """By prompt, on every rank."""
+        own: dict[int, str] = {}
+        half = self.loss_sum.autocast
+        with self._evaluating(), torch.autocast(self.world.device.type, half, enabled=half is not None):
+            for index, prompt in enumerate(prompts):
+                if speech.together or index % self.world.size == self.world.rank:
+                    own[index] = self._answer(prompt, speech)
+                    self.alive()
+        merged: dict[int, str] = {}
+        for part in self.world.everyones(own):
+            merged.update(part)
+        return tuple(merged[index] for index in range(len(prompts)))
+
+    def _answer(self, prompt: list[int], speech: Speech) -> str:
+        model, tokenizer = self.learner.plain, speech.tokenizer
+        ids = torch.tensor([prompt], device=self.world.device)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=speech.max_new_tokens,
+            eos_token_id=sorted(speech.stops),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(speech.stops),
+            synced_gpus=speech.together,
+        )
+        new = out[0] if model.config.is_encoder_decoder else out[0, len(prompt) :]
+        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.learner.model.eval()
+        with torch.no_grad():
+            yield
+        self.learner.model.train()
 
 
 def packing_differs(

@@ -5,7 +5,7 @@ Called by preflight (to find bad rows before hardware is taken) and, through `to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,26 @@ class Examples:
         return sum(sum(example.learnt) for example in self.examples)
 
 
-def prepare(path: Path, field: str, *, format: str, on_invalid: str, renderer: Renderer) -> Examples:
-    """Raises Failed DatasetInvalid that numbers the rows; `field` (dataset.uri, …) says which file it is."""
+def prepare(
+    path: Path,
+    field: str,
+    *,
+    format: str,
+    on_invalid: str,
+    renderer: Renderer,
+    alive: Callable[[], None] = lambda: None,
+) -> Examples:
+    """Raises Failed DatasetInvalid that numbers the rows; `field` (dataset.uri, …) says which file it is.
+
+    `alive` is called for each row.
+    """
     if not path.is_file():
         raise Failed("DatasetNotFound", f"{field}: no file was fetched; give the URI of one JSON-lines file")
     read = rows.read(path, format)
     examples: list[Example] = []
     problems = list(read.problems)
     for row in read.rows:
+        alive()
         rendered = renderer.render(row)
         if isinstance(rendered, Example):
             examples.append(rendered)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,21 @@ def key(data: Path, model: Path, **settings: Any) -> str:
     return whole.hexdigest()[:32]
 
 
-def build(root: Path, name: str, data: Path, field: str, *, format: str, on_invalid: str, renderer: Renderer) -> Tokens:
+def build(
+    root: Path,
+    name: str,
+    data: Path,
+    field: str,
+    *,
+    format: str,
+    on_invalid: str,
+    renderer: Renderer,
+    alive: Callable[[], None] = lambda: None,
+) -> Tokens:
     """Renders a split unless the cache holds it. Raises Failed for rows that can't be used."""
     folder = root / name
     if not folder.is_dir():
-        prepared = examples.prepare(data, field, format=format, on_invalid=on_invalid, renderer=renderer)
+        prepared = examples.prepare(data, field, format=format, on_invalid=on_invalid, renderer=renderer, alive=alive)
         _write(folder, name, prepared)
     return load(root, name)
 

@@ -15,9 +15,10 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, evaluate, schedule, seeds, selection
+from finetune_trainer import checkpoint, schedule, seeds, selection
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
+from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.failure import Failed
 from finetune_trainer.learner import Learner
 from finetune_trainer.loss import LossSum
@@ -42,6 +43,10 @@ class Training:
     learner: Learner
     collate: Collator
     loss_sum: LossSum
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.learner, self.plan.shape, self.collate, self.loss_sum, self.world, self.reporter.alive)
 
     @property
     def best_path(self) -> Path:
@@ -87,6 +92,7 @@ def _learn(t: Training, step: Step, clock: _Clock) -> list[float]:
     micros = step.micros[t.world.rank]
     sums = []
     for index, micro in enumerate(micros):
+        t.reporter.alive()
         batch = t.collate(t.train, micro)
         clock.lap("data")
         last = index == len(micros) - 1
@@ -129,9 +135,7 @@ def _evaluate(t: Training, validation: Split, state: State) -> State:
     """The eval loss after state.step, and what follows from it; keeps the weights where they are the best so far."""
     recipe = t.run.training
     t.reporter.phase("evaluating")
-    loss, labels = evaluate.split_loss(
-        t.learner, validation, t.plan.shape, collate=t.collate, loss_sum=t.loss_sum, world=t.world
-    )
+    loss, labels = t.evaluator.loss(validation)
     t.reporter.report(events.EvalEvent, step=state.step, split="validation", loss=loss, label_tokens=labels)
     best = selection.after_eval(state.chosen, state.step, loss)
     if recipe.keep_best and best.step == state.step:
