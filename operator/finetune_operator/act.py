@@ -13,7 +13,7 @@ from finetune_api import names
 from finetune_operator import manifests
 from finetune_operator.cache import Cache, Family
 from finetune_operator.cluster import AlreadyExists, Cluster, Conflict, NotFound, Refused
-from finetune_operator.decide import Action, CreateAttempt, CreatePreflight, DeleteJob
+from finetune_operator.decision import Action, CreateAttempt, CreatePreflight, DeleteJob
 from finetune_operator.observe import Observed
 from finetune_operator.plan import plan
 from finetune_operator.settings import Settings

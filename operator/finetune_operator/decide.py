@@ -11,65 +11,18 @@ from datetime import datetime, timedelta
 
 from finetune_api.status import CONDITION_SUSPENDED, TERMINAL_PHASES, FailureStatus, Phase, Restarts, Status
 from finetune_operator import plan, policy
+from finetune_operator.decision import (
+    CHECKING,
+    SUSPENDED,
+    SUSPENDING,
+    CreateAttempt,
+    CreatePreflight,
+    Decision,
+    DeleteJob,
+    Outlook,
+)
 from finetune_operator.judge import STARTING, Verdict, verdict
 from finetune_operator.observe import Attempt, Observed, seconds_between
-
-SUSPENDING = "Suspending"
-SUSPENDED = "Suspended"
-
-
-@dataclass(frozen=True)
-class CreateAttempt:
-    """Service (where there are several nodes) and Job of an attempt."""
-
-    number: int
-    restarts: Restarts
-
-
-@dataclass(frozen=True)
-class CreatePreflight:
-    """The Job that checks inputs and destination."""
-
-
-@dataclass(frozen=True)
-class DeleteJob:
-    """A child Job; with `wait` it stays visible until its pods have ended."""
-
-    name: str
-    uid: str
-    resource_version: str
-    wait: bool
-
-
-Action = CreateAttempt | CreatePreflight | DeleteJob
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What status says after this turn; conditions and times are status's business."""
-
-    phase: Phase
-    reason: str
-    message: str
-    attempt: int
-    restarts: Restarts
-    failure: FailureStatus | None = None
-    suspension: str = ""  # "", SUSPENDING or SUSPENDED
-    verdict: Verdict | None = None
-
-    @property
-    def is_terminal(self) -> bool:
-        return self.phase in TERMINAL_PHASES
-
-
-@dataclass(frozen=True)
-class Decision:
-    """`say_first`: the status has to be written before the actions. `recheck` is in seconds."""
-
-    outlook: Outlook | None  # None: a finished job's status stays as it is
-    actions: tuple[Action, ...] = ()
-    say_first: bool = False
-    recheck: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +105,7 @@ def _first(case: _Case) -> Decision:
         return _create(case, 1, case.restarts, "Starting", "pods are being created")
     check = case.seen.preflight
     if check is None:
-        outlook = case.outlook("Pending", "Checking", "checking model, data and destination")
+        outlook = case.outlook("Pending", CHECKING, "checking model, data and destination")
         return Decision(outlook, (CreatePreflight(),))
     found = verdict(check, dict(case.seen.words))
     case = replace(case, verdict=found)
@@ -162,7 +115,7 @@ def _first(case: _Case) -> Decision:
         return Decision(_failed(case, found, found.reason))
     stuck = found.state == "waiting" and found.reason != STARTING
     message = f"checking inputs waits: {found.message}" if stuck else "checking model, data and destination"
-    return Decision(case.outlook("Pending", found.reason if stuck else "Checking", message))
+    return Decision(case.outlook("Pending", found.reason if stuck else CHECKING, message))
 
 
 def _onward(case: _Case) -> Decision:
@@ -201,7 +154,7 @@ def _restart(case: _Case, found: Verdict, lived: float, ended: float) -> Decisio
     wait = verdict_on_budget.delay - ended
     told = f"attempt {case.number} ended: {found.reason}: {found.message}"
     if wait > 0:
-        when = (case.now + timedelta(seconds=wait)).strftime("%H:%M:%S UTC")
+        when = (case.now + timedelta(seconds=wait + 0.5)).strftime("%H:%M:%S UTC")  # rounded: the same at every turn
         outlook = case.outlook("Restarting", found.reason, f"attempt {case.number + 1} starts at {when}; {told}")
         return Decision(replace(outlook, failure=failure_of(found, case.number)), recheck=wait)
     return _create(case, case.number + 1, verdict_on_budget.restarts, "Restarting", told, found)

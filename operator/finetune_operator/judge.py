@@ -15,10 +15,11 @@ from finetune_operator.observe import Attempt, Pod
 
 State = Literal["waiting", "running", "ending", "succeeded", "failed"]
 
-# Reasons that are no word of reasons.REASONS: an attempt that waits isn't over.
+# Reasons that are no word of reasons.REASONS: an attempt that waits isn't over. What else it may wait for is told in
+# the kubelet's word: FailedMount, CreateContainerConfigError …
 STARTING = "PodsStarting"
 UNSCHEDULABLE = "Unschedulable"
-STUCK = "PodsStuck"
+IMAGE_PULL = "ImagePullBackOff"
 
 _DISRUPTIONS = {
     "DeletionByPodGC": "NodeLost",
@@ -28,6 +29,7 @@ _DISRUPTIONS = {
     "TerminationByKubelet": "Evicted",
 }
 _DISK_WORDS = ("ephemeral", "emptydir")
+_IMAGE_WORDS = ("ErrImagePull", "ImagePullBackOff")  # by turns, for the same trouble
 _QUIET_WAITING = ("", "ContainerCreating", "PodInitializing")
 
 # One dead pod takes the others with it, so the group's cause is the most telling of its pods' reasons: first what a
@@ -99,15 +101,21 @@ def _waiting(attempt: Attempt, words: dict[str, str]) -> Verdict:
             return Verdict("waiting", UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
     for pod in attempt.pods:
         if pod.is_live and pod.waiting_reason not in _QUIET_WAITING:
-            told = f"{pod.waiting_reason}: {pod.waiting_message}".rstrip(": ")
-            return Verdict("waiting", STUCK, f"pod {pod.name}: {told}")
+            reason = IMAGE_PULL if pod.waiting_reason in _IMAGE_WORDS else pod.waiting_reason
+            return Verdict("waiting", reason, f"pod {pod.name}: {reason}: {pod.waiting_message}".rstrip(": "))
     for pod in attempt.pods:
         if pod.is_live and not pod.started and pod.uid in words:
-            return Verdict("waiting", STUCK, f"pod {pod.name}: {words[pod.uid]}")
+            return Verdict("waiting", _first_word(words[pod.uid]), f"pod {pod.name}: {words[pod.uid]}")
     if attempt.job.uid in words and len(_present(attempt.pods)) < attempt.job.pods_wanted:
-        return Verdict("waiting", STUCK, f"job {attempt.job.name}: {words[attempt.job.uid]}")
+        said = words[attempt.job.uid]
+        return Verdict("waiting", _first_word(said), f"job {attempt.job.name}: {said}")
     started = sum(pod.started for pod in attempt.pods)
     return Verdict("waiting", STARTING, f"{started} of {_count(attempt.job.pods_wanted)} run")
+
+
+def _first_word(said: str) -> str:
+    """An event's reason, as words puts it before the message."""
+    return said.partition(":")[0] or STARTING
 
 
 def _ending(live: list[Pod]) -> str:

@@ -53,7 +53,7 @@ class Pod:
     node: str = ""
     deleting: bool = False
     gone: bool = False  # deleted; this is the last that was seen of it
-    started: bool = False  # its container runs
+    started: bool = False  # its container runs, or has run
     service_account: str = ""
     unschedulable: str = ""  # the scheduler's own words
     waiting_reason: str = ""
@@ -164,7 +164,7 @@ def pod(raw: Raw) -> Pod:
         created=meta.get("creationTimestamp", ""),
         node=spec.get("nodeName", ""),
         deleting="deletionTimestamp" in meta,
-        started="running" in state,
+        started="running" in state or "terminated" in state,
         service_account=spec.get("serviceAccountName", ""),
         unschedulable=scheduled.get("message", "") if unschedulable else "",
         waiting_reason=waiting.get("reason", ""),

@@ -19,7 +19,7 @@ from finetune_operator import decide, judge, status
 from finetune_operator.act import Blocked, Hands, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.cache import Cache, Family, Key
 from finetune_operator.cluster import Cluster, Conflict, NotFound
-from finetune_operator.decide import Decision, Outlook
+from finetune_operator.decision import Decision, Outlook
 from finetune_operator.observe import Attempt, Observed, seconds_between
 from finetune_operator.plan import PlanError
 from finetune_operator.queue import Queue

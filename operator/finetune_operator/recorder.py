@@ -13,7 +13,8 @@ from finetune_api import names
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import Status
 from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.judge import STUCK, UNSCHEDULABLE
+from finetune_operator.decision import CHECKING
+from finetune_operator.judge import STARTING
 from finetune_operator.status import timestamp
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,9 @@ def worth_telling(before: Status, after: Status) -> tuple[str, str] | None:
         return _reason(after, "Failed"), after.message
     if after.restarts != before.restarts:
         return "Restarted", after.message
-    if _reason(after, "Reconciling") in (STUCK, UNSCHEDULABLE) and after.message != before.message:
-        told_already = _reason(before, "Reconciling") == _reason(after, "Reconciling")
-        return None if told_already else (_reason(after, "Reconciling"), after.message)
-    return None
+    reason = _reason(after, "Reconciling")
+    stuck = after.phase == "Pending" and reason not in (CHECKING, STARTING)
+    return (reason, after.message) if stuck and reason != _reason(before, "Reconciling") else None
 
 
 class Recorder:

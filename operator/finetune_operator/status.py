@@ -26,11 +26,12 @@ from finetune_api.status import (
     Status,
 )
 from finetune_operator import plan, policy
-from finetune_operator.decide import SUSPENDED, SUSPENDING, Outlook
+from finetune_operator.decision import SUSPENDED, SUSPENDING, Outlook
 from finetune_operator.observe import Observed, Report
 
 # A change that isn't urgent waits this long, so that what follows it at once costs no write of its own.
 SETTLE_SECONDS = 2.0
+WORDS_SETTLE_SECONDS = 60.0  # for other words about the same trouble: a kubelet repeats itself with other port numbers
 
 _URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
 
@@ -115,7 +116,8 @@ def seconds_until_due(
         return max(0.0, write_every - age)
     if _is_urgent(before, after):
         return 0.0
-    return max(0.0, SETTLE_SECONDS - (noticed or 0.0))
+    settle = WORDS_SETTLE_SECONDS if _without_words(before) == _without_words(after) else SETTLE_SECONDS
+    return max(0.0, settle - (noticed or 0.0))
 
 
 def timestamp(moment: datetime) -> str:
@@ -139,6 +141,11 @@ def _suspension_reason(of: Status) -> str:
 
 def _without_progress(of: Status) -> Status:
     return of.model_copy(update={"progress": None, "checkpoint": None, "evaluation": None, "model": None})
+
+
+def _without_words(of: Status) -> Status:
+    conditions = tuple(c.model_copy(update={"message": ""}) for c in of.conditions)
+    return _without_progress(of).model_copy(update={"message": "", "conditions": conditions})
 
 
 def _start_time(seen: Observed, outlook: Outlook, time: str) -> str | None:
@@ -197,9 +204,9 @@ def _progress(
         total_steps=told.total_steps,
         percent=_percent(told.step, told.total_steps),
         epoch=told.epoch,
-        train_loss=told.train_loss,
-        eval_loss=told.eval_loss,
-        tokens_per_second=told.tokens_per_second,
+        train_loss=_rounded(told.train_loss),
+        eval_loss=_rounded(told.eval_loss),
+        tokens_per_second=_rounded(told.tokens_per_second, 1),
         eta_seconds=told.eta_seconds,
         message=told.message or told.phase,
         update_time=reported.time,
@@ -223,9 +230,9 @@ def _finished_progress(
         total_steps=total,
         percent=100,
         epoch=told.epoch if told else last.epoch,
-        train_loss=_first(measured.train_loss, reported_losses[0], last.train_loss),
-        eval_loss=_first(measured.eval_loss, reported_losses[1], last.eval_loss),
-        tokens_per_second=told.tokens_per_second if told else last.tokens_per_second,
+        train_loss=_rounded(_first(measured.train_loss, reported_losses[0], last.train_loss)),
+        eval_loss=_rounded(_first(measured.eval_loss, reported_losses[1], last.eval_loss)),
+        tokens_per_second=_rounded(told.tokens_per_second, 1) if told else last.tokens_per_second,
         eta_seconds=0,
         message="done",
         update_time=reported.time if reported else last.update_time,
@@ -275,3 +282,8 @@ def _evaluation(
 
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    """As a person reads it in `kubectl get`; the exact value is in the metrics and the history."""
+    return None if value is None else round(value, digits)

@@ -7,6 +7,7 @@ import pytest
 from controller.builders import a_dead_pod, a_done_pod, a_pod, an_attempt, failed
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus
+from finetune_operator import observe
 from finetune_operator.judge import needs_words, verdict
 from finetune_operator.observe import Pod
 
@@ -88,10 +89,10 @@ def test_it_still_runs_when_one_of_two_has_completed() -> None:
     ("pod", "words", "reason", "message"),
     [
         (a_pod(0, "Pending", unschedulable="0/3 nodes are available"), {}, "Unschedulable", "0/3 nodes are available"),
-        (a_pod(0, "Pending", waiting_reason="ErrImagePull", waiting_message="not found"), {}, "PodsStuck",
-         "ErrImagePull: not found"),
+        (a_pod(0, "Pending", waiting_reason="ErrImagePull", waiting_message="not found"), {},
+         "ImagePullBackOff", "ImagePullBackOff: not found"),
         (a_pod(0, "Pending", waiting_reason="ContainerCreating"), {"pod-0": "FailedMount: secret not found"},
-         "PodsStuck", "FailedMount: secret not found"),
+         "FailedMount", "FailedMount: secret not found"),
         (a_pod(0, "Pending", waiting_reason="ContainerCreating"), {}, "PodsStarting", "0 of 1 pod run"),
     ],
     ids=["scheduler", "image", "events", "nothing said"],
@@ -110,3 +111,14 @@ def test_events_are_asked_for_only_where_nothing_else_speaks() -> None:
     assert needs_words(an_attempt(1, a_pod(0, "Pending", unschedulable="no room"))) == ()
     assert needs_words(an_attempt(1, pods_wanted=1)) == ("child-1",)
     assert needs_words(an_attempt(1, a_pod(0))) == ()
+
+
+def test_a_pod_whose_container_has_ended_but_whose_phase_lags_is_still_one_that_ran() -> None:
+    raw = {
+        "metadata": {"namespace": "team", "name": "train-1-0", "uid": "pod-0", "resourceVersion": "1"},
+        "status": {
+            "phase": "Running",
+            "containerStatuses": [{"name": "trainer", "state": {"terminated": {"exitCode": 0}}}],
+        },
+    }
+    assert observe.pod(raw).started

@@ -12,10 +12,19 @@ from controller.builders import NOW, a_check, a_dead_pod, a_done_pod, a_job, a_p
 from finetune_api.progress import Progress
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, Restarts, Status
-from finetune_operator.decide import Outlook, decide
+from finetune_operator.decide import decide
+from finetune_operator.decision import Outlook
 from finetune_operator.observe import Observed, Report
 from finetune_operator.recorder import worth_telling
-from finetune_operator.status import SETTLE_SECONDS, acknowledged, seconds_until_due, status, timestamp, unreadable
+from finetune_operator.status import (
+    SETTLE_SECONDS,
+    WORDS_SETTLE_SECONDS,
+    acknowledged,
+    seconds_until_due,
+    status,
+    timestamp,
+    unreadable,
+)
 
 
 def _said(observed: Observed) -> Status:
@@ -130,11 +139,12 @@ _OLD = _BASE.model_copy(update={"progress": {"step": 1, "updateTime": timestamp(
         (Status(), {"observed_generation": 1}, 0.0, 0.0),
         (_BASE, {}, 0.0, None),
         (_BASE, {"phase": "Running"}, 0.0, SETTLE_SECONDS),
+        (_BASE, {"message": "the same trouble in other words"}, 0.0, WORDS_SETTLE_SECONDS),
         (_BASE, {"phase": "Running"}, 5.0, 0.0),
         (_BASE, {"phase": "Succeeded"}, 0.0, 0.0),
         (_BASE, {"restarts": Restarts(application=1)}, 0.0, 0.0),
     ],
-    ids=["first answer", "nothing new", "settles", "has settled", "the end", "a restart"],
+    ids=["first answer", "nothing new", "settles", "other words", "has settled", "the end", "a restart"],
 )
 def test_ends_are_told_at_once_and_small_changes_settle(
     before: Status, change: dict[str, Any], noticed: float, due: float | None
