@@ -51,8 +51,8 @@ def test_a_container_that_cannot_start_is_told_in_the_kubelets_words(
     world.submit("image")
     (pod,) = world.wait_pods("image-1")
     world.waiting_container(pod, reason, message)
-    told = world.wait_phase("image", "Pending")["message"]
-    assert f"{reason}: {message}" in told
+    world.wait(lambda: f"{reason}: {message}" in world.status("image").get("message", ""))
+    assert world.condition("image", "Reconciling")["reason"] == reason
 
 
 def test_a_quota_that_refuses_the_job_is_told_in_its_words_and_recovers(world: World, operator: Operator) -> None:
