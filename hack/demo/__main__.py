@@ -12,6 +12,7 @@ def main() -> int:
     up = commands.add_parser("up", help="make the cluster, train the quickstart, show the result")
     up.add_argument("--name", default="demo", help="name of the cluster (default: demo)")
     up.add_argument("--file", default="examples/quickstart.yaml", help="the FineTuneJob to apply")
+    up.add_argument("--picture", default="", metavar="SVG", help="also write what is said as a picture")
     down = commands.add_parser("down", help="remove all that `up` made")
     down.add_argument("--name", default="demo", help="name of the cluster (default: demo)")
     arguments = parser.parse_args()
@@ -22,7 +23,7 @@ def main() -> int:
         return 0
     from demo.story import tell
 
-    return tell(arguments.name, arguments.file)
+    return tell(arguments.name, arguments.file, arguments.picture)
 
 
 if __name__ == "__main__":

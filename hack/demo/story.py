@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
 NAMESPACE = "ml-team"
 LIMIT_SECONDS = 1800.0
 
-console = Console(highlight=False)
+console = Console(highlight=False, record=True)
 
 
 @contextmanager
@@ -39,8 +40,8 @@ def step(title: str) -> Iterator[None]:
     console.print(f"  [green]done[/green] in {time.monotonic() - begin:.1f} s")
 
 
-def tell(name: str, file: str) -> int:
-    """Returns the exit code: 0 when the job succeeded."""
+def tell(name: str, file: str, picture: str = "") -> int:
+    """Returns the exit code: 0 when the job succeeded. `picture` is where what was said goes as SVG."""
     begin = time.monotonic()
     manifest = (ROOT / file).read_text()
     (document,) = load_all(manifest)
@@ -69,8 +70,16 @@ def tell(name: str, file: str) -> int:
         console.print_json(json.dumps(last.status.get("failure") or {}))
         return 1
     show(place, job_name, document["spec"]["output"]["uri"], applied)
+    if picture:
+        draw(Path(picture), f"kubectl apply -f {file}")
     go_on(place, job_name, document["spec"]["output"]["uri"], time.monotonic() - begin)
     return 0
+
+
+def draw(picture: Path, title: str) -> None:
+    """What was said, as an SVG that fetches no font from anywhere."""
+    svg = console.export_svg(title=title)
+    picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
 
 
 def put_assets(place: Place) -> None:
