@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import obstore
-from demo_assets import dataset, model
-from finetune_api.yaml import load_all
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from demo import clusters, install, watch
 from demo.clusters import ROOT, Place
+from demo_assets import dataset, model
 from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
+from finetune_api.yaml import load_all
 
 NAMESPACE = "ml-team"
 LIMIT_SECONDS = 1800.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from finetune_api.resource import parse
 from finetune_api.yaml import load_all
 
