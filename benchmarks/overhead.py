@@ -66,8 +66,7 @@ def measured_job(document: dict[str, Any], running: str) -> dict[str, float]:
         story.clear_output(place, document["spec"]["output"]["uri"])
         begin = time.time()
         place.kubectl_run("-n", story.NAMESPACE, "apply", "-f", "-", stdin=json.dumps(document))
-        for last in watch.follow(place, story.NAMESPACE, NAME, 1200, every=0.2):
-            pass
+        *_, last = watch.follow(place, story.NAMESPACE, NAME, 1200, every=0.2)
         seen = time.time()
         if last.phase != "Succeeded":
             raise SystemExit(f"the job is {last.phase}: {last.message}")

@@ -52,7 +52,8 @@ def operator(place: Place, operator_image: str, trainer_image: str, *settings: s
         "--kubeconfig", place.kubeconfig, "--namespace", OPERATOR_NAMESPACE, "--create-namespace",
         "--set", f"image.repository={repository}", "--set", f"image.tag={tag}",
         "--set", f"trainer.image.repository={trainer_repository}", "--set", f"trainer.image.tag={trainer_tag}",
-        "--set", f"storage.s3.endpoint={place.s3_endpoint}", "--set", "storage.s3.allowHttp=true", "--set", "resources.requests.cpu=50m",
+        "--set", f"storage.s3.endpoint={place.s3_endpoint}", "--set", "storage.s3.allowHttp=true",
+        "--set", "resources.requests.cpu=50m",
         *(word for setting in settings for word in ("--set", setting)),
         "--wait", "--timeout", "120s",
     ]  # fmt: skip
