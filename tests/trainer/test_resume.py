@@ -64,6 +64,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> d
         "2 ranks, stopped": {"world": 2},
         "2 ranks, killed": {"world": 2},
         "2 ranks, zero2, killed": {"world": 2, "strategy": "zero2"},
+        "2 ranks, full, zero3, killed": {"world": 2, "strategy": "zero3", "full": True},
         "1 rank, then 2": {"lora": {"dropout": 0.0}},
         "1 rank, then zero3": {"lora": {"dropout": 0.0}},
     }
@@ -91,13 +92,22 @@ def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> d
     return {name: Pair(ended[wholes[name].scratch], ended[resumed[name].scratch]) for name in ways}
 
 
-_EXACT = ["killed twice", "2 ranks, stopped", "2 ranks, killed", "2 ranks, zero2, killed"]
+_EXACT = [
+    "killed twice",
+    "2 ranks, stopped",
+    "2 ranks, killed",
+    "2 ranks, zero2, killed",
+    "2 ranks, full, zero3, killed",
+]
 
 
 @pytest.mark.parametrize("way", _EXACT)
-def test_the_adapter_is_the_same_bit_by_bit(way: str, done: dict[str, Pair]) -> None:
+def test_the_result_is_the_same_bit_by_bit(way: str, done: dict[str, Pair]) -> None:
     whole, resumed = done[way].whole.paths.export, done[way].resumed.paths.export
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+    names = sorted(path.name for path in whole.iterdir())
+    assert {"model.safetensors", "adapter_model.safetensors"} & set(names)
+    assert names == sorted(path.name for path in resumed.iterdir())
+    for name in names:
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 

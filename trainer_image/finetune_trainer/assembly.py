@@ -5,13 +5,11 @@ Every choice that depends on hardware, model or rows is made here, and told with
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, evaluate, footprint, model, plan, seeds
+from finetune_trainer import checkpoint, dtype, evaluate, footprint, model, plan, seeds, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -22,6 +20,8 @@ from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.train import Training
 from finetune_trainer.world import World
+
+_STAGES: dict[str, zero.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def check_same_data(saved: State | None, data: Data) -> None:
@@ -42,7 +42,8 @@ def build(
     lora = run.lora if run.method == "lora" else None
     mixed = choice == "bfloat16"
     stored = torch.bfloat16 if mixed and lora is not None else torch.float32
-    loaded = model.load(paths.model, dtype=stored, longest=data.longest)
+    with zero.split_while_loading(_STAGES.get(run.world.strategy)):
+        loaded = model.load(paths.model, dtype=stored, longest=data.longest)
     loaded = model.unfreeze(loaded) if lora is None else model.adapt(loaded, lora, seeds.mix(run.training.seed, "lora"))
     parameters, trainable = loaded.parameters, loaded.trainable
     if saved is not None:
@@ -91,12 +92,10 @@ def _dtype(run: RunConfig, world: World, saved: State | None) -> tuple[str, str]
 
 def _learner(run: RunConfig, loaded: model.Loaded, world: World) -> Learner:
     recipe = Recipe(run.training.weight_decay, run.training.max_grad_norm)
-    if run.world.strategy == "ddp":
+    stage = _STAGES.get(run.world.strategy)
+    if stage is None:
         return Replicated(loaded.model, recipe, world)
-    from finetune_trainer.zero import Sharded
-
-    stages: dict[str, Any] = {"zero1": 1, "zero2": 2, "zero3": 3}
-    return Sharded(loaded.model, recipe, world, stages[run.world.strategy])
+    return zero.Sharded(loaded.model, recipe, world, stage)
 
 
 def _put_weights(loaded: model.Loaded, paths: Paths) -> None:
@@ -105,7 +104,8 @@ def _put_weights(loaded: model.Loaded, paths: Paths) -> None:
     weights = checkpoint.read_tensors(paths.resume / checkpoint.WEIGHTS, own)
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            with zero.whole(parameter):
+                parameter.copy_(weights[name])
 
 
 def _put_moments(t: Training, saved: State) -> None:

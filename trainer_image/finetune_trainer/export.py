@@ -61,6 +61,8 @@ def _write_adapter(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], 
     config = copy.deepcopy(loaded.model.peft_config["default"])
     config.base_model_name_or_path = base
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
     config.save_pretrained(str(folder))
 
 

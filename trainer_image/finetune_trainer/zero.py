@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,34 @@ def configuration(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+@contextmanager
+def split_while_loading(stage: Stage | None) -> Iterator[None]:
+    """In stage 3 a weight is split over the ranks as soon as rank 0 has read it: no rank ever holds the whole model."""
+    if stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    _without_compiling()
+    config = HfDeepSpeedConfig(configuration(stage, Recipe(0.0, 0.0)))  # only lives as long as somebody holds it
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del config
+
+
+def whole(parameter: Any) -> AbstractContextManager[Any]:
+    """Inside, a weight that was split is whole and may be written (rank 0's copy counts)."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return gathered
 
 
 def _without_compiling() -> None:
@@ -134,12 +162,11 @@ class Sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        import deepspeed
         import torch.distributed as dist
 
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+                with whole(parameter):
                     if self._world.is_first:
                         parameter.copy_(weights[name])
                     if self._stage != 3:
