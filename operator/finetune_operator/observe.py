@@ -150,7 +150,8 @@ def pod(raw: Raw) -> Pod:
     disruption = conditions.get("DisruptionTarget", {})
     state = _container_state(status)
     waiting, terminated = state.get("waiting") or {}, state.get("terminated")
-    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    unplaced = not spec.get("nodeName") and scheduled.get("status") == "False"
+    unschedulable = unplaced and scheduled.get("reason") == "Unschedulable"
     disrupted = disruption.get("status") == "True"
     return Pod(
         namespace=meta["namespace"],
