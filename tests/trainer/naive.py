@@ -42,7 +42,7 @@ def schedule_of(job: Job, rows: tokens.Tokens) -> plan.Plan:
         global_batch=training.global_batch_size,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        shape=plan.Shape(world=1, rows=1, row_tokens=96, packed=False),
+        shape=plan.Shape(world=1, rows=1, tokens=96, packed=False),
     )
 
 

@@ -15,7 +15,7 @@ from finetune_trainer.selection import Best
 
 _lengths = st.lists(st.integers(2, 64), min_size=1, max_size=40)
 _shapes = st.builds(
-    plan.Shape, world=st.integers(1, 5), rows=st.integers(1, 4), row_tokens=st.just(64), packed=st.booleans()
+    plan.Shape, world=st.integers(1, 5), rows=st.integers(1, 4), tokens=st.integers(64, 256), packed=st.booleans()
 )
 
 
@@ -54,7 +54,7 @@ def test_micro_batches_hold_each_example_once_and_fit_and_are_as_many_on_every_r
     assert Counter(e for micro in micros for e in micro) == Counter(step.examples)
     for micro in micros:
         if shape.packed:
-            assert sum(lengths[e] for e in micro) <= shape.budget
+            assert sum(lengths[e] for e in micro) <= shape.tokens
         else:
             assert len(micro) <= shape.rows
 
@@ -90,14 +90,14 @@ def test_the_denominator_is_the_sum_of_the_labels(lengths: list[int], shape: pla
 @given(st.lists(st.integers(2, 64), min_size=16, max_size=64), st.integers(1, 4))
 def test_packed_ranks_are_in_balance(lengths: list[int], world: int) -> None:
     """No rank computes more than the mean and one longest example."""
-    shape = plan.Shape(world=world, rows=4, row_tokens=64, packed=True)
+    shape = plan.Shape(world=world, rows=1, tokens=256, packed=True)
     step = _plan(lengths, shape, len(lengths), max_steps=1).step(1)
     loads = [sum(lengths[e] for micro in rank for e in micro) for rank in step.micros]
     assert max(loads) <= sum(loads) / world + len(step.micros[0]) * max(lengths)
 
 
 def test_packing_computes_no_padding() -> None:
-    shape = plan.Shape(world=2, rows=2, row_tokens=64, packed=True)
+    shape = plan.Shape(world=2, rows=1, tokens=128, packed=True)
     assert _plan([5, 9, 33, 60, 2, 17], shape, 6, max_steps=4).padding_share() == 0
 
 
@@ -173,21 +173,22 @@ _SIZE = footprint.ModelSize(layers=30, hidden=576, intermediate=1536, vocabulary
 
 
 @pytest.mark.parametrize(
-    ("row_tokens", "global_rows", "device", "free_gib", "rows"),
+    ("longest", "device", "free_gib", "tokens"),
     [
-        pytest.param(128, 64, "cpu", 64, 8, id="a cpu has enough with a thousand tokens"),
-        pytest.param(128, 3, "cpu", 64, 3, id="no more than the batch"),
-        pytest.param(2048, 64, "cpu", 64, 1, id="at least one"),
-        pytest.param(2048, 64, "cuda", 80, 8, id="a gpu takes more"),
-        pytest.param(2048, 64, "cuda", 16, 2, id="what fits"),
-        pytest.param(2048, 64, "cuda", 0, 1, id="one even where it may not fit"),
+        pytest.param(128, "cpu", 64, 1024, id="a cpu has enough with a thousand tokens"),
+        pytest.param(2048, "cpu", 64, 2048, id="at least the longest row"),
+        pytest.param(2048, "cuda", 80, 16384, id="a gpu takes more"),
+        pytest.param(128, "cpu", 1, 275, id="what fits"),
+        pytest.param(128, "cpu", 0, 128, id="one row even where it may not fit"),
     ],
 )
-def test_auto_takes_what_fits_and_helps(
-    row_tokens: int, global_rows: int, device: str, free_gib: int, rows: int
-) -> None:
-    found, reason = footprint.rows_at_once(
-        _SIZE, row_tokens=row_tokens, global_rows=global_rows, device=device, free_bytes=free_gib * 2**30
-    )
-    assert found == rows
+def test_auto_takes_what_fits_and_helps(longest: int, device: str, free_gib: int, tokens: int) -> None:
+    found, reason = footprint.tokens_at_once(_SIZE, longest=longest, device=device, free_bytes=free_gib * 2**30)
+    assert found == tokens
     assert "MiB of activations" in reason
+
+
+def test_a_micro_batch_is_told_in_the_users_unit() -> None:
+    assert str(plan.shape(2, "auto", 1024, True, 100)) == "up to 1024 tokens"
+    assert str(plan.shape(2, "auto", 1024, False, 100)) == "up to 10 examples"
+    assert plan.shape(2, 4, 4 * 128, False, 100).rows == 4

@@ -9,7 +9,7 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, evaluate, footprint, model, plan, seeds, zero
+from finetune_trainer import checkpoint, dtype, evaluate, footprint, free_memory, model, plan, seeds, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -53,7 +53,9 @@ def build(
     padded = _collator(loaded, data, world, packed=False)
     packed = _packs(run, loaded, learner, data, padded, loss_sum, reporter)
     collate = _collator(loaded, data, world, packed=True) if packed else padded
-    shape = _shape(run, loaded, world, data, loss_sum, packed, reporter)
+    micro_tokens, reason = _micro_tokens(run, loaded, world, data, loss_sum.autocast, saved)
+    shape = plan.shape(world.size, run.training.micro_batch_size, micro_tokens, packed, data.longest)
+    reporter.decision("microBatchSize", str(shape), reason)
     whole = plan.make(
         seed=run.training.seed,
         lengths=data.train.lengths,
@@ -64,7 +66,7 @@ def build(
         shape=shape,
     )
     t = Training(run, paths, world, reporter, whole, data.train, data.validation, learner, collate, loss_sum)
-    state = saved or State(data_key=data.key, dtype=choice)
+    state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
     if saved is not None:
         _put_moments(t, saved)
     reporter.report(
@@ -148,43 +150,17 @@ def _packs(
     return True
 
 
-def _shape(
-    run: RunConfig,
-    loaded: model.Loaded,
-    world: World,
-    data: Data,
-    loss_sum: LossSum,
-    packed: bool,
-    reporter: Reporter,
-) -> plan.Shape:
-    longest = int(data.train.lengths.max())
-    row = run.data.max_sequence_length if packed else longest
+def _micro_tokens(
+    run: RunConfig, loaded: model.Loaded, world: World, data: Data, autocast: torch.dtype | None, saved: State | None
+) -> tuple[int, str]:
+    """(tokens that a rank computes at once, reason). A resumed run keeps them, so that sums are rounded alike."""
     asked = run.training.micro_batch_size
     if isinstance(asked, int):
-        rows_at_once, reason = asked, "training.microBatchSize says so"
-    else:
-        size = footprint.from_config(loaded.base.config, 4 if loss_sum.autocast is None else 2)
-        share = -(-run.training.global_batch_size // world.size)
-        rows_at_once, reason = footprint.rows_at_once(
-            size, row_tokens=row, global_rows=share, device=world.device.type, free_bytes=_free_bytes(world)
-        )
-        rows_at_once, reason = world.firsts((rows_at_once, reason))
-    what = f"{rows_at_once} rows of {row} tokens" if packed else f"{rows_at_once} examples"
-    reporter.decision("microBatchSize", what, reason)
-    return plan.Shape(world.size, rows_at_once, row, packed)
-
-
-def _free_bytes(world: World) -> int:
-    """Of the GPU, or this rank's share of the machine's free memory (the container's limit where it is lower)."""
-    if world.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(world.device)[0])
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path) as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        free = min(free, int(text)) if text.isdigit() else free
-    return free // world.local_size
+        return asked * run.data.max_sequence_length, "training.microBatchSize says so"
+    if saved is not None and saved.micro_tokens:
+        return saved.micro_tokens, "the checkpoint was computed with it"
+    size = footprint.from_config(loaded.base.config, 4 if autocast is None else 2)
+    free = free_memory.free_bytes(world.device, world.local_size)
+    estimate = footprint.tokens_at_once(size, longest=data.longest, device=world.device.type, free_bytes=free)
+    choice: tuple[int, str] = world.firsts(estimate)
+    return choice

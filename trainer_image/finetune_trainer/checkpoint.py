@@ -39,6 +39,7 @@ class State(LenientModel):
     step: int = 0
     data_key: str = Field(default="", description="The rows that the plan was made of.")
     dtype: str = ""
+    micro_tokens: int = Field(default=0, description="Tokens that a rank computed at once.")
     best: BestState | None = None
     eval_due: bool = Field(default=False, description="The evaluation after this step is still to be done.")
     stopped_early: bool = False

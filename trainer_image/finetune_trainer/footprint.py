@@ -1,4 +1,4 @@
-"""How many rows a rank computes at once where the user says `auto`: sizes → a number and its reason. Pure.
+"""How many tokens a rank computes at once where the user says `auto`: sizes → a number and its reason. Pure.
 
 A rough estimate on the safe side, of what the micro-batch alone decides: activations. It never changes the result.
 """
@@ -29,17 +29,14 @@ def activation_bytes_per_token(size: ModelSize) -> int:
     return size.layers * layer * size.bytes_per_value + 12 * size.vocabulary
 
 
-def rows_at_once(
-    size: ModelSize, *, row_tokens: int, global_rows: int, device: str, free_bytes: int
-) -> tuple[int, str]:
-    """(rows, reason): at least 1, at most what a rank's share of the global batch needs."""
-    enough = max(1, _ENOUGH_TOKENS[device] // row_tokens)
-    per_row = activation_bytes_per_token(size) * row_tokens
-    fitting = max(1, int(free_bytes * _SHARE_OF_FREE) // per_row)
-    rows = min(enough, fitting, max(1, global_rows))
-    return rows, (
-        f"a row of {row_tokens} tokens keeps about {per_row / 2**20:.0f} MiB of activations and "
-        f"{free_bytes / 2**30:.1f} GiB are free"
+def tokens_at_once(size: ModelSize, *, longest: int, device: str, free_bytes: int) -> tuple[int, str]:
+    """(tokens, reason): what helps, if it fits, and at least the longest row."""
+    per_token = activation_bytes_per_token(size)
+    fitting = int(free_bytes * _SHARE_OF_FREE) // per_token
+    tokens = max(longest, min(_ENOUGH_TOKENS[device], fitting))
+    return tokens, (
+        f"a token keeps about {per_token / 2**20:.2f} MiB of activations, {free_bytes / 2**30:.1f} GiB are free, and "
+        f"the longest row has {longest} tokens"
     )
 
 

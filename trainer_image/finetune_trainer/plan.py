@@ -28,18 +28,17 @@ Micro = tuple[int, ...]
 class Shape:
     """How a global batch is cut. Changes speed and memory, never the result.
 
-    `packed`: a micro-batch is examples end to end, at most `rows * row_tokens` tokens. Else at most `rows` examples,
-    padded to the longest of them.
+    `packed`: a micro-batch is examples end to end, at most `tokens` of them. Else at most `rows` examples, padded to
+    the longest of them.
     """
 
     world: int
     rows: int
-    row_tokens: int
+    tokens: int
     packed: bool
 
-    @property
-    def budget(self) -> int:
-        return self.rows * self.row_tokens
+    def __str__(self) -> str:
+        return f"up to {self.tokens} tokens" if self.packed else f"up to {self.rows} examples"
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,12 @@ def make(
     return Plan(seed, lengths, label_counts, global_batch, math.ceil(total / global_batch), total, shape)
 
 
+def shape(world: int, asked: int | str, tokens: int, packed: bool, longest: int) -> Shape:
+    """`asked` is training.microBatchSize, `tokens` what a rank computes at once, `longest` the longest row's tokens."""
+    rows = asked if isinstance(asked, int) else max(1, tokens // longest)
+    return Shape(world, rows, tokens, packed)
+
+
 def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """The examples of an epoch in the order in which they are learnt."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
@@ -163,12 +168,12 @@ def _packed(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> 
     """Longest first into the emptiest bin: few bins, all nearly as full, so that no rank waits for another."""
     longest_first = sorted(chosen, key=lambda index: (-int(lengths[index]), index))
     total = int(lengths[list(chosen)].sum())
-    per_rank = max(1, math.ceil(total / (shape.world * shape.budget)))
+    per_rank = max(1, math.ceil(total / (shape.world * shape.tokens)))
     while True:
-        bins = _fill(longest_first, lengths, shape.budget, per_rank * shape.world)
+        bins = _fill(longest_first, lengths, shape.tokens, per_rank * shape.world)
         if bins is not None:
             return bins
-        per_rank += 1
+        per_rank += max(1, per_rank // 16)
 
 
 def _fill(ordered: Sequence[int], lengths: NDArray[np.int64], budget: int, count: int) -> list[Micro] | None:

@@ -29,7 +29,7 @@ def main() -> int:
     """0 after the result or an agreed stop; else the exit code of the reason that the error event tells."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # stopping is agreed through the flag file
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches a whole terminal; stopping is agreed by the flag file
     paths = Paths(Path(os.environ.get("FINETUNE_SCRATCH", SCRATCH_ROOT)))
     reporter = Reporter(paths.rank_events(int(os.environ.get("RANK", "0"))), int(os.environ.get("RANK", "0")))
     try:
