@@ -6,6 +6,7 @@ crash at any line changes no decision.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -127,7 +128,7 @@ def _onward(case: _Case) -> Decision:
         return _create(case, case.number + 1, case.restarts, "Starting", "goes on after suspension")
     if found is None:
         message = f"Job of attempt {case.number} was deleted"
-        return _restart(case, Verdict("failed", "PodDeleted", message), lived=0.0, ended=0.0)
+        return _restart(case, Verdict("failed", "PodDeleted", message), lived=0.0, ended=math.inf)
     if found.state == "failed":
         job = case.seen.current.job if case.seen.current else None
         created, finished = (job.created, job.finished_at) if job else ("", "")
@@ -143,7 +144,7 @@ def _onward(case: _Case) -> Decision:
 
 
 def _restart(case: _Case, found: Verdict, lived: float, ended: float) -> Decision:
-    """`ended`: seconds since the attempt's end."""
+    """`ended`: seconds since the attempt's end; where nobody knows it any more, it was long ago."""
     budget = case.seen.job.spec.run_policy.max_restarts
     verdict_on_budget = policy.next_attempt(found.cause, case.restarts, budget, lived)
     if isinstance(verdict_on_budget, policy.GiveUp):
