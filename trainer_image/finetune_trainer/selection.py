@@ -38,4 +38,4 @@ def is_checkpoint_step(step: int, total: int, every: int) -> bool:
 
 def checkpoint_interval(every: int | str, total: int) -> int:
     """`auto` is a tenth of the run."""
-    return every if isinstance(every, int) else max(1, total // 10)
+    return every if isinstance(every, int) else -(-total // 10)
