@@ -87,9 +87,17 @@ def test_preflight_never_imports_torch(setup: Setup) -> None:
 def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: Setup) -> None:
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
+    setup.train.write_text(json.dumps({"prompt": "Count: ", "completion": "one two three " * 2000}) + "\n")
     ended = world.supervise(setup.run(), setup.folder, command="preflight")
     assert (ended.code, ended.last.reason) == (64, "InvalidConfig")
-    assert "maxSequenceLength is 2048" in ended.last.message
+    assert "dataset.uri has a row of 2048 tokens" in ended.last.message
+
+
+def test_preflight_takes_short_rows_under_a_long_limit(setup: Setup) -> None:
+    shutil.rmtree(setup.model)
+    tiny_llama(setup.model)
+    ended = world.supervise(setup.run(), setup.folder, command="preflight")
+    assert ended.code == 0, ended.output
 
 
 def test_preflight_refuses_rows_that_leave_nothing_to_learn(setup: Setup) -> None:

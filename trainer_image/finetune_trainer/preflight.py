@@ -27,7 +27,6 @@ def check(run: RunConfig, paths: Paths, access: Access, told: Told) -> Result:
     if there.finished is not None:
         return Result(outcome="succeeded", message="the result is there already")
     model = fetch.model(run, paths, access, told, weights=False)
-    check_positions((paths.model / "config.json").read_bytes(), run.data.max_sequence_length)
     fetch.data(run, paths, access, told)
     sentence = check_tokens(run, paths, told)
     # The digest covers all files, so it isn't known before the weights are here.
@@ -43,14 +42,15 @@ def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[P
     return place, there
 
 
-def check_positions(config: bytes, max_sequence_length: int) -> None:
-    """The model has as many positions as the longest row needs. `config` is a config.json that was checked."""
+def check_positions(config: bytes, longest: int, field: str) -> None:
+    """The model has as many positions as the longest row has tokens. `config` is a config.json that was checked."""
     body = json.loads(config)
     limit = body.get("max_position_embeddings")
-    if isinstance(limit, int) and limit < max_sequence_length and not body.get("is_encoder_decoder"):
+    if isinstance(limit, int) and limit < longest and not body.get("is_encoder_decoder"):
         raise Failed(
             "InvalidConfig",
-            f"dataset.maxSequenceLength is {max_sequence_length}, but the model has {limit} positions; lower it",
+            f"{field} has a row of {longest} tokens, but the model has {limit} positions; lower "
+            f"dataset.maxSequenceLength to {limit}",
         )
 
 
@@ -84,6 +84,8 @@ def check_tokens(run: RunConfig, paths: Paths, told: Told) -> str:
             on_invalid=run.data.on_invalid,
             renderer=renderer,
         )
+        longest = max(len(example.ids) for example in found.examples)
+        check_positions((paths.model / "config.json").read_bytes(), longest, FIELDS[split])
         counted.append(
             f"{split}: {len(found.examples)} rows, {found.tokens} tokens of which {found.label_tokens} are learnt, "
             f"{found.dropped} rows dropped, {found.truncated} cut, {found.duplicates} duplicates"
