@@ -27,6 +27,8 @@ def shelf(world: World, tmp_path: Path) -> Iterator[Path]:
     tiny_llama(folder / "tiny", seed=1)
     rows = [json.dumps({"prompt": f"Say {i}: ", "completion": f"{i} is said"}) for i in range(40)]
     (folder / "train.jsonl").write_text("\n".join(rows))
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     size = {"storage": "1Gi"}
     volume = {
         "apiVersion": "v1",
