@@ -65,14 +65,16 @@ class Hands:
 
     async def _create_attempt(self, family: Family, seen: Observed, action: CreateAttempt) -> None:
         run = plan(seen.job, self._settings, action.number)
-        await self._confirm(family, with_children=action.number > 1)
+        if not _is_new(seen):
+            await self._confirm(family, with_children=action.number > 1)
         if run.world.nodes > 1:
             await self._create("services", manifests.service(seen.job), seen)
         await self._create("jobs", manifests.attempt_job(seen.job, run, self._settings, action.restarts), seen)
 
     async def _create_preflight(self, family: Family, seen: Observed) -> None:
         run = plan(seen.job, self._settings)
-        await self._confirm(family, with_children=False)
+        if not _is_new(seen):
+            await self._confirm(family, with_children=False)
         await self._create("jobs", manifests.preflight_job(seen.job, run, self._settings), seen)
 
     async def _confirm(self, family: Family, with_children: bool) -> None:
@@ -161,6 +163,12 @@ class Hands:
             self._cache.put_job(await self._cluster.get("jobs", namespace, action.name))
         except NotFound:
             self._cache.drop_job(action.uid)
+
+
+def _is_new(seen: Observed) -> bool:
+    """Nobody has said a word of it yet. Its first child needs no second look: if it exists already, its name says so;
+    if the FineTuneJob is gone, the garbage collector takes the child of an owner that isn't there."""
+    return seen.job.status.observed_generation == 0
 
 
 def _shape(family: Family) -> tuple[object, ...]:

@@ -31,6 +31,7 @@ from finetune_operator.observe import Observed, Report
 
 # A change that isn't urgent waits this long, so that what follows it at once costs no write of its own.
 SETTLE_SECONDS = 2.0
+ANSWER_SECONDS = 0.2  # the answer to a new spec comes after its pods, which under load would wait for it
 WORDS_SETTLE_SECONDS = 60.0  # for other words about the same trouble: a kubelet repeats itself with other port numbers
 
 _URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
@@ -116,6 +117,8 @@ def seconds_until_due(
         return max(0.0, write_every - age)
     if _is_urgent(before, after):
         return 0.0
+    if before.observed_generation != after.observed_generation:
+        return max(0.0, ANSWER_SECONDS - (noticed or 0.0))
     settle = WORDS_SETTLE_SECONDS if _without_words(before) == _without_words(after) else SETTLE_SECONDS
     return max(0.0, settle - (noticed or 0.0))
 
@@ -126,10 +129,9 @@ def timestamp(moment: datetime) -> str:
 
 
 def _is_urgent(before: Status, after: Status) -> bool:
-    """Ends, suspensions, restarts and the answer to a new spec are told at once."""
+    """Ends, suspensions and restarts are told at once."""
     return (
-        before.observed_generation != after.observed_generation
-        or (after.phase in _URGENT_PHASES and before.phase != after.phase)
+        (after.phase in _URGENT_PHASES and before.phase != after.phase)
         or before.restarts != after.restarts
         or _suspension_reason(before) != _suspension_reason(after)
     )

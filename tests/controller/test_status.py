@@ -17,6 +17,7 @@ from finetune_operator.decision import Outlook
 from finetune_operator.observe import Observed, Report
 from finetune_operator.recorder import worth_telling
 from finetune_operator.status import (
+    ANSWER_SECONDS,
     SETTLE_SECONDS,
     WORDS_SETTLE_SECONDS,
     acknowledged,
@@ -136,7 +137,7 @@ _OLD = _BASE.model_copy(update={"progress": {"step": 1, "updateTime": timestamp(
 @pytest.mark.parametrize(
     ("before", "change", "noticed", "due"),
     [
-        (Status(), {"observed_generation": 1}, 0.0, 0.0),
+        (Status(), {"observed_generation": 1}, 0.0, ANSWER_SECONDS),
         (_BASE, {}, 0.0, None),
         (_BASE, {"phase": "Running"}, 0.0, SETTLE_SECONDS),
         (_BASE, {"message": "the same trouble in other words"}, 0.0, WORDS_SETTLE_SECONDS),
