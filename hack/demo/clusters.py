@@ -46,29 +46,20 @@ def docker_answers() -> bool:
     return subprocess.run(["docker", "info"], capture_output=True).returncode == 0
 
 
-def _localcluster(*args: str) -> str:
+def tool(module: str, *args: str) -> str:
+    """Standard output of `python3 -m <module of hack/>`; its words for people go to standard error as they come."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "hack")}
-    done = subprocess.run(
-        ["python3", "-m", "localcluster", *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
-    )
+    command = ["python3", "-m", module, *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     if done.returncode:
-        raise RuntimeError(f"localcluster {' '.join(args)} ended with {done.returncode}; its words stand above")
+        raise RuntimeError(f"{module} {' '.join(args)} ended with {done.returncode}; its words stand above")
     return done.stdout.strip()
-
-
-def _image(*args: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "hack")}
-    done = subprocess.run(
-        ["python3", "-m", "images", *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
-    )
-    if done.returncode:
-        raise RuntimeError(f"images {' '.join(args)} ended with {done.returncode}; its words stand above")
-    return done.stdout.strip().splitlines()[-1]
 
 
 def build_images() -> tuple[str, str]:
     """Names of the operator's and the trainer's image, built if their content changed."""
-    return _image("build", "operator"), _image("build", "trainer")
+    operator, trainer = (tool("images", "build", which).splitlines()[-1] for which in ("operator", "trainer"))
+    return operator, trainer
 
 
 def up(name: str, *options: str) -> Place:
@@ -77,19 +68,19 @@ def up(name: str, *options: str) -> Place:
         from demo import kind
 
         return kind.up(name)
-    _localcluster("up", "--name", name, "--addons", "s3,prometheus", *options)
+    tool("localcluster", "up", "--name", name, "--addons", "s3,prometheus", *options)
     return place(name)
 
 
 def place(name: str) -> Place:
     """A cluster that is up already."""
-    state = json.loads(_localcluster("status", "--name", name, "--json"))
+    state = json.loads(tool("localcluster", "status", "--name", name, "--json"))
     s3 = state["s3"]
     return Place(
         name=name,
         kubeconfig=state["kubeconfig"],
-        kubectl=_localcluster("tool", "kubectl"),
-        helm=_localcluster("tool", "helm"),
+        kubectl=tool("localcluster", "tool", "kubectl"),
+        helm=tool("localcluster", "tool", "helm"),
         s3_endpoint=s3["endpoint"],
         s3_access_key=s3["accessKeyId"],
         s3_secret_key=s3["secretAccessKey"],
@@ -105,7 +96,7 @@ def load(name: str, *images: str) -> None:
 
         kind.load(name, *images)
     else:
-        _localcluster("load", "--name", name, *images)
+        tool("localcluster", "load", "--name", name, *images)
 
 
 def remove(name: str) -> None:
@@ -115,4 +106,4 @@ def remove(name: str) -> None:
 
         kind.down(name)
     else:
-        _localcluster("down", "--name", name)
+        tool("localcluster", "down", "--name", name)

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from demo.clusters import ROOT, Place, _localcluster
+from demo.clusters import ROOT, Place, tool
 
 S3_PORT = 7480
 PROMETHEUS_PORT = 9480
@@ -57,14 +57,14 @@ def up(name: str) -> Place:
             "--wait",
             "120s",
         )
-    kubectl = shutil.which("kubectl") or _localcluster("tool", "kubectl")
+    kubectl = shutil.which("kubectl") or tool("localcluster", "tool", "kubectl")
     networks = json.loads(_run("docker", "network", "inspect", "kind"))[0]["IPAM"]["Config"]
     gateway = next(entry["Gateway"] for entry in networks if "." in entry.get("Gateway", ""))
     place = Place(
         name=name,
         kubeconfig=str(kubeconfig),
         kubectl=kubectl,
-        helm=shutil.which("helm") or _localcluster("tool", "helm"),
+        helm=shutil.which("helm") or tool("localcluster", "tool", "helm"),
         s3_endpoint=f"http://{gateway}:{S3_PORT}",
         s3_access_key="finetune",
         s3_secret_key=_secret(state),
@@ -105,7 +105,7 @@ def _start_s3(state: Path, place: Place, gateway: str) -> None:
     for bucket in BUCKETS:
         (state / "s3" / bucket).mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "ROOT_ACCESS_KEY": place.s3_access_key, "ROOT_SECRET_KEY": place.s3_secret_key}
-    command = [_localcluster("tool", "versitygw"), "--port", f"{gateway}:{S3_PORT}", "posix", str(state / "s3")]
+    command = [tool("localcluster", "tool", "versitygw"), "--port", f"{gateway}:{S3_PORT}", "posix", str(state / "s3")]
     _spawn(state, "s3", command, environment, place.s3_endpoint)
 
 
