@@ -214,7 +214,7 @@ def run(cluster: Any, arguments: Any) -> Raw:
     kubeconfig = Path(cluster.kubeconfig)
     cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
     server = Server(kubeconfig)
-    while not server.request("GET", f"/apis/{names.API_VERSION}/{names.PLURAL}").accepted:
+    while not _is_established(server):
         time.sleep(0.2)
     sides = [Side("plain Indexed Job", "plain", arguments.nodes), Side("FineTuneJob", "finetune", arguments.nodes)]
     for side in sides:
@@ -234,6 +234,12 @@ def run(cluster: Any, arguments: Any) -> Raw:
         finally:
             operator.stop()
     return report_of(sides, Path(cluster.audit_log), arguments)
+
+
+def _is_established(server: Server) -> bool:
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{names.PLURAL}.{names.GROUP}"
+    held = server.request("GET", path).body.get("status", {}).get("conditions") or ()
+    return any(c["type"] == "Established" and c["status"] == "True" for c in held)
 
 
 def _finetunejob(name: str, nodes: int) -> Raw:
