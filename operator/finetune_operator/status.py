@@ -64,9 +64,7 @@ def status(seen: Observed, outlook: Outlook, now: datetime) -> Status:
         restarts=outlook.restarts,
         restarts_total=policy.total(outlook.restarts),
         progress=_progress(seen, outlook, reported, result),
-        checkpoint=_newest(
-            before.checkpoint, seen.report.progress.checkpoint if seen.report else None, _checkpoint(seen)
-        ),
+        checkpoint=None if outlook.phase == "Succeeded" else _checkpoint(seen),
         model=_model(before.model, reported, result),
         artifact=(result.artifact if result else None) or before.artifact,
         evaluation=_evaluation(before.evaluation, reported, result),
@@ -246,13 +244,10 @@ def _percent(step: int, total: int) -> int:
 
 
 def _checkpoint(seen: Observed) -> CheckpointStatus | None:
-    """What the pods of any attempt told as they ended; a suspended attempt's last word is here."""
-    found: CheckpointStatus | None = None
-    for attempt in seen.attempts:
-        for pod in attempt.pods:
-            told = pod.result.checkpoint if pod.result else None
-            found = _newest(found, told)
-    return found
+    """The newest that anybody told of: status, a report, or pods as they ended. A result that is complete has none."""
+    reported = seen.report.progress.checkpoint if seen.report else None
+    ended = (pod.result.checkpoint for attempt in seen.attempts for pod in attempt.pods if pod.result)
+    return _newest(seen.job.status.checkpoint, reported, *ended)
 
 
 def _newest(*checkpoints: CheckpointStatus | None) -> CheckpointStatus | None:

@@ -130,6 +130,13 @@ def test_success_has_the_results_last_word() -> None:
     assert said.artifact == _SUCCESS.artifact
 
 
+def test_a_complete_result_has_no_checkpoints_left() -> None:
+    told = CheckpointStatus(step=3, uri="s3://o/checkpoints/step-3", time="t")
+    job = a_job(Status(checkpoint=told))
+    assert _said(seen(job, an_attempt(1, a_pod()))).checkpoint == told
+    assert _said(seen(job, an_attempt(1, a_done_pod(0, _SUCCESS), complete=True))).checkpoint is None
+
+
 _BASE = Status(observed_generation=1, phase="Starting", attempt=1)
 _OLD = _BASE.model_copy(update={"progress": {"step": 1, "updateTime": timestamp(NOW - timedelta(seconds=10))}})
 
