@@ -104,7 +104,7 @@ class _Families:
         _add(self._start, job, _epoch(status.start_time))
         _add(self._end, job, _epoch(status.completion_time))
         checkpoint = (progress.checkpoint if progress else None) or status.checkpoint
-        if checkpoint:
+        if checkpoint and status.phase != "Succeeded":
             _add(self._checkpoint, job, _epoch(checkpoint.time))
             _add(self._checkpoint_step, job, checkpoint.step)
         self._add_progress(job, status, progress, time)
