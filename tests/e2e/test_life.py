@@ -74,7 +74,7 @@ def test_a_deleted_pod_restarts_the_group(world: World) -> None:
 
 
 def test_a_deleted_job_leaves_nothing_in_the_cluster(world: World) -> None:
-    name = world.apply(_long("deleted"))
+    name = world.apply(_long("removed"))
     world.until_step(name, 2)
     world.delete(name)
     end = time.monotonic() + 90
