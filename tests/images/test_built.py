@@ -31,7 +31,7 @@ def test_the_operator_image_is_small(operator_image: str) -> None:
 def test_an_unchanged_image_is_not_built_again(operator_image: str) -> None:
     began = time.monotonic()
     assert _build("operator") == operator_image
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 def test_the_operator_image_imports_all_of_itself_as_a_numbered_user_without_torch(operator_image: str) -> None:

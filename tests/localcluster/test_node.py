@@ -158,7 +158,7 @@ def test_an_image_that_is_there_is_not_loaded_again(
     started = time.monotonic()
     made.load(str(busybox))
     assert "is already on cluster" in capsys.readouterr().out
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     with pytest.raises(LocalClusterError, match="neither a file nor an image"):
         made.load("localhost/no-such-image:dev")
 
