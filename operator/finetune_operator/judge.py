@@ -63,7 +63,7 @@ def verdict(attempt: Attempt, words: dict[str, str] | None = None) -> Verdict:
     """`words` are what was said of a stuck pod or Job, by its uid."""
     job, pods = attempt.job, attempt.pods
     live = [pod for pod in pods if pod.is_live]
-    if job.complete and not live:
+    if (job.complete or _all_succeeded(attempt)) and not live:
         return Verdict("succeeded", "Trained", "all pods completed", _leading_result(pods))
     if job.failed and not live:
         return _root_cause(attempt)
@@ -84,6 +84,12 @@ def needs_words(attempt: Attempt) -> tuple[str, ...]:
         if pod.is_live and not pod.started and not pod.unschedulable and pod.waiting_reason in _QUIET_WAITING
     )
     return quiet if len(_present(attempt.pods)) >= attempt.job.pods_wanted else (attempt.job.uid, *quiet)
+
+
+def _all_succeeded(attempt: Attempt) -> bool:
+    """A pod of every index has done its part; the Job controller says so of the Job a second or two later."""
+    done = {pod.index for pod in attempt.pods if pod.phase == observe.SUCCEEDED}
+    return not attempt.job.failed and done >= set(range(attempt.job.pods_wanted))
 
 
 def _present(pods: tuple[Pod, ...]) -> tuple[Pod, ...]:

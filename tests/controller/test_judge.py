@@ -122,3 +122,10 @@ def test_a_pod_whose_container_has_ended_but_whose_phase_lags_is_still_one_that_
         },
     }
     assert observe.pod(raw).started
+
+
+def test_it_has_succeeded_when_every_index_has_before_the_job_controller_says_so() -> None:
+    result = Result(outcome="succeeded", step=4)
+    found = verdict(an_attempt(1, a_done_pod(0, result), a_done_pod(1)))
+    assert (found.state, found.result) == ("succeeded", result)
+    assert verdict(an_attempt(1, a_done_pod(0), a_done_pod(0), a_pod(1))).state == "running"
