@@ -25,7 +25,11 @@ _MAX_PREFLIGHT_RETRIES = 10
 
 
 def service(job: FineTuneJob) -> Manifest:
-    """Headless: gives the pods of a multi-node attempt their names, from before they are ready."""
+    """Headless: names the pod of node rank 0, where the others meet, from before it is ready.
+
+    Only that pod: its peers learn each other's addresses there, and each further pod in the Service would cost the API
+    server several endpoint writes.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -38,7 +42,11 @@ def service(job: FineTuneJob) -> Manifest:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {names.LABEL_JOB_UID: job.metadata.uid, names.LABEL_ROLE: names.ROLE_TRAINER},
+            "selector": {
+                names.LABEL_JOB_UID: job.metadata.uid,
+                names.LABEL_ROLE: names.ROLE_TRAINER,
+                "batch.kubernetes.io/job-completion-index": "0",
+            },
             "ports": [
                 {"name": "rendezvous", "port": names.RENDEZVOUS_PORT, "targetPort": names.RENDEZVOUS_PORT},
             ],

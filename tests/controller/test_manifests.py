@@ -204,3 +204,9 @@ def test_plan_is_the_same_whatever_the_attempt_but_for_its_number() -> None:
     assert second.world.master_address == "train-2-0.train"
     again = second.model_copy(update={"job": first.job, "world": first.world})
     assert again == first
+
+
+def test_the_service_names_the_pod_of_node_rank_0_alone() -> None:
+    selector = manifests.service(a_job())["spec"]["selector"]
+    assert selector["batch.kubernetes.io/job-completion-index"] == "0"
+    assert selector[names.LABEL_JOB_UID] == "job-uid"
