@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,6 +145,3 @@ class World:
 
     def download(self, name: str, path: str) -> bytes:
         return bytes(obstore.get(install.s3_store(self.place, "outputs"), f"{name}/{path}").bytes())
-
-    def run(self, command: list[str]) -> str:
-        return subprocess.run(command, check=True, text=True, capture_output=True).stdout
