@@ -7,8 +7,8 @@ Weights and moments go in and out by parameter name, whole and in float32, so a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from finetune_trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_TOGETHER = 16 * 2**20  # elements of gradients that are sent at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Recipe:
 
 class Learner(Protocol):
     """All methods are called by all ranks at the same time, unless they say otherwise."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether a rank computes its micro-batches without the others: one that fails there can still take part in
+        what comes after."""
+        ...
 
     @property
     def model(self) -> Any:
@@ -55,6 +62,10 @@ class Learner(Protocol):
 
         Where the norm isn't finite, nothing is changed.
         """
+        ...
+
+    def forget(self) -> None:
+        """Drops the gradients; weights and moments stay what they are."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -96,25 +107,21 @@ def _shape(parameter: Any) -> Any:
 
 
 class Replicated:
-    """Every rank holds everything; gradients are averaged by DistributedDataParallel, through Accelerate."""
+    """Every rank holds everything. Gradients meet once a step, after all ranks have said that theirs are whole: a rank
+    that ran out of memory in a micro-batch leaves nobody waiting."""
+
+    alone = True
 
     def __init__(self, model: Any, recipe: Recipe, world: World) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # With `find_unused_parameters` DDP never re-orders its buckets after the first step. The order decides how sums
-        # are rounded, so on the CPU, where a resumed run is bit-identical, it must not change.
-        options = DistributedDataParallelKwargs(
-            find_unused_parameters=world.device.type == "cpu", gradient_as_bucket_view=True
-        )
-        accelerator = Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[options])
-        assert_same_world(accelerator, world)
         self._world = world
         self._max_norm = recipe.max_grad_norm or math.inf
-        self._plain = model
-        self._accelerator = accelerator
-        self._model = accelerator.prepare_model(model)
+        self._model = model.to(world.device)
         self._optimizer = adamw(model, recipe, fused=True)
         self._parameters = trained(model)
+        self._parts = parts(list(self._parameters.values()))
+        if world.size > 1:
+            for parameter in self._parameters.values():
+                dist.broadcast(parameter.data, src=0)
 
     @property
     def model(self) -> Any:
@@ -122,27 +129,28 @@ class Replicated:
 
     @property
     def plain(self) -> Any:
-        return self._plain
+        return self._model
 
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        if last:
-            yield
-        else:
-            with self._accelerator.no_sync(self._model):
-                yield
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self._accelerator.backward(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate: float) -> float:
+        if self._world.size > 1:
+            for part in self._parts:
+                average(part, self._world)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._max_norm))
         if math.isfinite(norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.forget()
         return norm
+
+    def forget(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
         if not self._world.is_first:
@@ -172,6 +180,31 @@ class Replicated:
                 if self._world.is_first:
                     parameter.copy_(weights[name])
                 dist.broadcast(parameter.data, src=0)
+
+
+def parts(parameters: list[Any]) -> list[list[Any]]:
+    """The parameters in their order, cut where enough of them are together to be sent at once."""
+    cut: list[list[Any]] = []
+    size = _TOGETHER
+    for parameter in parameters:
+        if size >= _TOGETHER:
+            cut.append([])
+            size = 0
+        cut[-1].append(parameter)
+        size += parameter.numel()
+    return cut
+
+
+def average(parameters: list[Any], world: World) -> None:
+    """Gradients become their mean over all ranks, in one message. One that no rank has stays away."""
+    none = [parameter.grad is None for parameter in parameters]
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    seen = torch.tensor([float(not absent) for absent in none], device=world.device)
+    whole = torch.cat([*(grad.reshape(-1) for grad in own), seen])
+    dist.all_reduce(whole)
+    *means, seen = torch.split(whole.div_(world.size), [*(p.numel() for p in parameters), len(parameters)])
+    for parameter, mean, anywhere in zip(parameters, means, seen.tolist(), strict=True):
+        parameter.grad = mean.view_as(parameter).to(parameter.dtype) if anywhere else None
 
 
 def assert_same_world(accelerator: Any, world: World) -> None:

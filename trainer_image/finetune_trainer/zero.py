@@ -82,6 +82,8 @@ def _without_compiling() -> None:
 class Sharded:
     """Stage 1 splits the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
 
+    alone = False  # ranks meet inside forward and backward
+
     def __init__(self, model: Any, recipe: Recipe, world: World, stage: Stage) -> None:
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
@@ -120,6 +122,23 @@ class Sharded:
         if self._engine.optimizer.overflow:  # DeepSpeed found a gradient that isn't finite, and changed nothing
             return math.nan
         return float(self._engine.get_global_grad_norm())
+
+    def forget(self) -> None:
+        """DeepSpeed drops gradients in one way only: by a step that finds an overflow."""
+        optimizer = self._engine.optimizer
+        looks_for_it = "_overflow_check_and_loss_scale_update" if self._stage == 3 else "check_overflow"
+
+        def found(*_: Any, **__: Any) -> None:
+            optimizer.overflow = True
+
+        before = getattr(optimizer, "check_grad_overflow", None)
+        optimizer.check_grad_overflow = True
+        setattr(optimizer, looks_for_it, found)
+        try:
+            self._engine.step()
+        finally:
+            delattr(optimizer, looks_for_it)
+            optimizer.check_grad_overflow = before
 
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
