@@ -63,7 +63,8 @@ class WorldConfig(Model):
 
     nodes: int = Field(default=1, ge=1)
     processes_per_node: int = Field(default=1, ge=1)
-    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = "ddp"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     master_address: str = "127.0.0.1"
@@ -73,6 +74,11 @@ class WorldConfig(Model):
     def size(self) -> int:
         """World size: the number of ranks."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether no rank holds the whole model, so that all have to take part in whatever is computed."""
+        return self.strategy in ("zero3", "fsdp")
 
 
 class ProgressConfig(Model):

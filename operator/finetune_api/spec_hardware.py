@@ -9,7 +9,6 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.model import Model, Rule
 from finetune_api.spec_inputs import SecretRef
-from finetune_api.spec_rules import not_yet
 
 _RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
 
@@ -24,16 +23,22 @@ class DistributionSpec(Model):
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         default="auto",
         description="ddp copies everything to each process; zero1 splits optimizer state, zero2 gradients too, zero3 "
-        "weights too (DeepSpeed). auto takes ddp for LoRA and zero2 for full training.",
+        "weights too (DeepSpeed); fsdp splits all of it as well (PyTorch's FSDP2). auto takes ddp for LoRA and zero2 "
+        "for full training.",
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
-        default="none", description="Move optimizer state, or parameters too, to the host's memory."
+        default="none",
+        description="What rests in the host's memory instead of the GPU's: optimizer state (zero2, zero3), or the "
+        "weights too (zero3, fsdp). Slower; it never changes the result.",
     )
 
     rules = (
-        not_yet("strategy", "self.strategy != 'fsdp'", lambda m: m.strategy != "fsdp",
-                 "fsdp", "use auto, ddp, zero1, zero2 or zero3"),
-        not_yet("offload", "self.offload == 'none'", lambda m: m.offload == "none", "offload", "use none"),
+        Rule("offload", "of optimizer state needs strategy zero2 or zero3",
+             "self.offload != 'optimizer' || self.strategy in ['zero2', 'zero3']",
+             lambda m: m.offload != "optimizer" or m.strategy in ("zero2", "zero3")),
+        Rule("offload", "of parameters needs strategy zero3 or fsdp",
+             "self.offload != 'parameters' || self.strategy in ['zero3', 'fsdp']",
+             lambda m: m.offload != "parameters" or m.strategy in ("zero3", "fsdp")),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from finetune_api.run import (
 from finetune_api.scalars import quantity_value
 from finetune_operator.settings import Settings
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 CredentialsRole = Literal["model", "dataset", "output"]
 
 
@@ -101,8 +101,6 @@ def spec_digest(spec: Spec) -> str:
 def strategy(spec: Spec) -> Strategy:
     """auto: ddp for LoRA, whose state is small, and where there is nothing to split; zero2 for full training."""
     chosen = spec.distribution.strategy
-    if chosen == "fsdp":
-        raise PlanError("spec.distribution.strategy", chosen, "is not supported yet; use zero3")
     if chosen != "auto":
         return chosen
     world_size = spec.distribution.nodes * spec.distribution.processes_per_node
@@ -117,6 +115,7 @@ def _world(job: FineTuneJob, attempt: int) -> WorldConfig:
         nodes=nodes,
         processes_per_node=processes,
         strategy=strategy(spec),
+        offload=spec.distribution.offload,
         device="cuda" if spec.resources.gpu else "cpu",
         threads_per_process=max(1, int(quantity_value(spec.resources.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",

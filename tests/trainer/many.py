@@ -23,7 +23,7 @@ def main(folders: list[str]) -> None:
         paths = Paths(Path(folder))
         run = parse(paths.run_config.read_bytes())
         _forget_accelerate()
-        if run.world.strategy != "ddp":
+        if run.world.strategy.startswith("zero"):
             zero.prepare_environment("cpu")
         story.tell(run, paths, who, Reporter(paths.rank_events(who.rank), who.rank))
     world.leave(who)

@@ -97,6 +97,7 @@ def prepare(
     *,
     world: int = 1,
     strategy: str = "ddp",
+    offload: str = "none",
     lora: Mapping[str, Any] | None = None,
     full: bool = False,
     validation: Iterable[Mapping[str, Any]] | float | None = None,
@@ -135,7 +136,7 @@ def prepare(
         training=TrainingSpec(
             **{"global_batch_size": 8, "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_steps": 6, **(training or {})}
         ),
-        world=WorldConfig(processes_per_node=world, strategy=strategy),  # type: ignore[arg-type]
+        world=WorldConfig(processes_per_node=world, strategy=strategy, offload=offload),  # type: ignore[arg-type]
         checkpoint=CheckpointSpec(every=every),
         evaluation=EvaluationSpec(samples=samples, max_new_tokens=12),
         output=_place("out"),
@@ -153,7 +154,7 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]] | str) -> None:
     path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def finish_all(jobs: Sequence[Job], timeout: float = 240) -> list[Ended]:
+def finish_all(jobs: Sequence[Job], timeout: float = 600) -> list[Ended]:
     """Several jobs of one world size, one after the other in the same processes; all must end well."""
     many = [sys.executable, str(Path(__file__).with_name("many.py")), *(str(job.scratch) for job in jobs)]
     ended = Ranks(jobs[0], many).wait(timeout).check()

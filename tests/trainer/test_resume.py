@@ -65,12 +65,14 @@ def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> d
         "2 ranks, killed": {"world": 2},
         "2 ranks, zero2, killed": {"world": 2, "strategy": "zero2"},
         "2 ranks, full, zero3, killed": {"world": 2, "strategy": "zero3", "full": True},
+        "2 ranks, fsdp, killed": {"world": 2, "strategy": "fsdp"},
         "1 rank, then 2": {"lora": {"dropout": 0.0}},
         "1 rank, then zero3": {"lora": {"dropout": 0.0}},
+        "1 rank, then fsdp": {"lora": {"dropout": 0.0}},
     }
     points: dict[str, Path] = {}
     for index, (name, way) in enumerate(ways.items()):
-        if name == "1 rank, then zero3":
+        if name in ("1 rank, then zero3", "1 rank, then fsdp"):
             points[name] = points["1 rank, then 2"]
             continue
         first = _job(root / f"{index}-first", llama, **way)
@@ -79,7 +81,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> d
             second = _job(root / f"{index}-second", llama, resume=points[name], **way)
             points[name] = _interrupted(second, 2, root / f"{index}-b")
     then = {**ways, "1 rank, then 2": {**ways["1 rank, then 2"], "world": 2}}
-    then["1 rank, then zero3"] = {**then["1 rank, then 2"], "strategy": "zero3"}
+    for strategy in ("zero3", "fsdp"):
+        then[f"1 rank, then {strategy}"] = {**then["1 rank, then 2"], "strategy": strategy}
     wholes = {name: _job(root / f"{i}-whole", llama, **way) for i, (name, way) in enumerate(ways.items())}
     resumed = {
         name: _job(root / f"{i}-resumed", llama, resume=points[name], **way)
@@ -98,6 +101,7 @@ _EXACT = [
     "2 ranks, killed",
     "2 ranks, zero2, killed",
     "2 ranks, full, zero3, killed",
+    "2 ranks, fsdp, killed",
 ]
 
 
@@ -122,7 +126,7 @@ def test_losses_and_evaluations_after_the_resume_are_the_same_numbers(way: str, 
     assert max(resumed.evals("test").items()) == max(whole.evals("test").items())
 
 
-@pytest.mark.parametrize("way", ["1 rank, then 2", "1 rank, then zero3"])
+@pytest.mark.parametrize("way", ["1 rank, then 2", "1 rank, then zero3", "1 rank, then fsdp"])
 def test_another_world_or_strategy_goes_on_from_the_same_checkpoint(way: str, done: dict[str, Pair]) -> None:
     whole, resumed = done[way].whole, done[way].resumed
     start = resumed.events(events.PlanEvent)[0].start_step

@@ -29,10 +29,23 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, zero2, accumulation": {"world": 2, "strategy": "zero2", "training": {"micro_batch_size": 1}},
     "2 ranks, zero3": {"world": 2, "strategy": "zero3"},
     "2 ranks, zero3, accumulation": {"world": 2, "strategy": "zero3", "training": {"micro_batch_size": 1}},
+    "2 ranks, zero2, optimizer offloaded": {"world": 2, "strategy": "zero2", "offload": "optimizer"},
+    "2 ranks, fsdp": {"world": 2, "strategy": "fsdp"},
+    "2 ranks, fsdp, accumulation": {"world": 2, "strategy": "fsdp", "training": {"micro_batch_size": 1}},
     "1 rank, full": {"full": True},
     "2 ranks, full": {"world": 2, "full": True},
     "2 ranks, full, zero2": {"world": 2, "full": True, "strategy": "zero2"},
     "2 ranks, full, zero3": {"world": 2, "full": True, "strategy": "zero3", "training": {"micro_batch_size": 1}},
+    "2 ranks, full, zero3, parameters offloaded": {
+        "world": 2, "full": True, "strategy": "zero3", "offload": "parameters",
+    },
+    "2 ranks, full, fsdp": {"world": 2, "full": True, "strategy": "fsdp"},
+    "2 ranks, full, fsdp, parameters offloaded": {
+        "world": 2, "full": True, "strategy": "fsdp", "offload": "parameters", "training": {"micro_batch_size": 1},
+    },
+    "2 ranks, t5, fsdp": {
+        "world": 2, "family": "t5", "strategy": "fsdp", "lora": {"target_modules": ("q", "v")},
+    },
     "1 rank, qwen2": {"family": "qwen2"},
     "1 rank, gpt2": {"family": "gpt2", "lora": {"target_modules": ("c_attn",)}},
     "1 rank, t5": {"family": "t5", "lora": {"target_modules": ("q", "v")}},
@@ -44,7 +57,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 
 _HALF: dict[str, dict[str, Any]] = {
     f"2 ranks, {strategy}, bfloat16": {"world": 2, "strategy": strategy, "dtype": "bfloat16"}
-    for strategy in ("ddp", "zero1", "zero2", "zero3")
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp")
 }
 
 
@@ -166,5 +179,5 @@ def test_an_encoder_decoder_is_padded_and_says_why(ended: dict[str, Ended]) -> N
 def test_answers_before_and_after_are_the_same_whatever_the_strategy(ended: dict[str, Ended]) -> None:
     samples = [(s.prompt, s.before, s.after) for s in ended["1 rank"].events(events.SampleEvent)]
     assert len(samples) == 2
-    for way in ("2 ranks", "2 ranks, zero2", "2 ranks, zero3"):
+    for way in ("2 ranks", "2 ranks, zero2", "2 ranks, zero3", "2 ranks, fsdp"):
         assert [(s.prompt, s.before, s.after) for s in ended[way].events(events.SampleEvent)] == samples

@@ -9,7 +9,7 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, evaluate, footprint, free_memory, model, plan, seeds, zero
+from finetune_trainer import checkpoint, dtype, evaluate, footprint, free_memory, fsdp, model, plan, seeds, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -42,8 +42,9 @@ def build(
     lora = run.lora if run.method == "lora" else None
     mixed = choice == "bfloat16"
     stored = torch.bfloat16 if mixed and lora is not None else torch.float32
-    with zero.split_while_loading(_STAGES.get(run.world.strategy)):
-        loaded = model.load(paths.model, dtype=stored, longest=data.longest)
+    with zero.split_while_loading(_STAGES.get(run.world.strategy), run.world.offload):
+        outline = run.world.strategy == "fsdp" and not world.is_first
+        loaded = model.load(paths.model, dtype=stored, longest=data.longest, outline=outline)
     loaded = model.unfreeze(loaded) if lora is None else model.adapt(loaded, lora, seeds.mix(run.training.seed, "lora"))
     parameters, trainable = loaded.parameters, loaded.trainable
     if saved is not None:
@@ -94,10 +95,12 @@ def _dtype(run: RunConfig, world: World, saved: State | None) -> tuple[str, str]
 
 def _learner(run: RunConfig, loaded: model.Loaded, world: World) -> Learner:
     recipe = Recipe(run.training.weight_decay, run.training.max_grad_norm)
+    if run.world.strategy == "fsdp":
+        return fsdp.Split(loaded.model, recipe, world, offload=run.world.offload == "parameters")
     stage = _STAGES.get(run.world.strategy)
     if stage is None:
         return Replicated(loaded.model, recipe, world)
-    return zero.Sharded(loaded.model, recipe, world, stage)
+    return zero.Sharded(loaded.model, recipe, world, stage, run.world.offload)
 
 
 def _put_weights(loaded: model.Loaded, paths: Paths) -> None:

@@ -50,8 +50,11 @@ def check(folder: Path) -> None:
         raise Failed("ModelInvalid", f"model.uri: the folder holds {found}; convert them to *.safetensors")
 
 
-def load(folder: Path, *, dtype: torch.dtype, longest: int) -> Loaded:
-    """The base model on the CPU, in evaluation mode. `longest` is the longest row in tokens."""
+def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = False) -> Loaded:
+    """The base model on the CPU, in evaluation mode. `longest` is the longest row in tokens.
+
+    `outline`: without the weights (on PyTorch's meta device), for a rank that gets its part from another.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     check(folder)
@@ -61,21 +64,25 @@ def load(folder: Path, *, dtype: torch.dtype, longest: int) -> Loaded:
         encoder_decoder = bool(config.is_encoder_decoder)
         why_not = _why_not_packed(config, encoder_decoder, longest)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **({} if why_not else {"attn_implementation": documents.NAME}),
-        )
+        attention = {} if why_not else {"attn_implementation": documents.NAME}
+        if outline:
+            model, missing = _outline(auto, folder, config, dtype, attention), []
+        else:
+            model, info = auto.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **attention,
+            )
+            missing = sorted(info["missing_keys"])
     except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         raise Failed("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error
-    missing = sorted(info["missing_keys"])
     if missing:
         raise Failed(
             "ModelInvalid",
@@ -117,6 +124,16 @@ def unfreeze(loaded: Loaded) -> Loaded:
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)
     return loaded
+
+
+def _outline(auto: Any, folder: Path, config: Any, dtype: torch.dtype, attention: dict[str, str]) -> Any:
+    from transformers import GenerationConfig
+
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype, trust_remote_code=False, **attention)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model.eval()
 
 
 def _why_not_packed(config: Any, encoder_decoder: bool, longest: int) -> str:

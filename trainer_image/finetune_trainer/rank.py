@@ -48,7 +48,7 @@ def _tell(run: RunConfig, paths: Paths, reporter: Reporter) -> None:
     """Importing torch and its friends takes seconds, so it comes after the run configuration was read."""
     from finetune_trainer import story, world
 
-    if run.world.strategy != "ddp":
+    if run.world.strategy.startswith("zero"):
         from finetune_trainer import zero
 
         zero.prepare_environment(run.world.device)

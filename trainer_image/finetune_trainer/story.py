@@ -97,7 +97,5 @@ def _test_loss(t: Training, test: Split, step: int) -> float:
 
 def _answers(t: Training, data: Data) -> tuple[str, ...]:
     renderer = data.renderer
-    speech = Speech(
-        renderer.tokenizer, renderer.stops, t.run.evaluation.max_new_tokens, t.run.world.strategy == "zero3"
-    )
+    speech = Speech(renderer.tokenizer, renderer.stops, t.run.evaluation.max_new_tokens, t.run.world.splits_weights)
     return t.evaluator.answers([renderer.prompt(row) for row in data.samples], speech)

@@ -19,6 +19,7 @@ from finetune_trainer.learner import MOMENTS, Recipe, adamw, assert_same_world, 
 from finetune_trainer.world import World
 
 Stage = Literal[1, 2, 3]
+Offload = Literal["none", "optimizer", "parameters"]
 
 
 def prepare_environment(device: str) -> None:
@@ -29,22 +30,27 @@ def prepare_environment(device: str) -> None:
         os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # else DeepSpeed asks a program called numactl
 
 
-def configuration(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+def configuration(stage: Stage, recipe: Recipe, offload: Offload = "none") -> dict[str, Any]:
     """DeepSpeed's own configuration. The loop counts micro-batches itself, hence accumulation 1."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    away = {
+        **({"offload_optimizer": host} if offload != "none" else {}),
+        **({"offload_param": host} if offload == "parameters" else {}),
+    }
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, **away},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
 
 
 @contextmanager
-def split_while_loading(stage: Stage | None) -> Iterator[None]:
+def split_while_loading(stage: Stage | None, offload: Offload = "none") -> Iterator[None]:
     """In stage 3 a weight is split over the ranks as soon as rank 0 has read it: no rank ever holds the whole model."""
     if stage != 3:
         yield
@@ -53,7 +59,8 @@ def split_while_loading(stage: Stage | None) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     _without_compiling()
-    config = HfDeepSpeedConfig(configuration(stage, Recipe(0.0, 0.0)))  # only lives as long as somebody holds it
+    splitting = configuration(stage, Recipe(0.0, 0.0), offload)
+    config = HfDeepSpeedConfig(splitting)  # only lives as long as somebody holds it
     try:
         yield
     finally:
@@ -84,11 +91,11 @@ class Sharded:
 
     alone = False  # ranks meet inside forward and backward
 
-    def __init__(self, model: Any, recipe: Recipe, world: World, stage: Stage) -> None:
+    def __init__(self, model: Any, recipe: Recipe, world: World, stage: Stage, offload: Offload = "none") -> None:
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
         _without_compiling()
-        plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage, recipe), zero3_init_flag=False)
+        plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage, recipe, offload), zero3_init_flag=False)
         backend = InitProcessGroupKwargs(backend="gloo" if world.device.type == "cpu" else "nccl")
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
         assert_same_world(accelerator, world)
