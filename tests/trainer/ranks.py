@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,8 @@ from finetune_api import events
 from finetune_api.resource import EvaluationSpec, LoraSpec, TrainingSpec
 from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
 from finetune_trainer.paths import Paths
+from trainer.forked import Die, Forked
 
-_ROOT = Path(__file__).parents[2]
 E = TypeVar("E")
 
 
@@ -82,8 +80,8 @@ class Job:
     def paths(self) -> Paths:
         return Paths(self.scratch)
 
-    def start(self) -> Ranks:
-        return Ranks(self)
+    def start(self, *, die: Die | None = None) -> Ranks:
+        return Ranks(self, die=die)
 
     def finish(self, timeout: float = 120) -> Ended:
         """Runs to the end; asserts nothing."""
@@ -156,25 +154,24 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]] | str) -> None:
 
 def finish_all(jobs: Sequence[Job], timeout: float = 600) -> list[Ended]:
     """Several jobs of one world size, one after the other in the same processes; all must end well."""
-    many = [sys.executable, str(Path(__file__).with_name("many.py")), *(str(job.scratch) for job in jobs)]
-    ended = Ranks(jobs[0], many).wait(timeout).check()
+    ended = Ranks(jobs[0], [job.scratch for job in jobs]).wait(timeout).check()
     return [Ended(job.paths, ended.codes, ended.logs) for job in jobs]
 
 
 class Ranks:
     """Running processes of a job, one a rank."""
 
-    def __init__(self, job: Job, command: Sequence[str] = (sys.executable, "-m", "finetune_trainer.rank")) -> None:
+    def __init__(self, job: Job, scratches: Sequence[Path] = (), *, die: Die | None = None) -> None:
+        """`scratches`: many.py instead of one run. `die`: where rank 0 kills itself."""
         self._job = job
         size = job.run.world.size
         port = _free_port()
         job.paths.rank_log(0).parent.mkdir(exist_ok=True)
         self._logs = [job.paths.rank_log(rank) for rank in range(size)]
-        self.processes = []
+        self.processes: list[Forked] = []
         for rank in range(size):
             environment = {
                 **os.environ,
-                "PYTHONPATH": f"{_ROOT}/operator:{_ROOT}/trainer_image",
                 "FINETUNE_SCRATCH": str(job.scratch),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -185,8 +182,7 @@ class Ranks:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            with self._logs[rank].open("ab") as log:
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            self.processes.append(Forked(environment, self._logs[rank], scratches, None if rank else die))
 
     def until(self, kind: type[events.Event], count: int = 1, timeout: float = 90) -> None:
         """Waits until rank 0 has told so many events of a kind."""
@@ -201,6 +197,11 @@ class Ranks:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
         return self.wait(30)
+
+    def died(self, timeout: float = 60) -> Ended:
+        """Once rank 0 is no more, SIGKILL to the others: a machine that fails. A code of 0 says that it didn't die."""
+        self.processes[0].wait(timeout)
+        return self.wait(30) if self.processes[0].poll() == 0 else self.kill()
 
     def wait(self, timeout: float = 120) -> Ended:
         end = time.monotonic() + timeout

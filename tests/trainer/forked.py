@@ -1,0 +1,136 @@
+"""Ranks by fork: one server imports what a rank imports, once, and every rank of every run is a fork of it.
+
+Starting a rank costs milliseconds instead of the seconds of its imports, and it's still a process of its own that runs
+`finetune_trainer.rank.main()` and can be killed. The server does nothing but import (`imports.py`): OpenMP's, autograd's
+and gloo's threads begin after the fork. Used by `ranks` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+# What torch, Transformers and DeepSpeed read while they are imported; a rank can't change it after its fork.
+_AT_IMPORT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DS_ACCELERATOR": "cpu",
+}
+_server: ForkServerContext | None = None
+
+
+@dataclass(frozen=True)
+class Die:
+    """SIGKILL to itself just before it does the `nth` thing to a path that contains `path`: Python's audit events, such
+    as making a folder, opening a file for writing or renaming it."""
+
+    path: str
+    nth: int = 1
+
+
+class Forked:
+    """A running rank; the part of subprocess.Popen that tests use."""
+
+    def __init__(
+        self, environment: Mapping[str, str], log: Path, scratches: Sequence[Path] = (), die: Die | None = None
+    ) -> None:
+        """`scratches`: do these runs one after the other (many.py) instead of the environment's one."""
+        arguments = (dict(environment), str(log), [str(scratch) for scratch in scratches], die)
+        self._process = _context().Process(target=_rank, args=arguments, daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise TimeoutError(f"rank with pid {self.pid} still runs after {timeout:.0f} s")
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _context() -> ForkServerContext:
+    """The server starts with the first rank, in an environment of its own."""
+    global _server
+    if _server is None:
+        root = Path(__file__).parents[2]
+        before = dict(os.environ)
+        os.environ.update(_AT_IMPORT, PYTHONPATH=":".join(str(root / p) for p in ("operator", "trainer_image", "tests")))
+        try:
+            _server = get_context("forkserver")
+            _server.set_forkserver_preload(["trainer.imports"])
+            first = _server.Process(target=_check_imports)
+            first.start()
+            first.join()
+            assert first.exitcode == 0, "the fork server lacks its imports, or has threads"
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    return _server
+
+
+def _check_imports() -> None:
+    status = Path(f"/proc/{os.getppid()}/status").read_text()
+    assert "trainer.imports" in sys.modules
+    assert "\nThreads:\t1\n" in status
+
+
+def _rank(environment: Mapping[str, str], log: str, scratches: list[str], die: Die | None) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    if die is not None:
+        sys.addaudithook(_Hook(die))
+    if scratches:
+        from trainer import many
+
+        many.main(scratches)
+        return
+    from finetune_trainer import rank
+
+    sys.exit(rank.main())
+
+
+class _Hook:
+    def __init__(self, die: Die) -> None:
+        self._die = die
+        self._seen = 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in _WRITING or not any(self._die.path in str(argument) for argument in arguments):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        self._seen += 1
+        if self._seen == self._die.nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_WRITING = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}

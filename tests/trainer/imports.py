@@ -1,0 +1,36 @@
+"""What a rank imports, at once or on its way, for `forked`'s server: modules alone, no tensor and no thread."""
+
+from __future__ import annotations
+
+import gc
+from importlib import import_module
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+_MODULES = (
+    "trainer.forked",
+    "trainer.many",
+    "finetune_trainer.rank",
+    "finetune_trainer.story",
+    "finetune_trainer.zero",
+    "accelerate",
+    "peft.utils.transformers_weight_conversion",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.distributed.fsdp",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.t5.modeling_t5",
+    "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function, so all of inductor comes with it
+)
+
+for module in _MODULES:
+    import_module(module)
+import_module("deepspeed.ops").__compatible_ops__  # noqa: B018  asks the compiler what it can
+get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions
+gc.collect()
+gc.freeze()  # what is here stays shared with the forks, and their collections pass over it
