@@ -1,8 +1,8 @@
 """Ranks by fork: one server imports what a rank imports, once, and every rank of every run is a fork of it.
 
 Starting a rank costs milliseconds instead of the seconds of its imports, and it's still a process of its own that runs
-`finetune_trainer.rank.main()` and can be killed. The server does nothing but import (`imports.py`): OpenMP's, autograd's
-and gloo's threads begin after the fork. Used by `ranks` alone.
+`finetune_trainer.rank.main()` and can be killed. The server does nothing but import (`imports.py`): OpenMP's,
+autograd's and gloo's threads begin after the fork. Used by `ranks` alone.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def _context() -> ForkServerContext:
     if _server is None:
         root = Path(__file__).parents[2]
         before = dict(os.environ)
-        os.environ.update(_AT_IMPORT, PYTHONPATH=":".join(str(root / p) for p in ("operator", "trainer_image", "tests")))
+        os.environ.update(
+            _AT_IMPORT, PYTHONPATH=":".join(str(root / p) for p in ("operator", "trainer_image", "tests"))
+        )
         try:
             _server = get_context("forkserver")
             _server.set_forkserver_preload(["trainer.imports"])

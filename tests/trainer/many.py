@@ -1,4 +1,4 @@
-"""A rank that does several runs, one after the other, so that tests pay once for starting it: `many.py SCRATCH…`.
+"""A rank that does several runs, one after the other, so that tests pay once for making its process group.
 
 What it does for each is `story.tell`, as `finetune_trainer.rank` does. Runs that fail belong elsewhere.
 """
@@ -6,7 +6,6 @@ What it does for each is `story.tell`, as `finetune_trainer.rank` does. Runs tha
 from __future__ import annotations
 
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +34,3 @@ def _forget_accelerate() -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -170,6 +170,7 @@ class Ranks:
         self._logs = [job.paths.rank_log(rank) for rank in range(size)]
         self.processes: list[Forked] = []
         for rank in range(size):
+            self._logs[rank].touch()
             environment = {
                 **os.environ,
                 "FINETUNE_SCRATCH": str(job.scratch),
