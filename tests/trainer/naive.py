@@ -79,6 +79,16 @@ def train(job: Job, cache: Path) -> Naive:
     return Naive(losses, norms, {name: p.detach().clone() for name, p in parameters.items()})
 
 
+def gradients(job: Job, cache: Path) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients, by name, of the first step of a job that trains every weight."""
+    loaded = model.unfreeze(model.load(job.paths.model, dtype=torch.float32, longest=job.run.data.max_sequence_length))
+    rows = examples(job, cache)
+    step = schedule_of(job, rows).step(1)
+    nll = torch.stack([_nll(loaded, rows, index) for index in step.examples]).sum() / step.label_tokens
+    nll.backward()
+    return float(nll.detach()), {name: p.grad.clone() for name, p in trained(loaded.model).items()}
+
+
 def load_weights(ended: Ended) -> dict[str, Tensor]:
     """The trained weights of a run's last checkpoint, by the model's names."""
     newest = max(ended.paths.checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]))
