@@ -80,6 +80,11 @@ class Job:
     def paths(self) -> Paths:
         return Paths(self.scratch)
 
+    def node(self, rank: int) -> Paths:
+        """The disk of the node that a rank runs on. Node 0's is `paths`."""
+        node = rank // self.run.world.processes_per_node
+        return Paths(self.scratch / f"node-{node}") if node else self.paths
+
     def start(self, *, die: Die | None = None) -> Ranks:
         return Ranks(self, die=die)
 
@@ -94,6 +99,7 @@ def prepare(
     rows: Iterable[Mapping[str, Any]] | str,
     *,
     world: int = 1,
+    nodes: int = 1,
     strategy: str = "ddp",
     offload: str = "none",
     lora: Mapping[str, Any] | None = None,
@@ -107,7 +113,10 @@ def prepare(
     dtype: str = "float32",
     resume: Path | None = None,
 ) -> Job:
-    """Fills a scratch folder as the supervisor does. Defaults: LoRA on q and v, no dropout, 8 examples a step."""
+    """Fills a scratch folder as the supervisor does. Defaults: LoRA on q and v, no dropout, 8 examples a step.
+
+    `world` ranks on `nodes` nodes; node 1's disk lies in the scratch folder's `node-1`.
+    """
     paths = Paths(scratch)
     paths.data("train").parent.mkdir(parents=True, exist_ok=True)
     paths.model.symlink_to(model)
@@ -134,13 +143,22 @@ def prepare(
         training=TrainingSpec(
             **{"global_batch_size": 8, "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_steps": 6, **(training or {})}
         ),
-        world=WorldConfig(processes_per_node=world, strategy=strategy, offload=offload),  # type: ignore[arg-type]
+        world=WorldConfig(
+            nodes=nodes,
+            processes_per_node=world // nodes,
+            strategy=strategy,
+            offload=offload,  # type: ignore[arg-type]
+        ),
         checkpoint=CheckpointSpec(every=every),
         evaluation=EvaluationSpec(samples=samples, max_new_tokens=12),
         output=_place("out"),
         scratch=str(scratch),
     )
     paths.run_config.write_text(json.dumps(run.to_json()))
+    for node in range(1, nodes):
+        (scratch / f"node-{node}").mkdir()
+        for name in ("model", "data", "run.json"):
+            (scratch / f"node-{node}" / name).symlink_to(scratch / name)
     return Job(scratch, run)
 
 
@@ -164,7 +182,7 @@ class Ranks:
     def __init__(self, job: Job, scratches: Sequence[Path] = (), *, die: Die | None = None) -> None:
         """`scratches`: many.py instead of one run. `die`: where rank 0 kills itself."""
         self._job = job
-        size = job.run.world.size
+        size, here = job.run.world.size, job.run.world.processes_per_node
         port = _free_port()
         job.paths.rank_log(0).parent.mkdir(exist_ok=True)
         self._logs = [job.paths.rank_log(rank) for rank in range(size)]
@@ -173,11 +191,11 @@ class Ranks:
             self._logs[rank].touch()
             environment = {
                 **os.environ,
-                "FINETUNE_SCRATCH": str(job.scratch),
+                "FINETUNE_SCRATCH": str(job.node(rank).scratch),
                 "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "LOCAL_RANK": str(rank % here),
                 "WORLD_SIZE": str(size),
-                "LOCAL_WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(here),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
