@@ -31,7 +31,8 @@ _SHARDED: dict[str, dict[str, Any]] = {
         "family": family, "world": 2, "accumulation": 2, "padded": True, "strategy": strategy,
     }
     for family, strategy in (
-        ("llama", "zero1"), ("llama", "zero2"), ("llama", "zero3"), ("t5", "zero2"), ("t5", "zero3"),
+        ("llama", "zero1"), ("llama", "zero2"), ("llama", "zero3"), ("llama", "fsdp"), ("t5", "zero2"),
+        ("t5", "zero3"), ("t5", "fsdp"),
     )
 }  # fmt: skip
 _EVALUATIONS = [(1, 1), (1, 2), (1, 4), (1, 7), (2, 1), (2, 4), (3, 1), (3, 2)]  # (world size, rows at once)

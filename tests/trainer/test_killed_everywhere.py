@@ -24,6 +24,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "ddp, 2 ranks": {"world": 2},
     "zero2": {"world": 2, "strategy": "zero2"},
     "zero3": {"world": 2, "strategy": "zero3"},
+    "fsdp": {"world": 2, "strategy": "fsdp"},
 }
 
 
