@@ -55,6 +55,7 @@ class DataConfig(Model):
     format: Literal["auto", "prompt-completion", "messages"] = "auto"
     max_sequence_length: int = 2048
     packing: bool = True
+    shared_prefix: Literal["auto", "off"] = "auto"
     on_invalid: Literal["fail", "drop"] = "fail"
 
 

@@ -124,6 +124,11 @@ class DatasetSpec(Model):
         description="Put several short rows into one sequence, so that little padding is computed. No row sees "
         "another one, so the loss is the same.",
     )
+    shared_prefix: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Compute what rows of one sequence begin with alike (an instruction, a system prompt) once for all "
+        "of them; loss and gradients stay the same. auto does so where it saves work. Needs packing.",
+    )
     on_invalid: Literal["fail", "drop"] = Field(
         default="fail",
         description="What happens to a row that can't be used: fail stops before training and names the rows, drop "

@@ -56,6 +56,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
             format=_data_format(spec),
             max_sequence_length=spec.dataset.max_sequence_length,
             packing=spec.dataset.packing,
+            shared_prefix=spec.dataset.shared_prefix,
             on_invalid=spec.dataset.on_invalid,
         ),
         method=spec.method.type,

@@ -5,11 +5,13 @@ Every choice that depends on hardware, model or rows is made here, and told with
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, evaluate, footprint, free_memory, fsdp, model, plan, seeds, zero
+from finetune_trainer import checkpoint, dtype, footprint, free_memory, fsdp, model, packing, plan, seeds, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -50,12 +52,11 @@ def build(
     if saved is not None:
         _put_weights(loaded, paths)
     learner = _learner(run, loaded, world)
-    loss_sum = LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type)
-    padded = _collator(loaded, data, world, packed=False)
-    packed = _packs(run, loaded, learner, data, padded, loss_sum, reporter)
-    collate = _collator(loaded, data, world, packed=True) if packed else padded
+    trial = packing.Trial(learner, data.train, reporter, _collator(loaded, data, world))
+    loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
+    packed = packing.packs(trial, loss_sum, wanted=run.data.packing, why_not=loaded.why_not)
     micro_tokens, reason = _micro_tokens(run, loaded, world, data, loss_sum.autocast, saved)
-    shape = plan.shape(world.size, run.training.micro_batch_size, micro_tokens, packed, data.longest)
+    shape = plan.shape(world.size, run.training.micro_batch_size, micro_tokens, packed, data.longest, shared=packed)
     reporter.decision("microBatchSize", str(shape), reason)
     whole = plan.make(
         seed=run.training.seed,
@@ -65,7 +66,11 @@ def build(
         epochs=run.training.epochs,
         max_steps=run.training.max_steps,
         shape=shape,
+        prefixes=data.train.prefixes,
     )
+    shared = packing.shares(trial, loss_sum, whole, run.data, lora.dropout if lora else 0.0)
+    whole = replace(whole, shape=replace(shape, shared=shared))
+    collate = replace(trial.padded, packed=packed, shared=shared)
     t = Training(run, paths, world, reporter, whole, data.train, data.validation, learner, collate, loss_sum)
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
     if saved is not None:
@@ -121,36 +126,12 @@ def _put_moments(t: Training, saved: State) -> None:
         checkpoint.save_best(t.best_path, checkpoint.read_tensors(source))
 
 
-def _collator(loaded: model.Loaded, data: Data, world: World, *, packed: bool) -> Collator:
+def _collator(loaded: model.Loaded, data: Data, world: World) -> Collator:
+    """Pads."""
     tokenizer = data.renderer.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(data.renderer.stops)
     start = getattr(loaded.base.config, "decoder_start_token_id", None)
-    return Collator(packed, loaded.encoder_decoder, pad, pad if start is None else start, world.device)
-
-
-def _packs(
-    run: RunConfig,
-    loaded: model.Loaded,
-    learner: Learner,
-    data: Data,
-    padded: Collator,
-    loss_sum: LossSum,
-    reporter: Reporter,
-) -> bool:
-    """Whether several examples share a row. Proven at each start, on this very model, before it is relied on."""
-    if not run.data.packing:
-        reporter.decision("packing", "off", "dataset.packing is false")
-        return False
-    if not loaded.packs:
-        reporter.decision("packing", "off", loaded.why_not)
-        return False
-    together = Collator(True, False, padded.pad, padded.start, padded.device)
-    differs, figures = evaluate.packing_differs(learner, data.train, collate=together, apart=padded, loss_sum=loss_sum)
-    if differs:
-        reporter.decision("packing", "off", f"in this model examples that share a row see each other ({figures})")
-        return False
-    reporter.decision("packing", "on", f"examples that share a row don't see each other ({figures})")
-    return True
+    return Collator(False, False, loaded.encoder_decoder, pad, pad if start is None else start, world.device)
 
 
 def _micro_tokens(

@@ -13,19 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune_trainer import layout
+from finetune_trainer.layout import Layout
 from finetune_trainer.plan import Micro
 from finetune_trainer.split import Split
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`targets[i]` is predicted at flat position `chosen[i]` of the kept logits (all of them where None)."""
+    """`targets[i]` is predicted at flat position `chosen[i]` of the kept positions (`keep`, or all of them)."""
 
     inputs: dict[str, Tensor]
     targets: Tensor
+    chosen: Tensor
     keep: Tensor | None = None
-    chosen: Tensor | None = None
-    documents: tuple[int, ...] = ()
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Collator:
     """`start` is the decoder's first token (encoder-decoder only)."""
 
     packed: bool
+    shared: bool
     encoder_decoder: bool
     pad: int
     start: int
@@ -44,19 +47,25 @@ class Collator:
             return self._idle()
         if self.encoder_decoder:
             return self._sequence_to_sequence(rows)
-        return self._packed(rows) if self.packed else self._padded(rows)
+        if not self.packed:
+            return self._padded(rows)
+        none = (0,) * len(rows)
+        return self._packed(rows, split.prefixes.shared(micro, split.lengths) if self.shared else none)
 
-    def _packed(self, rows: list[Any]) -> Batch:
-        ids = np.concatenate([row[0] for row in rows]).astype(np.int64)
-        learnt = np.concatenate([row[1] for row in rows])
-        lengths = tuple(len(row[0]) for row in rows)
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        at = np.flatnonzero(learnt)
+    def _packed(self, rows: list[Any], shared: tuple[int, ...]) -> Batch:
+        """End to end, beginnings that are shared laid down once: a token's target is its own example's next one."""
+        row = layout.lay([len(ids) for ids, *_ in rows], shared)
+        ids = np.concatenate([ids[common:] for (ids, *_), common in zip(rows, shared, strict=True)])
+        positions = np.concatenate([np.arange(s, len(ids)) for (ids, *_), s in zip(rows, shared, strict=True)])
+        learnt = [np.flatnonzero(flags) for _, flags, *_ in rows]
+        before = np.concatenate([places[at - 1] for places, at in zip(row.places, learnt, strict=True)])
+        keep, chosen = np.unique(before, return_inverse=True)
         return Batch(
             {"input_ids": self._tensor(ids[None]), "position_ids": self._tensor(positions[None])},
-            targets=self._tensor(ids[at]),
-            keep=self._tensor(at - 1),
-            documents=lengths,
+            targets=self._tensor(np.concatenate([ids[at] for (ids, *_), at in zip(rows, learnt, strict=True)])),
+            chosen=self._tensor(chosen),
+            keep=self._tensor(keep),
+            layout=row.layout,
         )
 
     def _padded(self, rows: list[Any]) -> Batch:
@@ -68,8 +77,8 @@ class Collator:
         return Batch(
             {"input_ids": self._tensor(ids)},
             targets=self._tensor(ids[row, at]),
-            keep=self._tensor(keep),
             chosen=self._tensor(row * len(keep) + place),
+            keep=self._tensor(keep),
         )
 
     def _sequence_to_sequence(self, rows: list[Any]) -> Batch:

@@ -1,36 +1,55 @@
-"""Attention that keeps packed examples apart: each one's queries meet its own keys only.
+"""Attention that keeps packed examples apart: a token meets only what its own example says before it.
 
-Registered with Transformers under NAME by `model`; `loss` says with `apart` where one example ends and the next
-begins. Nothing is computed for pairs of different examples, so a packed row costs what its examples cost.
-Without `apart` it is Transformers' own sdpa attention. Not for layers that mix tokens elsewhere (recurrent, sliding).
+Registered with Transformers under NAME by `model`; `loss` says with `apart` how the row is laid out. Nothing is
+computed for pairs of tokens that don't see each other, so a packed row costs what its examples cost. Without `apart`
+it is Transformers' own sdpa attention. Not for layers that mix tokens elsewhere (recurrent, sliding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from finetune_trainer import attention_cpu, attention_cuda, attention_plain
+from finetune_trainer.layout import Layout
+
 NAME = "finetune_documents"
 
 # One thread computes one micro-batch at a time; recomputation in a backward pass happens inside `apart` too.
-_lengths: tuple[int, ...] = ()
+_row: _Row | None = None
+
+
+@dataclass
+class _Row:
+    """A layout, and what the kernels make of it once."""
+
+    layout: Layout
+    on_cuda: attention_cuda.Arranged | None = None
+
+    def cuda(self, device: torch.device) -> attention_cuda.Arranged:
+        if self.on_cuda is None:
+            self.on_cuda = attention_cuda.Arranged.of(self.layout, device)
+        return self.on_cuda
 
 
 @contextmanager
-def apart(lengths: Sequence[int]) -> Iterator[None]:
-    """For forward and backward of one packed row; `lengths` add up to the row. Empty: a usual batch."""
-    global _lengths
-    before, _lengths = _lengths, tuple(lengths)
+def apart(layout: Layout | None) -> Iterator[None]:
+    """For forward and backward of one packed row. None: a usual batch."""
+    global _row
+    before, _row = _row, _Row(layout) if layout is not None else None
     try:
-        yield
+        with attention_cpu.arranged(layout):
+            yield
     finally:
-        _lengths = before
+        _row = before
 
 
 def register() -> None:
@@ -39,22 +58,29 @@ def register() -> None:
 
 
 def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """(batch, heads, length, size) each → (batch, length, heads, size), as Transformers wants it."""
-    if not _lengths:
+    if _row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, **options)[0]
-        for q, k, v in zip(*(torch.split(tensor, list(_lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    ]
-    return torch.cat(parts, dim=1), None
+    query, key, value = _alike(query, key, value)
+    asked = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if asked is None else float(asked)
+    dropout = float(options.get("dropout") or 0.0)
+    if not dropout and attention_cpu.serves(query, value):
+        return attention_cpu.attend(query, key, value, scale)[0], None
+    if not dropout and attention_cuda.serves(query, value):
+        return attention_cuda.attend(_row.cuda(query.device), query, key, value, scale), None
+    return attention_plain.attend(_row.layout, query, key, value, scale, dropout), None
 
 
-def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
-    return None if _lengths else sdpa_mask(*arguments, **options)
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In one number format; under autocast in its own, as PyTorch's attention would do."""
+    kind = tensors[0].device.type
+    autocast = torch.is_autocast_enabled(kind) and tensors[0].dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if autocast else tensors[-1].dtype
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    return sdpa_mask(*arguments, **options) if _row is None else None

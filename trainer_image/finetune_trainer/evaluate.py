@@ -46,11 +46,12 @@ class Evaluator:
     def loss(self, split: Split) -> tuple[float, int]:
         """(mean loss, learnt tokens)"""
         lengths, labels = split.lengths, int(split.label_counts.sum())
+        prefixes = split.prefixes if self.shape.shared else None
         own = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with self._evaluating():
             for begin in range(0, len(split), _TOGETHER):
                 some = range(begin, min(begin + _TOGETHER, len(split)))
-                for micro in plan.cut(some, lengths, self.shape)[self.world.rank]:
+                for micro in plan.cut(some, lengths, self.shape, prefixes)[self.world.rank]:
                     batch = self.collate(split, micro)
                     with self.loss_sum.room(batch):
                         own += self.loss_sum(self.learner.model, batch)
@@ -94,24 +95,3 @@ class Evaluator:
         with torch.no_grad():
             yield
         self.learner.model.train()
-
-
-def packing_differs(
-    learner: Learner, split: Split, *, collate: Collator, apart: Collator, loss_sum: LossSum
-) -> tuple[bool, str]:
-    """Whether two examples in one row give another loss than each alone, and the figures. Costs three forwards."""
-    shortest = sorted(range(len(split)), key=lambda index: (int(split.lengths[index]), index))[:2]
-    micro = tuple(shortest if len(shortest) == 2 else shortest * 2)
-    learner.model.eval()
-    with torch.no_grad():
-        row = collate(split, micro)
-        with loss_sum.room(row):
-            packed = float(loss_sum(learner.model, row))
-        alone = 0.0
-        for index in micro:
-            batch = apart(split, (index,))
-            with loss_sum.room(batch):
-                alone += float(loss_sum(learner.model, batch))
-    learner.model.train()
-    tolerance = 1e-4 if loss_sum.autocast is None else 2e-2
-    return abs(packed - alone) > tolerance * max(1.0, abs(alone)), f"loss {packed:.6f} together, {alone:.6f} one by one"

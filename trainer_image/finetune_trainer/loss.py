@@ -8,35 +8,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune_trainer import documents
+from finetune_trainer import documents, head
 from finetune_trainer.batch import Batch
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """`keeps_logits`: the model can compute its head at some positions only."""
+    """`keeps_logits`: the model can compute its head at some positions only. `head` computes the loss without ever
+    holding all logits; None: the model's logits are taken whole."""
 
     keeps_logits: bool
     autocast: torch.dtype | None
     device: str
+    head: head.Head | None = None
 
     @classmethod
-    def of(cls, base: torch.nn.Module, autocast: torch.dtype | None, device: str) -> LossSum:
+    def of(cls, base: Any, autocast: torch.dtype | None, device: str) -> LossSum:
         """Asks the base model's forward what it understands."""
-        return cls("logits_to_keep" in inspect.signature(base.forward).parameters, autocast, device)
+        keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
+        return cls(keeps, autocast, device, head.Head(base.get_output_embeddings()) if head.fits(base) else None)
+
+    @property
+    def plain(self) -> LossSum:
+        """The same by whole logits, to compare with."""
+        return replace(self, head=None)
 
     @contextmanager
     def room(self, batch: Batch) -> Iterator[None]:
         """Forward and backward of a batch both happen in here."""
-        with documents.apart(batch.documents):
+        with documents.apart(batch.layout):
             yield
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> Tensor:
@@ -44,13 +52,24 @@ class LossSum:
         extra: dict[str, Any] = {"use_cache": False}
         if batch.keep is not None and self.keeps_logits:
             extra["logits_to_keep"] = batch.keep
-        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
-            logits = model(**batch.inputs, **extra).logits
-        if batch.targets.numel() == 0:
-            return logits.float().sum() * 0.0  # type: ignore[no-any-return]
+        chosen = batch.chosen
         if batch.keep is not None and not self.keeps_logits:
-            logits = logits.index_select(1, batch.keep)
-        flat = logits.reshape(-1, logits.shape[-1])
-        if batch.chosen is not None:
-            flat = flat.index_select(0, batch.chosen)
-        return functional.cross_entropy(flat.float(), batch.targets, reduction="sum")
+            chosen = _places(batch, chosen)
+        empty = batch.targets.numel() == 0
+        wanted = head.Wanted(batch.targets, chosen, self.autocast)
+        inside = nullcontext() if self.head is None or empty else self.head.computing(wanted)
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None), inside:
+            logits = model(**batch.inputs, **extra).logits
+        if empty:
+            return logits.float().sum() * 0.0  # type: ignore[no-any-return]
+        if self.head is not None:
+            return logits.sum()  # type: ignore[no-any-return]
+        flat = logits.reshape(-1, logits.shape[-1]).index_select(0, chosen)
+        exact = flat if flat.dtype == torch.float64 else flat.float()
+        return functional.cross_entropy(exact, batch.targets, reduction="sum")
+
+
+def _places(batch: Batch, chosen: Tensor) -> Tensor:
+    """Places among all positions of the row, where `chosen` counts the kept ones only."""
+    kept, length = len(batch.keep), batch.inputs["input_ids"].shape[1]  # type: ignore[arg-type]
+    return chosen // kept * length + batch.keep[chosen % kept]  # type: ignore[index]

@@ -27,8 +27,7 @@ class Loaded:
     model: Any
     base: Any
     encoder_decoder: bool
-    packs: bool
-    why_not: str
+    why_not: str  # examples can't share a row; empty where they can
 
     @property
     def parameters(self) -> int:
@@ -62,8 +61,9 @@ def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = Fals
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         encoder_decoder = bool(config.is_encoder_decoder)
-        why_not = _why_not_packed(config, encoder_decoder, longest)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        kind = auto._model_mapping[type(config)]
+        why_not = _why_not_packed(config, encoder_decoder, longest, bool(getattr(kind, "_supports_sdpa", True)))
         attention = {} if why_not else {"attn_implementation": documents.NAME}
         if outline:
             model, missing = _outline(auto, folder, config, dtype, attention), []
@@ -96,7 +96,7 @@ def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = Fals
             f"dataset.maxSequenceLength: the longest row has {longest} tokens, but the model has {limit} positions; "
             f"set it to {limit}",
         )
-    return Loaded(model, model, encoder_decoder, not why_not, why_not)
+    return Loaded(model, model, encoder_decoder, why_not)
 
 
 def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
@@ -116,7 +116,7 @@ def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
     )
     torch.manual_seed(seed)
     model = get_peft_model(loaded.base, config)
-    return Loaded(model, loaded.base, loaded.encoder_decoder, loaded.packs, loaded.why_not)
+    return Loaded(model, loaded.base, loaded.encoder_decoder, loaded.why_not)
 
 
 def unfreeze(loaded: Loaded) -> Loaded:
@@ -136,10 +136,12 @@ def _outline(auto: Any, folder: Path, config: Any, dtype: torch.dtype, attention
     return model.eval()
 
 
-def _why_not_packed(config: Any, encoder_decoder: bool, longest: int) -> str:
-    """Why examples can't share a row in this family, or nothing. `evaluate.packing_differs` finds the rest."""
+def _why_not_packed(config: Any, encoder_decoder: bool, longest: int, usual_attention: bool) -> str:
+    """Why examples can't share a row in this family, or nothing. `packing` finds the rest by trying."""
     if encoder_decoder:
         return "an encoder-decoder reads one example a row"
+    if not usual_attention or getattr(config, "attn_logit_softcapping", None):
+        return "its attention isn't a plain softmax over scores"
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         return f"layers of kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))} carry state along"

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_trainer.prefixes import Prefixes
+
 DEFAULT_EPOCHS = 3.0
 
 Micro = tuple[int, ...]
@@ -29,13 +31,14 @@ class Shape:
     """How a global batch is cut. Changes speed and memory, never the result.
 
     `packed`: a micro-batch is examples end to end, at most `tokens` of them. Else at most `rows` examples, padded to
-    the longest of them.
+    the longest of them. `shared`: what packed examples begin with alike is computed once.
     """
 
     world: int
     rows: int
     tokens: int
     packed: bool
+    shared: bool = False
 
     def __str__(self) -> str:
         return f"up to {self.tokens} tokens" if self.packed else f"up to {self.rows} examples"
@@ -64,6 +67,7 @@ class Plan:
     total_steps: int
     total_examples: int
     shape: Shape
+    prefixes: Prefixes | None = None
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -85,19 +89,25 @@ class Plan:
             number,
             end / self.rows,
             chosen,
-            cut(chosen, self.lengths, self.shape),
+            cut(chosen, self.lengths, self.shape, self.prefixes),
             int(self.lengths[list(chosen)].sum()),
             int(self.label_counts[list(chosen)].sum()),
         )
 
-    def padding_share(self, most: int = 200) -> float:
-        """Share of computed positions that hold no token, over the first `most` steps."""
-        tokens = computed = 0
+    def padding_share(self) -> float:
+        """Share of computed positions that hold no token."""
+        seen, computed = self.work()
+        return max(0.0, 1 - seen / computed)
+
+    def work(self, most: int = 200) -> tuple[int, int]:
+        """(tokens of the examples, positions that are computed for them), over the first `most` steps."""
+        seen = computed = 0
         for number in range(1, min(self.total_steps, most) + 1):
             step = self.step(number)
-            tokens += step.tokens
-            computed += sum(positions(micro, self.lengths, self.shape) for rank in step.micros for micro in rank)
-        return 1 - tokens / computed
+            seen += step.tokens
+            micros = (micro for rank in step.micros for micro in rank)
+            computed += sum(positions(micro, self.lengths, self.shape, self.prefixes) for micro in micros)
+        return seen, computed
 
     def _at(self, position: int) -> int:
         epoch, within = divmod(position, self.rows)
@@ -116,6 +126,7 @@ def make(
     epochs: float | None,
     max_steps: int | None,
     shape: Shape,
+    prefixes: Prefixes | None = None,
 ) -> Plan:
     """Either of epochs and max_steps; three epochs where both are None."""
     rows = len(lengths)
@@ -125,13 +136,13 @@ def make(
         total = max_steps * global_batch
     else:
         total = max(1, round((DEFAULT_EPOCHS if epochs is None else epochs) * rows))
-    return Plan(seed, lengths, label_counts, global_batch, math.ceil(total / global_batch), total, shape)
+    return Plan(seed, lengths, label_counts, global_batch, math.ceil(total / global_batch), total, shape, prefixes)
 
 
-def shape(world: int, asked: int | str, tokens: int, packed: bool, longest: int) -> Shape:
+def shape(world: int, asked: int | str, tokens: int, packed: bool, longest: int, *, shared: bool = False) -> Shape:
     """`asked` is training.microBatchSize, `tokens` what a rank computes at once, `longest` the longest row's tokens."""
     rows = asked if isinstance(asked, int) else max(1, tokens // longest)
-    return Shape(world, rows, tokens, packed)
+    return Shape(world, rows, tokens, packed, shared)
 
 
 def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
@@ -150,17 +161,24 @@ def held_out(seed: int, rows: int, fraction: float) -> tuple[NDArray[np.int64], 
     return np.flatnonzero(~mask), np.flatnonzero(mask)
 
 
-def cut(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> tuple[tuple[Micro, ...], ...]:
+def cut(
+    chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape, prefixes: Prefixes | None = None
+) -> tuple[tuple[Micro, ...], ...]:
     """The examples as micro-batches by rank: every example once, ranks in balance, each rank as many as the others."""
-    micros = _packed(chosen, lengths, shape) if shape.packed else _padded(chosen, lengths, shape)
+    if shape.shared and prefixes is not None:
+        micros = _shared(chosen, lengths, shape, prefixes)
+    else:
+        micros = _packed(chosen, lengths, shape) if shape.packed else _padded(chosen, lengths, shape)
     return tuple(tuple(micros[rank :: shape.world]) for rank in range(shape.world))
 
 
-def positions(micro: Micro, lengths: NDArray[np.int64], shape: Shape) -> int:
+def positions(micro: Micro, lengths: NDArray[np.int64], shape: Shape, prefixes: Prefixes | None = None) -> int:
     """Computed token positions; a rank that only keeps step computes one."""
     if not micro:
         return 1
     own = lengths[list(micro)]
+    if shape.shared and prefixes is not None:
+        return int(own.sum()) - sum(prefixes.shared(micro, lengths))
     return int(own.sum()) if shape.packed else int(own.max()) * len(micro)
 
 
@@ -188,6 +206,45 @@ def _fill(ordered: Sequence[int], lengths: NDArray[np.int64], budget: int, count
         heapq.heapreplace(heap, (load + size, index))
         bins[index].append(example)
     return [tuple(members) for members in bins]
+
+
+def _shared(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape, prefixes: Prefixes) -> list[Micro]:
+    """Neighbours in content stay together: the order by content is cut into runs of nearly equal work."""
+    ordered = prefixes.sorted(chosen)
+    whole = [int(lengths[example]) for example in ordered]
+    own = [size - shared for size, shared in zip(whole, prefixes.shared(ordered, lengths), strict=True)]
+    per_rank = max(1, math.ceil(sum(own) / (shape.world * shape.tokens)))
+    while True:
+        runs = _runs(whole, own, shape.tokens, per_rank * shape.world)
+        if runs is not None:
+            return [tuple(ordered[begin:end]) for begin, end in runs]
+        per_rank += max(1, per_rank // 16)
+
+
+def _runs(whole: list[int], own: list[int], budget: int, count: int) -> list[tuple[int, int]] | None:
+    """`count` runs, the largest as small as can be; None where one exceeds the budget with more than one example.
+
+    The first example of a run is computed whole, the others without what they share.
+    """
+    low, high = max(max(whole), math.ceil(sum(own) / count)), max(budget, max(whole))
+    if len(_within(whole, own, high)) > count:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_within(whole, own, middle)) <= count else (middle + 1, high)
+    runs = _within(whole, own, high)
+    return runs + [(len(whole), len(whole))] * (count - len(runs))
+
+
+def _within(whole: list[int], own: list[int], limit: int) -> list[tuple[int, int]]:
+    """Runs of at most `limit` tokens, each as long as can be."""
+    runs, begin, load = [], 0, 0
+    for at in range(len(whole)):
+        if at > begin and load + own[at] > limit:
+            runs.append((begin, at))
+            begin, load = at, 0
+        load += own[at] if at > begin else whole[at]
+    return [*runs, (begin, len(whole))]
 
 
 def _padded(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> list[Micro]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from finetune_trainer import plan
 from finetune_trainer.failure import Failed
+from finetune_trainer.prefixes import Prefixes
 from finetune_trainer.tokens import Tokens
 
 
@@ -29,6 +30,10 @@ class Split:
     @property
     def label_counts(self) -> NDArray[np.int64]:
         return self.tokens.label_counts[self.index]
+
+    @property
+    def prefixes(self) -> Prefixes:
+        return self.tokens.prefixes.of(self.index)
 
     def example(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], int]:
         """(ids, learnt, how many of them go to an encoder)"""

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_trainer import digests, examples
+from finetune_trainer import digests, examples, prefixes
+from finetune_trainer.prefixes import Prefixes
 from finetune_trainer.render import Renderer
 
-_VERSION = 1
+_VERSION = 2
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",
@@ -37,6 +38,8 @@ class Tokens:
     offsets: NDArray[np.int64]
     numbers: NDArray[np.int64]  # line numbers of the file
     sources: NDArray[np.int32]  # encoder tokens of each example; 0 for a decoder-only model
+    rank: NDArray[np.int64]  # see `prefixes`
+    common: NDArray[np.int64]
     facts: Facts
 
     def __len__(self) -> int:
@@ -50,6 +53,10 @@ class Tokens:
     def label_counts(self) -> NDArray[np.int64]:
         sums = np.concatenate([[0], np.cumsum(self.learnt, dtype=np.int64)])
         return np.asarray(sums[self.offsets[1:]] - sums[self.offsets[:-1]], dtype=np.int64)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        return Prefixes(self.rank, self.common)
 
     def example(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         begin, end = self.offsets[index], self.offsets[index + 1]
@@ -103,7 +110,7 @@ def load(root: Path, name: str) -> Tokens:
     return Tokens(**arrays, facts=facts)
 
 
-_PARTS = ("ids", "learnt", "offsets", "numbers", "sources")
+_PARTS = ("ids", "learnt", "offsets", "numbers", "sources", "rank", "common")
 
 
 def _write(folder: Path, name: str, prepared: examples.Examples) -> None:
@@ -119,6 +126,7 @@ def _write(folder: Path, name: str, prepared: examples.Examples) -> None:
         "numbers": np.array([row.number for row in rows], np.int64),
         "sources": np.array([row.source for row in rows], np.int32),
     }
+    arrays["rank"], arrays["common"] = prefixes.find(arrays["ids"], arrays["offsets"])
     for part, array in arrays.items():
         np.save(aside / f"{part}.npy", array)
     facts = Facts(name, prepared.format, prepared.dropped, prepared.duplicates, prepared.truncated)

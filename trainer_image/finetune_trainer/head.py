@@ -1,0 +1,113 @@
+"""The output head and its loss in one: the logits of a few positions at a time, never all of them.
+
+The gradient of a sum of -log p by the logits is p minus one at the target, known as soon as p is (as in Liger's and
+Apple's fused cross-entropies); so each chunk's logits live only while its share of the loss and of the gradient is
+taken. Put on by `model`, used through `loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_CHUNK_BYTES = 2**26  # of float32 logits
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`targets[i]` is predicted at the head's input position `chosen[i]`."""
+
+    targets: Tensor
+    chosen: Tensor
+    autocast: torch.dtype | None
+
+
+class Head:
+    """Stands before a model's output layer. Inside `computing`, the layer returns the loss in place of logits."""
+
+    def __init__(self, layer: Any) -> None:
+        self._wanted: Wanted | None = None
+        self._plain = layer.forward
+        self._layer = layer
+        layer.forward = self._forward
+
+    @contextmanager
+    def computing(self, wanted: Wanted) -> Iterator[None]:
+        self._wanted = wanted
+        try:
+            yield
+        finally:
+            self._wanted = None
+
+    def _forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if self._wanted is None:
+            return self._plain(hidden, *arguments, **options)  # type: ignore[no-any-return]
+        wanted = self._wanted
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss: Tensor = _LossSum.apply(flat, self._layer.weight, self._layer.bias, wanted)
+        return loss.reshape(1, 1, 1)
+
+
+def fits(base: Any) -> bool:
+    """Whether the model's output layer is a plain matrix that can be stood before."""
+    layer = base.get_output_embeddings()
+    return type(layer) is torch.nn.Linear
+
+
+def slices(positions: int, vocabulary: int) -> list[slice]:
+    """Positions a chunk, equal ones."""
+    count = max(1, -(-positions * vocabulary * 4 // _CHUNK_BYTES))
+    size = max(1, -(-positions // count))
+    return [slice(begin, min(begin + size, positions)) for begin in range(0, positions, size)]
+
+
+class _LossSum(torch.autograd.Function):
+    """(positions, width), (vocabulary, width) → sum of -log p in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Tensor:
+        kind = wanted.autocast or hidden.dtype
+        inputs, matrix = hidden.to(kind), weight.to(kind)
+        exact = torch.float64 if kind == torch.float64 else torch.float32
+        by_hidden, by_weight, by_bias = (ctx.needs_input_grad[place] for place in range(3))
+        d_hidden = torch.empty_like(inputs) if by_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=exact) if by_weight else None
+        d_bias = torch.zeros_like(bias, dtype=exact) if by_bias and bias is not None else None
+        counts = torch.bincount(wanted.chosen, minlength=len(inputs)).to(exact)
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        order = torch.argsort(wanted.chosen, stable=True)
+        chosen, targets = wanted.chosen[order], wanted.targets[order]
+        for part in slices(len(inputs), len(matrix)):
+            first, last = torch.searchsorted(
+                chosen, torch.tensor([part.start, part.stop], device=chosen.device)
+            ).tolist()
+            at, target = chosen[first:last] - part.start, targets[first:last]
+            logits = functional.linear(inputs[part], matrix, None if bias is None else bias.to(kind))
+            log_p = torch.log_softmax(logits, -1, dtype=exact)
+            total -= log_p[at, target].sum()
+            if d_hidden is None and d_weight is None and d_bias is None:
+                continue
+            slope = log_p.exp_().mul_(counts[part, None])
+            slope.index_put_((at, target), slope.new_full((1,), -1.0), accumulate=True)
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(kind)
+            if d_hidden is not None:
+                torch.mm(slope, matrix, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight += slope.t() @ inputs[part]
+        ctx.kinds = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return total.to(torch.float32) if exact == torch.float32 else total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = gradients
+        parts = zip(ctx.saved_tensors, ctx.kinds, strict=True)
+        return (*(None if part is None else (part * factor).to(kind) for part, kind in parts), None)
