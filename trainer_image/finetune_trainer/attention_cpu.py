@@ -1,9 +1,9 @@
 """Attention over a laid-out row on the CPU: PyTorch's flash kernel, piece by piece and block by block.
 
 A token's attention is a softmax over everything it sees. Pieces and blocks are computed apart, each with the logarithm
-of its sum of exponentials, and put together by them; the backward kernel then gets the sums of the whole, so that every
-part's gradient is exact (the same mathematics as in ring attention, Liu et al. 2023). Pieces of like length are computed
-in one call, padded to the longest; what the padding adds to gradients is zero.
+of its sum of exponentials, and put together by them; the backward kernel then gets the sums of the whole, so every
+part's gradient is exact (the same mathematics as in ring attention, Liu et al. 2023). Pieces of like length are one
+call, padded to the longest; what the padding adds to gradients is zero.
 
 Registered as an operator, since torch.compile can't look into loops that differ from row to row. Called by `documents`.
 """
@@ -108,15 +108,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
     sums = query.new_empty(length, heads, dtype=_exact(query))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (length, heads, size)
     for begin, end in row.lone:
-        part, log_sum = _call(*(_apart(tensor[begin:end], k.shape[1]) for tensor in (q, k, v)), scale, causal=True)
+        part, log_sum = _call(scale, True, *(_apart(tensor[begin:end], k.shape[1]) for tensor in (q, k, v)))
         out[begin:end], sums[begin:end] = _together(part), _together(log_sum)
     for members in row.groups:
-        part, log_sum = _call(*(_gathered(tensor, members, heads) for tensor in (q, k, v)), scale, causal=True)
+        part, log_sum = _call(scale, True, *(_gathered(tensor, members, heads) for tensor in (q, k, v)))
         where = members.places[members.real]
         out[where] = part.transpose(1, 2)[members.real]
         sums[where] = log_sum.transpose(1, 2)[members.real]
     for block in row.blocks:
-        part, log_sum = _call(*_block(block, q, k, v), scale, causal=False)
+        part, log_sum = _call(scale, False, *_block(block, q, k, v))
         _merge(out[block.first : block.last], sums[block.first : block.last], _together(part), _together(log_sum))
     return out[None], sums
 
@@ -132,16 +132,16 @@ def attend_backward(
     g, o = gradient[0], out[0]
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     for begin, end in row.lone:
-        parts = _back(*(_apart(tensor[begin:end], kv) for tensor in (g, q, k, v, o, sums)), scale, causal=True)
+        parts = _back(scale, True, *(_apart(tensor[begin:end], kv) for tensor in (g, q, k, v, o, sums)))
         for whole, part in zip((dq, dk, dv), parts, strict=True):
             whole[begin:end] = _summed(part, whole.shape[1])
     for members in row.groups:
         parts = _back(
+            scale,
+            True,
             _gathered(g, members, heads) * members.real[:, None, :, None].to(g.dtype),
             *(_gathered(tensor, members, heads) for tensor in (q, k, v, o)),
             _gathered(sums[..., None], members, heads)[..., 0],
-            scale,
-            causal=True,
         )
         where = members.places[members.real]
         for whole, part in zip((dq, dk, dv), parts, strict=True):
@@ -149,8 +149,8 @@ def attend_backward(
             whole[where] = real.view(len(where), whole.shape[1], -1, real.shape[-1]).sum(2)
     for block in row.blocks:
         some = slice(block.first, block.last)
-        parts = _back(_apart(g[some], kv), *_block(block, q, k, v), _apart(o[some], kv), _apart(sums[some], kv), scale,
-                      causal=False)  # fmt: skip
+        parts = _back(scale, False, _apart(g[some], kv), *_block(block, q, k, v), _apart(o[some], kv),
+                      _apart(sums[some], kv))  # fmt: skip
         dq[some] += _summed(parts[0], heads)
         dk[block.begin : block.end] += _summed(parts[1], kv)
         dv[block.begin : block.end] += _summed(parts[2], kv)
@@ -167,21 +167,20 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    part, log_sum = _flash(q, k, v, 0.0, causal, scale=scale)
+def _call(scale: float, causal: bool, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """(attention, log of the sums) of query, key, value."""
+    part, log_sum = _flash(*tensors, 0.0, causal, scale=scale)
     return part, log_sum
 
 
-def _back(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _flash_backward(g, q, k, v, out, sums, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+def _back(scale: float, causal: bool, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; of gradient, query, key, value, and the whole attention with its sums."""
+    return _flash_backward(*tensors, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
 
 def _apart(tensor: Tensor, kv: int) -> Tensor:
     """(length, heads, …) → (kv heads, queries of each, length, …): a view, grouped queries beside their key."""
-    length, heads = tensor.shape[:2]
-    return tensor.unflatten(1, (kv, heads // kv)).movedim(0, 2)
+    return tensor.view(tensor.shape[0], kv, tensor.shape[1] // kv, *tensor.shape[2:]).movedim(0, 2)
 
 
 def _together(part: Tensor) -> Tensor:

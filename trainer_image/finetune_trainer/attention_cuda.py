@@ -1,7 +1,7 @@
 """Attention over a laid-out row on CUDA: PyTorch's variable-length flash attention, one call a layer.
 
 Each piece is a sequence of its own; where it sees a shared beginning, that one's keys are gathered before its own, and
-the kernel's causal mask ends at the last key. Gathering adds the gradients of all readers up. bfloat16 and float16 only.
+the kernel's causal mask ends at the last key. Gathering adds the gradients of all readers up. 16-bit numbers only.
 Called by `documents`.
 """
 
@@ -52,8 +52,8 @@ def attend(row: Arranged, query: Tensor, key: Tensor, value: Tensor, scale: floa
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if row.places is not None:
         k, v = k.index_select(0, row.places), v.index_select(0, row.places)
-    out: Tensor = varlen.varlen_attn(
+    out = varlen.varlen_attn(
         q, k, v, row.queries, row.keys, row.longest_query, row.longest_key, scale=scale, window_size=(-1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return out[None]
+    return out[None]  # type: ignore[index]

@@ -50,7 +50,7 @@ class Head:
             return self._plain(hidden, *arguments, **options)  # type: ignore[no-any-return]
         wanted = self._wanted
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss: Tensor = _LossSum.apply(flat, self._layer.weight, self._layer.bias, wanted)
+        loss: Tensor = _LossSum.apply(flat, self._layer.weight, self._layer.bias, wanted)  # type: ignore[no-untyped-call]
         return loss.reshape(1, 1, 1)
 
 

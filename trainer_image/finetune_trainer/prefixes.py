@@ -6,6 +6,7 @@ prompt of several answers, in front of many examples, is found without anybody s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class Prefixes:
             return ()
         places = [int(self.rank[example]) for example in ordered]
         common = [0]
-        for before, after in zip(places, places[1:], strict=False):
+        for before, after in itertools.pairwise(places):
             if after > before:
                 common.append(int(self.common[before + 1 : after + 1].min()))
             else:
@@ -50,7 +51,7 @@ class Prefixes:
 
 def find(ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(rank of each example, tokens that places r-1 and r of that order have in common)"""
-    rows = [ids[begin:end] for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    rows = [ids[begin:end] for begin, end in itertools.pairwise(offsets)]
     order = sorted(range(len(rows)), key=lambda row: rows[row].astype(">u4").tobytes())
     rank = np.empty(len(rows), dtype=np.int64)
     rank[order] = np.arange(len(rows))
