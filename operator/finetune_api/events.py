@@ -44,6 +44,11 @@ class PlanEvent(LenientModel):
     tokens_per_epoch: int
     label_tokens_per_epoch: int
     padding_share: float = Field(description="Share of computed positions that hold no token. 0 to 1.")
+    computed_share: float = Field(
+        default=1.0,
+        description="Tokens that are computed for each token of the examples: less than 1 where what examples begin "
+        "with alike is computed once.",
+    )
     parameters: int
     trainable_parameters: int
 

@@ -85,6 +85,7 @@ def build(
         tokens_per_epoch=int(data.train.lengths.sum()),
         label_tokens_per_epoch=int(data.train.label_counts.sum()),
         padding_share=whole.padding_share(),
+        computed_share=whole.computed_share(),
         parameters=parameters,
         trainable_parameters=trainable,
     )

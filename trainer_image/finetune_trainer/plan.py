@@ -97,7 +97,12 @@ class Plan:
     def padding_share(self) -> float:
         """Share of computed positions that hold no token."""
         seen, computed = self.work()
-        return max(0.0, 1 - seen / computed)
+        return 0.0 if self.shape.packed else 1 - seen / computed
+
+    def computed_share(self) -> float:
+        """Tokens that are computed for each token of the examples; below 1 where beginnings are shared."""
+        seen, computed = self.work()
+        return computed / seen if self.shape.packed else 1.0
 
     def work(self, most: int = 200) -> tuple[int, int]:
         """(tokens of the examples, positions that are computed for them), over the first `most` steps."""
