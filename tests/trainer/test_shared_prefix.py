@@ -19,6 +19,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2", "lora": {"target_modules": ("c_attn",)}},
     "2 ranks": {"world": 2},
     "2 ranks, zero3": {"world": 2, "strategy": "zero3"},
+    "2 ranks, fsdp": {"world": 2, "strategy": "fsdp"},
 }
 
 

@@ -8,6 +8,7 @@ Called by `documents`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
