@@ -78,3 +78,7 @@ cluster-down: ## Remove the local cluster
 bench: venv ## All benchmarks; figures go to benchmarks/results/
 	$(PY) benchmarks/operator_latency.py
 	$(PY) benchmarks/overhead.py
+
+.PHONY: bench-trainer
+bench-trainer: venv ## The trainer beside TRL and LLaMA-Factory, about 25 minutes; BENCH="--help" shows what can be chosen
+	$(PY) benchmarks/trainer $(BENCH)
