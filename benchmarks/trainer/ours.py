@@ -207,7 +207,7 @@ def speed(seen: Seen) -> Speed:
         by_step=_rates(steps),
         parts=parts,
         padding_share=padding,
-        computed_per_seen=plan.get("computed_per_seen", 1 / (1 - padding)),
+        computed_per_seen=plan["computed_share"],
     )
 
 
