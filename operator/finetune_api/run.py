@@ -64,7 +64,7 @@ class WorldConfig(Model):
 
     nodes: int = Field(default=1, ge=1)
     processes_per_node: int = Field(default=1, ge=1)
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = "ddp"
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = "ddp"
     offload: Literal["none", "optimizer", "parameters"] = "none"
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
@@ -78,7 +78,7 @@ class WorldConfig(Model):
 
     @property
     def splits_weights(self) -> bool:
-        """Whether no rank holds the whole model, so that all have to take part in whatever is computed."""
+        """Whether no rank holds the whole model, so that all have to take part in whatever is computed. Not of auto."""
         return self.strategy in ("zero3", "fsdp")
 
 

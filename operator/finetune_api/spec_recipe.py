@@ -70,6 +70,11 @@ class TrainingSpec(Model):
         description="Examples (with packing: rows of maxSequenceLength tokens) that one GPU computes at once. auto "
         "takes what fits. It changes speed and memory, never the result.",
     )
+    activation_checkpointing: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Compute a layer's activations again in the backward pass instead of keeping them: a quarter to a "
+        "third more work for much less memory. auto does so only where they don't fit.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="constant",

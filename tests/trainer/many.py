@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from finetune_api.run import parse
-from finetune_trainer import story, world, zero
+from finetune_trainer import story, world
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
 
@@ -22,8 +22,6 @@ def main(folders: list[str]) -> None:
         paths = Paths(Path(folder))
         run = parse(paths.run_config.read_bytes())
         _forget_accelerate()
-        if run.world.strategy.startswith("zero"):
-            zero.prepare_environment("cpu")
         story.tell(run, paths, who, Reporter(paths.rank_events(who.rank), who.rank))
     world.leave(who)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer import footprint, plan, schedule, selection
+from finetune_trainer import plan, schedule, selection
 from finetune_trainer.selection import Best
 
 _lengths = st.lists(st.integers(2, 64), min_size=1, max_size=40)
@@ -167,25 +167,6 @@ def test_checkpoints_and_evaluations_come_at_their_steps_and_at_the_end() -> Non
     assert [s for s in range(1, 11) if selection.is_checkpoint_step(s, 10, 3)] == [3, 6, 9, 10]
     assert (selection.checkpoint_interval("auto", 240), selection.checkpoint_interval("auto", 5)) == (24, 1)
     assert selection.checkpoint_interval(7, 240) == 7
-
-
-_SIZE = footprint.ModelSize(layers=30, hidden=576, intermediate=1536, vocabulary=49152, bytes_per_value=4)
-
-
-@pytest.mark.parametrize(
-    ("longest", "device", "free_gib", "tokens"),
-    [
-        pytest.param(128, "cpu", 64, 1024, id="a cpu has enough with a thousand tokens"),
-        pytest.param(2048, "cpu", 64, 2048, id="at least the longest row"),
-        pytest.param(2048, "cuda", 80, 16384, id="a gpu takes more"),
-        pytest.param(128, "cpu", 1, 275, id="what fits"),
-        pytest.param(128, "cpu", 0, 128, id="one row even where it may not fit"),
-    ],
-)
-def test_auto_takes_what_fits_and_helps(longest: int, device: str, free_gib: int, tokens: int) -> None:
-    found, reason = footprint.tokens_at_once(_SIZE, longest=longest, device=device, free_bytes=free_gib * 2**30)
-    assert found == tokens
-    assert "MiB of activations" in reason
 
 
 def test_a_micro_batch_is_told_in_the_users_unit() -> None:

@@ -32,6 +32,11 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, zero2, optimizer offloaded": {"world": 2, "strategy": "zero2", "offload": "optimizer"},
     "2 ranks, fsdp": {"world": 2, "strategy": "fsdp"},
     "2 ranks, fsdp, accumulation": {"world": 2, "strategy": "fsdp", "training": {"micro_batch_size": 1}},
+    "2 ranks, recomputed": {"world": 2, "training": {"activation_checkpointing": "always"}},
+    "2 ranks, fsdp, recomputed": {"world": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "always"}},
+    "2 ranks, full, zero3, recomputed": {
+        "world": 2, "strategy": "zero3", "full": True, "training": {"activation_checkpointing": "always"},
+    },
     "1 rank, full": {"full": True},
     "2 ranks, full": {"world": 2, "full": True},
     "2 ranks, full, zero2": {"world": 2, "full": True, "strategy": "zero2"},
@@ -59,6 +64,9 @@ _HALF: dict[str, dict[str, Any]] = {
     f"2 ranks, {strategy}, bfloat16": {"world": 2, "strategy": strategy, "dtype": "bfloat16"}
     for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp")
 }
+_HALF["2 ranks, zero3, bfloat16, recomputed"] = {
+    "world": 2, "strategy": "zero3", "dtype": "bfloat16", "training": {"activation_checkpointing": "always"},
+}  # fmt: skip
 
 
 def _job(folder: Path, models: dict[str, Path], way: dict[str, Any]) -> Job:

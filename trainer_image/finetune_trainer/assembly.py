@@ -11,7 +11,7 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, footprint, free_memory, fsdp, model, packing, plan, seeds, zero
+from finetune_trainer import checkpoint, dtype, fsdp, model, packing, plan, seeds, settling, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -44,10 +44,13 @@ def build(
     lora = run.lora if run.method == "lora" else None
     mixed = choice == "bfloat16"
     stored = torch.bfloat16 if mixed and lora is not None else torch.float32
+    run, found = settling.settle(run, paths, world, reporter, longest=data.longest, half=mixed, saved=saved)
     with zero.split_while_loading(_STAGES.get(run.world.strategy), run.world.offload):
         outline = run.world.strategy == "fsdp" and not world.is_first
         loaded = model.load(paths.model, dtype=stored, longest=data.longest, outline=outline)
     loaded = model.unfreeze(loaded) if lora is None else model.adapt(loaded, lora, seeds.mix(run.training.seed, "lora"))
+    if found.way.recompute:
+        model.recompute(loaded)
     parameters, trainable = loaded.parameters, loaded.trainable
     if saved is not None:
         _put_weights(loaded, paths)
@@ -55,7 +58,7 @@ def build(
     trial = packing.Trial(learner, data.train, reporter, _collator(loaded, data, world))
     loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
     packed = packing.packs(trial, loss_sum, wanted=run.data.packing, why_not=loaded.why_not)
-    micro_tokens, reason = _micro_tokens(run, loaded, world, data, loss_sum.autocast, saved)
+    micro_tokens, reason = settling.micro_tokens(run, found, saved)
     shape = plan.shape(world.size, run.training.micro_batch_size, micro_tokens, packed, data.longest, shared=packed)
     reporter.decision("microBatchSize", str(shape), reason)
     whole = plan.make(
@@ -73,6 +76,7 @@ def build(
     collate = replace(trial.padded, packed=packed, shared=shared)
     t = Training(run, paths, world, reporter, whole, data.train, data.validation, learner, collate, loss_sum)
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
+    state = state.model_copy(update={"strategy": found.way.strategy, "offload": found.way.offload})
     if saved is not None:
         _put_moments(t, saved)
     reporter.report(
@@ -133,19 +137,3 @@ def _collator(loaded: model.Loaded, data: Data, world: World) -> Collator:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(data.renderer.stops)
     start = getattr(loaded.base.config, "decoder_start_token_id", None)
     return Collator(False, False, loaded.encoder_decoder, pad, pad if start is None else start, world.device)
-
-
-def _micro_tokens(
-    run: RunConfig, loaded: model.Loaded, world: World, data: Data, autocast: torch.dtype | None, saved: State | None
-) -> tuple[int, str]:
-    """(tokens that a rank computes at once, reason). A resumed run keeps them, so that sums are rounded alike."""
-    asked = run.training.micro_batch_size
-    if isinstance(asked, int):
-        return asked * run.data.max_sequence_length, "training.microBatchSize says so"
-    if saved is not None and saved.micro_tokens:
-        return saved.micro_tokens, "the checkpoint was computed with it"
-    size = footprint.from_config(loaded.base.config, 4 if autocast is None else 2)
-    free = free_memory.free_bytes(world.device, world.local_size)
-    estimate = footprint.tokens_at_once(size, longest=data.longest, device=world.device.type, free_bytes=free)
-    choice: tuple[int, str] = world.firsts(estimate)
-    return choice

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,8 @@ class State(LenientModel):
     data_key: str = Field(default="", description="The rows that the plan was made of.")
     dtype: str = ""
     micro_tokens: int = Field(default=0, description="Tokens that a rank computed at once.")
+    strategy: Literal["", "ddp", "zero1", "zero2", "zero3", "fsdp"] = ""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     best: BestState | None = None
     eval_due: bool = Field(default=False, description="The evaluation after this step is still to be done.")
     stopped_early: bool = False

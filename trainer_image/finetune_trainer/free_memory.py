@@ -6,11 +6,26 @@ from pathlib import Path
 
 import torch
 
+from finetune_trainer.scale import Room
+from finetune_trainer.world import World
+
 # (limit, statistics, what programs hold in them): the unified hierarchy, then the older one.
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat"), "anon"),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.stat"), "total_rss"),
 )
+
+
+def room(world: World) -> Room:
+    """The least that any rank has, so that all decide alike."""
+    host = free_bytes(torch.device("cpu"), world.local_size)
+    free = free_bytes(world.device, world.local_size)
+    everyones = world.everyones((free, host))
+    return Room(
+        "cuda" if world.device.type == "cuda" else "cpu",
+        min(free for free, _ in everyones),
+        min(h for _, h in everyones),
+    )
 
 
 def free_bytes(device: torch.device, ranks: int) -> int:

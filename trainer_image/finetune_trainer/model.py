@@ -126,6 +126,17 @@ def unfreeze(loaded: Loaded) -> Loaded:
     return loaded
 
 
+def recompute(loaded: Loaded) -> None:
+    """A layer's activations are computed again in the backward pass, with the same dropout, instead of kept."""
+    if not loaded.base.supports_gradient_checkpointing:
+        raise Failed(
+            "InvalidConfig",
+            f"training.activationCheckpointing: {type(loaded.base).__name__} can't compute activations again; set it to "
+            "never, with more memory, more processes under fsdp or a smaller dataset.maxSequenceLength",
+        )
+    loaded.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _outline(auto: Any, folder: Path, config: Any, dtype: torch.dtype, attention: dict[str, str]) -> Any:
     from transformers import GenerationConfig
 

@@ -48,10 +48,6 @@ def _tell(run: RunConfig, paths: Paths, reporter: Reporter) -> None:
     """Importing torch and its friends takes seconds, so it comes after the run configuration was read."""
     from finetune_trainer import story, world
 
-    if run.world.strategy.startswith("zero"):
-        from finetune_trainer import zero
-
-        zero.prepare_environment(run.world.device)
     who = world.from_environment(os.environ, run.world.device)
     world.join(who, expected=run.world.size, timeout=_LONGEST_WAIT)
     story.tell(run, paths, who, reporter)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from finetune_trainer.footprint import ZERO_BUCKET
 from finetune_trainer.learner import MOMENTS, Recipe, adamw, assert_same_world, to_cpu, trained
 from finetune_trainer.world import World
 
@@ -43,7 +44,13 @@ def configuration(stage: Stage, recipe: Recipe, offload: Offload = "none") -> di
         "gradient_clipping": recipe.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, **away},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": ZERO_BUCKET,
+            "allgather_bucket_size": ZERO_BUCKET,
+            **away,
+        },
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
