@@ -131,8 +131,8 @@ def recompute(loaded: Loaded) -> None:
     if not loaded.base.supports_gradient_checkpointing:
         raise Failed(
             "InvalidConfig",
-            f"training.activationCheckpointing: {type(loaded.base).__name__} can't compute activations again; set it to "
-            "never, with more memory, more processes under fsdp or a smaller dataset.maxSequenceLength",
+            f"training.activationCheckpointing: {type(loaded.base).__name__} can't compute activations again; set it "
+            "to never, with more memory, more processes under fsdp or a smaller dataset.maxSequenceLength",
         )
     loaded.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 

@@ -18,7 +18,7 @@ from typing import Any
 from finetune_api.resource import LoraSpec
 from finetune_trainer.failure import Failed
 
-_LAYER = re.compile(r"^(.*\.(?:layers|layer|h|blocks?)\.\d+)\.")
+_LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks?)\.\d+)\.")
 _AROUND = ("embed", "wte", "wpe", "shared", "lm_head", "head")  # never adapted by all-linear
 _LARGEST_HEAD = 100 * 2**20
 

@@ -168,11 +168,11 @@ def _too_little(asked: Asked, size: ModelSize, setting: Setting, room: Room, way
         if fits(footprint(size, replace(setting, ranks=more), Way("fsdp", recompute=True)), asked.least, room):
             break
         more *= 2
-    enough = f"{more} processes of this size with strategy fsdp would do; " if more <= _MOST_RANKS else ""
+    enough = f"{more} processes of this size with strategy fsdp would do. " if more <= _MOST_RANKS else ""
     return (
         f"the model doesn't fit: even {way} needs {needs.table(asked.least)}, "
         f"{gib(needs.total(asked.least))} in all for each of {setting.ranks} processes, but {gib(room.usable)} of "
-        f"{gib(room.free)} free may be used. {enough}or take "
-        f"{'method lora, ' if setting.full else ''}more memory a process, or a smaller dataset.maxSequenceLength "
+        f"{gib(room.free)} free may be used. {enough}Take "
+        f"{'method lora, ' if setting.full else ''}more processes, more memory for each, or a smaller dataset.maxSequenceLength "
         f"(the longest row has {asked.longest} tokens)"
     )
