@@ -57,4 +57,4 @@ def attend(row: Arranged, query: Tensor, key: Tensor, value: Tensor, scale: floa
         q, k, v, row.queries, row.keys, row.longest_query, row.longest_key, scale=scale, window_size=(-1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
-    return out[None]  # type: ignore[index]
+    return cast(Tensor, out)[None]
