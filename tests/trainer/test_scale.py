@@ -53,7 +53,8 @@ def _gpu(gib: int, host: int = 2000) -> Room:
         pytest.param(_SMALL, _setting(2, half=False), Room("cpu", 8 * _GIB, 8 * _GIB), "ddp", id="a small one on CPUs"),
         pytest.param(
             replace(_SMALL, trained=_SMALL.parameters), _setting(4, full=True, half=False),
-            Room("cpu", int(2.5 * _GIB), _GIB), "zero2, activations recomputed", id="a small one, all trained, on narrow CPUs",
+            Room("cpu", int(2.5 * _GIB), _GIB), "zero2, activations recomputed",
+            id="a small one, all trained, on narrow CPUs",
         ),
     ],
 )  # fmt: skip

@@ -173,6 +173,6 @@ def _too_little(asked: Asked, size: ModelSize, setting: Setting, room: Room, way
         f"the model doesn't fit: even {way} needs {needs.table(asked.least)}, "
         f"{gib(needs.total(asked.least))} in all for each of {setting.ranks} processes, but {gib(room.usable)} of "
         f"{gib(room.free)} free may be used. {enough}Take "
-        f"{'method lora, ' if setting.full else ''}more processes, more memory for each, or a smaller dataset.maxSequenceLength "
-        f"(the longest row has {asked.longest} tokens)"
+        f"{'method lora, ' if setting.full else ''}more processes, more memory for each, or a smaller "
+        f"dataset.maxSequenceLength (the longest row has {asked.longest} tokens)"
     )
