@@ -77,7 +77,7 @@ def _rows(folder: Path, base: Path, count: int = 6) -> split.Split:
 
 
 def _collator(*, packed: bool, pad: int = 0) -> Collator:
-    return Collator(packed, False, pad, pad, _CPU)
+    return Collator(packed=packed, encoder_decoder=False, pad=pad, start=pad, device=_CPU)
 
 
 @pytest.mark.parametrize("packed", [True, False])
