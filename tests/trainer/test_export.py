@@ -85,6 +85,7 @@ def _loaded_loss(ended: Ended, tmp_path: Path, *, adapter: bool) -> float:
 def test_the_result_loads_air_gapped_and_gives_the_reported_loss(
     job: str, done: dict[str, Ended], tmp_path: Path
 ) -> None:
+    """Bug 26: an adapter that only fits the base as training had changed it."""
     reported = max(done[job].evals("test").items())[1]
     assert _loaded_loss(done[job], tmp_path, adapter=job == "lora") == pytest.approx(reported, abs=2e-5)
 
@@ -128,6 +129,7 @@ def test_adapters_are_float32_beside_a_bfloat16_base(done: dict[str, Ended]) -> 
 
 
 def test_a_whole_model_is_written_in_the_bases_format_with_tied_weights(done: dict[str, Ended]) -> None:
+    """Bug 19: tied weights are written twice, or lost."""
     written = load_file(done["full"].paths.export / "model.safetensors")
     base = load_file(done["full"].paths.model / "model.safetensors")
     assert written.keys() == base.keys()
@@ -139,6 +141,7 @@ def test_a_whole_model_is_written_in_the_bases_format_with_tied_weights(done: di
 
 @pytest.mark.parametrize("job", ["lora", "full"])
 def test_the_tokenizer_comes_along_unchanged(job: str, done: dict[str, Ended]) -> None:
+    """Bug 20: the adapter comes without the tokenizer that it was trained with."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (done[job].paths.export / name).read_bytes() == (done[job].paths.model / name).read_bytes()
 
@@ -154,7 +157,7 @@ def test_empty_tensors_are_never_written(tmp_path: Path, done: dict[str, Ended])
     from finetune_api.run import parse
 
     run = parse(done["lora"].paths.run_config.read_bytes())
-    nothing = Loaded(None, None, False, True, "")
+    nothing = Loaded(None, None, False, "")
     with pytest.raises(RuntimeError, match=r"refusing to write empty weights \(a\.lora_A\)"):
         export.write(
             tmp_path / "export",

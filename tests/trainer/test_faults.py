@@ -38,7 +38,10 @@ def test_a_broken_line_is_told_by_its_number(tmp_path: Path, models: dict[str, P
 def test_a_loss_that_isnt_finite_stops_all_ranks_before_the_step_and_names_the_rows(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
-    """A weight of one token's embedding is infinite: only the row that holds that token is poisoned."""
+    """Bug 23: a loss that isn't finite is hidden from the log while the weights rot.
+
+    A weight of one token's embedding is infinite: only the row that holds that token is poisoned.
+    """
     base = tmp_path / "base"
     shutil.copytree(models["qwen2"], base)
     weights = load_file(base / "model.safetensors")
@@ -139,4 +142,5 @@ def test_rows_longer_than_the_models_positions_are_refused(models: dict[str, Pat
     ],
 )
 def test_an_exception_is_told_by_its_reason(error: Exception, reason: str) -> None:
+    """Bug 24: what a rank that runs out of memory does changes the global batch, or hangs the others."""
     assert failed_from(error).reason == reason

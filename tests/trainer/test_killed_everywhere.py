@@ -79,6 +79,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) ->
 
 @pytest.mark.parametrize("way", _WAYS)
 def test_killed_at_every_step_a_run_ends_with_the_same_adapter(way: str, killed: dict[str, Killed]) -> None:
+    """Bugs 13 and 27: random state that is put back too late, or an adapter that is initialised again."""
     whole, last = killed[way].whole.paths.export, killed[way].last.paths.export
     names = sorted(path.name for path in whole.iterdir())
     assert "adapter_model.safetensors" in names
@@ -89,6 +90,8 @@ def test_killed_at_every_step_a_run_ends_with_the_same_adapter(way: str, killed:
 
 @pytest.mark.parametrize("way", _WAYS)
 def test_killed_at_every_step_a_run_tells_the_same_history(way: str, killed: dict[str, Killed]) -> None:
+    """Bug 11: a resumed run replays an epoch, or skips another permutation."""
+
     def told(steps: list[events.StepEvent]) -> list[dict[str, Any]]:
         return [step.model_dump(exclude={"time", "seconds"}) for step in steps]
 
@@ -123,7 +126,10 @@ def test_each_checkpoint_goes_on_to_the_same_end(
 def test_killed_at_any_touch_of_a_checkpoint_the_newest_complete_one_is_found(
     killed: dict[str, Killed], models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """At each thing that rank 0 does to the files of checkpoint 3, until there is none left to die at."""
+    """Bug 14: a checkpoint is half written when the machine fails.
+
+    At each thing that rank 0 does to the files of checkpoint 3, until there is none left to die at.
+    """
     start = killed["ddp, 1 rank"].points[1]
     found = []
     for nth in range(1, 100):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def _rows(folder: Path, base: Path, count: int = 6) -> split.Split:
 
 
 def _collator(*, packed: bool, pad: int = 0) -> Collator:
-    return Collator(packed=packed, encoder_decoder=False, pad=pad, start=pad, device=_CPU)
+    return Collator(packed=packed, shared=False, encoder_decoder=False, pad=pad, start=pad, device=_CPU)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -170,6 +171,20 @@ def test_an_adapter_on_an_output_head_that_is_tied_to_the_embeddings(
             chances = loaded(input_ids=whole[None]).logits[0].log_softmax(-1)
         total -= float(chances[at - 1, whole[at]].sum())
     assert total / int(rows.label_counts.sum()) == pytest.approx(run.evals("test")[10], abs=1e-5)
+
+
+def test_a_token_that_the_model_has_no_embedding_for(models: dict[str, Path], tmp_path: Path) -> None:
+    """Bug 20: a tokenizer that has grown; an adapter alone couldn't carry the new embeddings, so it's refused."""
+    base = tmp_path / "base"
+    shutil.copytree(models["llama"], base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<grown>"])
+    tokenizer.save_pretrained(base)
+    rows = [*pairs(8), {"prompt": "what is <grown>?", "completion": " new."}]
+    ended = prepare(tmp_path / "job", base, rows, training={"max_steps": 4}).finish()
+    assert ended.failure.reason == "ModelInvalid"
+    assert "token 300" in ended.failure.message
+    assert not ended.events(events.StepEvent)
 
 
 def test_a_rank_without_a_learnt_token(ended: dict[str, Ended]) -> None:

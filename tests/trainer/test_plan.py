@@ -96,6 +96,17 @@ def test_packed_ranks_are_in_balance(lengths: list[int], world: int) -> None:
     assert max(loads) <= sum(loads) / world + len(step.micros[0]) * max(lengths)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_last_batch_that_is_filled_up_with_rows_again(world: int, packed: bool) -> None:
+    """Bug 25: 1 to 9 rows on 1 to 3 ranks, each row once an epoch, in the micro-batches too."""
+    for rows in range(1, 10):
+        p = _plan(list(range(5, 5 + rows)), plan.Shape(world, 2, 64, packed), 4, epochs=2.0)
+        steps = [p.step(number) for number in range(1, p.total_steps + 1)]
+        seen = Counter(e for step in steps for rank in step.micros for micro in rank for e in micro)
+        assert seen == dict.fromkeys(range(rows), 2)
+
+
 def test_packing_computes_no_padding() -> None:
     shape = plan.Shape(world=2, rows=1, tokens=128, packed=True)
     assert _plan([5, 9, 33, 60, 2, 17], shape, 6, max_steps=4).padding_share() == 0

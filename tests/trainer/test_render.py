@@ -88,6 +88,7 @@ def _text(renderer: Renderer, row: Row) -> str:
 def test_each_answer_and_its_stop_token_is_learnt_and_nothing_else(
     template: str | None, learnt: list[str], models: dict[str, Path]
 ) -> None:
+    """Bug 4: a mask that is off by one, or takes a merged token at the border for its own."""
     renderer = _renderer(models, template=template)
     assert _learnt(renderer, _TWO_TURNS) == learnt
 
@@ -108,6 +109,7 @@ def test_the_tokens_are_those_of_the_whole_chat(template: str | None, models: di
 def test_the_prompt_is_what_generation_starts_from_and_the_last_label_is_the_stop_token(
     family: str, models: dict[str, Path]
 ) -> None:
+    """Bug 6: the token that ends a turn isn't learnt."""
     renderer = _renderer(models, family)
     example = renderer.render(_ONE)
     assert isinstance(example, Example)
@@ -126,6 +128,7 @@ def test_plain_text_is_prompt_completion_and_an_end_token(models: dict[str, Path
 
 
 def test_an_end_token_is_learnt_even_where_it_is_the_padding_token(models: dict[str, Path]) -> None:
+    """Bug 7: labels that are compared with the padding token lose the end token."""
     renderer = _renderer(models, "gpt2", pad_token="</s>")
     assert renderer.tokenizer.pad_token_id == renderer.tokenizer.eos_token_id
     assert _learnt(renderer, _ONE) == ["a quick dog</s>"]
@@ -145,6 +148,7 @@ def _with_bos(models: dict[str, Path], tmp_path: Path, chat: bool) -> Renderer:
 
 @pytest.mark.parametrize("prompt", ["Define: fox", "<s>Define: fox"])
 def test_plain_text_begins_with_one_beginning_token(prompt: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Bug 8: text that has a beginning token gets a second one."""
     renderer = _with_bos(models, tmp_path, chat=False)
     example = renderer.render(Row(1, (Turn("user", prompt), Turn("assistant", "a dog")), plain=True))
     assert isinstance(example, Example)
@@ -153,6 +157,7 @@ def test_plain_text_begins_with_one_beginning_token(prompt: str, models: dict[st
 
 
 def test_a_template_with_a_beginning_token_gets_no_second_one(models: dict[str, Path], tmp_path: Path) -> None:
+    """Bug 8: the template's text is tokenized with special tokens again."""
     renderer = _with_bos(models, tmp_path, chat=True)
     renderer.tokenizer.chat_template = _LLAMA2
     example = renderer.render(_TWO_TURNS)
@@ -179,6 +184,7 @@ def test_a_long_answer_is_cut_at_the_end_and_still_learnt(models: dict[str, Path
 
 
 def test_a_prompt_as_long_as_the_row_is_a_problem_with_its_number(models: dict[str, Path]) -> None:
+    """Bug 28: a row that is cut before its answer has nothing to learn."""
     whole = _renderer(models).render(_ONE)
     problem = _renderer(models, max_length=whole.learnt.index(True)).render(_ONE)  # type: ignore[union-attr]
     assert isinstance(problem, Problem)
@@ -198,6 +204,7 @@ def test_messages_without_a_template_are_a_problem(models: dict[str, Path]) -> N
 
 
 def test_a_template_whose_prompt_is_no_prefix_of_the_whole_is_refused(models: dict[str, Path]) -> None:
+    """Bug 5: a template that doesn't mark answers gives a mask of all or nothing; here it's compared, or refused."""
     with pytest.raises(Failed, match="renders a prompt alone differently"):
         _renderer(models, template=_UNSTABLE).render(_ONE)
 

@@ -128,6 +128,7 @@ def test_losses_and_evaluations_after_the_resume_are_the_same_numbers(way: str, 
 
 @pytest.mark.parametrize("way", ["1 rank, then 2", "1 rank, then zero3", "1 rank, then fsdp"])
 def test_another_world_or_strategy_goes_on_from_the_same_checkpoint(way: str, done: dict[str, Pair]) -> None:
+    """Bug 11: a changed world size silently changes the order of the data."""
     whole, resumed = done[way].whole, done[way].resumed
     start = resumed.events(events.PlanEvent)[0].start_step
     assert resumed.losses == pytest.approx(whole.losses[start:], abs=1e-5)
@@ -154,6 +155,7 @@ def good(done: dict[str, Pair], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["missing", "cut", "altered"])
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(name: str, how: str, good: Path) -> None:
+    """Bug 14: the newest folder is taken, whether complete or not."""
     torn = good / f"step-{_STEPS}" / name
     content = torn.read_bytes()
     torn.unlink()

@@ -5,6 +5,7 @@ All runs of one world size share their processes (many.py).
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_every_way_gives_the_naive_loops_losses_norms_and_weights(
         assert (tensor - expected.weights[name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.parametrize("way", _WAYS)
+def test_the_learning_rate_counts_optimizer_steps(way: str, ended: dict[str, Ended]) -> None:
+    """Bug 21: a schedule that runs on with each rank or micro-batch, or never reaches its end.
+
+    Warm-up over a fifth of 6 steps is 2 steps; then a cosine that would be 0 one step after the last.
+    """
+    peak = 1e-3 if "full" in way else 1e-2
+    expected = [peak / 3, 2 * peak / 3, *(peak * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(4))]
+    assert [step.learning_rate for step in ended[way].events(events.StepEvent)] == pytest.approx(expected)
+
+
 def test_evaluation_depends_neither_on_ranks_nor_on_batches(ended: dict[str, Ended]) -> None:
     llamas = [ended[name] for name, way in _WAYS.items() if "full" not in name and way.get("family") is None]
     for split in ("validation", "test"):
@@ -147,12 +159,16 @@ def test_evaluation_depends_neither_on_ranks_nor_on_batches(ended: dict[str, End
 
 @pytest.mark.parametrize("way", _HALF)
 def test_a_frozen_base_in_bfloat16_serves_every_strategy(way: str, ended: dict[str, Ended]) -> None:
-    """Its adapters stay float32; what differs is how products in bfloat16 are rounded."""
+    """Bug 17: ZeRO-3 fails on adapters of another number format than the base.
+
+    Its adapters stay float32; what differs is how products in bfloat16 are rounded.
+    """
     assert ended[way].losses == pytest.approx(ended["2 ranks, ddp, bfloat16"].losses, rel=1e-4)
     assert ended[way].losses == pytest.approx(ended["2 ranks"].losses, rel=1e-2)
 
 
 def test_zero3_gives_the_adapter_of_ddp_to_five_digits(ended: dict[str, Ended]) -> None:
+    """Bug 16: weights that are split over the ranks are saved empty."""
     ours = load_file(ended["2 ranks"].paths.export / "adapter_model.safetensors")
     theirs = load_file(ended["2 ranks, zero3"].paths.export / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -48,6 +48,7 @@ def build(
     with zero.split_while_loading(_STAGES.get(run.world.strategy), run.world.offload):
         outline = run.world.strategy == "fsdp" and not world.is_first
         loaded = model.load(paths.model, dtype=stored, longest=data.longest, outline=outline)
+    model.check_tokens(loaded, data.highest)
     loaded = model.unfreeze(loaded) if lora is None else model.adapt(loaded, lora, seeds.mix(run.training.seed, "lora"))
     if found.way.recompute:
         model.recompute(loaded)

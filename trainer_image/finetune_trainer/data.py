@@ -36,6 +36,12 @@ class Data:
         splits = (split for split in (self.train, self.validation, self.test) if split is not None)
         return max(int(split.lengths.max()) for split in splits)
 
+    @property
+    def highest(self) -> int:
+        """The largest token number in any split's file."""
+        splits = (split for split in (self.train, self.validation, self.test) if split is not None)
+        return max(int(split.tokens.ids.max()) for split in splits)
+
 
 def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data:
     """Raises Failed DatasetInvalid that numbers the rows. All ranks of a node wait for the first."""

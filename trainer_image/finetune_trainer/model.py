@@ -99,6 +99,17 @@ def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = Fals
     return Loaded(model, model, encoder_decoder, why_not)
 
 
+def check_tokens(loaded: Loaded, highest: int) -> None:
+    """Raises Failed where rows hold a token that the model has no embedding for: its tokenizer has grown."""
+    rows = int(loaded.base.get_input_embeddings().num_embeddings)
+    if highest >= rows:
+        raise Failed(
+            "ModelInvalid",
+            f"model.uri: the rows hold token {highest} of the folder's tokenizer, but the model has embeddings for "
+            f"{rows} only; give the tokenizer that belongs to it, or resize the embeddings and save both",
+        )
+
+
 def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
     """With adapters of float32 beside a frozen base. The same seed gives the same adapters on every rank."""
     from peft import LoraConfig, TaskType, get_peft_model
