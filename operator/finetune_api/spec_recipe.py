@@ -22,6 +22,13 @@ class LoraSpec(Model):
         description="Names of the linear layers that get an adapter, as in the model's code; all-linear means "
         "every one but the output layer.",
     )
+    plus_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="LoRA+ (Hayou et al. 2024): B learns so many times as fast as A, whose rate is learningRate. 1 to "
+        "1000, usually 16. Empty means alike.",
+    )
     bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained too.")
 
     rules = (not_yet("bias", "self.bias == 'none'", lambda m: m.bias == "none", "training biases", "use none"),)
@@ -39,6 +46,14 @@ class MethodSpec(Model):
         Rule("lora", "has no meaning when type is full; remove it",
              "self.type != 'full' || !has(self.lora)", lambda m: m.type != "full" or m.lora is None),
     )  # fmt: skip
+
+
+class AdamSpec(Model):
+    """Of AdamW, with moments in 8 bits too, and of the weights that muon leaves to it."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the first moment. 0 to below 1.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the second moment. 0 to below 1.")
+    epsilon: float = Field(default=1e-8, gt=0, le=1, description="Added to the root of the second moment.")
 
 
 class EarlyStoppingSpec(Model):
@@ -76,9 +91,19 @@ class TrainingSpec(Model):
         "third more work for much less memory. auto does so only where they don't fit.",
     )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
-    scheduler: Literal["constant", "linear", "cosine"] = Field(
+    scheduler: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
         default="constant",
-        description="Course of the learning rate after warm-up: constant, linear or cosine to 0.",
+        description="Course of the learning rate after warm-up: constant; linear or cosine to its minimum; wsd is "
+        "constant and falls in the last steps (decayRatio); inverse_sqrt falls with the root of the step.",
+    )
+    min_learning_rate_ratio: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="Where linear, cosine and wsd end, as a share of learningRate. 0 to 1.",
+    )
+    decay_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="With scheduler wsd: share of all steps in which the rate falls. 0 to 1."
     )
     warmup_ratio: float = Field(
         default=0.03,
@@ -86,8 +111,14 @@ class TrainingSpec(Model):
         le=1,
         description="Share of all steps in which the learning rate rises from 0. 0 to 1.",
     )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = Field(
-        default="adamw", description="The optimizer. adamw is AdamW with betas 0.9 and 0.999, epsilon 1e-8."
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"] = Field(
+        default="adamw",
+        description="adamw is AdamW; adamw_8bit keeps its moments in 8 bits, paged_adamw_8bit also moves them to the "
+        "host's memory where a GPU's runs short; adafactor keeps second moments by row and column only; muon makes "
+        "the updates of matrices orthogonal. All but adamw need strategy ddp.",
+    )
+    adam: AdamSpec | None = Field(
+        default=None, description="Constants of AdamW. Empty means betas 0.9 and 0.999, epsilon 1e-8."
     )
     weight_decay: float = Field(default=0.001, ge=0, le=1, description="Decoupled weight decay. 0 to 1.")
     max_grad_norm: float = Field(
@@ -95,6 +126,11 @@ class TrainingSpec(Model):
         ge=0,
         le=1000000,
         description="Gradients are scaled down to this global norm. 0 means never.",
+    )
+    group_by_length: bool = Field(
+        default=False,
+        description="Steps are made of examples of like length, which saves padding where packing is off. Every "
+        "example still comes once an epoch, in a random order of steps.",
     )
     eval_every_steps: int = Field(
         default=500, ge=0, le=100000000,
@@ -116,8 +152,12 @@ class TrainingSpec(Model):
     rules = (
         Rule("maxSteps", "give either epochs or maxSteps, not both",
              "!(has(self.epochs) && has(self.maxSteps))", lambda m: m.epochs is None or m.max_steps is None),
-        not_yet("optimizer", "self.optimizer == 'adamw'", lambda m: m.optimizer == "adamw",
-                 "this optimizer", "use adamw"),
+        Rule("adam", "has no meaning with optimizer adafactor; remove it",
+             "!has(self.adam) || self.optimizer != 'adafactor'",
+             lambda m: m.adam is None or m.optimizer != "adafactor"),
+        Rule("minLearningRateRatio", "needs scheduler linear, cosine or wsd",
+             "self.minLearningRateRatio == 0.0 || self.scheduler in ['linear', 'cosine', 'wsd']",
+             lambda m: m.min_learning_rate_ratio == 0 or m.scheduler in ("linear", "cosine", "wsd")),
         Rule("microBatchSize", "must not be larger than globalBatchSize",
              "type(self.microBatchSize) != int || self.microBatchSize <= self.globalBatchSize",
              lambda m: not isinstance(m.micro_batch_size, int) or m.micro_batch_size <= m.global_batch_size),

@@ -100,10 +100,12 @@ def spec_digest(spec: Spec) -> str:
 
 
 def strategy(spec: Spec) -> Strategy:
-    """auto: ddp for LoRA, whose state is small, and where there is nothing to split; zero2 for full training."""
+    """auto: ddp for LoRA, whose state is small, and where nothing can be split; zero2 for full training."""
     chosen = spec.distribution.strategy
     if chosen != "auto":
         return chosen
+    if spec.training.optimizer != "adamw":
+        return "ddp"
     world_size = spec.distribution.nodes * spec.distribution.processes_per_node
     return "ddp" if spec.method.type == "lora" or world_size == 1 else "zero2"
 

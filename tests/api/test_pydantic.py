@@ -74,10 +74,10 @@ def test_every_pattern_is_put_into_words() -> None:
 
 def test_a_refusal_lists_every_broken_rule() -> None:
     with pytest.raises(ValidationError) as refusal:
-        parse(changed(MINIMAL, ("training", {"epochs": 1, "maxSteps": 1, "optimizer": "adafactor"})))
+        parse(changed(MINIMAL, ("training", {"epochs": 1, "maxSteps": 1, "minLearningRateRatio": 0.1})))
     assert describe(refusal.value) == (
         "spec.training.maxSteps: give either epochs or maxSteps, not both",
-        "spec.training.optimizer: this optimizer is not supported yet; use adamw",
+        "spec.training.minLearningRateRatio: needs scheduler linear, cosine or wsd",
     )
 
 

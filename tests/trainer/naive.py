@@ -64,13 +64,7 @@ def train(job: Job, cache: Path) -> Naive:
         nll = torch.stack([_nll(loaded, rows, index) for index in step.examples]).sum() / step.label_tokens
         nll.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), run.training.max_grad_norm)))
-        rate = schedule.learning_rate(
-            number,
-            whole.total_steps,
-            peak=run.training.learning_rate,
-            kind=run.training.scheduler,
-            warmup_ratio=run.training.warmup_ratio,
-        )
+        rate = schedule.learning_rate(number, whole.total_steps, run.training)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()

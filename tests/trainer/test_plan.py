@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer import plan, schedule, selection
+from finetune_trainer import plan, selection
 from finetune_trainer.selection import Best
 
 _lengths = st.lists(st.integers(2, 64), min_size=1, max_size=40)
@@ -19,7 +18,9 @@ _shapes = st.builds(
 )
 
 
-def _plan(lengths: list[int], shape: plan.Shape, batch: int, **until: float | int | None) -> plan.Plan:
+def _plan(
+    lengths: list[int], shape: plan.Shape, batch: int, *, by_length: bool = False, **until: float | int | None
+) -> plan.Plan:
     given_lengths = np.array(lengths)
     return plan.make(
         seed=3,
@@ -29,12 +30,15 @@ def _plan(lengths: list[int], shape: plan.Shape, batch: int, **until: float | in
         epochs=until.get("epochs"),
         max_steps=until.get("max_steps"),  # type: ignore[arg-type]
         shape=shape,
+        by_length=by_length,
     )
 
 
-@given(_lengths, _shapes, st.integers(1, 17), st.integers(1, 3))
-def test_every_row_comes_once_an_epoch(lengths: list[int], shape: plan.Shape, batch: int, epochs: int) -> None:
-    p = _plan(lengths, shape, batch, epochs=float(epochs))
+@given(_lengths, _shapes, st.integers(1, 17), st.integers(1, 3), st.booleans())
+def test_every_row_comes_once_an_epoch(
+    lengths: list[int], shape: plan.Shape, batch: int, epochs: int, by_length: bool
+) -> None:
+    p = _plan(lengths, shape, batch, epochs=float(epochs), by_length=by_length)
     seen = [example for number in range(1, p.total_steps + 1) for example in p.step(number).examples]
     for epoch in range(epochs):
         part = seen[epoch * len(lengths) : (epoch + 1) * len(lengths)]
@@ -59,20 +63,20 @@ def test_micro_batches_hold_each_example_once_and_fit_and_are_as_many_on_every_r
             assert len(micro) <= shape.rows
 
 
-@given(_lengths, _shapes, _shapes, st.integers(1, 17), st.integers(1, 9))
+@given(_lengths, _shapes, _shapes, st.integers(1, 17), st.integers(1, 9), st.booleans())
 def test_neither_world_nor_packing_changes_what_a_step_learns(
-    lengths: list[int], one: plan.Shape, other: plan.Shape, batch: int, number: int
+    lengths: list[int], one: plan.Shape, other: plan.Shape, batch: int, number: int, by_length: bool
 ) -> None:
-    a, b = (_plan(lengths, shape, batch, max_steps=9).step(number) for shape in (one, other))
+    a, b = (_plan(lengths, shape, batch, max_steps=9, by_length=by_length).step(number) for shape in (one, other))
     assert (a.examples, a.tokens, a.label_tokens, a.epoch) == (b.examples, b.tokens, b.label_tokens, b.epoch)
 
 
-@given(_lengths, _shapes, st.integers(1, 17), st.data())
+@given(_lengths, _shapes, st.integers(1, 17), st.booleans(), st.data())
 def test_a_step_is_the_same_whichever_were_asked_for_before(
-    lengths: list[int], shape: plan.Shape, batch: int, data: st.DataObject
+    lengths: list[int], shape: plan.Shape, batch: int, by_length: bool, data: st.DataObject
 ) -> None:
     """Resuming is asking for the next step."""
-    fresh, used = (_plan(lengths, shape, batch, max_steps=12) for _ in range(2))
+    fresh, used = (_plan(lengths, shape, batch, max_steps=12, by_length=by_length) for _ in range(2))
     for number in data.draw(st.lists(st.integers(1, 12), max_size=5)):
         used.step(number)
     number = data.draw(st.integers(1, 12))
@@ -126,6 +130,20 @@ def test_epochs_have_different_orders_and_seeds_too() -> None:
     assert len(set(orders)) == 4
 
 
+def test_grouped_by_length_a_run_begins_with_its_longest_step_and_pads_little() -> None:
+    lengths = [2 + (index * 37) % 199 for index in range(1000)]
+    shape = plan.Shape(world=1, rows=4, tokens=0, packed=False)
+    grouped, random = (_plan(lengths, shape, 8, epochs=2.0, by_length=by_length) for by_length in (True, False))
+    assert max(lengths[e] for e in grouped.step(1).examples) == max(lengths)
+    assert grouped.padding_share() < 0.06
+    assert random.padding_share() > 0.2
+    spreads = [int(np.ptp([lengths[e] for e in grouped.step(n).examples])) for n in range(1, grouped.total_steps + 1)]
+    assert sorted(spreads)[-1] < 199 / 4
+    means = [float(np.mean([lengths[e] for e in grouped.step(n).examples])) for n in range(2, 126)]
+    assert abs(float(np.corrcoef(means[:-1], means[1:])[0, 1])) < 0.25  # the steps themselves come in no order
+    assert grouped.step(1) != grouped.step(126)
+
+
 @given(st.integers(2, 500), st.floats(0.001, 0.499))
 def test_held_out_rows_are_disjoint_and_not_none(rows: int, fraction: float) -> None:
     train, validation = plan.held_out(7, rows, fraction)
@@ -137,28 +155,6 @@ def test_held_out_rows_are_disjoint_and_not_none(rows: int, fraction: float) -> 
 def test_one_row_cant_be_split() -> None:
     with pytest.raises(ValueError, match="1 rows can't be split"):
         plan.held_out(7, 1, 0.1)
-
-
-@given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(1, 300), st.floats(0, 1))
-def test_the_learning_rate_rises_to_its_peak_and_never_is_zero(kind: schedule.Kind, total: int, ratio: float) -> None:
-    rates = [
-        schedule.learning_rate(step, total, peak=0.5, kind=kind, warmup_ratio=ratio) for step in range(1, total + 1)
-    ]
-    top = rates.index(max(rates))
-    assert max(rates) == pytest.approx(0.5)
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert min(rates) > 0
-
-
-def test_the_learning_rate_is_its_closed_form() -> None:
-    def rates(kind: schedule.Kind) -> list[float]:
-        return [schedule.learning_rate(s, 10, peak=1.0, kind=kind, warmup_ratio=0.2) for s in range(1, 11)]
-
-    warm = [1 / 3, 2 / 3]
-    assert rates("constant") == pytest.approx([*warm, *[1.0] * 8])
-    assert rates("linear") == pytest.approx([*warm, *[1 - k / 8 for k in range(8)]])
-    assert rates("cosine") == pytest.approx([*warm, *[(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]])
 
 
 def test_the_best_evaluation_is_the_first_of_the_lowest_and_patience_counts_the_rest() -> None:

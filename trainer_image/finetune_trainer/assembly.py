@@ -11,12 +11,12 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, fsdp, model, packing, plan, seeds, settling, zero
+from finetune_trainer import checkpoint, dtype, fsdp, model, optimizers, packing, plan, seeds, settling, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
 from finetune_trainer.failure import Failed
-from finetune_trainer.learner import Learner, Recipe, Replicated
+from finetune_trainer.learner import Learner, Replicated
 from finetune_trainer.loss import LossSum
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
@@ -55,7 +55,7 @@ def build(
     parameters, trainable = loaded.parameters, loaded.trainable
     if saved is not None:
         _put_weights(loaded, paths)
-    learner = _learner(run, loaded, world)
+    learner = _learner(run, loaded, world, reporter)
     trial = packing.Trial(learner, data.train, reporter, _collator(loaded, data, world))
     loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
     packed = packing.packs(trial, loss_sum, wanted=run.data.packing, why_not=loaded.why_not)
@@ -71,10 +71,12 @@ def build(
         max_steps=run.training.max_steps,
         shape=shape,
         prefixes=data.train.prefixes,
+        by_length=run.training.group_by_length,
     )
     shared = packing.shares(trial, loss_sum, whole, run.data, lora.dropout if lora else 0.0)
     whole = replace(whole, shape=replace(shape, shared=shared))
     collate = replace(trial.padded, packed=packed, shared=shared)
+    _tell_order(whole, reporter)
     t = Training(run, paths, world, reporter, whole, data.train, data.validation, learner, collate, loss_sum)
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
     state = state.model_copy(update={"strategy": found.way.strategy, "offload": found.way.offload})
@@ -104,14 +106,29 @@ def _dtype(run: RunConfig, world: World, saved: State | None) -> tuple[str, str]
     return choice
 
 
-def _learner(run: RunConfig, loaded: model.Loaded, world: World) -> Learner:
-    recipe = Recipe(run.training.weight_decay, run.training.max_grad_norm)
+def _learner(run: RunConfig, loaded: model.Loaded, world: World, reporter: Reporter) -> Learner:
+    recipe = optimizers.recipe(run.training, run.lora, world.device.type)
+    why = optimizers.reason(run.training, recipe, run.world.strategy)
+    reporter.decision("optimizer", recipe.optimizer, why)
     if run.world.strategy == "fsdp":
         return fsdp.Split(loaded.model, recipe, world, offload=run.world.offload == "parameters")
     stage = _STAGES.get(run.world.strategy)
     if stage is None:
         return Replicated(loaded.model, recipe, world)
     return zero.Sharded(loaded.model, recipe, world, stage, run.world.offload)
+
+
+def _tell_order(whole: plan.Plan, reporter: Reporter) -> None:
+    if not whole.by_length:
+        return
+    if whole.shape.packed:
+        reporter.decision("order", "by length", "training.groupByLength says so; packed rows had no padding anyway")
+        return
+    random = replace(whole, by_length=False, _orders={})
+    figures = (
+        f"{whole.padding_share():.1%} of what is computed is padding, {random.padding_share():.1%} in random order"
+    )
+    reporter.decision("order", "by length", f"training.groupByLength says so; {figures}")
 
 
 def _put_weights(loaded: model.Loaded, paths: Paths) -> None:

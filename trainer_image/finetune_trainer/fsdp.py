@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune_trainer.learner import MOMENTS, Recipe, adamw, to_cpu, trained
+from finetune_trainer.learner import MOMENTS, to_cpu, trained
+from finetune_trainer.optimizers import Recipe, adamw, set_rate
 from finetune_trainer.world import World
 
 
@@ -31,7 +32,7 @@ class Split:
         self._home = torch.device("cpu") if offload else world.device
         _split(model, world, offload=offload)
         self._model = model
-        self._optimizer = adamw(model, recipe, fused=True)
+        self._optimizer = adamw(trained(model), recipe, fused=True)
         self._parameters = trained(model)
 
     @property
@@ -57,8 +58,7 @@ class Split:
         norm = float(whole)
         if math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, whole.to(self._home))
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self._optimizer, rate)
             self._optimizer.step()
         self.forget()
         return norm

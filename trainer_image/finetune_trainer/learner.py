@@ -9,25 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finetune_trainer.optimizers import Optimizer, Recipe
 from finetune_trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _TOGETHER = 16 * 2**20  # elements of gradients that are sent at once
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Of the optimizer: AdamW with betas 0.9 and 0.999, epsilon 1e-8."""
-
-    weight_decay: float
-    max_grad_norm: float  # 0 means never clip
 
 
 class Learner(Protocol):
@@ -73,7 +65,7 @@ class Learner(Protocol):
         ...
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's moments as `exp_avg/<name>`, on rank 0's CPU; empty on other ranks."""
+        """The optimizer's state as `<what>/<name>`, e.g. exp_avg/…, on rank 0's CPU; empty on other ranks."""
         ...
 
     def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
@@ -90,22 +82,6 @@ def trained(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def adamw(model: Any, recipe: Recipe, *, fused: bool) -> torch.optim.AdamW:
-    """Biases and norms (one-dimensional weights) don't decay."""
-    parameters = list(trained(model).values())
-    groups = [
-        {"params": [p for p in parameters if len(_shape(p)) > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if len(_shape(p)) <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused
-    )
-
-
-def _shape(parameter: Any) -> Any:
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 class Replicated:
     """Every rank holds everything. Gradients meet once a step, after all ranks have said that theirs are whole: a rank
     that ran out of memory in a micro-batch leaves nobody waiting."""
@@ -116,8 +92,8 @@ class Replicated:
         self._world = world
         self._max_norm = recipe.max_grad_norm or math.inf
         self._model = model.to(world.device)
-        self._optimizer = adamw(model, recipe, fused=True)
         self._parameters = trained(model)
+        self._optimizer = Optimizer(model, self._parameters, recipe)
         self._parts = parts(list(self._parameters.values()))
         if world.size > 1:
             for parameter in self._parameters.values():
@@ -143,14 +119,12 @@ class Replicated:
                 average(part, self._world)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self._max_norm))
         if math.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
+            self._optimizer.step(rate)
         self.forget()
         return norm
 
     def forget(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.forget()
 
     def weights(self) -> dict[str, Tensor]:
         if not self._world.is_first:
@@ -160,19 +134,10 @@ class Replicated:
     def moments(self) -> dict[str, Tensor]:
         if not self._world.is_first:
             return {}
-        return {
-            f"{moment}/{name}": to_cpu(self._optimizer.state[parameter][moment])
-            for name, parameter in self._parameters.items()
-            for moment in MOMENTS
-            if parameter in self._optimizer.state
-        }
+        return self._optimizer.state()
 
     def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        for name, parameter in self._parameters.items():
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps), device=parameter.device),
-                **{moment: moments[f"{moment}/{name}"].to(parameter.device, parameter.dtype) for moment in MOMENTS},
-            }
+        self._optimizer.set_state(moments, steps)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

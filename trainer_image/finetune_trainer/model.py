@@ -6,6 +6,9 @@ Only safetensors are read and no code that ships with a model is run. Never reac
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +115,8 @@ def check_tokens(loaded: Loaded, highest: int) -> None:
 
 def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
     """With adapters of float32 beside a frozen base. The same seed gives the same adapters on every rank."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    with without_bitsandbytes():
+        from peft import LoraConfig, TaskType, get_peft_model
 
     targets = list(lora.target_modules)
     _check_targets(loaded.base, targets)
@@ -128,6 +132,22 @@ def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
     torch.manual_seed(seed)
     model = get_peft_model(loaded.base, config)
     return Loaded(model, loaded.base, loaded.encoder_decoder, loaded.why_not)
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Around PEFT's first import: it would load bitsandbytes, which takes seconds, for bases that aren't quantised."""
+    if "bitsandbytes" in sys.modules or "peft" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    try:
+        yield
+        from peft.import_utils import is_bnb_available
+
+        is_bnb_available()  # remembers what it says
+    finally:
+        del sys.modules["bitsandbytes"]
 
 
 def unfreeze(loaded: Loaded) -> Loaded:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from finetune_trainer.prefixes import Prefixes
 
 DEFAULT_EPOCHS = 3.0
+_SORTED_TOGETHER = 50  # steps, where examples are grouped by length: enough to be alike, few enough to stay random
 
 Micro = tuple[int, ...]
 """Examples that one rank computes at once; empty where a rank only keeps step with the others."""
@@ -68,6 +69,7 @@ class Plan:
     total_examples: int
     shape: Shape
     prefixes: Prefixes | None = None
+    by_length: bool = False
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -118,7 +120,11 @@ class Plan:
         epoch, within = divmod(position, self.rows)
         if epoch not in self._orders:
             self._orders.pop(epoch - 2, None)
-            self._orders[epoch] = order(self.seed, epoch, self.rows)
+            self._orders[epoch] = (
+                order_by_length(self.seed, epoch, self.lengths, self.global_batch)
+                if self.by_length
+                else order(self.seed, epoch, self.rows)
+            )
         return int(self._orders[epoch][within])
 
 
@@ -132,6 +138,7 @@ def make(
     max_steps: int | None,
     shape: Shape,
     prefixes: Prefixes | None = None,
+    by_length: bool = False,
 ) -> Plan:
     """Either of epochs and max_steps; three epochs where both are None."""
     rows = len(lengths)
@@ -141,7 +148,8 @@ def make(
         total = max_steps * global_batch
     else:
         total = max(1, round((DEFAULT_EPOCHS if epochs is None else epochs) * rows))
-    return Plan(seed, lengths, label_counts, global_batch, math.ceil(total / global_batch), total, shape, prefixes)
+    steps = math.ceil(total / global_batch)
+    return Plan(seed, lengths, label_counts, global_batch, steps, total, shape, prefixes, by_length)
 
 
 def shape(world: int, asked: int | str, tokens: int, packed: bool, longest: int, *, shared: bool = False) -> Shape:
@@ -153,6 +161,27 @@ def shape(world: int, asked: int | str, tokens: int, packed: bool, longest: int,
 def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """The examples of an epoch in the order in which they are learnt."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def order_by_length(seed: int, epoch: int, lengths: NDArray[np.int64], batch: int) -> NDArray[np.int64]:
+    """As `order`, but a step's examples are of like length; steps come in a random order, a run's longest first.
+
+    As Transformers does it: the shuffled examples are sorted within every 50 steps. Steps lie where they lie in the
+    stream, so the examples that end the last epoch's last step stay as they were drawn.
+    """
+    random = np.random.Generator(np.random.PCG64([seed, epoch]))
+    shuffled = random.permutation(len(lengths))
+    border = min(-epoch * len(lengths) % batch, len(lengths))
+    begun, rest = shuffled[:border], shuffled[border:]
+    together = batch * _SORTED_TOGETHER
+    parts = [rest[at : at + together] for at in range(0, len(rest), together)]
+    ordered = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts] or [rest])
+    whole = len(ordered) // batch * batch
+    steps = random.permutation(ordered[:whole].reshape(-1, batch), axis=0)
+    if epoch == 0 and len(steps):  # what doesn't fit into memory shows at once
+        longest = int(lengths[steps].max(axis=1).argmax())
+        steps[[0, longest]] = steps[[longest, 0]]
+    return np.concatenate([begun, steps.reshape(-1), ordered[whole:]])
 
 
 def held_out(seed: int, rows: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

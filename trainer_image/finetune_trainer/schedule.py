@@ -1,26 +1,51 @@
 """The learning rate as a closed form of the step. Pure; called once a step by the loop, which writes it into the
-optimizer's groups: there is no scheduler state to save or to step too often."""
+optimizer's groups: there is no scheduler state to save or to step too often.
+
+With n the step (1 … N), W = ceil(warm-up ratio * N) steps of warm-up, F the floor and p = (n - 1 - W) / (N - W):
+
+    warm-up, n <= W   n / (W + 1)
+    constant          1
+    linear            F + (1 - F) (1 - p)
+    cosine            F + (1 - F) (1 + cos(pi p)) / 2
+    wsd               1, then over the last D = ceil(decay ratio * N) steps F + (1 - F) (1 - sqrt(q)),
+                      q = (n - 1 - (N - D)) / D
+    inverse_sqrt      sqrt(T / (n - 1 - W + T)), T = W or, without warm-up, 10,000
+
+times the peak. After warm-up they are Transformers' own, step by step (wsd: its decay "1-sqrt"). In warm-up
+Transformers gives (n - 1) / W, so that its first step learns nothing; here no step is wasted at either end.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-Kind = Literal["constant", "linear", "cosine"]
+from finetune_api.resource import TrainingSpec
+
+_TIMESCALE = 10_000  # of inverse_sqrt without warm-up
 
 
-def learning_rate(step: int, total: int, *, peak: float, kind: Kind, warmup_ratio: float) -> float:
-    """The rate of optimizer step 1 … total.
-
-    It rises in ceil(ratio * total) equal parts that are all more than 0, then is `peak`, and falls so that it would be
-    0 one step after the last: no step is wasted at either end.
-    """
-    warmup = min(math.ceil(warmup_ratio * total), total - 1)
+def learning_rate(step: int, total: int, recipe: TrainingSpec) -> float:
+    """The rate of optimizer step 1 … total."""
+    warmup = min(math.ceil(recipe.warmup_ratio * total), total - 1)
     if step <= warmup:
-        return peak * step / (warmup + 1)
-    done = (step - 1 - warmup) / (total - warmup)
-    if kind == "linear":
-        return peak * (1 - done)
-    if kind == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-    return peak
+        return recipe.learning_rate * step / (warmup + 1)
+    return recipe.learning_rate * _share(step - 1 - warmup, total - warmup, total, recipe)
+
+
+def _share(done: int, steps: int, total: int, recipe: TrainingSpec) -> float:
+    """Of the peak, after `done` of the `steps` that follow warm-up."""
+    floor = recipe.min_learning_rate_ratio
+    match recipe.scheduler:
+        case "constant":
+            return 1.0
+        case "linear":
+            return floor + (1 - floor) * (1 - done / steps)
+        case "cosine":
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done / steps))
+        case "wsd":
+            decay = min(math.ceil(recipe.decay_ratio * total), steps)
+            into = done - (steps - decay)
+            return 1.0 if into <= 0 else floor + (1 - floor) * (1 - math.sqrt(into / decay))
+        case "inverse_sqrt":
+            timescale = (total - steps) or _TIMESCALE
+            return math.sqrt(timescale / (done + timescale))

@@ -67,9 +67,7 @@ def train(t: Training, state: State) -> tuple[State, bool]:
         step = t.plan.step(state.step + 1)
         nll = _learn(t, step, clock)
         loss, stop = _agree(t, step, nll)
-        rate = schedule.learning_rate(
-            step.number, total, peak=recipe.learning_rate, kind=recipe.scheduler, warmup_ratio=recipe.warmup_ratio
-        )
+        rate = schedule.learning_rate(step.number, total, recipe)
         norm = t.learner.step(rate)
         if not math.isfinite(norm):
             raise Failed("NonFiniteLoss", f"step {step.number}: a gradient isn't finite; its rows: {_lines(t, step)}")

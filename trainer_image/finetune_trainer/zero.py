@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.footprint import ZERO_BUCKET
-from finetune_trainer.learner import MOMENTS, Recipe, adamw, assert_same_world, to_cpu, trained
+from finetune_trainer.learner import MOMENTS, assert_same_world, to_cpu, trained
+from finetune_trainer.optimizers import Recipe, adamw, set_rate
 from finetune_trainer.world import World
 
 Stage = Literal[1, 2, 3]
@@ -109,7 +110,7 @@ class Sharded:
         self._world = world
         self._stage = stage
         self._plain = model
-        engine, _ = accelerator.prepare(model.to(world.device), adamw(model, recipe, fused=False))
+        engine, _ = accelerator.prepare(model.to(world.device), adamw(trained(model), recipe, fused=False))
         self._engine = engine
         self._parameters = trained(model)
 
@@ -130,8 +131,7 @@ class Sharded:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, rate: float) -> float:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._engine.optimizer, rate)
         self._engine.step()
         if self._engine.optimizer.overflow:  # DeepSpeed found a gradient that isn't finite, and changed nothing
             return math.nan
