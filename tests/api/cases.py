@@ -209,7 +209,7 @@ CASES: tuple[Case, ...] = (
     *one("training.optimizer", "adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"),
     *none_of("training.optimizer", "sgd", "AdamW"),
     *(bad(f"muon with {name}", "spec.training.optimizer", ("training.optimizer", "muon"),
-          ("distribution.strategy", name)) for name in ("zero1", "zero2", "zero3")),
+          ("distribution.strategy", name)) for name in ("zero1", "zero2", "zero3", "fsdp")),
     ok("muon with ddp", ("training.optimizer", "muon"), ("distribution.strategy", "ddp")),
     ok("constants of adam", ("training.adam", {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-6})),
     ok("one constant of adam", ("training.adam", {"beta2": 0.95})),

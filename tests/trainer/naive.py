@@ -51,10 +51,16 @@ def train(job: Job, cache: Path) -> Naive:
     loaded = model.load(job.paths.model, dtype=torch.float32, longest=run.data.max_sequence_length)
     loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora")) if run.lora else model.unfreeze(loaded)
     parameters = trained(loaded.model)
-    decaying = [p for p in parameters.values() if p.dim() > 1]
-    others = [p for p in parameters.values() if p.dim() <= 1]
+    ratio = (run.lora.plus_ratio if run.lora else None) or 1.0
     optimizer = torch.optim.AdamW(
-        [{"params": decaying, "weight_decay": run.training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        [
+            {
+                "params": [parameter],
+                "weight_decay": run.training.weight_decay if parameter.dim() > 1 else 0.0,
+                "ratio": ratio if ".lora_B." in name else 1.0,
+            }
+            for name, parameter in parameters.items()
+        ]
     )
     rows = examples(job, cache)
     whole = schedule_of(job, rows)
@@ -66,7 +72,7 @@ def train(job: Job, cache: Path) -> Naive:
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), run.training.max_grad_norm)))
         rate = schedule.learning_rate(number, whole.total_steps, run.training)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(nll.detach()))

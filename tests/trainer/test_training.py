@@ -17,6 +17,7 @@ from trainer import naive
 from trainer.ranks import Ended, Job, finish_all, pairs, prepare
 
 _ROWS = pairs(21)  # no multiple of the batch of 8
+_PLUS = {"plus_ratio": 4.0}
 _WAYS: dict[str, dict[str, Any]] = {
     "1 rank": {},
     "1 rank, accumulation": {"training": {"micro_batch_size": 1}},
@@ -38,6 +39,10 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, full, zero3, recomputed": {
         "world": 2, "strategy": "zero3", "full": True, "training": {"activation_checkpointing": "always"},
     },
+    "1 rank, LoRA+": {"lora": _PLUS},
+    "2 ranks, zero2, LoRA+": {"world": 2, "strategy": "zero2", "lora": _PLUS},
+    "2 ranks, zero3, LoRA+": {"world": 2, "strategy": "zero3", "lora": _PLUS},
+    "2 ranks, fsdp, LoRA+": {"world": 2, "strategy": "fsdp", "lora": _PLUS},
     "1 rank, full": {"full": True},
     "2 ranks, full": {"world": 2, "full": True},
     "2 ranks, full, zero2": {"world": 2, "full": True, "strategy": "zero2"},
@@ -68,6 +73,14 @@ _HALF: dict[str, dict[str, Any]] = {
 _HALF["2 ranks, zero3, bfloat16, recomputed"] = {
     "world": 2, "strategy": "zero3", "dtype": "bfloat16", "training": {"activation_checkpointing": "always"},
 }  # fmt: skip
+
+
+_Key = tuple[str, bool, bool]
+
+
+def _key(way: dict[str, Any]) -> _Key:
+    """What makes another training of a way: family, whether everything is trained, LoRA+."""
+    return way.get("family", "llama"), way.get("full", False), way.get("lora") == _PLUS
 
 
 def _job(folder: Path, models: dict[str, Path], way: dict[str, Any]) -> Job:
@@ -112,12 +125,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[tuple[str, bool], naive.Naive]:
-    """The naive loop's answers by family and whether everything is trained."""
+def plain(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[_Key, naive.Naive]:
+    """The naive loop's answers."""
     root = tmp_path_factory.mktemp("naive")
     answers = {}
     for index, way in enumerate(_WAYS.values()):
-        key = way.get("family", "llama"), way.get("full", False)
+        key = _key(way)
         if key not in answers:
             answers[key] = naive.train(_job(root / str(index), models, way), root / f"tokens-{index}")
     return answers
@@ -125,9 +138,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
 
 @pytest.mark.parametrize("way", _WAYS)
 def test_every_way_gives_the_naive_loops_losses_norms_and_weights(
-    way: str, ended: dict[str, Ended], plain: dict[tuple[str, bool], naive.Naive]
+    way: str, ended: dict[str, Ended], plain: dict[_Key, naive.Naive]
 ) -> None:
-    expected = plain[_WAYS[way].get("family", "llama"), _WAYS[way].get("full", False)]
+    expected = plain[_key(_WAYS[way])]
     steps = ended[way].events(events.StepEvent)
     assert [step.loss for step in steps] == pytest.approx(expected.losses, abs=2e-6)
     assert [step.grad_norm for step in steps] == pytest.approx(expected.norms, rel=1e-4)
@@ -149,7 +162,7 @@ def test_the_learning_rate_counts_optimizer_steps(way: str, ended: dict[str, End
 
 
 def test_evaluation_depends_neither_on_ranks_nor_on_batches(ended: dict[str, Ended]) -> None:
-    llamas = [ended[name] for name, way in _WAYS.items() if "full" not in name and way.get("family") is None]
+    llamas = [ended[name] for name, way in _WAYS.items() if _key(way) == ("llama", False, False)]
     for split in ("validation", "test"):
         expected = llamas[0].evals(split)
         assert len(expected) >= 2
