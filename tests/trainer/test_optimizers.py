@@ -140,7 +140,7 @@ def test_eight_bits_stay_near_thirty_two(base: model.Loaded) -> None:
     assert kinds == {torch.uint8}
     ends = list(zip(trained(thirty_two).values(), trained(eight).values(), before, strict=True))
     moved = sum(float((p.detach() - b).abs().sum()) for p, _, b in ends)
-    apart = sum(float((p.detach() - q).abs().sum()) for p, q, _ in ends)
+    apart = sum(float((p.detach() - q.detach()).abs().sum()) for p, q, _ in ends)
     assert 0 < apart < 0.05 * moved
 
 
