@@ -51,6 +51,7 @@ class PlanEvent(LenientModel):
     )
     parameters: int
     trainable_parameters: int
+    halvings: int = Field(default=0, description="How often micro-batches were halved for want of memory.")
 
 
 class StepEvent(LenientModel):
@@ -87,8 +88,42 @@ class CheckpointEvent(LenientModel):
     time: float
     step: int
     path: str
-    seconds: float
+    seconds: float = Field(description="From the gathering of its tensors until it was complete.")
+    stall_seconds: float = Field(default=0.0, description="Of these, how long training stood still for it.")
     bytes: int
+
+
+class SkippedEvent(LenientModel):
+    """Steps `first` to `step` change nothing: refused before the optimizer, or undone after a loss spike."""
+
+    type: Literal["skipped"] = "skipped"
+    time: float
+    step: int
+    first: int
+    reason: Literal["NonFiniteLoss", "NonFiniteGradient", "LossSpike"]
+    rows: tuple[int, ...] = Field(default=(), description="Lines of dataset.uri in the micro-batches that went wrong.")
+
+
+class SpikeEvent(LenientModel):
+    """The loss left the ones before it behind."""
+
+    type: Literal["spike"] = "spike"
+    time: float
+    step: int
+    loss: float
+    limit: float
+    action: Literal["report", "rollback", "fail"]
+
+
+class BackoffEvent(LenientModel):
+    """A micro-batch had no memory: from this step on they are half as large, and twice as many."""
+
+    type: Literal["backoff"] = "backoff"
+    time: float
+    step: int
+    halvings: int = Field(description="Since the job's first attempt, this one included.")
+    choice: str
+    why: str
 
 
 class SampleEvent(LenientModel):
@@ -138,6 +173,9 @@ Event = Annotated[
     | StepEvent
     | EvalEvent
     | CheckpointEvent
+    | SkippedEvent
+    | SpikeEvent
+    | BackoffEvent
     | SampleEvent
     | SavedEvent
     | PreemptedEvent

@@ -46,6 +46,7 @@ class Progress(LenientModel):
     tokens: int = Field(default=0, description="Tokens trained on so far, padding not counted; all ranks.")
     samples: int = Field(default=0, description="Examples trained on so far; all ranks.")
     eta_seconds: int | None = None
+    skipped_steps: int = Field(default=0, description="Steps that changed nothing, of all attempts.")
     checkpoint: CheckpointStatus | None = None
     model: ModelStatus | None = None
     gpus: tuple[GpuSample, ...] = ()

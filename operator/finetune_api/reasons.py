@@ -47,6 +47,8 @@ _ALL = (
            "Raise resources.memory, lower training.microBatchSize or dataset.maxSequenceLength, or take zero2/zero3."),
     Reason("NonFiniteLoss", "application", 71, "The loss or a gradient became NaN or infinite.",
            "Lower training.learningRate; look at the rows that the message numbers."),
+    Reason("LossSpike", "user", 77, "The training loss left the ones before it behind.",
+           "Lower training.learningRate or training.maxGradNorm, or take training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
            "Read failure.logTail; the same error again on a restart means it is no accident."),
     Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that nobody here sent.",

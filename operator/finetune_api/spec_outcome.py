@@ -17,7 +17,9 @@ class CheckpointSpec(Model):
     """How often the state is saved, so that a restart loses little."""
 
     every: s.AutoOrPositive = Field(
-        default="auto", description="Optimizer steps between checkpoints; auto is a tenth of the run."
+        default="auto",
+        description="Optimizer steps between checkpoints. auto is a tenth of the run and at most 10 minutes, as long "
+        "as training stands still for them for at most 3 % of its time.",
     )
     keep: int = Field(default=2, ge=1, le=100, description="Checkpoints kept in the destination while training.")
 

@@ -64,6 +64,17 @@ class EarlyStoppingSpec(Model):
     )
 
 
+class LossSpikeSpec(Model):
+    """What to do when the training loss leaves the ones before behind and doesn't come back at once."""
+
+    action: Literal["report", "rollback", "fail"] = Field(
+        default="report",
+        description="report tells it (event, metric) and changes nothing; rollback goes back to the checkpoint before "
+        "it and passes over the steps since; fail ends the job with reason LossSpike.",
+    )
+    max_rollbacks: int = Field(default=3, ge=0, le=1000, description="Rollbacks before the next spike ends the job.")
+
+
 class TrainingSpec(Model):
     """The recipe."""
 
@@ -145,6 +156,14 @@ class TrainingSpec(Model):
         description="Write the weights with the lowest eval loss instead of the last ones. Without validation rows "
         "the last ones are written.",
     )
+    max_skipped_steps: int = Field(
+        default=10,
+        ge=0,
+        le=1000000,
+        description="Steps whose loss or gradient isn't finite are refused, and training goes on with the next; more "
+        "of them than this, or 3 in a row, end the attempt with reason NonFiniteLoss. 0 ends it at the first.",
+    )
+    loss_spike: LossSpikeSpec = Field(default_factory=LossSpikeSpec, description="What a loss spike leads to.")
     seed: int = Field(
         default=42, ge=0, le=4294967295, description="Seed of data order, adapter initialisation and dropout."
     )

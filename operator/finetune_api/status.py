@@ -52,6 +52,7 @@ class ProgressStatus(LenientModel):
     eval_loss: float | None = Field(default=None, description="Mean loss per supervised token of the validation rows.")
     tokens_per_second: float | None = Field(default=None, description="Tokens a second, padding not counted.")
     eta_seconds: int | None = Field(default=None, description="Seconds of training left.")
+    skipped_steps: int = Field(default=0, description="Steps that changed nothing: refused, or undone after a spike.")
     message: str = Field(default="", description="What it is doing, e.g. loading the model.")
     update_time: str | None = Field(default=None, description="When this was reported, RFC 3339 in UTC.")
 

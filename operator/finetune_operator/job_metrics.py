@@ -36,6 +36,7 @@ _PROGRESS: tuple[tuple[str, str, Value], ...] = (
     ("finetune_job_total_steps", "Optimizer steps in all.", lambda s, p: s.total_steps),
     ("finetune_job_epoch", "Passes over the data done.", lambda s, p: s.epoch),
     ("finetune_job_eta_seconds", "Seconds of training left.", lambda s, p: s.eta_seconds),
+    ("finetune_job_skipped_steps", "Steps that changed nothing.", lambda s, p: s.skipped_steps),
     ("finetune_job_progress_ratio", "Share of the steps that is done, 0 to 1.", lambda s, p: _ratio(s)),
     ("finetune_job_last_progress_timestamp_seconds", "When it last reported.", lambda s, p: _epoch(s.update_time)),
 )  # fmt: skip
@@ -145,6 +146,7 @@ def _as_status(progress: Progress, time: str | None) -> ProgressStatus:
         eval_loss=progress.eval_loss,
         tokens_per_second=progress.tokens_per_second,
         eta_seconds=progress.eta_seconds,
+        skipped_steps=progress.skipped_steps,
         update_time=time,
     )
 

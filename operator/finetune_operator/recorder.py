@@ -28,6 +28,8 @@ def worth_telling(before: Status, after: Status) -> tuple[str, str] | None:
         return _reason(after, "Failed"), after.message
     if after.restarts != before.restarts:
         return "Restarted", after.message
+    if _skipped(after) > _skipped(before):
+        return "StepsSkipped", f"{_skipped(after)} steps so far changed nothing; the trainer's log tells why"
     reason = _reason(after, "Reconciling")
     stuck = after.phase == "Pending" and reason not in (CHECKING, STARTING)
     return (reason, after.message) if stuck and reason != _reason(before, "Reconciling") else None
@@ -71,6 +73,10 @@ class Recorder:
             await self._cluster.create("events", event)
         except ApiError as error:
             log.warning("an Event is lost: %s", error, extra={"job": meta.name})
+
+
+def _skipped(status: Status) -> int:
+    return status.progress.skipped_steps if status.progress else 0
 
 
 def _reason(status: Status, kind: str) -> str:

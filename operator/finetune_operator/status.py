@@ -208,6 +208,7 @@ def _progress(
         eval_loss=_rounded(told.eval_loss),
         tokens_per_second=_rounded(told.tokens_per_second, 1),
         eta_seconds=told.eta_seconds,
+        skipped_steps=told.skipped_steps,
         message=told.message or told.phase,
         update_time=reported.time,
     )
@@ -234,6 +235,7 @@ def _finished_progress(
         eval_loss=_rounded(_first(measured.eval_loss, reported_losses[1], last.eval_loss)),
         tokens_per_second=_rounded(told.tokens_per_second, 1) if told else last.tokens_per_second,
         eta_seconds=0,
+        skipped_steps=told.skipped_steps if told else last.skipped_steps,
         message="done",
         update_time=reported.time if reported else last.update_time,
     )

@@ -230,6 +230,11 @@ CASES: tuple[Case, ...] = (
     *none_of("training.earlyStopping.patience", 0, 1001, also=(("dataset.validation", {"fraction": 0.1}),)),
     *one("training.seed", 0, 4294967295),
     *none_of("training.seed", -1, 4294967296),
+    *one("training.maxSkippedSteps", 0, 1000000),
+    *none_of("training.maxSkippedSteps", -1, 1000001, "auto"),
+    *one("training.lossSpike", {}, {"action": "report"}, {"action": "rollback", "maxRollbacks": 0}, {"action": "fail"}),
+    *none_of("training.lossSpike.action", "ignore", ""),
+    *none_of("training.lossSpike.maxRollbacks", -1, 1001),
     # The hardware.
     ok("as many examples as processes", ("distribution", {"nodes": 8, "processesPerNode": 8})),
     bad("fewer examples than processes", "spec.training.globalBatchSize",

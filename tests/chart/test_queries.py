@@ -147,6 +147,10 @@ FIRES: dict[str, dict[str, str]] = {
     "FineTuneJobUploadFailing": {f'finetune_checkpoint_upload_failures_total{{{JOB}, attempt="1"}}': "0x80 1x9"},
     "FineTuneJobGPUIdle": {f'finetune_gpu_utilization_ratio{{{JOB}, attempt="1", gpu="0"}}': "0.01x90"},
     "FineTuneJobRestartLoop": {f'finetune_job_restarts_total{{{JOB}, cause="application"}}': "0x70 6x20"},
+    "FineTuneJobSkipsSteps": {
+        f"finetune_job_skipped_steps{{{JOB}}}": "0x20 2x70",
+        f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
+    },
     "FineTuneJobWaitsLong": {f'finetune_job_phase{{{JOB}, phase="Pending"}}': "1x90"},
     "FineTuneOperatorDown": {},
     "FineTuneOperatorNoLeader": {'finetune_operator_leader{pod="a"}': "0x90"},
@@ -161,6 +165,7 @@ CALM = {
     f'finetune_job_status_condition{{{JOB}, condition="Failed"}}': "0x90",
     f"finetune_job_step{{{JOB}}}": "0+5x90",
     f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
+    f"finetune_job_skipped_steps{{{JOB}}}": "0x90",
     f"finetune_job_start_timestamp_seconds{{{JOB}}}": "0x90",
     f"finetune_job_checkpoint_timestamp_seconds{{{JOB}}}": "0+60x90",
     f'finetune_checkpoint_upload_failures_total{{{JOB}, attempt="1"}}': "0x90",
@@ -238,6 +243,10 @@ BUSY = CALM | {
     f"finetune_train_steps_total{{{_POD}}}": "0+5x90",
     f"finetune_train_samples_total{{{_POD}}}": "0+80x90",
     f"finetune_train_padding_ratio{{{_POD}}}": "0.1x90",
+    f'finetune_train_skipped_steps_total{{{_POD}, reason="NonFiniteLoss"}}': "0+1x90",
+    f"finetune_train_loss_spikes_total{{{_POD}}}": "0+1x90",
+    f"finetune_train_micro_batch_halvings{{{_POD}}}": "1x90",
+    f"finetune_checkpoint_stall_seconds_total{{{_POD}}}": "0+1x90",
     **{
         f'finetune_train_step_duration_seconds_{part}{{{_POD}, phase="{phase}"}}': "0+5x90"
         for part in ("sum", "count") for phase in ("data", "forward", "backward", "optimizer", "total")

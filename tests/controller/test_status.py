@@ -11,7 +11,7 @@ import pytest
 from controller.builders import NOW, a_check, a_dead_pod, a_done_pod, a_job, a_pod, an_attempt, failed, seen
 from finetune_api.progress import Progress
 from finetune_api.result import Result
-from finetune_api.status import ArtifactStatus, CheckpointStatus, Restarts, Status
+from finetune_api.status import ArtifactStatus, CheckpointStatus, ProgressStatus, Restarts, Status
 from finetune_operator.decide import decide
 from finetune_operator.decision import Outlook
 from finetune_operator.observe import Observed, Report
@@ -200,3 +200,7 @@ def test_events_are_for_what_goes_wrong() -> None:
     assert worth_telling(running, outlook(restarts=Restarts(preemption=1), message="again")) == ("Restarted", "again")
     assert worth_telling(running, outlook(phase="Failed", reason="OutOfMemory", message="x")) == ("OutOfMemory", "x")
     assert worth_telling(running, outlook(phase="Succeeded")) is None
+    skipping = running.model_copy(update={"progress": ProgressStatus(step=9, skipped_steps=2)})
+    told = ("StepsSkipped", "2 steps so far changed nothing; the trainer's log tells why")
+    assert worth_telling(running, skipping) == told
+    assert worth_telling(skipping, skipping) is None

@@ -27,7 +27,7 @@ class Behaviour:
     checkpoint_every: int = 2
     at_step: int = 0  # `then` happens before this step …
     on_rank: int = 0  # … on this rank
-    then: str = ""  # kill | exit | error | hang | abort | orphan | pickle
+    then: str = ""  # kill | exit | error | memory | hang | abort | orphan | pickle
     attempt: int = 0  # only in this attempt; 0 is every one
     loading: float = 0.0  # seconds before the first step
     hold: str = ""  # a file: training goes on after step `hold_at` once it exists
@@ -104,7 +104,9 @@ def _checkpoint(paths: Paths, job: object, step: int) -> e.CheckpointEvent:
     write_manifest(aside, kind="checkpoint", job=job, step=step)  # type: ignore[arg-type]
     folder = aside.with_suffix("")
     aside.rename(folder)
-    return e.CheckpointEvent(time=time.time(), step=step, path=str(folder), seconds=0.01, bytes=1050)
+    return e.CheckpointEvent(
+        time=time.time(), step=step, path=str(folder), seconds=0.01, stall_seconds=0.005, bytes=1050
+    )
 
 
 def _misbehave(then: str, rank: int, say: object) -> None:
@@ -117,6 +119,10 @@ def _misbehave(then: str, rank: int, say: object) -> None:
         said = e.ErrorEvent(time=time.time(), rank=rank, reason="NonFiniteLoss", message="loss became NaN at step 3")
         say(said)  # type: ignore[operator]
         sys.exit(REASONS["NonFiniteLoss"].exit_code)
+    if then == "memory":
+        said = e.ErrorEvent(time=time.time(), rank=rank, reason="OutOfMemory", message="CUDA out of memory")
+        say(said)  # type: ignore[operator]
+        sys.exit(REASONS["OutOfMemory"].exit_code)
     if then == "abort":
         os.abort()
     if then == "hang":

@@ -143,6 +143,20 @@ def test_a_hanging_rank_is_a_stall(setup: Setup) -> None:
     assert ended.last.checkpoint.step == 2
 
 
+def test_ranks_without_memory_leave_word_for_the_next_attempt_until_the_job_is_done(setup: Setup) -> None:
+    left, halvings = setup.output / "checkpoints" / "memory.json", setup.folder / "scratch" / "halvings"
+    left.parent.mkdir(parents=True)
+    left.write_text('{"uid": "another job", "halvings": 7}')
+    behaviour = {"at_step": 3, "on_rank": 1, "then": "memory", "checkpoint_every": 1000}
+    for attempt in (1, 2):
+        ended = world.supervise(setup.run(attempt=attempt), setup.folder, behaviour=behaviour)
+        assert ended.last.reason == "OutOfMemory", ended.output
+        assert halvings.read_text() == str(attempt - 1)
+    assert world.supervise(setup.run(attempt=3), setup.folder).code == 0
+    assert halvings.read_text() == "2"
+    assert not left.exists()
+
+
 def test_slow_loading_is_no_stall_while_the_limit_is_off(setup: Setup) -> None:
     ended = world.supervise(setup.but(stall_seconds=0).run(), setup.folder, behaviour={"loading": 1.5})
     assert ended.code == 0, ended.output

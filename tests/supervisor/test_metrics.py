@@ -64,6 +64,8 @@ def test_losses_counters_and_times_are_served_while_it_trains(setup: Setup) -> N
     assert value(series, "finetune_train_progress_ratio") == 0.75
     assert value(series, "finetune_train_step_duration_seconds_count", phase="forward") == 3
     assert value(series, "finetune_checkpoint_bytes_total", tier="local") == 1050
+    assert value(series, "finetune_checkpoint_stall_seconds_total") == 0.005
+    assert value(series, "finetune_train_skipped_steps_total", reason="NonFiniteLoss") == 0
     world.until(lambda: value(scrape(setup), "finetune_checkpoint_bytes_total", tier="remote") == 1050)
     assert value(scrape(setup), "finetune_checkpoint_last_success_timestamp_seconds", tier="remote") is not None
     assert value(series, "finetune_phase_seconds_total", phase="fetching") is not None
@@ -77,7 +79,7 @@ def test_no_label_holds_a_step_a_uri_or_a_uid(setup: Setup) -> None:
     running = world.start(setup.run(), setup.folder, behaviour=hold)
     world.until(lambda: value(scrape(setup), "finetune_train_steps_total") == 2)
     labels = {label for _, pairs in scrape(setup) for label in pairs}
-    assert {name for name, _ in labels} <= {"split", "phase", "tier", "gpu", "le"}
+    assert {name for name, _ in labels} <= {"split", "phase", "tier", "gpu", "le", "reason"}
     assert not any("uid-1" in text or "://" in text for _, text in labels)
     running.terminate()
     running.wait()

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+from trainer.faults import Fault
 
 # What torch, Transformers and DeepSpeed read while they are imported; a rank can't change it after its fork.
 _AT_IMPORT = {
@@ -43,10 +45,15 @@ class Forked:
     """A running rank; the part of subprocess.Popen that tests use."""
 
     def __init__(
-        self, environment: Mapping[str, str], log: Path, scratches: Sequence[Path] = (), die: Die | None = None
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        scratches: Sequence[Path] = (),
+        die: Die | None = None,
+        fault: Fault | None = None,
     ) -> None:
         """`scratches`: do these runs one after the other (many.py) instead of the environment's one."""
-        arguments = (dict(environment), str(log), [str(scratch) for scratch in scratches], die)
+        arguments = (dict(environment), str(log), [str(scratch) for scratch in scratches], die, fault)
         self._process = _context().Process(target=_rank, args=arguments, daemon=True)
         self._process.start()
 
@@ -72,6 +79,14 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def ended_in_a_fork(what: Callable[..., None], *arguments: Any) -> int | None:
+    """How a process of its own ends that does something else than a rank."""
+    process = _context().Process(target=what, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def _context() -> ForkServerContext:
@@ -102,7 +117,7 @@ def _check_imports() -> None:
     assert "\nThreads:\t1\n" in status
 
 
-def _rank(environment: Mapping[str, str], log: str, scratches: list[str], die: Die | None) -> None:
+def _rank(environment: Mapping[str, str], log: str, scratches: list[str], die: Die | None, fault: Fault | None) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -110,6 +125,8 @@ def _rank(environment: Mapping[str, str], log: str, scratches: list[str], die: D
     os.environ.update(environment)
     if die is not None:
         sys.addaudithook(_Hook(die))
+    if fault is not None:
+        fault.install()
     if scratches:
         from trainer import many
 

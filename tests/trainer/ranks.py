@@ -16,6 +16,7 @@ from finetune_api import events
 from finetune_api.resource import EvaluationSpec, LoraSpec, TrainingSpec
 from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
 from finetune_trainer.paths import Paths
+from trainer.faults import Fault
 from trainer.forked import Die, Forked
 
 E = TypeVar("E")
@@ -170,17 +171,24 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]] | str) -> None:
     path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def finish_all(jobs: Sequence[Job], timeout: float = 600) -> list[Ended]:
+def finish_all(jobs: Sequence[Job], timeout: float = 600, faults: Mapping[int, Fault] | None = None) -> list[Ended]:
     """Several jobs of one world size, one after the other in the same processes; all must end well."""
-    ended = Ranks(jobs[0], [job.scratch for job in jobs]).wait(timeout).check()
+    ended = Ranks(jobs[0], [job.scratch for job in jobs], faults=faults).wait(timeout).check()
     return [Ended(job.paths, ended.codes, ended.logs) for job in jobs]
 
 
 class Ranks:
     """Running processes of a job, one a rank."""
 
-    def __init__(self, job: Job, scratches: Sequence[Path] = (), *, die: Die | None = None) -> None:
-        """`scratches`: many.py instead of one run. `die`: where rank 0 kills itself."""
+    def __init__(
+        self,
+        job: Job,
+        scratches: Sequence[Path] = (),
+        *,
+        die: Die | None = None,
+        faults: Mapping[int, Fault] | None = None,
+    ) -> None:
+        """`scratches`: many.py instead of one run. `die`: where rank 0 kills itself. `faults`: by rank."""
         self._job = job
         size, here = job.run.world.size, job.run.world.processes_per_node
         port = _free_port()
@@ -201,7 +209,9 @@ class Ranks:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            self.processes.append(Forked(environment, self._logs[rank], scratches, None if rank else die))
+            self.processes.append(
+                Forked(environment, self._logs[rank], scratches, None if rank else die, (faults or {}).get(rank))
+            )
 
     def until(self, kind: type[events.Event], count: int = 1, timeout: float = 90) -> None:
         """Waits until rank 0 has told so many events of a kind."""

@@ -50,7 +50,7 @@ def test_a_loss_that_isnt_finite_stops_all_ranks_before_the_step_and_names_the_r
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     rows = pairs(40)
     rows[29] = {"prompt": "@", "completion": "poison"}
-    job = prepare(tmp_path / "job", base, rows, world=2, training={"max_steps": 5}, every=1)
+    job = prepare(tmp_path / "job", base, rows, world=2, training={"max_steps": 5, "max_skipped_steps": 0}, every=1)
     ended = job.finish()
     assert set(ended.codes) == {71}
     assert ended.failure.reason == "NonFiniteLoss"

@@ -171,9 +171,28 @@ def test_the_best_evaluation_is_the_first_of_the_lowest_and_patience_counts_the_
 def test_checkpoints_and_evaluations_come_at_their_steps_and_at_the_end() -> None:
     assert [s for s in range(1, 11) if selection.is_eval_step(s, 10, 4)] == [4, 8, 10]
     assert [s for s in range(1, 11) if selection.is_eval_step(s, 10, 0)] == [10]
-    assert [s for s in range(1, 11) if selection.is_checkpoint_step(s, 10, 3)] == [3, 6, 9, 10]
-    assert (selection.checkpoint_interval("auto", 240), selection.checkpoint_interval("auto", 5)) == (24, 1)
-    assert selection.checkpoint_interval(7, 240) == 7
+
+
+@pytest.mark.parametrize(
+    ("every", "exact", "stalled", "since", "expected"),
+    [
+        pytest.param(3, False, 99.0, 9999.0, [3, 6, 9, 12, 15, 18, 20], id="as asked, whatever it costs"),
+        pytest.param("auto", False, 3.0, 5.0, list(range(2, 21, 2)), id="auto is a tenth"),
+        pytest.param("auto", False, 3.1, 5.0, [20], id="auto leaves out what costs more than 3 %"),
+        pytest.param("auto", False, 3.1, 600.0, list(range(1, 21)), id="auto never waits longer than 10 minutes"),
+        pytest.param("auto", True, 99.0, 9999.0, list(range(2, 21, 2)), id="a rollback's steps depend on no clock"),
+    ],
+)
+def test_checkpoints_come_when_they_are_worth_it(
+    every: int | str, exact: bool, stalled: float, since: float, expected: list[int]
+) -> None:
+    when, _ = selection.cadence(every, 20, exact=exact)
+    due = [
+        step
+        for step in range(1, 21)
+        if selection.is_checkpoint_step(when, step, 20, since=since, stalled=stalled, elapsed=100.0)
+    ]
+    assert due == expected
 
 
 def test_a_micro_batch_is_told_in_the_users_unit() -> None:

@@ -60,8 +60,8 @@ def build(
     loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
     packed = packing.packs(trial, loss_sum, wanted=run.data.packing, why_not=loaded.why_not)
     micro_tokens, reason = settling.micro_tokens(run, found, saved)
+    halvings = max(saved.halvings if saved is not None else 0, world.firsts(_halvings(paths)))
     shape = plan.shape(world.size, run.training.micro_batch_size, micro_tokens, packed, data.longest, shared=packed)
-    reporter.decision("microBatchSize", str(shape), reason)
     whole = plan.make(
         seed=run.training.seed,
         lengths=data.train.lengths,
@@ -77,9 +77,14 @@ def build(
     whole = replace(whole, shape=replace(shape, shared=shared))
     collate = replace(trial.padded, packed=packed, shared=shared)
     _tell_order(whole, reporter)
-    t = Training(run, paths, world, reporter, whole, data.train, data.validation, learner, collate, loss_sum)
+    cut = whole.halved(halvings)
+    if halvings:
+        reason = f"halved {halvings} times, since an earlier attempt had no memory for more"
+    reporter.decision("microBatchSize", str(cut.shape), reason)
+    t = Training(run, paths, world, reporter, cut, whole, data.train, data.validation, learner, collate, loss_sum)
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
-    state = state.model_copy(update={"strategy": found.way.strategy, "offload": found.way.offload})
+    way = {"strategy": found.way.strategy, "offload": found.way.offload}
+    state = state.model_copy(update={**way, "halvings": halvings})
     if saved is not None:
         _put_moments(t, saved)
     reporter.report(
@@ -91,12 +96,17 @@ def build(
         dropped_rows=data.dropped,
         tokens_per_epoch=int(data.train.lengths.sum()),
         label_tokens_per_epoch=int(data.train.label_counts.sum()),
-        padding_share=whole.padding_share(),
-        computed_share=whole.computed_share(),
+        padding_share=cut.padding_share(),
+        computed_share=cut.computed_share(),
         parameters=parameters,
         trainable_parameters=trainable,
+        halvings=state.halvings,
     )
     return t, loaded, state
+
+
+def _halvings(paths: Paths) -> int:
+    return int(paths.halvings.read_text()) if paths.halvings.is_file() else 0
 
 
 def _dtype(run: RunConfig, world: World, saved: State | None) -> tuple[str, str]:
@@ -142,7 +152,8 @@ def _put_weights(loaded: model.Loaded, paths: Paths) -> None:
 
 
 def _put_moments(t: Training, saved: State) -> None:
-    t.learner.set_moments(checkpoint.read_tensors(t.paths.resume / checkpoint.OPTIMIZER), saved.step)
+    if saved.updates:
+        t.learner.set_moments(checkpoint.read_tensors(t.paths.resume / checkpoint.OPTIMIZER), saved.updates)
     if t.world.is_first and saved.best is not None and t.run.training.keep_best:
         earlier = t.paths.resume / checkpoint.BEST
         source = earlier if earlier.is_file() else t.paths.resume / checkpoint.WEIGHTS

@@ -1,6 +1,7 @@
 """Checkpoints on a node's disk: saving (rank 0), reading, and what a resumed run needs to go on as if never stopped.
 
 A folder `step-N` exists only complete: it is written as step-N.tmp, its manifest last, synced, then renamed.
+`saving` does so in a thread of its own.
 weights.safetensors, optimizer.safetensors, best.safetensors (where earlier weights were better) and state.json; no
 pickle. Called by the loop and by `rank`.
 """
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from finetune_api.model import LenientModel
 from finetune_api.run import JobRef
-from finetune_trainer import manifest_io
+from finetune_trainer import guards, manifest_io
 from finetune_trainer.failure import Failed
+from finetune_trainer.guards import Skipped
 from finetune_trainer.selection import Best
 
 WEIGHTS, OPTIMIZER, BEST, STATE = "weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"
@@ -40,14 +42,22 @@ class State(LenientModel):
     step: int = 0
     data_key: str = Field(default="", description="The rows that the plan was made of.")
     dtype: str = ""
-    micro_tokens: int = Field(default=0, description="Tokens that a rank computed at once.")
+    micro_tokens: int = Field(default=0, description="Tokens that a rank computed at once, before any halving.")
+    halvings: int = Field(default=0, description="How often micro-batches were halved for want of memory.")
     strategy: Literal["", "ddp", "zero1", "zero2", "zero3", "fsdp"] = ""
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    skipped: tuple[Skipped, ...] = Field(default=(), description="Steps that changed nothing, in their order.")
+    losses: tuple[float, ...] = Field(default=(), description="The last ones, for telling a spike.")
     best: BestState | None = None
     eval_due: bool = Field(default=False, description="The evaluation after this step is still to be done.")
     stopped_early: bool = False
     test_loss_before: float | None = None
     answers_before: tuple[str, ...] = ()
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer stepped."""
+        return self.step - guards.steps(self.skipped)
 
     @property
     def chosen(self) -> Best | None:
@@ -57,32 +67,40 @@ class State(LenientModel):
         return self.model_copy(update={"best": BestState(**asdict(best))})
 
 
+def begin(root: Path, step: int, best: Path | None) -> Path:
+    """Rank 0 only. A new folder for `save`, which already holds the best weights: their file may be replaced soon."""
+    aside = root / f"step-{step}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if best is not None:
+        os.link(best, aside / BEST)
+    return aside
+
+
 def save(
-    root: Path,
+    aside: Path,
     state: State,
     *,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    best: Path | None,
     job: JobRef,
+    keep: int = KEPT_LOCALLY,
 ) -> Path:
-    """Rank 0 only. Returns the complete folder; older ones beyond the last two are removed."""
+    """Rank 0 only; fills what `begin` gave. Returns the complete folder; of older ones the last `keep` stay."""
+    root = aside.parent
     folder = root / f"step-{state.step}"
-    aside = root / f"step-{state.step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     _save_tensors(weights, aside / WEIGHTS)
-    _save_tensors(moments, aside / OPTIMIZER)
-    if best is not None:
-        os.link(best, aside / BEST)
+    if state.updates:
+        _save_tensors(moments, aside / OPTIMIZER)
     (aside / STATE).write_text(state.model_dump_json(by_alias=True))
     manifest_io.write_manifest(aside, kind="checkpoint", job=job, step=state.step)
     for path in aside.iterdir():
         _sync(path)
+    _sync(aside)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
     _sync(root)
-    _prune(root)
+    _prune(root, keep)
     return folder
 
 
@@ -126,9 +144,9 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(dict(tensors), path)
 
 
-def _prune(root: Path) -> None:
+def _prune(root: Path, keep: int) -> None:
     steps = sorted((p for p in root.glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    for old in steps[:-KEPT_LOCALLY]:
+    for old in steps[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """History: the loss history of a job over all its attempts, as it is kept beside checkpoints and the result.
 
-Filled by the supervisor from rank 0's step and eval events; a resumed attempt begins with the lines up to its step.
+Filled by the supervisor from rank 0's step, eval and skipped events; a resumed attempt begins with the lines up to its
+step.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from finetune_api import events, names
 
-Line = events.StepEvent | events.EvalEvent
+Line = events.StepEvent | events.EvalEvent | events.SkippedEvent
 
 
 class History:

@@ -73,7 +73,7 @@ class Learner(Protocol):
         ...
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Rank 0's weights everywhere, for evaluation: no step may follow. Other ranks' mappings aren't looked at."""
+        """Rank 0's weights everywhere, as if they had been trained. Other ranks' mappings aren't looked at."""
         ...
 
 

@@ -5,7 +5,7 @@ a rank that was killed. A series exists once its value is known; labels never ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, start_http_server
 from prometheus_client.core import GaugeMetricFamily
@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from finetune_api import events as e
 from finetune_api.run import JobRef
 from finetune_trainer.gpu import Gpus
+from finetune_trainer.guards import Reason
 
 _LABELS = ("namespace", "job", "attempt")
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
@@ -35,6 +36,13 @@ class Metrics:
         self._steps = self._counter("finetune_train_steps", "Optimizer steps done by this attempt.")
         self._tokens = self._counter("finetune_train_tokens", "Tokens trained on, padding not counted, all ranks.")
         self._samples = self._counter("finetune_train_samples", "Examples trained on, all ranks.")
+        self._skipped = self._counter(
+            "finetune_train_skipped_steps", "Steps that changed nothing, by reason (see docs/guide.md).", "reason"
+        )
+        self._spikes = self._counter("finetune_train_loss_spikes", "Loss spikes that were seen.")
+        self._halvings = self._gauge(
+            "finetune_train_micro_batch_halvings", "How often micro-batches were halved for want of memory."
+        )
         self._step_seconds = Histogram(
             "finetune_train_step_duration_seconds",
             "Wall time of a step, by part (phase=total is the whole).",
@@ -47,6 +55,9 @@ class Metrics:
         self._padding = self._gauge("finetune_train_padding_ratio", "Share of computed positions without a token.")
         self._checkpoint_seconds = self._gauge(
             "finetune_checkpoint_duration_seconds", "Time of the last checkpoint, by tier (local, remote).", "tier"
+        )
+        self._checkpoint_stall = self._counter(
+            "finetune_checkpoint_stall_seconds", "Time that training stood still for checkpoints."
         )
         self._checkpoint_bytes = self._counter("finetune_checkpoint_bytes", "Bytes of checkpoints, by tier.", "tier")
         self._checkpoint_time = self._gauge(
@@ -68,6 +79,10 @@ class Metrics:
             case e.PlanEvent():
                 self._total_steps = event.total_steps
                 self._set(self._padding, event.padding_share)
+                self._set(self._halvings, event.halvings)
+                self._spikes.labels(**self._job)
+                for reason in get_args(Reason):  # from 0 on, else the first one isn't seen as an increase
+                    self._skipped.labels(**self._job, reason=reason)
             case e.StepEvent():
                 self._set(self._train_loss, event.loss)
                 self._set(self._learning_rate, event.learning_rate)
@@ -78,14 +93,25 @@ class Metrics:
                 self._samples.labels(**self._job).inc(event.samples)
                 for phase, seconds in event.seconds.items():
                     self._step_seconds.labels(**self._job, phase=phase).observe(seconds)
-                if self._total_steps:
-                    self._set(self._ratio, event.step / self._total_steps)
+                self._reached(event.step)
+            case e.SkippedEvent():
+                self._skipped.labels(**self._job, reason=event.reason).inc(event.step - event.first + 1)
+                self._reached(event.step)
+            case e.SpikeEvent():
+                self._spikes.labels(**self._job).inc()
+            case e.BackoffEvent():
+                self._set(self._halvings, event.halvings)
             case e.EvalEvent():
                 self._set(self._eval_loss, event.loss, split=event.split)
             case e.CheckpointEvent():
                 self.checkpoint(tier="local", seconds=event.seconds, size=event.bytes, at=event.time)
+                self._checkpoint_stall.labels(**self._job).inc(event.stall_seconds)
             case _:
                 return
+
+    def _reached(self, step: int) -> None:
+        if self._total_steps:
+            self._set(self._ratio, step / self._total_steps)
 
     def checkpoint(self, *, tier: str, seconds: float, size: int, at: float) -> None:
         """A checkpoint is complete on this node's disk (local) or in the destination (remote)."""

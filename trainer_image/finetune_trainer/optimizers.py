@@ -176,7 +176,7 @@ def _groups(parameters: Mapping[str, Any], recipe: Recipe) -> list[dict[str, Any
     """By decay and rate."""
     kinds: dict[tuple[float, float], list[Any]] = {}
     for name, parameter in parameters.items():
-        decay = recipe.weight_decay if len(_shape(parameter)) > 1 else 0.0
+        decay = recipe.weight_decay if len(shape_of(parameter)) > 1 else 0.0
         ratio = recipe.plus_ratio if ".lora_B." in name else 1.0
         kinds.setdefault((decay, ratio), []).append(parameter)
     return [
@@ -184,7 +184,7 @@ def _groups(parameters: Mapping[str, Any], recipe: Recipe) -> list[dict[str, Any
     ]
 
 
-def _shape(parameter: Any) -> Any:
+def shape_of(parameter: Any) -> Any:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

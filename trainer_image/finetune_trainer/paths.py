@@ -39,6 +39,11 @@ class Paths:
         return self.scratch / "resume"
 
     @property
+    def halvings(self) -> Path:
+        """How often earlier attempts' lack of memory halves micro-batches, as a number; absent where none did."""
+        return self.scratch / "halvings"
+
+    @property
     def checkpoints(self) -> Path:
         """step-N folders, each complete once it has that name (written as step-N.tmp, then renamed)."""
         return self.scratch / "checkpoints"
@@ -54,6 +59,10 @@ class Paths:
 
     def rank_events(self, rank: int) -> Path:
         return self.events / f"rank-{rank}.jsonl"
+
+    def rank_alive(self, rank: int) -> Path:
+        """Touched by a rank while it gets on; holds its phase."""
+        return self.events / f"rank-{rank}.alive"
 
     def rank_log(self, rank: int) -> Path:
         """stdout and stderr of a rank."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,16 @@ class Plan:
     def rows(self) -> int:
         return len(self.lengths)
 
+    def halved(self, times: int) -> Plan:
+        """The same steps in smaller micro-batches: the largest one, halved so often, is the most that is computed at
+        once. One example is the least."""
+        if times == 0:
+            return self
+        micros = [m for n in self._first_steps() for rank in self.step(n).micros for m in rank]
+        tokens = max(positions(micro, self.lengths, self.shape, self.prefixes) for micro in micros)
+        rows = max(len(micro) for micro in micros)
+        return replace(self, shape=replace(self.shape, tokens=max(1, tokens >> times), rows=max(1, rows >> times)))
+
     @property
     def epochs(self) -> float:
         return self.total_examples / self.rows
@@ -106,15 +116,18 @@ class Plan:
         seen, computed = self.work()
         return computed / seen if self.shape.packed else 1.0
 
-    def work(self, most: int = 200) -> tuple[int, int]:
-        """(tokens of the examples, positions that are computed for them), over the first `most` steps."""
+    def work(self) -> tuple[int, int]:
+        """(tokens of the examples, positions that are computed for them), over the first steps."""
         seen = computed = 0
-        for number in range(1, min(self.total_steps, most) + 1):
+        for number in self._first_steps():
             step = self.step(number)
             seen += step.tokens
             micros = (micro for rank in step.micros for micro in rank)
             computed += sum(positions(micro, self.lengths, self.shape, self.prefixes) for micro in micros)
         return seen, computed
+
+    def _first_steps(self, most: int = 200) -> range:
+        return range(1, min(self.total_steps, most) + 1)
 
     def _at(self, position: int) -> int:
         epoch, within = divmod(position, self.rows)

@@ -49,6 +49,7 @@ def progress_of(
         tokens=state.tokens,
         samples=state.samples,
         eta_seconds=state.eta_seconds,
+        skipped_steps=state.skipped_steps,
         checkpoint=checkpoint,
         model=model,
     )

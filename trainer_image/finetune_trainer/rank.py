@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 from finetune_api.names import SCRATCH_ROOT
 from finetune_api.reasons import REASONS
@@ -30,7 +32,8 @@ def main() -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches a whole terminal; stopping is agreed by the flag file
-    paths = Paths(Path(os.environ.get("FINETUNE_SCRATCH", SCRATCH_ROOT)))
+    signal.signal(signal.SIGTERM, _flag)
+    paths = _paths()
     reporter = Reporter(paths.rank_events(int(os.environ.get("RANK", "0"))), int(os.environ.get("RANK", "0")))
     try:
         run = parse(paths.run_config.read_bytes())
@@ -52,6 +55,16 @@ def _tell(run: RunConfig, paths: Paths, reporter: Reporter) -> None:
     world.join(who, expected=run.world.size, timeout=_LONGEST_WAIT)
     story.tell(run, paths, who, reporter)
     world.leave(who)
+
+
+def _paths() -> Paths:
+    return Paths(Path(os.environ.get("FINETUNE_SCRATCH", SCRATCH_ROOT)))
+
+
+def _flag(number: int, frame: FrameType | None) -> None:
+    """A rank that is asked to leave asks all of them: they agree after the step, and save the same one."""
+    with suppress(OSError):
+        _paths().stop.touch()
 
 
 def _quieten() -> None:

@@ -1,10 +1,12 @@
 """Where a rank says what it does: the events file that the supervisor tails. The only way out of a rank.
 
-Rank 0 reports everything; other ranks only decisions of their own and errors, so the loop needs no `if rank == 0`.
+Rank 0 reports everything; other ranks only errors, so the loop needs no `if rank == 0`. Every rank touches a file
+beside it while it gets on, so that each node's supervisor can tell when its ranks don't.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -15,14 +17,17 @@ from finetune_api import events
 from finetune_trainer.failure import Failed
 
 _SILENCE_SECONDS = 15
+_BEAT_SECONDS = 1
 
 
 class Reporter:
-    """Appends one line an event, whole or not at all for who reads complete lines."""
+    """Appends one line an event, whole or not at all for who reads complete lines; any thread may."""
 
     def __init__(self, path: Path, rank: int, clock: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
+        self._beats = path.with_suffix(".alive")
+        self._beaten = 0.0
         self._rank = rank
         self._clock = clock
         self._phase = ""
@@ -35,11 +40,16 @@ class Reporter:
 
     def phase(self, phase: str) -> None:
         self._phase = phase
+        self._beats.write_text(phase)
         self.report(events.PhaseEvent, phase=phase)
 
     def alive(self) -> None:
         """Says the phase again when nothing was said for a while: long work isn't a stall. Cheap; call it often."""
-        if self._clock() - self._last > _SILENCE_SECONDS:
+        now = self._clock()
+        if now - self._beaten > _BEAT_SECONDS and self._beats.exists():
+            os.utime(self._beats)
+            self._beaten = now
+        if self._rank == 0 and now - self._last > _SILENCE_SECONDS:
             self.phase(self._phase)
 
     def decision(self, topic: str, choice: str, reason: str) -> None:

@@ -1,8 +1,11 @@
-"""Which weights are kept, and when to stop: the eval losses so far → a verdict. Pure; called after each evaluation."""
+"""What is kept, and when to stop: eval losses, steps and seconds so far → a verdict. Pure; called by the loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+LONGEST_SECONDS = 600
+DEAREST_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,32 @@ def is_eval_step(step: int, total: int, every: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def is_checkpoint_step(step: int, total: int, every: int) -> bool:
-    """At every `every`-th step, and at the end so that a pod that dies while it saves the result loses nothing."""
-    return step == total or step % every == 0
+@dataclass(frozen=True)
+class Cadence:
+    """When checkpoints are taken: every `every` steps; `timed`: not where that costs too much, and never too late."""
+
+    every: int
+    timed: bool
+
+    def __str__(self) -> str:
+        return f"every {self.every} steps" + (f", or after {LONGEST_SECONDS // 60} minutes" if self.timed else "")
 
 
-def checkpoint_interval(every: int | str, total: int) -> int:
-    """`auto` is a tenth of the run."""
-    return every if isinstance(every, int) else -(-total // 10)
+def cadence(every: int | str, total: int, *, exact: bool) -> tuple[Cadence, str]:
+    """(when, reason). `every` is checkpoint.every; `exact`: which steps have one may not depend on a clock."""
+    if isinstance(every, int):
+        return Cadence(every, False), "checkpoint.every says so"
+    tenth = -(-total // 10)
+    if exact:
+        return Cadence(tenth, False), "a tenth of the run; a rollback goes back to one of these steps"
+    return Cadence(tenth, True), f"a tenth of the run, as long as at most {DEAREST_SHARE:.0%} of its time goes there"
+
+
+def is_checkpoint_step(when: Cadence, step: int, total: int, *, since: float, stalled: float, elapsed: float) -> bool:
+    """Seconds: `since` the last checkpoint, `stalled` by all of them, `elapsed` in this attempt.
+
+    At the end always, so that a pod that dies while it saves the result loses nothing.
+    """
+    if step == total or (when.timed and since >= LONGEST_SECONDS):
+        return True
+    return step % when.every == 0 and (not when.timed or stalled <= DEAREST_SHARE * elapsed)

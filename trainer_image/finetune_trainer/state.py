@@ -41,6 +41,14 @@ class TrainingState:
     samples_shown: tuple[e.SampleEvent, ...] = ()
     decisions: tuple[e.DecisionEvent, ...] = ()
     recent: tuple[tuple[int, float], ...] = ()
+    skipped: tuple[tuple[int, int], ...] = ()
+    spikes: int = 0
+    halvings: int = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing, of all attempts."""
+        return sum(last - first + 1 for first, last in self.skipped)
 
     @property
     def total_steps(self) -> int:
@@ -82,7 +90,7 @@ def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> Tr
         case e.PhaseEvent():
             return replace(state, phase=event.phase)
         case e.PlanEvent():
-            return replace(state, plan=event, step=max(state.step, event.start_step))
+            return replace(state, plan=event, step=max(state.step, event.start_step), halvings=event.halvings)
         case e.StepEvent():
             recent = () if restored else (*state.recent, (event.tokens, event.seconds.get("total", 0.0)))
             return replace(
@@ -105,13 +113,26 @@ def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> Tr
             return replace(state, saved=event)
         case e.PreemptedEvent():
             return replace(state, preempted=event)
+        case e.SkippedEvent():
+            refused = event.reason != "LossSpike"  # others were told as steps before
+            earlier = tuple(part for part in state.skipped if part[0] < event.first)
+            return replace(
+                state,
+                step=event.step,
+                steps_here=state.steps_here + (refused and not restored),
+                skipped=(*earlier, (event.first, event.step)),
+            )
+        case e.SpikeEvent():
+            return replace(state, spikes=state.spikes + 1)
+        case e.BackoffEvent():
+            return replace(state, halvings=event.halvings)
         case e.DecisionEvent():
             return replace(state, decisions=(*state.decisions, event))
         case e.ErrorEvent():
             return state
 
 
-def restored(history: tuple[e.StepEvent | e.EvalEvent, ...], step: int) -> TrainingState:
+def restored(history: tuple[e.StepEvent | e.EvalEvent | e.SkippedEvent, ...], step: int) -> TrainingState:
     """The state at a checkpoint, out of the history that was stored beside it."""
     state = TrainingState()
     for event in history:

@@ -18,7 +18,7 @@ from typing import TypeVar
 from finetune_api import events, names
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
-from finetune_trainer import endings, fetch, history, preflight, provenance, state, upload
+from finetune_trainer import endings, fetch, history, lesson, preflight, provenance, state, telling, upload
 from finetune_trainer.checkpoints import CheckpointUploader, Stored
 from finetune_trainer.destination import Destination
 from finetune_trainer.failure import Failed
@@ -67,6 +67,8 @@ class Supervisor:
         self._model: ModelStatus | None = None
         self._checkpoint: CheckpointStatus | None = None
         self._uploader: CheckpointUploader | None = None
+        self._place: Place | None = None
+        self._halvings = 0
 
     def run(self) -> Result:
         """Trains, or finds that it is done already. Never raises what was foreseen: that is the Result."""
@@ -115,6 +117,8 @@ class Supervisor:
         place, there = preflight.check_destination(run, node.access, write=node.leads)
         if there.finished is not None:
             return Inputs(place, there)
+        self._place, self._halvings = place, lesson.read(place, run.job)
+        node.paths.halvings.write_text(str(self._halvings))
         data = fetch.data(run, node.paths, node.access, self._told)
         if node.leads and run.world.device == "cpu":
             self._enter("checking", "checking the rows")
@@ -158,8 +162,7 @@ class Supervisor:
         if isinstance(event, events.PlanEvent) and self._model is not None:
             counted = {"parameters": event.parameters, "trainable_parameters": event.trainable_parameters}
             self._model = self._model.model_copy(update=counted)
-        if isinstance(event, events.DecisionEvent):
-            self._log.info(f"{event.topic}={event.choice} ({event.reason})")
+        telling.tell(self._log, event)
         if isinstance(event, events.CheckpointEvent) and self._uploader is not None:
             try:
                 self._uploader.submit(event.step, Path(event.path), self._history.text(event.step), event.bytes)
@@ -234,9 +237,21 @@ class Supervisor:
     def _failed(self, failed: Failed) -> Result:
         """A checkpoint that is still on its way arrives first: the next attempt goes on from it."""
         self._log.error(failed.message, reason=failed.reason, rank=failed.rank, exit_code=failed.exit_code)
+        if failed.reason == "OutOfMemory" and failed.rank is not None:
+            self._leave_lesson()
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_patience, self._stop.left))
         return endings.failed(failed, self._state, self._checkpoint, self._model)
+
+    def _leave_lesson(self) -> None:
+        """The next attempt computes half as much at once."""
+        halvings = max(self._halvings, self._state.halvings) + 1
+        try:
+            if self._place is not None:
+                lesson.leave(self._place, self._node.run.job, halvings)
+                self._log.info("the next attempt halves its micro-batches", times=halvings)
+        except Failed as lost:
+            self._log.warning("the next attempt isn't told to take less memory", detail=lost.message)
 
     def _own_failure(self, error: Exception) -> Failed:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -29,6 +29,16 @@ class Tail:
         return tuple(event for event in decoded if event is not None)
 
 
+def since(path: Path, offset: int) -> str:
+    """What a log file has from a byte on."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
 def last_lines(path: Path, limit_bytes: int = 4000) -> str:
     """The end of a log file, from a line's beginning; empty when there is none."""
     try:

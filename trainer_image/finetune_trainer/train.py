@@ -5,9 +5,10 @@ Everything was decided before it starts. Which rows a step learns from is `plan`
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, schedule, seeds, selection
+from finetune_trainer import checkpoint, guards, schedule, seeds, selection, undo
+from finetune_trainer.agreement import Agreed, Micros, agree
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
+from finetune_trainer.diagnosis import failed_from
 from finetune_trainer.evaluate import Evaluator
 from finetune_trainer.failure import Failed
 from finetune_trainer.learner import Learner
@@ -25,6 +28,7 @@ from finetune_trainer.loss import LossSum
 from finetune_trainer.paths import Paths
 from finetune_trainer.plan import Plan, Step
 from finetune_trainer.reporter import Reporter
+from finetune_trainer.saving import Saver
 from finetune_trainer.split import Split
 from finetune_trainer.world import World
 
@@ -38,6 +42,7 @@ class Training:
     world: World
     reporter: Reporter
     plan: Plan
+    whole: Plan  # before any halving of its micro-batches
     train: Split
     validation: Split | None
     learner: Learner
@@ -48,6 +53,22 @@ class Training:
     def evaluator(self) -> Evaluator:
         return Evaluator(self.learner, self.plan.shape, self.collate, self.loss_sum, self.world, self.reporter.alive)
 
+    def saver(self) -> Saver:
+        recipe, total = self.run.training, self.plan.total_steps
+        rolls_back = recipe.loss_spike.action == "rollback"
+        cadence, reason = selection.cadence(self.run.checkpoint.every, total, exact=rolls_back)
+        self.reporter.decision("checkpoints", str(cadence), reason)
+        return Saver(
+            self.world,
+            self.learner,
+            self.reporter,
+            self.paths.checkpoints,
+            self.run.job,
+            cadence,
+            best=self.best_path if recipe.keep_best else None,
+            kept=checkpoint.KEPT_LOCALLY + (guards.LASTING if rolls_back else 0),
+        )
+
     @property
     def best_path(self) -> Path:
         """Rank 0's copy of the weights with the lowest eval loss."""
@@ -57,76 +78,101 @@ class Training:
 def train(t: Training, state: State) -> tuple[State, bool]:
     """(the state after the last step done, whether a stop was asked for before the end)"""
     total, recipe = t.plan.total_steps, t.run.training
-    every = selection.checkpoint_interval(t.run.checkpoint.every, total)
     t.reporter.phase("training")
     t.learner.model.train()
     if t.validation is not None and state.eval_due:
         state = _evaluate(t, t.validation, state)
-    while state.step < total and not state.stopped_early:
-        clock = _Clock()
-        step = t.plan.step(state.step + 1)
-        nll = _learn(t, step, clock)
-        loss, stop = _agree(t, step, nll)
-        rate = schedule.learning_rate(step.number, total, recipe)
-        norm = t.learner.step(rate)
-        if not math.isfinite(norm):
-            raise Failed("NonFiniteLoss", f"step {step.number}: a gradient isn't finite; its rows: {_lines(t, step)}")
-        clock.lap("optimizer")
-        state = state.model_copy(update={"step": step.number})
-        _report(t, step, loss, rate, norm, clock.seconds())
-        last = step.number == total
-        if t.validation is not None and selection.is_eval_step(step.number, total, recipe.eval_every_steps):
-            due = state.model_copy(update={"eval_due": True})
-            state = due if stop and not last else _evaluate(t, t.validation, due)
-        if stop or state.stopped_early or selection.is_checkpoint_step(step.number, total, every):
-            _save(t, state)
-        if stop and not last:
-            return state, True
+    with t.saver() as saver:
+        while state.step < total and not state.stopped_early:
+            clock = _Clock()
+            step = t.plan.step(state.step + 1)
+            own = _learn(t, step, clock)
+            stop_asked, due = t.paths.stop.exists(), saver.due(step.number, total)
+            agreed = agree(t.world, step, t.train, own, stop=stop_asked, due=due)
+            if agreed.short:
+                t, state = _with_smaller_micros(t, state, agreed.short)
+                continue
+            rate = schedule.learning_rate(step.number, total, recipe)
+            norm = t.learner.step(rate) if agreed.finite else _refused(t)
+            clock.lap("optimizer")
+            state, undone = state.model_copy(update={"step": step.number}), False
+            if math.isfinite(norm):
+                _report(t, step, agreed.loss, rate, norm, clock.seconds())
+                state, undone = undo.after_spike(t, saver, state, agreed.loss)
+            else:
+                state = _skip(t, state, step, agreed)
+            last, stop = step.number == total, agreed.stop
+            if t.validation is not None and selection.is_eval_step(step.number, total, recipe.eval_every_steps):
+                due_state = state.model_copy(update={"eval_due": True})
+                state = due_state if stop and not last else _evaluate(t, t.validation, due_state)
+            if stop or state.stopped_early or agreed.due or undone:
+                saver.save(state)
+            if stop and not last:
+                return state, True
     return state, False
 
 
-def _learn(t: Training, step: Step, clock: _Clock) -> list[float]:
-    """Gradients of this rank's micro-batches; returns their summed losses."""
+def _learn(t: Training, step: Step, clock: _Clock) -> Micros:
+    """Gradients of this rank's micro-batches. Where one has no memory, the rest is left out."""
     micros = step.micros[t.world.rank]
     sums = []
     for index, micro in enumerate(micros):
         t.reporter.alive()
-        batch = t.collate(t.train, micro)
-        clock.lap("data")
         last = index == len(micros) - 1
-        torch.manual_seed(seeds.mix(t.run.training.seed, "dropout", step.number, index, t.world.rank))
-        with t.learner.accumulate(last), t.loss_sum.room(batch):
-            loss = t.loss_sum(t.learner.model, batch)
-            clock.lap("forward")
-            # Ranks' gradients are averaged, but the loss is a mean over the tokens of all of them: hence the factor.
-            t.learner.backward(loss * (t.world.size / step.label_tokens), last)
-            clock.lap("backward")
+        try:
+            batch = t.collate(t.train, micro)
+            clock.lap("data")
+            torch.manual_seed(seeds.mix(t.run.training.seed, "dropout", step.number, index, t.world.rank))
+            with t.learner.accumulate(last), t.loss_sum.room(batch):
+                loss = t.loss_sum(t.learner.model, batch)
+                clock.lap("forward")
+                # Ranks' gradients are averaged, but the loss is a mean over the tokens of all of them: so, the factor.
+                t.learner.backward(loss * (t.world.size / step.label_tokens), last)
+                clock.lap("backward")
+        except Exception as error:
+            why = failed_from(error)
+            if why.reason != "OutOfMemory" or not t.learner.alone or len(micro) < 2:
+                raise
+            return Micros((), short=why.message)
         sums.append(loss.detach())
-    return [float(value) for value in sums]
+    return Micros(tuple(float(value) for value in sums))
 
 
-def _agree(t: Training, step: Step, nll: list[float]) -> tuple[float, bool]:
-    """(the step's loss, whether any rank was asked to stop), the same on all ranks.
+def _with_smaller_micros(t: Training, state: State, why: str) -> tuple[Training, State]:
+    """The step is done again from its start: the same global batch in more micro-batches, hence the same loss."""
+    t.learner.forget()
+    gc.collect()
+    if t.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    state = state.model_copy(update={"halvings": state.halvings + 1})
+    t = replace(t, plan=t.whole.halved(state.halvings))
+    t.reporter.report(
+        events.BackoffEvent, step=state.step + 1, halvings=state.halvings, choice=str(t.plan.shape), why=why
+    )
+    return t, state
 
-    Raises Failed on all of them where any loss isn't finite; the weights are still those before the step.
-    """
-    own = sum(nll)
-    bad = not math.isfinite(own)
-    total, any_bad, any_stop = t.world.total(0.0 if bad else own, float(bad), float(t.paths.stop.exists()))
-    if any_bad:
-        mine = [
-            t.train.line(example)
-            for micro, value in zip(step.micros[t.world.rank], nll, strict=True)
-            if not math.isfinite(value)
-            for example in micro
-        ]
-        rows = sorted({line for part in t.world.everyones(mine) for line in part})
+
+def _refused(t: Training) -> float:
+    """A loss that isn't finite never reaches the optimizer."""
+    t.learner.forget()
+    return math.nan
+
+
+def _skip(t: Training, state: State, step: Step, agreed: Agreed) -> State:
+    """The step counts as done and has changed nothing. Raises Failed where there were too many of its kind."""
+    rows = agreed.bad_rows or tuple(sorted({t.train.line(example) for example in step.examples}))
+    reason: guards.Reason = "NonFiniteGradient" if agreed.finite else "NonFiniteLoss"
+    skipped = (*state.skipped, guards.Skipped(first=step.number, last=step.number, reason=reason, rows=rows))
+    t.reporter.report(events.SkippedEvent, step=step.number, first=step.number, reason=reason, rows=rows)
+    why = guards.too_many(skipped, t.run.training.max_skipped_steps)
+    if why is not None:
+        what = "the loss isn't finite" if reason == "NonFiniteLoss" else "a gradient isn't finite"
         raise Failed(
             "NonFiniteLoss",
-            f"step {step.number}: the loss isn't finite; the weights were left as they were. "
-            f"dataset.uri rows {_listed(rows)} were computed there",
+            f"step {step.number}: {what}; the weights were left as they were. {why}. "
+            f"dataset.uri rows {guards.listed(rows)} were computed there",
         )
-    return total / step.label_tokens, any_stop > 0
+    return state.model_copy(update={"skipped": skipped})
 
 
 def _evaluate(t: Training, validation: Split, state: State) -> State:
@@ -152,22 +198,6 @@ def _evaluate(t: Training, validation: Split, state: State) -> State:
     return state.with_best(best).model_copy(update={"eval_due": False, "stopped_early": stopped})
 
 
-def _save(t: Training, state: State) -> None:
-    """Gathers on all ranks, writes on rank 0."""
-    began = time.monotonic()
-    weights, moments = t.learner.weights(), t.learner.moments()
-    if t.world.is_first:
-        best = t.best_path if t.run.training.keep_best and state.best and state.best.step != state.step else None
-        folder = checkpoint.save(t.paths.checkpoints, state, weights=weights, moments=moments, best=best, job=t.run.job)
-        t.reporter.report(
-            events.CheckpointEvent,
-            step=state.step,
-            path=str(folder),
-            seconds=time.monotonic() - began,
-            bytes=checkpoint.size(folder),
-        )
-
-
 def _report(t: Training, step: Step, loss: float, rate: float, norm: float, seconds: dict[str, float]) -> None:
     t.reporter.report(
         events.StepEvent,
@@ -181,15 +211,6 @@ def _report(t: Training, step: Step, loss: float, rate: float, norm: float, seco
         samples=len(step.examples),
         seconds=seconds,
     )
-
-
-def _lines(t: Training, step: Step) -> str:
-    return _listed(sorted({t.train.line(example) for example in step.examples}))
-
-
-def _listed(lines: list[int]) -> str:
-    more = f" and {len(lines) - 20} more" if len(lines) > 20 else ""
-    return ", ".join(str(line) for line in lines[:20]) + more
 
 
 class _Clock:

@@ -17,7 +17,7 @@ from finetune_api.manifest import FileEntry, Manifest, ManifestJob
 from finetune_api.names import CHECKPOINTS_DIR, MANIFEST_PATH, checkpoint_dir
 from finetune_api.run import JobRef
 from finetune_api.status import ArtifactStatus, CheckpointStatus
-from finetune_trainer import digests
+from finetune_trainer import digests, lesson
 from finetune_trainer.destination import owned
 from finetune_trainer.failure import Failed
 from finetune_trainer.fetch import CHECKPOINT_MANIFEST, HISTORY
@@ -125,6 +125,7 @@ def artifact(place: Place, manifest: Manifest, data: bytes) -> ArtifactStatus:
 def remove_checkpoints(place: Place) -> None:
     """After success: nothing is left to resume."""
     prune(place, keep=0)
+    lesson.forget(place)
 
 
 def _only_ours(place: Place, job: JobRef) -> None:

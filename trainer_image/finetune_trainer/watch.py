@@ -9,11 +9,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from finetune_api import events
-from finetune_trainer import tail
+from finetune_trainer import stacks, tail
 from finetune_trainer.classify import RankEnd, root_cause
 from finetune_trainer.failure import Failed
 from finetune_trainer.log import Log
@@ -46,6 +47,7 @@ class Watch:
         self._phase = "starting"
         self._sign = time.monotonic()
         self._log_bytes = 0
+        self._beats: dict[int, float] = {}
         self._flagged = False
 
     def run(self) -> Ended:
@@ -60,11 +62,14 @@ class Watch:
             while ranks.alive:
                 ranks.poll()
                 self._read_events()
+                self._feel_beats()
                 self._tick()
                 if any(ranks.ended.values()):
                     return self._bereaved(ranks, kills_before)
                 if self._stop.asked and not self._may_go_on():
                     self._log.warning("the ranks are ended without a new checkpoint", seconds_left=self._stop.left)
+                    if self._stepped and self._stop.count == 1:
+                        self._places(ranks)
                     ranks.stop(min(timing.terminate, max(0.2, self._stop.left)))
                     return Ended("stopped")
                 if self._stalled(ranks):
@@ -84,12 +89,24 @@ class Watch:
                 self._sign = time.monotonic()
                 if isinstance(event, events.ErrorEvent):
                     self._errors.setdefault(event.rank, event)
-                if isinstance(event, events.StepEvent):
+                if isinstance(event, events.StepEvent | events.SkippedEvent):
                     self._stepped = True
                 if isinstance(event, events.PhaseEvent):
                     self._phase = event.phase
                 if rank == 0:
                     self._listener(event)
+
+    def _feel_beats(self) -> None:
+        """Each rank of this node touches a file while it gets on; only node 0 hears more of its ranks than that."""
+        for rank in self._tails:
+            file = self._node.paths.rank_alive(rank)
+            with suppress(OSError):
+                beat = file.stat().st_mtime
+                if beat != self._beats.get(rank):
+                    self._beats[rank] = beat
+                    self._sign = time.monotonic()
+                    if not self._node.leads:
+                        self._phase = file.read_text() or self._phase
 
     def _may_go_on(self) -> bool:
         """Forwards the request to stop. False when nothing is gained by waiting any longer."""
@@ -120,10 +137,10 @@ class Watch:
         raise root_cause(ends, oom_kills() - kills_before)
 
     def _stalled(self, ranks: Ranks) -> bool:
-        """No event for stall_seconds. Outside the steps a growing log is a sign of life too. Seen by node 0 only:
-        the others' ranks report nothing while all is well."""
+        """No sign of life of any rank here for stall_seconds. Outside the steps a growing log is one too, and only node
+        0 judges: there the other ranks may wait long for rank 0."""
         limit = self._node.run.stall_seconds
-        if not self._node.leads or limit == 0 or self._stop.asked:
+        if limit == 0 or self._stop.asked or (self._phase != "training" and not self._node.leads):
             return False
         if self._phase != "training":
             logs = (self._node.paths.rank_log(rank) for rank in ranks.alive)
@@ -134,14 +151,23 @@ class Watch:
         return time.monotonic() - self._sign > limit
 
     def _stall(self, ranks: Ranks) -> Failed:
-        """Asks the ranks where they are (they print their stacks on SIGUSR1), ends them, and tells."""
-        first = ranks.alive[0]
-        ranks.signal(signal.SIGUSR1)
-        time.sleep(min(1.0, self._node.timing.settle))
+        """Asks the ranks where they are, ends them, and tells."""
+        places = self._places(ranks)
         ranks.stop(self._node.timing.terminate)
+        rank = stacks.culprit(places)
+        at = places[rank]
         return Failed(
             "Stalled",
-            f"nothing happened for runPolicy.stallSeconds={self._node.run.stall_seconds} in phase {self._phase}",
-            rank=first,
-            log_tail=tail.last_lines(self._node.paths.rank_log(first)),
+            f"nothing happened for runPolicy.stallSeconds={self._node.run.stall_seconds} in phase {self._phase}: "
+            f"{stacks.told(places)}",
+            rank=rank,
+            log_tail=at.text if at else tail.last_lines(self._node.paths.rank_log(rank)),
         )
+
+    def _places(self, ranks: Ranks) -> dict[int, stacks.Place | None]:
+        """Where each rank of this node is: on SIGUSR1 they print their stacks, which then stand in the log too."""
+        logs = {rank: self._node.paths.rank_log(rank) for rank in ranks.alive}
+        before = {rank: log.stat().st_size if log.exists() else 0 for rank, log in logs.items()}
+        ranks.signal(signal.SIGUSR1)
+        time.sleep(min(1.0, self._node.timing.settle))
+        return {rank: stacks.place(tail.since(log, before[rank])) for rank, log in logs.items()}

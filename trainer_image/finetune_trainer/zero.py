@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune_trainer.footprint import ZERO_BUCKET
 from finetune_trainer.learner import MOMENTS, assert_same_world, to_cpu, trained
-from finetune_trainer.optimizers import Recipe, adamw, set_rate
+from finetune_trainer.optimizers import Recipe, adamw, set_rate, shape_of
 from finetune_trainer.world import World
 
 Stage = Literal[1, 2, 3]
@@ -196,14 +196,18 @@ class Sharded:
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         import torch.distributed as dist
+        from deepspeed.utils import safe_set_full_fp32_param
 
+        device = self._world.device
         with torch.no_grad():
             for name, parameter in self._parameters.items():
+                value = torch.empty(shape_of(parameter), device=device)
+                if self._world.is_first:
+                    value.copy_(weights[name])
+                dist.broadcast(value, src=0)
+                safe_set_full_fp32_param(parameter, value)
                 with whole(parameter):
-                    if self._world.is_first:
-                        parameter.copy_(weights[name])
-                    if self._stage != 3:
-                        dist.broadcast(parameter.data, src=0)
+                    parameter.copy_(value)
 
     def _gathered(self, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
         """One parameter at a time, so that a rank never holds more than one whole; only rank 0 keeps them."""
