@@ -44,9 +44,10 @@ _ALL = (
            "Add the key that the message names to the Secret."),
     # The training program.
     Reason("OutOfMemory", "application", 70, "A process was killed for memory, or a GPU had none left.",
-           "Raise resources.memory, lower training.microBatchSize or dataset.maxSequenceLength, or take zero2/zero3."),
-    Reason("NonFiniteLoss", "application", 71, "The loss or a gradient became NaN or infinite.",
-           "Lower training.learningRate; look at the rows that the message numbers."),
+           "A restart computes half as much at once. Else raise resources.memory, "
+           "lower training.microBatchSize or dataset.maxSequenceLength, or take zero2/zero3."),
+    Reason("NonFiniteLoss", "application", 71, "Too many steps whose loss or gradient is NaN or infinite.",
+           "Look at the rows that the message numbers; lower training.learningRate; see training.maxSkippedSteps."),
     Reason("LossSpike", "user", 77, "The training loss left the ones before it behind.",
            "Lower training.learningRate or training.maxGradNorm, or take training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
@@ -54,7 +55,8 @@ _ALL = (
     Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that nobody here sent.",
            "Usually the node: look at its events. It is restarted from the last checkpoint."),
     Reason("Stalled", "infrastructure", 73, "No step was finished for runPolicy.stallSeconds.",
-           "A collective may hang: look at network and stragglers. Raise stallSeconds when steps are that long."),
+           "The message names the rank that the others wait for, failure.logTail its stack, the pods' logs all stacks: "
+           "look at that pod's node and network. Raise stallSeconds when steps are that long."),
     Reason("StorageUnavailable", "infrastructure", 74, "Object storage didn't answer.",
            "It is tried again; look at the store's endpoint and the network."),
     Reason("PeerLost", "infrastructure", 75, "Another pod of the group went away.",
