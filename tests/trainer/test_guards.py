@@ -80,6 +80,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) 
 def test_a_step_whose_loss_isnt_finite_changes_neither_weights_nor_moments(
     way: str, poisoned: dict[str, Ended]
 ) -> None:
+    """Bug 23: the rows are told and remembered, and the loss of no other step is touched."""
     ended = poisoned[way]
     assert [event.step for event in ended.events(events.StepEvent)] == [1, 2, 4, 5, 6]
     (skipped,) = ended.events(events.SkippedEvent)
@@ -138,6 +139,18 @@ def test_a_single_example_without_memory_ends_the_attempt(tmp_path: Path, models
     ended = Ranks(job, faults={0: Fault("memory", 5)}).wait()
     assert ended.codes == (70,)
     assert ended.failure.reason == "OutOfMemory"
+
+
+def test_a_rank_that_is_asked_to_leave_takes_all_along(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Bug 15: SIGTERM to rank 1 alone, on a node of its own."""
+    job = prepare(tmp_path / "job", models["llama"], pairs(16), world=2, nodes=2, training={"max_steps": 100000})
+    ranks = job.start()
+    ranks.until(events.StepEvent, 2)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    ended = ranks.wait().check()
+    (preempted,) = ended.events(events.PreemptedEvent)
+    assert preempted.step == ended.events(events.StepEvent)[-1].step
+    assert ended.paths.checkpoints / f"step-{preempted.step}" == manifest_io.newest_complete(ended.paths.checkpoints)
 
 
 _EVERY, _SPIKE = 5, 51
