@@ -86,11 +86,3 @@ def test_attention_and_its_gradients_equal_one_masked_attention(
     for ours in (got, [plain, *torch.autograd.grad(plain, (query, key, value), weight)]):
         for mine, theirs in zip(ours, expected, strict=True):
             assert (mine.double() - theirs).abs().max() < tolerance
-
-
-def test_the_padding_of_grouped_pieces_is_bounded() -> None:
-    sizes = [400, 390, 120, 119, 40, 38, 37, 9, 5]
-    pieces = tuple((sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes)))
-    groups = attention_cpu.group(pieces)
-    assert sorted(piece for members in groups for piece in members) == sorted(pieces)
-    assert len(groups) < len(pieces)

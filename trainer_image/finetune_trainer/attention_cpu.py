@@ -2,8 +2,7 @@
 
 A token's attention is a softmax over everything it sees. Pieces and blocks are computed apart, each with the logarithm
 of its sum of exponentials, and put together by them; the backward kernel then gets the sums of the whole, so every
-part's gradient is exact (the same mathematics as in ring attention, Liu et al. 2023). Pieces of like length are one
-call, padded to the longest; what the padding adds to gradients is zero.
+part's gradient is exact (the same mathematics as in ring attention, Liu et al. 2023).
 
 Registered as an operator, since torch.compile can't look into loops that differ from row to row. Called by `documents`.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,69 +21,14 @@ from finetune_trainer.layout import Block, Layout
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# A call costs about as much as this many padded tokens do.
-_CALL = 96
-
-
-@dataclass(frozen=True)
-class Group:
-    """Pieces that are computed in one call: places [pieces, longest], and which of them are real."""
-
-    places: Tensor
-    real: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return int(self.places.shape[0]), int(self.places.shape[1])
-
-
-@dataclass(frozen=True)
-class Arranged:
-    """A layout made ready for the kernel. A lone piece is a slice and needs no gathering."""
-
-    groups: tuple[Group, ...]
-    lone: tuple[tuple[int, int], ...]
-    blocks: tuple[Block, ...]
-
-    @classmethod
-    def of(cls, layout: Layout) -> Arranged:
-        groups, lone = [], []
-        for members in group(layout.pieces):
-            if len(members) == 1:
-                lone.append(members[0])
-                continue
-            begins = torch.tensor([begin for begin, _ in members])
-            sizes = torch.tensor([end - begin for begin, end in members])
-            steps = torch.arange(int(sizes.max()))
-            real = steps[None] < sizes[:, None]
-            groups.append(Group(begins[:, None] + torch.minimum(steps[None], sizes[:, None] - 1), real))
-        return cls(tuple(groups), tuple(lone), layout.blocks)
-
-
-def group(pieces: tuple[tuple[int, int], ...]) -> list[list[tuple[int, int]]]:
-    """Longest first; a piece joins the group while its padding costs less than a call of its own."""
-    groups: list[list[tuple[int, int]]] = []
-    for piece in sorted(pieces, key=lambda piece: (piece[0] - piece[1], piece[0])):
-        size = piece[1] - piece[0]
-        if groups and _longest(groups[-1]) - size <= min(_CALL, size + 8):
-            groups[-1].append(piece)
-        else:
-            groups.append([piece])
-    return groups
-
-
-def _longest(members: list[tuple[int, int]]) -> int:
-    return members[0][1] - members[0][0]
-
-
-_now: Arranged | None = None
+_now: Layout | None = None
 
 
 @contextmanager
 def arranged(layout: Layout | None) -> Iterator[None]:
     """The row that `attend` is about, forward and backward."""
     global _now
-    before, _now = _now, Arranged.of(layout) if layout is not None else None
+    before, _now = _now, layout
     try:
         yield
     finally:
@@ -107,14 +50,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
     out = query.new_empty(length, heads, size)
     sums = query.new_empty(length, heads, dtype=_exact(query))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (length, heads, size)
-    for begin, end in row.lone:
+    for begin, end in row.pieces:
         part, log_sum = _call(scale, True, *(_apart(tensor[begin:end], k.shape[1]) for tensor in (q, k, v)))
         out[begin:end], sums[begin:end] = _together(part), _together(log_sum)
-    for members in row.groups:
-        part, log_sum = _call(scale, True, *(_gathered(tensor, members, heads) for tensor in (q, k, v)))
-        where = members.places[members.real]
-        out[where] = part.transpose(1, 2)[members.real]
-        sums[where] = log_sum.transpose(1, 2)[members.real]
     for block in row.blocks:
         part, log_sum = _call(scale, False, *_block(block, q, k, v))
         _merge(out[block.first : block.last], sums[block.first : block.last], _together(part), _together(log_sum))
@@ -128,25 +66,14 @@ def attend_backward(
     """Gradients of query, key and value, shaped as they are."""
     row = _row()
     heads, kv = query.shape[1], key.shape[1]
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    g, o = gradient[0], out[0]
+    # The kernel's backward pass is several times slower in 16 bits than in float32, and this is little work.
+    q, k, v = (tensor[0].transpose(0, 1).to(sums.dtype) for tensor in (query, key, value))
+    g, o = gradient[0].to(sums.dtype), out[0].to(sums.dtype)
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
-    for begin, end in row.lone:
+    for begin, end in row.pieces:
         parts = _back(scale, True, *(_apart(tensor[begin:end], kv) for tensor in (g, q, k, v, o, sums)))
         for whole, part in zip((dq, dk, dv), parts, strict=True):
             whole[begin:end] = _summed(part, whole.shape[1])
-    for members in row.groups:
-        parts = _back(
-            scale,
-            True,
-            _gathered(g, members, heads) * members.real[:, None, :, None].to(g.dtype),
-            *(_gathered(tensor, members, heads) for tensor in (q, k, v, o)),
-            _gathered(sums[..., None], members, heads)[..., 0],
-        )
-        where = members.places[members.real]
-        for whole, part in zip((dq, dk, dv), parts, strict=True):
-            real = part.transpose(1, 2)[members.real]
-            whole[where] = real.view(len(where), whole.shape[1], -1, real.shape[-1]).sum(2)
     for block in row.blocks:
         some = slice(block.first, block.last)
         parts = _back(scale, False, _apart(g[some], kv), *_block(block, q, k, v), _apart(o[some], kv),
@@ -154,10 +81,10 @@ def attend_backward(
         dq[some] += _summed(parts[0], heads)
         dk[block.begin : block.end] += _summed(parts[1], kv)
         dv[block.begin : block.end] += _summed(parts[2], kv)
-    return tuple(whole.transpose(0, 1)[None] for whole in (dq, dk, dv))  # type: ignore[return-value]
+    return tuple(whole.to(query.dtype).transpose(0, 1)[None] for whole in (dq, dk, dv))  # type: ignore[return-value]
 
 
-def _row() -> Arranged:
+def _row() -> Layout:
     if _now is None:
         raise RuntimeError("attention over a packed row outside of documents.apart")
     return _now
@@ -197,15 +124,6 @@ def _block(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     kv, each = k.shape[1], q.shape[1] // k.shape[1]
     keys, values = (_apart(tensor[block.begin : block.end], kv).expand(-1, each, -1, -1) for tensor in (k, v))
     return _apart(q[block.first : block.last], kv), keys, values
-
-
-def _gathered(tensor: Tensor, members: Group, heads: int) -> Tensor:
-    """(length, heads, size) → (pieces, heads, longest, size); keys are repeated for the queries that share them."""
-    count, longest = members.shape
-    rows = tensor.index_select(0, members.places.flatten()).view(count, longest, tensor.shape[1], -1)
-    if tensor.shape[1] != heads:
-        rows = rows.repeat_interleave(heads // tensor.shape[1], dim=2)
-    return rows.transpose(1, 2)
 
 
 def _merge(out: Tensor, sums: Tensor, part: Tensor, log_sum: Tensor) -> None:

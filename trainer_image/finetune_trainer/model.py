@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_api.resource import LoraSpec
-from finetune_trainer import documents
+from finetune_trainer import documents, dropout
 from finetune_trainer.failure import Failed
 
 _INDEX = "model.safetensors.index.json"
@@ -131,6 +131,7 @@ def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
     )
     torch.manual_seed(seed)
     model = get_peft_model(loaded.base, config)
+    dropout.put_in(model)
     return Loaded(model, loaded.base, loaded.encoder_decoder, loaded.why_not)
 
 
