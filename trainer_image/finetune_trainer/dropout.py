@@ -18,9 +18,10 @@ _LEVELS = 2**16
 class Dropout(torch.nn.Module):
     """As torch.nn.Dropout, with p rounded to 1/65536; kept values are scaled by what is really kept."""
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, place: int) -> None:
         super().__init__()
         self.p = p
+        self.place = place
 
     def forward(self, values: Tensor) -> Tensor:
         """Any shape."""
@@ -29,25 +30,34 @@ class Dropout(torch.nn.Module):
         if values.device.type != "cpu":
             return torch.nn.functional.dropout(values, self.p)
         dropped = min(round(self.p * _LEVELS), _LEVELS - 1)
-        return _Masked.apply(values, _kept(values, dropped), _LEVELS / (_LEVELS - dropped))  # type: ignore[no-any-return, no-untyped-call]
+        kept = _kept(values, dropped, self.place)
+        return _Masked.apply(values, kept, _LEVELS / (_LEVELS - dropped))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def put_in(model: torch.nn.Module) -> None:
     """In the place of PEFT's. Under autocast the values needn't be widened for the adapter, to be narrowed again."""
-    for module in list(model.modules()):
+    places: dict[str, int] = {}
+    for name, module in list(model.named_modules()):
         layers = getattr(module, "lora_dropout", None)
         if isinstance(layers, torch.nn.ModuleDict):
+            place = places.setdefault(name.rpartition(".")[2], len(places))
             module.cast_input_dtype_enabled = False
-            for name, layer in layers.items():
+            for adapter, layer in layers.items():
                 if type(layer) is torch.nn.Dropout:
-                    layers[name] = Dropout(layer.p)
+                    layers[adapter] = Dropout(layer.p, place)
 
 
-def _kept(values: Tensor, dropped: int) -> Tensor:
-    """A mask shaped like `values`: true with probability 1 - dropped/65536."""
+@torch.library.custom_op("finetune::kept", mutates_args=())
+def _kept(values: Tensor, dropped: int, place: int) -> Tensor:
+    """A mask shaped like `values`: true with probability 1 - dropped/65536. `place` tells calls of a layer apart."""
     seed = int(torch.randint(2**62, ()).item())
     drawn = np.random.SFC64(seed).random_raw(-(-values.numel() // 4)).view(np.uint16)[: values.numel()]
     return torch.from_numpy(drawn >= dropped).view(values.shape)
+
+
+@_kept.register_fake
+def _(values: Tensor, dropped: int, place: int) -> Tensor:
+    return torch.empty(values.shape, dtype=torch.bool)
 
 
 class _Masked(torch.autograd.Function):
