@@ -101,6 +101,11 @@ class TrainingSpec(Model):
         description="Compute a layer's activations again in the backward pass instead of keeping them: a quarter to a "
         "third more work for much less memory. auto does so only where they don't fit.",
     )
+    compile: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Compile the model's layers with PyTorch's inductor before training. auto does so where a gain was "
+        "measured (CPUs that are fast in bfloat16) and the run is long enough to win the time back.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
     scheduler: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
         default="constant",

@@ -11,7 +11,7 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, dtype, fsdp, model, optimizers, packing, plan, seeds, settling, zero
+from finetune_trainer import checkpoint, compiling, dtype, fsdp, model, optimizers, packing, plan, seeds, settling, zero
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -76,6 +76,7 @@ def build(
     shared = packing.shares(trial, loss_sum, whole, run.data, lora.dropout if lora else 0.0)
     whole = replace(whole, shape=replace(shape, shared=shared))
     collate = replace(trial.padded, packed=packed, shared=shared)
+    compiled = _compile(run, loaded, paths, world, reporter, whole, saved, half=mixed, recompute=found.way.recompute)
     _tell_order(whole, reporter)
     cut = whole.halved(halvings)
     if halvings:
@@ -83,7 +84,7 @@ def build(
     reporter.decision("microBatchSize", str(cut.shape), reason)
     t = Training(run, paths, world, reporter, cut, whole, data.train, data.validation, learner, collate, loss_sum)
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
-    way = {"strategy": found.way.strategy, "offload": found.way.offload}
+    way = {"strategy": found.way.strategy, "offload": found.way.offload, "compiled": compiled}
     state = state.model_copy(update={**way, "halvings": halvings})
     if saved is not None:
         _put_moments(t, saved)
@@ -139,6 +140,38 @@ def _tell_order(whole: plan.Plan, reporter: Reporter) -> None:
         f"{whole.padding_share():.1%} of what is computed is padding, {random.padding_share():.1%} in random order"
     )
     reporter.decision("order", "by length", f"training.groupByLength says so; {figures}")
+
+
+def _compile(
+    run: RunConfig,
+    loaded: model.Loaded,
+    paths: Paths,
+    world: World,
+    reporter: Reporter,
+    whole: plan.Plan,
+    saved: State | None,
+    *,
+    half: bool,
+    recompute: bool,
+) -> bool:
+    """The layers, if it pays."""
+    asked = run.training.compile
+    lora, on_cpu = run.method == "lora", world.device.type == "cpu"
+    speed = dtype.gflops(torch.bfloat16 if half else torch.float32) if world.is_first and on_cpu else 1.0
+    tokens = whole.epochs * float(whole.lengths.sum()) * whole.computed_share() / world.size
+    facts = compiling.Run(
+        world.device.type,
+        half,
+        run.world.strategy == "ddp",
+        recompute,
+        whole.shape.packed,
+        compiling.seconds(tokens, loaded.parameters, lora=lora, gflops=speed),
+    )
+    choice, reason = world.firsts(compiling.decide(asked, facts, saved.compiled if saved else None))
+    reporter.decision("compile", "on" if choice else "off", reason)
+    if choice:
+        compiling.compile_layers(model.layers(loaded.base), paths.compiled)
+    return bool(choice)
 
 
 def _put_weights(loaded: model.Loaded, paths: Paths) -> None:

@@ -48,6 +48,7 @@ class State(LenientModel):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     skipped: tuple[Skipped, ...] = Field(default=(), description="Steps that changed nothing, in their order.")
     losses: tuple[float, ...] = Field(default=(), description="The last ones, for telling a spike.")
+    compiled: bool | None = None
     best: BestState | None = None
     eval_due: bool = Field(default=False, description="The evaluation after this step is still to be done.")
     stopped_early: bool = False

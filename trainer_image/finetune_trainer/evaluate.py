@@ -92,6 +92,6 @@ class Evaluator:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.learner.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
         self.learner.model.train()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finetune_trainer.learner import MOMENTS, to_cpu, trained
+from finetune_trainer.model import layers
 from finetune_trainer.optimizers import Recipe, adamw, set_rate
 from finetune_trainer.world import World
 
@@ -116,12 +117,6 @@ def _split(model: Any, world: World, *, offload: bool) -> None:
     for unit in [*layers(model), model]:
         _fill(unit, world)
         fully_shard(unit, mesh=mesh, offload_policy=policy)
-
-
-def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The decoder's (and encoder's) layers, by the names that Transformers' classes give themselves."""
-    names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _fill(unit: torch.nn.Module, world: World) -> None:

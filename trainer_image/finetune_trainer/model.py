@@ -179,6 +179,12 @@ def _outline(auto: Any, folder: Path, config: Any, dtype: torch.dtype, attention
     return model.eval()
 
 
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder's (and encoder's) layers, by the names that Transformers' classes give themselves."""
+    names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def _why_not_packed(config: Any, encoder_decoder: bool, longest: int, usual_attention: bool) -> str:
     """Why examples can't share a row in this family, or nothing. `packing` finds the rest by trying."""
     if encoder_decoder:

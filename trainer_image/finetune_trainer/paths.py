@@ -69,5 +69,10 @@ class Paths:
         return self.scratch / "logs" / f"rank-{rank}.log"
 
     @property
+    def compiled(self) -> Path:
+        """Programs that PyTorch's inductor made."""
+        return self.scratch / "compiled"
+
+    @property
     def stop(self) -> Path:
         return self.scratch / "stop"

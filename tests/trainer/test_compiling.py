@@ -1,0 +1,56 @@
+"""Compiled layers train as uncompiled ones do, and go on after a kill with the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer import compiling
+from trainer.ranks import finish_all, pairs, prepare
+
+_RUN = compiling.Run(device="cpu", half=True, alone=True, recompute=False, packed=True, seconds=3600)
+
+
+@pytest.mark.parametrize(
+    ("asked", "change", "before", "choice", "told"),
+    [
+        ("auto", {}, None, True, "to save about 288 s"),
+        ("auto", {"seconds": 300}, None, False, "to save about 24 s"),
+        ("auto", {"half": False}, None, False, "no gain was measured"),
+        ("auto", {"device": "cuda"}, None, False, "no gain was measured"),
+        ("always", {"half": False}, None, True, "says so"),
+        ("never", {}, True, False, "says so"),
+        ("auto", {"seconds": 1}, True, True, "the checkpoint was computed so"),
+        ("always", {}, False, False, "the checkpoint was computed so"),
+        ("always", {"alone": False}, None, False, "split over the ranks"),
+        ("always", {"recompute": True}, None, False, "recomputed"),
+        ("always", {"packed": False}, None, False, "without padding"),
+    ],
+)
+def test_it_is_decided_before_the_start(
+    asked: str, change: dict[str, object], before: bool | None, choice: bool, told: str
+) -> None:
+    run = compiling.Run(**{**_RUN.__dict__, **change})
+    decided, reason = compiling.decide(asked, run, before)  # type: ignore[arg-type]
+    assert (decided, told in reason) == (choice, True), reason
+
+
+def test_losses_stay_and_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, models: dict[str, Path]) -> None:
+    ways = {"plain": "never", "compiled": "always", "resumed": "always"}
+    jobs = [
+        prepare(
+            tmp_path / name, models["llama"], pairs(30), lora={"dropout": 0.1}, every=3, training={"compile": asked},
+            test=pairs(2, 1), samples=1,
+            resume=tmp_path / "compiled" / "checkpoints" / "step-3" if name == "resumed" else None,
+        )
+        for name, asked in ways.items()
+    ]  # fmt: skip
+    plain, compiled, resumed = finish_all(jobs)
+    assert compiled.decision("compile").choice == "on"
+    assert list(compiled.paths.compiled.rglob("*.cpp"))
+    assert plain.decision("compile").choice == "off"
+    assert compiled.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert resumed.losses == compiled.losses[3:]
+    name = "adapter_model.safetensors"
+    assert (resumed.paths.export / name).read_bytes() == (compiled.paths.export / name).read_bytes()
