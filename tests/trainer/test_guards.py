@@ -66,14 +66,28 @@ def _all(jobs: Mapping[str, Job]) -> dict[str, Ended]:
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
+    """By way, and once more, as "… again", gone on with from the checkpoint before the last."""
     root = tmp_path_factory.mktemp("poisoned")
     base = _poisoned(models["qwen2"], root / "base")
-    return _all(
-        {
-            name: prepare(root / name, base, _rows_with_poison(), training={"max_steps": _STEPS}, every=1, **way)
-            for name, way in _WAYS.items()
-        }
-    )
+
+    def job(name: str, way: dict[str, Any], resume: Path | None = None) -> Job:
+        training = {"max_steps": _STEPS}
+        return prepare(root / name, base, _rows_with_poison(), training=training, every=1, resume=resume, **way)
+
+    whole = _all({name: job(name, way) for name, way in _WAYS.items()})
+    points = {name: whole[name].paths.checkpoints / f"step-{_STEPS - 1}" for name in _WAYS}
+    return whole | _all({f"{name} again": job(f"{name} again", way, points[name]) for name, way in _WAYS.items()})
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_a_resumed_run_counts_the_refused_steps_of_the_one_before(way: str, poisoned: dict[str, Ended]) -> None:
+    whole, again = poisoned[way], poisoned[f"{way} again"]
+    assert again.losses == whole.losses[-1:]
+    name = "adapter_model.safetensors"
+    assert (again.paths.export / name).read_bytes() == (whole.paths.export / name).read_bytes()
+    state = checkpoint.read_state(again.paths.checkpoints / f"step-{_STEPS}")
+    assert state is not None
+    assert state.updates == _STEPS - 1
 
 
 @pytest.mark.parametrize("way", _WAYS)
