@@ -69,7 +69,7 @@ def seconds(tokens: float, parameters: int, *, lora: bool, gflops: float) -> flo
 
 def compile_layers(layers: list[Any], cache: Path) -> None:
     """Takes effect at the first step. Programs are kept on the node's scratch disk."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
     for layer in layers:
         layer.compile(dynamic=True)
