@@ -136,9 +136,9 @@ def test_a_crash_is_the_programs_own_failure(setup: Setup) -> None:
 
 
 def test_a_hanging_rank_is_a_stall(setup: Setup) -> None:
-    ended = ending(setup.but(stall_seconds=1), {"at_step": 3, "then": "hang"})
+    ended = ending(setup.but(stall_seconds=4), {"at_step": 3, "then": "hang"})
     assert (ended.code, ended.last.reason) == (73, "Stalled")
-    assert "runPolicy.stallSeconds=1 in phase training" in ended.last.message
+    assert "runPolicy.stallSeconds=4 in phase training" in ended.last.message
     assert ended.last.checkpoint is not None
     assert ended.last.checkpoint.step == 2
 
