@@ -43,6 +43,7 @@ def schedule_of(job: Job, rows: tokens.Tokens) -> plan.Plan:
         epochs=training.epochs,
         max_steps=training.max_steps,
         shape=plan.Shape(world=1, rows=1, tokens=96, packed=False),
+        by_length=training.group_by_length,
     )
 
 

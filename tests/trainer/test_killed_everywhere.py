@@ -22,6 +22,7 @@ _STEPS = 12
 _WAYS: dict[str, dict[str, Any]] = {
     "ddp, 1 rank": {},
     "ddp, 2 ranks": {"world": 2},
+    "by length, padded": {"training": {"group_by_length": True, "scheduler": "wsd"}, "data": {"packing": False}},
     "zero2": {"world": 2, "strategy": "zero2"},
     "zero3": {"world": 2, "strategy": "zero3"},
     "fsdp": {"world": 2, "strategy": "fsdp"},
@@ -90,7 +91,7 @@ def test_killed_at_every_step_a_run_ends_with_the_same_adapter(way: str, killed:
 
 @pytest.mark.parametrize("way", _WAYS)
 def test_killed_at_every_step_a_run_tells_the_same_history(way: str, killed: dict[str, Killed]) -> None:
-    """Bug 11: a resumed run replays an epoch, or skips another permutation."""
+    """Bugs 11 and 12: a resumed run replays an epoch, or skips another permutation, or groups by length anew."""
 
     def told(steps: list[events.StepEvent]) -> list[dict[str, Any]]:
         return [step.model_dump(exclude={"time", "seconds"}) for step in steps]

@@ -20,7 +20,8 @@ from finetune_trainer import manifest_io, model, optimizers
 from finetune_trainer.failure import Failed
 from finetune_trainer.learner import trained
 from finetune_trainer.optimizers import Optimizer, Recipe
-from trainer.ranks import Ended, finish_all, pairs, prepare
+from trainer.forked import Die
+from trainer.ranks import Ended, Job, pairs, prepare
 
 _KINDS = ["adamw", "adamw_8bit", "adafactor", "muon"]
 _LARGE = LoraSpec(
@@ -194,23 +195,26 @@ _WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, tuple[Ended, Ended]]:
-    """By way: a run of two epochs, and one that goes on from its checkpoint in the midst of the second."""
+    """By way: a run of two epochs, and one that goes on where another was killed in the midst of the second."""
     root = tmp_path_factory.mktemp("optimizers")
 
-    def job(name: str, folder: str, resume: Path | None = None) -> Any:
+    def job(name: str, folder: str, resume: Path | None = None) -> Job:
         way = {**_WAYS[name], "training": {"max_steps": 6, "keep_best": False, **_WAYS[name].get("training", {})}}
         return prepare(root / name / folder, models["llama"], pairs(21), every=2, resume=resume, **way)
 
-    wholes = dict(zip(_WAYS, finish_all([job(name, "whole") for name in _WAYS]), strict=True))
-    middles = {name: whole.paths.checkpoints / "step-4" for name, whole in wholes.items()}
-    resumed = finish_all([job(name, "resumed", middles[name]) for name in _WAYS])
-    return {name: (wholes[name], late) for name, late in zip(_WAYS, resumed, strict=True)}
+    found = {}
+    for name in _WAYS:
+        killed = job(name, "killed")
+        assert killed.start(die=Die("/step-6")).died().codes == (-9,)
+        middle = manifest_io.newest_complete(killed.paths.checkpoints)
+        assert middle == killed.paths.checkpoints / "step-4"
+        found[name] = job(name, "whole").finish().check(), job(name, "resumed", middle).finish().check()
+    return found
 
 
 @pytest.mark.parametrize("way", _WAYS)
-def test_a_resumed_run_ends_with_the_same_bits(way: str, done: dict[str, tuple[Ended, Ended]]) -> None:
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(way: str, done: dict[str, tuple[Ended, Ended]]) -> None:
     whole, resumed = done[way]
-    assert manifest_io.newest_complete(whole.paths.checkpoints) == whole.paths.checkpoints / "step-6"
     assert resumed.losses == whole.losses[4:]
     assert len(resumed.losses) == 2
     for name in ("weights.safetensors", "optimizer.safetensors"):
