@@ -23,22 +23,23 @@ class DistributionSpec(Model):
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         default="auto",
         description="ddp copies everything to each process; zero1 splits optimizer state, zero2 gradients too, zero3 "
-        "weights too (DeepSpeed); fsdp splits all of it as well (PyTorch's FSDP2). auto takes ddp for LoRA and zero2 "
-        "for full training.",
+        "weights too (DeepSpeed); fsdp splits all of it as well (PyTorch's FSDP2). auto takes "
+        "the fastest that fits, by an estimate that the log shows.",
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",
         description="What rests in the host's memory instead of the GPU's: optimizer state (zero2, zero3), or the "
-        "weights too (zero3, fsdp). Slower; it never changes the result.",
+        "weights too (zero3, fsdp). Slower; it never changes the result. With strategy auto it is the least: more is "
+        "moved where memory asks for it.",
     )
 
     rules = (
-        Rule("offload", "of optimizer state needs strategy zero2 or zero3",
-             "self.offload != 'optimizer' || self.strategy in ['zero2', 'zero3']",
-             lambda m: m.offload != "optimizer" or m.strategy in ("zero2", "zero3")),
-        Rule("offload", "of parameters needs strategy zero3 or fsdp",
-             "self.offload != 'parameters' || self.strategy in ['zero3', 'fsdp']",
-             lambda m: m.offload != "parameters" or m.strategy in ("zero3", "fsdp")),
+        Rule("offload", "of optimizer state needs strategy auto, zero2 or zero3",
+             "self.offload != 'optimizer' || self.strategy in ['auto', 'zero2', 'zero3']",
+             lambda m: m.offload != "optimizer" or m.strategy in ("auto", "zero2", "zero3")),
+        Rule("offload", "of parameters needs strategy auto, zero3 or fsdp",
+             "self.offload != 'parameters' || self.strategy in ['auto', 'zero3', 'fsdp']",
+             lambda m: m.offload != "parameters" or m.strategy in ("auto", "zero3", "fsdp")),
     )  # fmt: skip
 
 

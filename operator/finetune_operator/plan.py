@@ -24,7 +24,6 @@ from finetune_api.run import (
 from finetune_api.scalars import quantity_value
 from finetune_operator.settings import Settings
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 CredentialsRole = Literal["model", "dataset", "output"]
 
 
@@ -99,17 +98,6 @@ def spec_digest(spec: Spec) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def strategy(spec: Spec) -> Strategy:
-    """auto: ddp for LoRA, whose state is small, and where nothing can be split; zero2 for full training."""
-    chosen = spec.distribution.strategy
-    if chosen != "auto":
-        return chosen
-    if spec.training.optimizer != "adamw":
-        return "ddp"
-    world_size = spec.distribution.nodes * spec.distribution.processes_per_node
-    return "ddp" if spec.method.type == "lora" or world_size == 1 else "zero2"
-
-
 def _world(job: FineTuneJob, attempt: int) -> WorldConfig:
     spec = job.spec
     nodes, processes = spec.distribution.nodes, spec.distribution.processes_per_node
@@ -117,7 +105,7 @@ def _world(job: FineTuneJob, attempt: int) -> WorldConfig:
     return WorldConfig(
         nodes=nodes,
         processes_per_node=processes,
-        strategy=strategy(spec),
+        strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
         device="cuda" if spec.resources.gpu else "cpu",
         threads_per_process=max(1, int(quantity_value(spec.resources.cpu)) // processes),

@@ -235,6 +235,8 @@ CASES: tuple[Case, ...] = (
     *one("training.lossSpike", {}, {"action": "report"}, {"action": "rollback", "maxRollbacks": 0}, {"action": "fail"}),
     *none_of("training.lossSpike.action", "ignore", ""),
     *none_of("training.lossSpike.maxRollbacks", -1, 1001),
+    *one("training.activationCheckpointing", "auto", "always", "never"),
+    *none_of("training.activationCheckpointing", "sometimes", True),
     # The hardware.
     ok("as many examples as processes", ("distribution", {"nodes": 8, "processesPerNode": 8})),
     bad("fewer examples than processes", "spec.training.globalBatchSize",
@@ -245,7 +247,7 @@ CASES: tuple[Case, ...] = (
     *none_of("distribution.strategy", "zero4", "zero", "fsdp2"),
     *one("distribution", {"strategy": "zero2", "offload": "optimizer"},
          {"strategy": "zero3", "offload": "optimizer"}, {"strategy": "zero3", "offload": "parameters"},
-         {"strategy": "fsdp", "offload": "parameters"}),
+         {"strategy": "fsdp", "offload": "parameters"}, {"offload": "optimizer"}, {"offload": "parameters"}),
     *(bad(f"offload of {offload} under {strategy}", "spec.distribution.offload",
           ("distribution", {"strategy": strategy, "offload": offload}))
       for strategy, offload in (("ddp", "optimizer"), ("zero1", "optimizer"), ("fsdp", "optimizer"),

@@ -13,7 +13,7 @@ from finetune_api.reasons import REASONS
 from finetune_api.run import RunConfig, parse
 from finetune_api.status import Restarts
 from finetune_operator import manifests
-from finetune_operator.plan import plan, spec_digest, strategy, wants_preflight
+from finetune_operator.plan import plan, spec_digest, wants_preflight
 from finetune_operator.settings import Settings
 from finetune_operator.settings import parse as parse_settings
 
@@ -165,18 +165,13 @@ def test_places_are_as_the_pod_sees_them_and_messages_as_the_user_wrote_them() -
 
 
 @pytest.mark.parametrize(
-    ("sections", "chosen"),
-    [
-        ({}, "ddp"),
-        ({"distribution": {"nodes": 2}}, "ddp"),
-        (_FULL, "ddp"),
-        ({**_FULL, "distribution": {"processesPerNode": 2}}, "zero2"),
-        ({**_FULL, "distribution": {"nodes": 2, "strategy": "zero3"}}, "zero3"),
-    ],
-    ids=["lora", "lora on two", "full on one", "full on two", "as asked"],
+    ("distribution", "chosen"),
+    [({}, ("auto", "none")), ({"strategy": "zero3", "offload": "optimizer"}, ("zero3", "optimizer"))],
+    ids=["auto, by whoever sees the memory", "as asked"],
 )
-def test_the_strategy_follows_from_what_is_trained_on_how_much(sections: dict[str, Any], chosen: str) -> None:
-    assert strategy(a_job(**sections).spec) == chosen
+def test_what_is_split_is_decided_where_the_hardware_is(distribution: dict[str, Any], chosen: tuple[str, str]) -> None:
+    world = _run(distribution=distribution).world
+    assert (world.strategy, world.offload) == chosen
 
 
 @pytest.mark.parametrize(("cpu", "processes", "threads"), [("8", 2, 4), ("900m", 2, 1), ("3", 2, 1), ("16", 1, 16)])

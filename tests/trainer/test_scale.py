@@ -86,6 +86,13 @@ def test_a_named_strategy_is_tried_unless_its_weights_alone_are_too_much() -> No
         scale.choose(named, _LORA, _setting(8), _gpu(12))
 
 
+def test_auto_moves_at_least_what_is_asked_to_the_host() -> None:
+    found = scale.choose(_asked(offload="optimizer"), _LORA, _setting(8), _gpu(80))
+    assert str(found.way) == "zero2, optimizer offloaded"
+    found = scale.choose(_asked(offload="parameters"), _LORA, _setting(8), _gpu(80))
+    assert str(found.way) == "zero3, parameters offloaded"
+
+
 def test_another_optimizer_than_adamw_is_never_split_by_auto() -> None:
     ways = scale.candidates(_asked(), _setting(8, optimizer="muon"), _gpu(80))
     assert {way.strategy for way in ways} == {"ddp"}

@@ -118,12 +118,15 @@ def candidates(asked: Asked, setting: Setting, room: Room) -> list[Way]:
     if asked.strategy != "auto":
         return [Way(asked.strategy, asked.offload, again) for again in recompute]
     pairs = [pair for pair in _SPEED if setting.optimizer == "adamw" or pair[0] == "ddp"]
-    if room.device == "cpu":
+    if asked.offload != "none":
+        pairs = [pair for pair in pairs if pair[1] in (asked.offload, "parameters")]
+    elif room.device == "cpu":
         pairs = [pair for pair in pairs if pair[1] == "none"]
     if setting.ranks == 1:
         pairs = [pair for pair in pairs if pair[0] == "ddp" or pair[1] != "none"]
     plain = [Way(strategy, away, again) for again in recompute for strategy, away in pairs if away == "none"]
-    return plain + [Way(strategy, away, recompute[-1]) for strategy, away in pairs if away != "none"]
+    offloaded = recompute if asked.offload != "none" else recompute[-1:]
+    return plain + [Way(strategy, away, again) for again in offloaded for strategy, away in pairs if away != "none"]
 
 
 def fits(needs: Footprint, tokens: int, room: Room) -> bool:
