@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from finetune_api.resource import FineTuneJob
 from finetune_api.run import RunConfig
+from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
-from finetune_cli import files
+from finetune_cli import files, show_memory
 from finetune_operator import manifests
 from finetune_operator.plan import PlanError, gpu_count, plan, wants_preflight
 from finetune_operator.settings import Settings
+from finetune_trainer.failure import Failed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="YAML file with one FineTuneJob; - is standard input")
     parser.add_argument("-o", "--output", choices=("text", "yaml"), default="text", help="text, or the objects as YAML")
+    parser.add_argument("--model", metavar="DIR", help="the model's folder here: shows the memory that it needs")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80Gi; with --model")
     parser.add_argument("--image", metavar="IMAGE", help="trainer image; default the operator's default")
 
 
@@ -37,6 +42,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for name, value in facts(job, config):
         print(f"{name:<18} {value}")
+    if options.model:
+        try:
+            gpu = int(quantity_value(options.gpu_memory)) if options.gpu_memory else None
+            there = show_memory.room(config, job.spec.resources, gpu)
+            print("\n".join(show_memory.lines(config, Path(options.model), there)))
+        except (Failed, ValueError) as error:
+            print(f"finetune plan: {error}", file=sys.stderr)
+            return 1
     print("objects")
     for item in objects:
         print(f"  {item['kind']} {item['metadata']['name']}")

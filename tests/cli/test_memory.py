@@ -1,0 +1,41 @@
+"""`finetune plan --model DIR`: what a model needs and what would be chosen, read from its files' headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_cli.main import main
+from testkit.tiny_models import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+LORA, FULL = (str(ROOT / "examples" / name) for name in ("quickstart.yaml", "full-zero3.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("plan") / "model")
+
+
+def test_a_plan_shows_what_each_way_needs_and_what_auto_takes(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", LORA, "--model", str(model)]) == 0
+    out = capsys.readouterr().out
+    for part in ("27,", "  ddp ", "  zero2 ", "  fsdp ", "weights", "chosen: ddp (it fits"):
+        assert part in out
+
+
+def test_of_a_gpu_the_size_has_to_be_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", FULL, "--model", str(model)]) == 0
+    assert "--gpu-memory" in capsys.readouterr().out
+    assert main(["plan", FULL, "--model", str(model), "--gpu-memory", "80Gi"]) == 0
+    assert "chosen: zero3 (distribution.strategy says so)" in capsys.readouterr().out
+    assert main(["plan", FULL, "--model", str(model), "--gpu-memory", "large"]) == 1
+    assert "is not a quantity" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", LORA, "--model", str(tmp_path)]) == 1
+    assert "model.uri" in capsys.readouterr().err
