@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plan_shows_what_each_way_needs_and_what_auto_takes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", LORA, "--model", str(model)]) == 0
     out = capsys.readouterr().out
-    for part in ("27,", "  ddp ", "  zero2 ", "  fsdp ", "weights", "chosen: ddp (it fits"):
+    for part in ("  ddp ", "  zero2 ", "  fsdp ", "weights", "chosen: ddp (it fits"):
         assert part in out
 
 
