@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -118,6 +126,38 @@ def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -
         eos_token_id=SPECIAL_TOKENS.index(EOS),
     )
     return _save(folder, T5ForConditionalGeneration, config, tokenizer(chat=False), seed)
+
+
+def tiny_mistral(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int | None = None) -> Path:
+    """Llama's shape with a sliding window in every layer, or with none."""
+    config = MistralConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, sliding_window=window, **_token_ids(chat=True)
+    )
+    return _save(folder, MistralForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_phi3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """q, k and v in one projection, and gate and up in another."""
+    config = Phi3Config(**_sizes(hidden, layers), num_key_value_heads=2, sliding_window=None, **_token_ids(chat=True))
+    return _save(folder, Phi3ForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_gemma3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int = 8) -> Path:
+    """A sliding window in every other layer, norms of queries and keys, and scaled embeddings."""
+    kinds = ["sliding_attention", "full_attention"] * layers
+    config = Gemma3TextConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=window,
+        layer_types=kinds[:layers], **_token_ids(chat=True),
+    )  # fmt: skip
+    return _save(folder, Gemma3ForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_gemma2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Scores and logits that are squashed by a tanh."""
+    config = Gemma2Config(
+        **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **_token_ids(chat=True)
+    )
+    return _save(folder, Gemma2ForCausalLM, config, tokenizer(), seed)
 
 
 def pickle_only(folder: Path, *, seed: int = 0) -> Path:
