@@ -142,5 +142,4 @@ def test_rows_longer_than_the_models_positions_are_refused(models: dict[str, Pat
     ],
 )
 def test_an_exception_is_told_by_its_reason(error: Exception, reason: str) -> None:
-    """Bug 24: what a rank that runs out of memory does changes the global batch, or hangs the others."""
     assert failed_from(error).reason == reason
