@@ -141,7 +141,7 @@ class Bench:
 
     # systems
 
-    def _asked(self, dataset: str, **more: Any) -> ours.Asked:
+    def asked(self, dataset: str, **more: Any) -> ours.Asked:
         settings = {
             "model": self.model,
             "rows": data.folder() / f"{dataset}.jsonl",
@@ -157,19 +157,19 @@ class Bench:
 
     def _finetune(self, dataset: str) -> None:
         def measure() -> dict[str, Any]:
-            seen = ours.run(self._asked(dataset))
+            seen = ours.run(self.asked(dataset))
             return result.of_ours(dataset, data.statistics(dataset), seen, self.scale)
 
         self._add(self._kept.get(f"finetune default {dataset}", measure))
 
-    def _task(self, dataset: str) -> peers.Task:
+    def task(self, dataset: str, global_batch: int = 0) -> peers.Task:
         """Rows in the order of our plan's first epoch, so that every system's step n learns from the same rows."""
         every = data.rows(dataset)
         ordered = [every[index] for index in plan.order(SEED, 0, len(every))]
         return peers.Task(
             self.model,
             ordered * 3,
-            data.GLOBAL_BATCH[dataset],
+            global_batch or data.GLOBAL_BATCH[dataset],
             data.LONGEST,
             ours.LEARNING_RATE,
             ours.DROPOUT,
@@ -187,7 +187,7 @@ class Bench:
         )
 
     def _trl(self, dataset: str) -> None:
-        task, (short, whole) = self._task(dataset), self._times
+        task, (short, whole) = self.task(dataset), self._times
         default = search.default(self._fast_bfloat16, whole)
         self._peer("trl", "default", dataset, task, default)
         known = data.statistics(dataset)
@@ -206,7 +206,7 @@ class Bench:
 
     def _llamafactory(self, dataset: str) -> None:
         """Its sensible best: no padding at micro-batch 1, or a little of it, in the formats that it offers."""
-        task, (short, whole) = self._task(dataset), self._times
+        task, (short, whole) = self.task(dataset), self._times
         chosen = search.dtypes(self._fast_bfloat16)[:2]
         configs = [config for dtype in chosen for config in search.few(dtype, short)]
         answers = self._search("llamafactory", dataset, "few", task, configs)
@@ -266,6 +266,8 @@ class Bench:
             self.extras[name.replace("-", "_")] = {"error": f"{error!r}"[:800]}
 
     def _add(self, row: dict[str, Any]) -> None:
+        if self.options.peak_tflops and "details" in row:
+            row["mfu"] = row["details"]["flops_per_second"] / (self.options.peak_tflops * 1e12)
         self.rows.append(row)
         shown = row.get("error") or f"{row['tokens_per_second']:.0f} tokens/s, {row['roof_share']:.0%} of the roof"
         _say(f"{row['dataset']}: {row['system']} {row['config']}: {shown}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.trainer import processes
 
-from finetune_api import events
+from finetune_api import events, names
 from finetune_api.resource import EvaluationSpec, LoraSpec, TrainingSpec
 from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
 from finetune_trainer.paths import Paths
@@ -73,10 +73,42 @@ class Failed(Exception):
 
 
 def run(asked: Asked, *, again: bool = False) -> Seen:
-    """Raises Failed. With `again` it is run twice on one scratch folder, and the second run counts (warm caches)."""
+    """Raises Failed. With `again` it is run twice on one scratch folder for one step, and the second run counts."""
     with tempfile.TemporaryDirectory() as folder:
-        seen = _run(asked, Path(folder), stop_after=1 if again else None)
-        return _run(asked, Path(folder)) if again else seen
+        for _ in range(2 if again else 1):
+            seen = _run(asked, Path(folder), stop_after=1 if again else None)
+        return seen
+
+
+def supervised(asked: Asked) -> Seen:
+    """The whole of a pod's work, from fetching to the upload (into a folder), by the supervisor. Raises Failed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "scratch").mkdir()
+        run = _config(asked, folder / "scratch").model_copy(
+            update={
+                "model": ModelConfig(location=_place(f"file://{asked.model.resolve()}")),
+                "output": _place(f"file://{folder}/out"),
+                "metrics_port": 0,
+            }
+        )
+        data = run.data.model_copy(update={"train": _place(f"file://{asked.rows.resolve()}")})
+        run = run.model_copy(update={"data": data})
+        (folder / "run.json").write_text(json.dumps(run.to_json()))
+        environment = {
+            **processes.environment(asked.threads),
+            "PYTHONPATH": f"{ROOT}/operator:{ROOT}/trainer_image",
+            names.ENV_RUN_CONFIG: str(folder / "run.json"),
+            names.ENV_TERMINATION_LOG: str(folder / "result.json"),
+            names.ENV_NODE_RANK: "0",
+            "FINETUNE_LOG_FORMAT": "text",
+        }
+        log, began = folder / "log", time.time()
+        command = [sys.executable, "-m", "finetune_trainer"]
+        ended = processes.run([(command, environment)], log=log, timeout=asked.timeout)
+        if any(ended.codes):
+            raise Failed(f"code {ended.codes[0]}: {processes.tail(log)}")
+        return Seen(tuple(_events(Paths(folder / "scratch"))), ended, began, processes.tail(log))
 
 
 def _run(asked: Asked, folder: Path, stop_after: int | None = None) -> Seen:
@@ -145,7 +177,12 @@ def _prepare(asked: Asked, folder: Path) -> Paths:
     if not paths.model.exists():
         paths.model.symlink_to(asked.model.resolve())
         paths.data("train").symlink_to(asked.rows.resolve())
-    run = RunConfig(
+    paths.run_config.write_text(json.dumps(_config(asked, folder).to_json()))
+    return paths
+
+
+def _config(asked: Asked, scratch: Path) -> RunConfig:
+    return RunConfig(
         job=JobRef(namespace="bench", name="trainer", uid="u-1", attempt=1),
         model=ModelConfig(location=_place("file:///model")),
         data=DataConfig(
@@ -167,10 +204,8 @@ def _prepare(asked: Asked, folder: Path) -> Paths:
         checkpoint=CheckpointSpec(),
         evaluation=EvaluationSpec(),
         output=_place("file:///out"),
-        scratch=str(folder),
+        scratch=str(scratch),
     )
-    paths.run_config.write_text(json.dumps(run.to_json()))
-    return paths
 
 
 def _place(uri: str) -> Location:
@@ -195,10 +230,9 @@ def speed(seen: Seen) -> Speed:
     steps = seen.all("step")
     first, rest = steps[0], steps[1:]
     (plan,) = seen.all("plan")
-    names = {name for step in rest for name in step["seconds"] if name != "total"}
+    kinds = {name for step in rest for name in step["seconds"] if name != "total"}
     total = sum(step["seconds"]["total"] for step in rest)
-    parts = {name: sum(step["seconds"].get(name, 0.0) for step in rest) / total for name in sorted(names)}
-    padding = plan["padding_share"]
+    parts = {name: sum(step["seconds"].get(name, 0.0) for step in rest) / total for name in sorted(kinds)}
     return Speed(
         seconds=rest[-1]["time"] - first["time"],
         steps=len(rest),
@@ -206,8 +240,8 @@ def speed(seen: Seen) -> Speed:
         labels=sum(step["label_tokens"] for step in rest),
         by_step=_rates(steps),
         parts=parts,
-        padding_share=padding,
-        computed_per_seen=plan["computed_share"],
+        padding_share=plan["padding_share"],
+        computed_per_seen=plan["computed_share"] / (1 - plan["padding_share"]),
     )
 
 

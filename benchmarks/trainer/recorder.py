@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -113,6 +114,12 @@ def peak_rss() -> int:
     return 0
 
 
+def _gpu_peak() -> int | None:
+    """Bytes that tensors took on the GPU at most; None without one."""
+    torch = sys.modules["torch"]
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+
 def answer_all(
     request: dict[str, Any], file: str, measure: Callable[[dict[str, Any]], dict[str, Any]], versions: dict[str, str]
 ) -> None:
@@ -144,6 +151,7 @@ def answer_all(
             "name": config["name"],
             "wall_seconds": time.perf_counter() - began,
             "peak_rss_bytes": peak_rss(),
+            "gpu_peak_bytes": _gpu_peak(),
             "versions": versions,
         }
         with open(file, "a") as out:
