@@ -92,7 +92,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
             since = moment
         elif since and kind == "phase":
             evaluating, since = evaluating + moment - since, 0.0
-    saved = [event.get("stall_seconds") or event["seconds"] for event in seen.all("checkpoint")]
+    saved = [event["stall_seconds"] for event in seen.all("checkpoint")]
     done = max(event["time"] for event in seen.all("phase"))
     parts = {"evaluation": evaluating, "checkpoints": sum(saved), "result and upload": end - done}
     return {
