@@ -80,7 +80,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
     A run of the supervisor, as in a pod, with a twentieth of the rows held out and checkpoints every tenth of the run;
     everything goes into a folder, so an upload is a copy here. Fetching and loading are told, but aren't counted.
     """
-    epochs = 0.1 if bench.options.quick else 2.0
+    epochs = 0.1 if bench.options.quick else 3.0
     asked = bench.asked("short", validation=0.05, training={"epochs": epochs}, seconds=0.0, timeout=900.0)
     seen = ours.supervised(asked)
     end = seen.began + seen.ended.seconds
