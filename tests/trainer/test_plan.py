@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer import plan, selection
+from finetune_trainer import layout, plan, prefixes, selection
 from finetune_trainer.selection import Best
 
 _lengths = st.lists(st.integers(2, 64), min_size=1, max_size=40)
@@ -98,6 +98,36 @@ def test_packed_ranks_are_in_balance(lengths: list[int], world: int) -> None:
     step = _plan(lengths, shape, len(lengths), max_steps=1).step(1)
     loads = [sum(lengths[e] for micro in rank for e in micro) for rank in step.micros]
     assert max(loads) <= sum(loads) / world + len(step.micros[0]) * max(lengths)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 20, 40]), st.lists(st.integers(0, 1), min_size=2, max_size=60)),
+        min_size=1,
+        max_size=24,
+    ),
+    st.integers(1, 4),
+    st.integers(16, 90),
+)
+def test_rows_with_shared_beginnings_come_once_and_fit_and_are_as_many_on_every_rank(
+    given_rows: list[tuple[int, list[int]]], world: int, budget: int
+) -> None:
+    """A micro-batch computes what its row is long, at most the budget or, where that is more, the longest example."""
+    rows = [[2] * head + rest for head, rest in given_rows]
+    lengths = np.array([len(row) for row in rows])
+    ids = np.array([token for row in rows for token in row], np.int32)
+    found = prefixes.Prefixes(*prefixes.find(ids, np.concatenate([[0], np.cumsum(lengths)])))
+    shape = plan.Shape(world, 1, budget, True, True)
+    ranks = plan.cut(range(len(rows)), lengths, shape, found)
+    assert len({len(rank) for rank in ranks}) == 1
+    micros = [micro for rank in ranks for micro in rank]
+    assert sorted(e for micro in micros for e in micro) == list(range(len(rows)))
+    for micro in filter(None, micros):
+        work = plan.positions(micro, lengths, shape, found)
+        row = layout.lay([len(rows[e]) for e in micro], found.shared(micro, lengths))
+        assert work == row.layout.size
+        assert work <= max(budget, max(len(row) for row in rows))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
