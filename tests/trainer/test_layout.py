@@ -65,9 +65,11 @@ def test_shared_beginnings_are_found_in_any_depth() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize(("heads", "kv"), [(6, 2), (3, 3)])
+@pytest.mark.parametrize("long", [40, 512])
 def test_attention_and_its_gradients_equal_one_masked_attention(
-    dtype: torch.dtype, tolerance: float, heads: int, kv: int
+    dtype: torch.dtype, tolerance: float, heads: int, kv: int, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention_cpu, "_LONG", long)
     torch.manual_seed(0)
     row = layout.lay([90, 95, 60, 20, 33, 60, 20, 25, 21], [0, 70, 50, 0, 16, 20, 0, 0, 0])
     size = row.layout.size
