@@ -7,6 +7,7 @@ used, and the decision says so. Called by `assembly` on all ranks together.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,8 +89,7 @@ def shares(trial: Trial, loss_sum: LossSum, whole: plan.Plan, data: DataConfig, 
     if saved < _WORTH:
         say("sharedPrefix", "off", f"the examples have too little in common ({figures})")
         return False
-    micro = next(micro for rank in whole.step(1).micros for micro in rank if len(micro) > 1)[:2]
-    differs, losses = _compare(trial, micro, loss_sum, shared=True)
+    differs, losses = _compare(trial, _alike(whole, trial.train), loss_sum, shared=True)
     if differs:
         say("sharedPrefix", "off", f"in this model a shared beginning changes the loss ({losses})")
         return False
@@ -102,6 +102,16 @@ def _compare(trial: Trial, micro: Micro, loss_sum: LossSum, *, shared: bool) -> 
     collate = replace(trial.padded, packed=True, shared=shared)
     together, apart = trial.loss(micro, collate, loss_sum), trial.alone(micro, loss_sum)
     return _differ(together, apart, loss_sum), f"loss {together:.6f} together, {apart:.6f} one by one"
+
+
+def _alike(whole: plan.Plan, split: Split) -> Micro:
+    """Of the pairs that the first steps compute together, the one that shares most."""
+    steps = (whole.step(number) for number in range(1, min(whole.total_steps, 20) + 1))
+    micros = (micro for step in steps for rank in step.micros for micro in rank)
+    pairs = [pair for micro in micros for pair in itertools.pairwise(micro)]
+    if not pairs:
+        return _shortest(split)
+    return max(pairs, key=lambda pair: split.prefixes.shared(pair, split.lengths)[1])
 
 
 def _shortest(split: Split) -> Micro:

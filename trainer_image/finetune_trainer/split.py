@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +24,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         return self.tokens.lengths[self.index]
 
-    @property
+    @cached_property
     def label_counts(self) -> NDArray[np.int64]:
         return self.tokens.label_counts[self.index]
 
-    @property
+    @cached_property
     def prefixes(self) -> Prefixes:
         return self.tokens.prefixes.of(self.index)
 
