@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-# Measured on a CPU with fast bfloat16 (docs/performance.md). In float32 products take nearly all the time: no gain.
+# Measured on a CPU with fast bfloat16, beside other work (docs/decisions/0021). In float32 products take nearly all the
+# time: no gain.
 _GAIN = 0.08
 _SECONDS = 15.0
 _WORTH = 3.0  # so many times its price must be won back

@@ -2,7 +2,7 @@
 
 The gradient of a sum of -log p by the logits is p minus one at the target, known as soon as p is (as in Liger's and
 Apple's fused cross-entropies); so each chunk's logits live only while its share of the loss and of the gradient is
-taken. Put on by `model`, used through `loss`.
+taken. Put on and used by `loss`, tried by `packing`.
 """
 
 from __future__ import annotations

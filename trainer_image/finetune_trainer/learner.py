@@ -1,6 +1,7 @@
 """Learner: the model, its optimizer and how both are spread over the ranks, behind one interface.
 
-Chosen once by `rank`; the loop never asks which it is. `Replicated` (ddp) is here, `Sharded` (ZeRO) in `zero`.
+Chosen once by `assembly`; the loop never asks which it is. `Replicated` (ddp) is here, `Sharded` (ZeRO) in `zero`,
+`Split` (FSDP2) in `fsdp`.
 Weights and moments go in and out by parameter name, whole and in float32, so a checkpoint fits any strategy.
 """
 

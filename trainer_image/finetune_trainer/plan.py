@@ -10,14 +10,15 @@ be smaller.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_trainer import bins
 from finetune_trainer.prefixes import Prefixes
 
 DEFAULT_EPOCHS = 3.0
@@ -118,6 +119,10 @@ class Plan:
 
     def work(self) -> tuple[int, int]:
         """(tokens of the examples, positions that are computed for them), over the first steps."""
+        return self._work
+
+    @cached_property
+    def _work(self) -> tuple[int, int]:
         seen = computed = 0
         for number in self._first_steps():
             step = self.step(number)
@@ -213,9 +218,11 @@ def cut(
 ) -> tuple[tuple[Micro, ...], ...]:
     """The examples as micro-batches by rank: every example once, ranks in balance, each rank as many as the others."""
     if shape.shared and prefixes is not None:
-        micros = _shared(chosen, lengths, shape, prefixes)
+        micros = bins.shared(chosen, lengths, shape.world, shape.tokens, prefixes)
+    elif shape.packed:
+        micros = bins.packed(chosen, lengths, shape.world, shape.tokens)
     else:
-        micros = _packed(chosen, lengths, shape) if shape.packed else _padded(chosen, lengths, shape)
+        micros = bins.padded(chosen, lengths, shape.world, shape.rows)
     return tuple(tuple(micros[rank :: shape.world]) for rank in range(shape.world))
 
 
@@ -227,78 +234,3 @@ def positions(micro: Micro, lengths: NDArray[np.int64], shape: Shape, prefixes: 
     if shape.shared and prefixes is not None:
         return int(own.sum()) - sum(prefixes.shared(micro, lengths))
     return int(own.sum()) if shape.packed else int(own.max()) * len(micro)
-
-
-def _packed(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> list[Micro]:
-    """Longest first into the emptiest bin: few bins, all nearly as full, so that no rank waits for another."""
-    longest_first = sorted(chosen, key=lambda index: (-int(lengths[index]), index))
-    total = int(lengths[list(chosen)].sum())
-    per_rank = max(1, math.ceil(total / (shape.world * shape.tokens)))
-    while True:
-        bins = _fill(longest_first, lengths, shape.tokens, per_rank * shape.world)
-        if bins is not None:
-            return bins
-        per_rank += max(1, per_rank // 16)
-
-
-def _fill(ordered: Sequence[int], lengths: NDArray[np.int64], budget: int, count: int) -> list[Micro] | None:
-    """None where an example doesn't fit into the emptiest bin."""
-    heap = [(0, index) for index in range(count)]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    for example in ordered:
-        load, index = heap[0]
-        size = int(lengths[example])
-        if load and load + size > budget:
-            return None
-        heapq.heapreplace(heap, (load + size, index))
-        bins[index].append(example)
-    return [tuple(members) for members in bins]
-
-
-def _shared(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape, prefixes: Prefixes) -> list[Micro]:
-    """Neighbours in content stay together: the order by content is cut into runs of nearly equal work."""
-    ordered = prefixes.sorted(chosen)
-    whole = [int(lengths[example]) for example in ordered]
-    own = [size - shared for size, shared in zip(whole, prefixes.shared(ordered, lengths), strict=True)]
-    per_rank = max(1, math.ceil(sum(own) / (shape.world * shape.tokens)))
-    while True:
-        runs = _runs(whole, own, shape.tokens, per_rank * shape.world)
-        if runs is not None:
-            return [tuple(ordered[begin:end]) for begin, end in runs]
-        per_rank += max(1, per_rank // 16)
-
-
-def _runs(whole: list[int], own: list[int], budget: int, count: int) -> list[tuple[int, int]] | None:
-    """`count` runs, the largest as small as can be; None where one exceeds the budget with more than one example.
-
-    The first example of a run is computed whole, the others without what they share.
-    """
-    low, high = max(max(whole), math.ceil(sum(own) / count)), max(budget, max(whole))
-    if len(_within(whole, own, high)) > count:
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_within(whole, own, middle)) <= count else (middle + 1, high)
-    runs = _within(whole, own, high)
-    return runs + [(len(whole), len(whole))] * (count - len(runs))
-
-
-def _within(whole: list[int], own: list[int], limit: int) -> list[tuple[int, int]]:
-    """Runs of at most `limit` tokens, each as long as can be."""
-    runs, begin, load = [], 0, 0
-    for at in range(len(whole)):
-        if at > begin and load + own[at] > limit:
-            runs.append((begin, at))
-            begin, load = at, 0
-        load += own[at] if at > begin else whole[at]
-    return [*runs, (begin, len(whole))]
-
-
-def _padded(chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape) -> list[Micro]:
-    """Examples of like length together; neighbours in length go to different ranks at the same time."""
-    longest_first = sorted(chosen, key=lambda index: (-int(lengths[index]), index))
-    per_rank = math.ceil(len(chosen) / (shape.world * shape.rows))
-    count = per_rank * shape.world
-    sizes = [len(chosen) // count + (index < len(chosen) % count) for index in range(count)]
-    stream: Iterator[int] = iter(longest_first)
-    return [tuple(next(stream) for _ in range(size)) for size in sizes]
