@@ -78,6 +78,7 @@ SECRET_AWS_KEYS = (
 FINETUNE_DIR = "finetune"
 MANIFEST_PATH = f"{FINETUNE_DIR}/manifest.json"
 HISTORY_PATH = f"{FINETUNE_DIR}/history.jsonl"
+DATA_REPORT_PATH = f"{FINETUNE_DIR}/data-report.json"
 SAMPLES_PATH = f"{FINETUNE_DIR}/samples.jsonl"
 CHECKPOINTS_DIR = "checkpoints"
 
