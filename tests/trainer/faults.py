@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -11,7 +12,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 @dataclass(frozen=True)
 class Fault:
-    """memory: a micro-batch of more than `value` tokens has none. gradient: it is NaN where token `value` is learnt."""
+    """memory: a micro-batch of more than `value` tokens has none; in a model where one hadn't, evaluations neither.
+    gradient: it is NaN where token `value` is learnt."""
 
     kind: Literal["memory", "gradient"]
     value: int
@@ -21,8 +23,14 @@ class Fault:
 
 
 def _lack_memory(tokens: int) -> None:
+    lacking: WeakSet[torch.nn.Module] = WeakSet()
+
     def check(module: torch.nn.Module, inputs: Any) -> None:
-        if isinstance(module, torch.nn.Embedding) and torch.is_grad_enabled() and inputs[0].numel() > tokens:
+        if isinstance(module, torch.nn.Embedding) and inputs[0].numel() > tokens:
+            if torch.is_grad_enabled():
+                lacking.add(module)
+            elif module not in lacking:
+                return
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to embed {inputs[0].numel()} tokens")
 
     register_module_forward_pre_hook(check)

@@ -123,14 +123,16 @@ def test_a_gradient_that_isnt_finite_is_refused_too(tmp_path: Path, models: dict
 
 
 def test_a_rank_that_runs_out_of_memory_makes_all_compute_less_at_once(tmp_path: Path, models: dict[str, Path]) -> None:
-    """Bug 24: the global batch and the loss stay what they are, and nobody hangs."""
+    """Bug 24: the global batch and the loss stay what they are, and nobody hangs. What is measured at the end is
+    computed in smaller pieces too."""
     ways: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"data": {"packing": False}}}
 
     def job(name: str, way: dict[str, Any], **options: Any) -> Job:
         training = {"max_steps": _STEPS, "scheduler": "cosine"}
         return prepare(
-            tmp_path / name, models["llama"], pairs(40), world=2, training=training, every=3, **way, **options
-        )
+            tmp_path / name, models["llama"], pairs(40), world=2, training=training, every=3, test=pairs(9, 1), **way,
+            **options,
+        )  # fmt: skip
 
     plenty = finish_all([job(name, way) for name, way in ways.items()])
     fault = {1: Fault("memory", 70)}
@@ -143,6 +145,7 @@ def test_a_rank_that_runs_out_of_memory_makes_all_compute_less_at_once(tmp_path:
         assert told[0].step == 1
         assert "rank 1: OutOfMemoryError" in told[0].why
         assert after.losses == pytest.approx(before.losses, abs=1e-5)
+        assert after.evals("test") == pytest.approx(before.evals("test"), abs=1e-5)
         assert resumed.events(events.PlanEvent)[0].halvings == len(told)
         assert resumed.losses == after.losses[3:]
         assert "had no memory" in resumed.decision("microBatchSize").reason

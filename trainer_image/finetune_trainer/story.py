@@ -35,7 +35,7 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
     reporter.phase("loading")
     t, loaded, start = assembly.build(run, paths, world, reporter, data, saved)
     start = _measure_base(t, data, start)
-    state, stopped = train.train(t, start)
+    t, state, stopped = train.train(t, start)
     if stopped:
         reporter.report(events.PreemptedEvent, step=state.step)
         return

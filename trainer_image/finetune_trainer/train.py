@@ -75,8 +75,11 @@ class Training:
         return self.paths.scratch / checkpoint.BEST
 
 
-def train(t: Training, state: State) -> tuple[State, bool]:
-    """(the state after the last step done, whether a stop was asked for before the end)"""
+def train(t: Training, state: State) -> tuple[Training, State, bool]:
+    """(what is left of the training, the state after the last step done, whether a stop was asked for before the end)
+
+    Where memory ran short, the training that comes back computes less at once than the one that was given.
+    """
     total, recipe = t.plan.total_steps, t.run.training
     t.reporter.phase("training")
     t.learner.model.train()
@@ -108,8 +111,8 @@ def train(t: Training, state: State) -> tuple[State, bool]:
             if stop or state.stopped_early or agreed.due or undone:
                 saver.save(state)
             if stop and not last:
-                return state, True
-    return state, False
+                return t, state, True
+    return t, state, False
 
 
 def _learn(t: Training, step: Step, clock: _Clock) -> Micros:
