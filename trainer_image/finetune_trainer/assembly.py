@@ -5,13 +5,25 @@ Every choice that depends on hardware, model or rows is made here, and told with
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, compiling, dtype, fsdp, model, optimizers, packing, plan, seeds, settling, zero
+from finetune_trainer import (
+    arrangement,
+    checkpoint,
+    compiling,
+    dtype,
+    fsdp,
+    model,
+    optimizers,
+    packing,
+    plan,
+    seeds,
+    settling,
+    zero,
+)
+from finetune_trainer.arrangement import Most
 from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
@@ -58,51 +70,22 @@ def build(
     learner = _learner(run, loaded, world, reporter)
     trial = packing.Trial(learner, data.train, reporter, _collator(loaded, data, world))
     loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
-    packed = packing.packs(trial, loss_sum, wanted=run.data.packing, why_not=loaded.why_not)
     micro_tokens, reason = settling.micro_tokens(run, found, saved)
     halvings = max(saved.halvings if saved is not None else 0, world.firsts(_halvings(paths)))
-    shape = plan.shape(world.size, run.training.micro_batch_size, micro_tokens, packed, data.longest, shared=packed)
-    whole = plan.make(
-        seed=run.training.seed,
-        lengths=data.train.lengths,
-        label_counts=data.train.label_counts,
-        global_batch=run.training.global_batch_size,
-        epochs=run.training.epochs,
-        max_steps=run.training.max_steps,
-        shape=shape,
-        prefixes=data.train.prefixes,
-        by_length=run.training.group_by_length,
+    most = Most(micro_tokens, reason, halvings, data.longest)
+    made = arrangement.arrange(run, trial, loss_sum, most, why_not=loaded.why_not)
+    compiled = _compile(
+        run, loaded, paths, world, reporter, made.whole, saved, half=mixed, recompute=found.way.recompute
     )
-    shared = packing.shares(trial, loss_sum, whole, run.data, lora.dropout if lora else 0.0)
-    whole = replace(whole, shape=replace(shape, shared=shared))
-    collate = replace(trial.padded, packed=packed, shared=shared)
-    compiled = _compile(run, loaded, paths, world, reporter, whole, saved, half=mixed, recompute=found.way.recompute)
-    _tell_order(whole, reporter)
-    cut = whole.halved(halvings)
-    if halvings:
-        reason = f"halved {halvings} times, since an earlier attempt had no memory for more"
-    reporter.decision("microBatchSize", str(cut.shape), reason)
-    t = Training(run, paths, world, reporter, cut, whole, data.train, data.validation, learner, collate, loss_sum)
+    t = Training(
+        run, paths, world, reporter, made.plan, made.whole, data.train, data.validation, learner, made.collate, loss_sum
+    )
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
     way = {"strategy": found.way.strategy, "offload": found.way.offload, "compiled": compiled}
     state = state.model_copy(update={**way, "halvings": halvings})
     if saved is not None:
         _put_moments(t, saved)
-    reporter.report(
-        events.PlanEvent,
-        total_steps=whole.total_steps,
-        start_step=state.step,
-        epochs=whole.epochs,
-        rows=whole.rows,
-        dropped_rows=data.dropped,
-        tokens_per_epoch=int(data.train.lengths.sum()),
-        label_tokens_per_epoch=int(data.train.label_counts.sum()),
-        padding_share=cut.padding_share(),
-        computed_share=cut.computed_share(),
-        parameters=parameters,
-        trainable_parameters=trainable,
-        halvings=state.halvings,
-    )
+    _tell_plan(t, data, state, parameters, trainable)
     return t, loaded, state
 
 
@@ -129,17 +112,22 @@ def _learner(run: RunConfig, loaded: model.Loaded, world: World, reporter: Repor
     return zero.Sharded(loaded.model, recipe, world, stage, run.world.offload)
 
 
-def _tell_order(whole: plan.Plan, reporter: Reporter) -> None:
-    if not whole.by_length:
-        return
-    if whole.shape.packed:
-        reporter.decision("order", "by length", "training.groupByLength says so; packed rows had no padding anyway")
-        return
-    random = replace(whole, by_length=False, _orders={})
-    figures = (
-        f"{whole.padding_share():.1%} of what is computed is padding, {random.padding_share():.1%} in random order"
+def _tell_plan(t: Training, data: Data, state: State, parameters: int, trainable: int) -> None:
+    t.reporter.report(
+        events.PlanEvent,
+        total_steps=t.plan.total_steps,
+        start_step=state.step,
+        epochs=t.plan.epochs,
+        rows=t.plan.rows,
+        dropped_rows=data.dropped,
+        tokens_per_epoch=int(data.train.lengths.sum()),
+        label_tokens_per_epoch=int(data.train.label_counts.sum()),
+        padding_share=t.plan.padding_share(),
+        computed_share=t.plan.computed_share(),
+        parameters=parameters,
+        trainable_parameters=trainable,
+        halvings=state.halvings,
     )
-    reporter.decision("order", "by length", f"training.groupByLength says so; {figures}")
 
 
 def _compile(
