@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from finetune_api import events
-from finetune_trainer import model, seeds
+from finetune_trainer import assembly, data, model, seeds, train
+from finetune_trainer.reporter import Reporter
+from finetune_trainer.world import World
 from trainer import naive
-from trainer.ranks import finish_all, pairs, prepare
+from trainer.ranks import Ended, Job, finish_all, pairs, prepare
 
 _STEPS = 20
 
@@ -42,18 +47,27 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_losses_and_weights_equal_the_stock_trainers(
-    accumulation: int, models: dict[str, Path], tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class Theirs:
+    """The mean loss of each step, and the trained weights by the model's names."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def _job(folder: Path, base: Path, accumulation: int) -> Job:
     training = {
         "max_steps": _STEPS, "scheduler": "linear", "learning_rate": 5e-3, "weight_decay": 0.01, "max_grad_norm": 0.5,
         "micro_batch_size": 8 // accumulation,
     }  # fmt: skip
-    job = prepare(tmp_path / "job", models["llama"], pairs(80), training=training)
+    return prepare(folder, base, pairs(80), training=training)
+
+
+def _stock(job: Job, folder: Path, accumulation: int, dtype: torch.dtype) -> Theirs:
+    """The same run by the stock Trainer. In float64 with a loss of its own, since Transformers' is float32."""
     run = job.run
     assert run.lora is not None
-    rows = naive.examples(job, tmp_path / "tokens")
+    rows = naive.examples(job, folder / "tokens")
     order = naive.schedule_of(job, rows)
     listed = []
     for number in range(1, _STEPS + 1):
@@ -61,26 +75,67 @@ def test_losses_and_weights_equal_the_stock_trainers(
             ids, learnt = rows.example(index)
             labels = [int(t) if flag else -100 for t, flag in zip(ids, learnt, strict=True)]
             listed.append({"input_ids": ids.tolist(), "labels": labels, "attention_mask": [1] * len(labels)})
-    loaded = model.load(models["llama"], dtype=torch.float32, longest=96)
+    loaded = model.load(job.paths.model, dtype=torch.float32, longest=96)
     loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora"))
-    theirs = _Recording(
-        model=loaded.model,
+    trainer = _Recording(
+        model=loaded.model.to(dtype),
         args=TrainingArguments(
-            output_dir=str(tmp_path / "theirs"), max_steps=_STEPS, per_device_train_batch_size=8 // accumulation,
+            output_dir=str(folder / "theirs"), max_steps=_STEPS, per_device_train_batch_size=8 // accumulation,
             gradient_accumulation_steps=accumulation, learning_rate=5e-3, weight_decay=0.01, max_grad_norm=0.5,
             lr_scheduler_type="linear", warmup_steps=0, use_cpu=True, seed=1, report_to="none", save_strategy="no",
             remove_unused_columns=False, disable_tqdm=True,
         ),
         train_dataset=listed,
         data_collator=_collate,
+        compute_loss_func=_exact_loss if dtype == torch.float64 else None,
     )  # fmt: skip
-    theirs.seen = []
-    theirs.train()
+    trainer.seen = []
+    trainer.train()
+    losses = [sum(trainer.seen[i : i + accumulation]) for i in range(0, len(trainer.seen), accumulation)]
+    return Theirs(losses, {name: p.detach() for name, p in loaded.model.named_parameters() if p.requires_grad})
+
+
+def _exact_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    logits = outputs.logits[:, :-1]
+    assert logits.dtype == torch.float64
+    total = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_losses_and_weights_equal_the_stock_trainers(
+    accumulation: int, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """In float32, to its rounding: a loss of 5.6 has steps of 5e-7."""
+    job = _job(tmp_path / "job", models["llama"], accumulation)
+    theirs = _stock(job, tmp_path, accumulation, torch.float32)
     (ours,) = finish_all([job])
-    steps = [sum(theirs.seen[i : i + accumulation]) for i in range(0, len(theirs.seen), accumulation)]
-    assert ours.losses == pytest.approx(steps, rel=1e-6)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
     assert ours.events(events.StepEvent)[-1].learning_rate == pytest.approx(5e-3 / _STEPS)
     written = naive.load_weights(ours)
-    for name, parameter in loaded.model.named_parameters():
-        if parameter.requires_grad:
-            assert (parameter.detach() - written[name]).abs().max() < 1e-5, name
+    assert written.keys() == theirs.weights.keys()
+    for name, parameter in theirs.weights.items():
+        assert (parameter - written[name]).abs().max() < 1e-5, name
+
+
+def _in_float64(job: Job) -> Ended:
+    """The trainer's own loop, in this process, its model and optimizer in a number format that isn't offered."""
+    alone = World(0, 0, 1, 1, torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        reporter = Reporter(job.paths.rank_events(0), 0)
+        rows = data.read(job.run, job.paths, alone, reporter)
+        t, _, start = assembly.build(job.run, job.paths, alone, reporter, rows, None)
+        t.learner.model.double()
+        train.train(t, start)
+    finally:
+        dist.destroy_process_group()
+    return Ended(job.paths, (0,), "")
+
+
+def test_in_float64_every_loss_equals_the_stock_trainers_to_nine_digits(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    job = _job(tmp_path / "job", models["llama"], 4)
+    theirs = _stock(job, tmp_path, 4, torch.float64)
+    assert _in_float64(job).losses == pytest.approx(theirs.losses, abs=1e-9, rel=0)

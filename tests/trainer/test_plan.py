@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -12,20 +13,22 @@ from hypothesis import strategies as st
 from finetune_trainer import layout, plan, prefixes, selection
 from finetune_trainer.selection import Best
 
-_lengths = st.lists(st.integers(2, 64), min_size=1, max_size=40)
+_Examples = list[tuple[int, int]]  # tokens, and how many of them are learnt: never the first
+_example = st.integers(2, 64).flatmap(lambda tokens: st.tuples(st.just(tokens), st.integers(1, tokens - 1)))
+_examples = st.lists(_example, min_size=1, max_size=40)
 _shapes = st.builds(
     plan.Shape, world=st.integers(1, 5), rows=st.integers(1, 4), tokens=st.integers(64, 256), packed=st.booleans()
 )
 
 
 def _plan(
-    lengths: list[int], shape: plan.Shape, batch: int, *, by_length: bool = False, **until: float | int | None
+    examples: _Examples, shape: plan.Shape, batch: int, *, by_length: bool = False, **until: float | int | None
 ) -> plan.Plan:
-    given_lengths = np.array(lengths)
+    lengths, labels = np.array(examples).T
     return plan.make(
         seed=3,
-        lengths=given_lengths,
-        label_counts=given_lengths // 2,
+        lengths=lengths,
+        label_counts=labels,
         global_batch=batch,
         epochs=until.get("epochs"),
         max_steps=until.get("max_steps"),  # type: ignore[arg-type]
@@ -34,60 +37,64 @@ def _plan(
     )
 
 
-@given(_lengths, _shapes, st.integers(1, 17), st.integers(1, 3), st.booleans())
+def _all_but_one_learnt(lengths: Iterable[int]) -> _Examples:
+    return [(length, length - 1) for length in lengths]
+
+
+@given(_examples, _shapes, st.integers(1, 17), st.integers(1, 3), st.booleans())
 def test_every_row_comes_once_an_epoch(
-    lengths: list[int], shape: plan.Shape, batch: int, epochs: int, by_length: bool
+    examples: _Examples, shape: plan.Shape, batch: int, epochs: int, by_length: bool
 ) -> None:
-    p = _plan(lengths, shape, batch, epochs=float(epochs), by_length=by_length)
+    p = _plan(examples, shape, batch, epochs=float(epochs), by_length=by_length)
     seen = [example for number in range(1, p.total_steps + 1) for example in p.step(number).examples]
     for epoch in range(epochs):
-        part = seen[epoch * len(lengths) : (epoch + 1) * len(lengths)]
-        assert sorted(part) == list(range(len(lengths)))
-    assert len(seen) == epochs * len(lengths)
+        part = seen[epoch * len(examples) : (epoch + 1) * len(examples)]
+        assert sorted(part) == list(range(len(examples)))
+    assert len(seen) == epochs * len(examples)
     assert p.step(p.total_steps).epoch == epochs
 
 
-@given(_lengths, _shapes, st.integers(1, 17))
+@given(_examples, _shapes, st.integers(1, 17))
 def test_micro_batches_hold_each_example_once_and_fit_and_are_as_many_on_every_rank(
-    lengths: list[int], shape: plan.Shape, batch: int
+    examples: _Examples, shape: plan.Shape, batch: int
 ) -> None:
-    step = _plan(lengths, shape, batch, max_steps=2).step(1)
+    step = _plan(examples, shape, batch, max_steps=2).step(1)
     assert len(step.micros) == shape.world
     assert len({len(rank) for rank in step.micros}) == 1
     micros = [micro for rank in step.micros for micro in rank]
     assert Counter(e for micro in micros for e in micro) == Counter(step.examples)
     for micro in micros:
         if shape.packed:
-            assert sum(lengths[e] for e in micro) <= shape.tokens
+            assert sum(examples[e][0] for e in micro) <= shape.tokens
         else:
             assert len(micro) <= shape.rows
 
 
-@given(_lengths, _shapes, _shapes, st.integers(1, 17), st.integers(1, 9), st.booleans())
+@given(_examples, _shapes, _shapes, st.integers(1, 17), st.integers(1, 9), st.booleans())
 def test_neither_world_nor_packing_changes_what_a_step_learns(
-    lengths: list[int], one: plan.Shape, other: plan.Shape, batch: int, number: int, by_length: bool
+    examples: _Examples, one: plan.Shape, other: plan.Shape, batch: int, number: int, by_length: bool
 ) -> None:
-    a, b = (_plan(lengths, shape, batch, max_steps=9, by_length=by_length).step(number) for shape in (one, other))
+    a, b = (_plan(examples, shape, batch, max_steps=9, by_length=by_length).step(number) for shape in (one, other))
     assert (a.examples, a.tokens, a.label_tokens, a.epoch) == (b.examples, b.tokens, b.label_tokens, b.epoch)
 
 
-@given(_lengths, _shapes, st.integers(1, 17), st.booleans(), st.data())
+@given(_examples, _shapes, st.integers(1, 17), st.booleans(), st.data())
 def test_a_step_is_the_same_whichever_were_asked_for_before(
-    lengths: list[int], shape: plan.Shape, batch: int, by_length: bool, data: st.DataObject
+    examples: _Examples, shape: plan.Shape, batch: int, by_length: bool, data: st.DataObject
 ) -> None:
     """Resuming is asking for the next step."""
-    fresh, used = (_plan(lengths, shape, batch, max_steps=12, by_length=by_length) for _ in range(2))
+    fresh, used = (_plan(examples, shape, batch, max_steps=12, by_length=by_length) for _ in range(2))
     for number in data.draw(st.lists(st.integers(1, 12), max_size=5)):
         used.step(number)
     number = data.draw(st.integers(1, 12))
     assert fresh.step(number) == used.step(number)
 
 
-@given(_lengths, _shapes, st.integers(1, 17))
-def test_the_denominator_is_the_sum_of_the_labels(lengths: list[int], shape: plan.Shape, batch: int) -> None:
-    step = _plan(lengths, shape, batch, max_steps=1).step(1)
-    assert step.label_tokens == sum(lengths[e] // 2 for e in step.examples)
-    assert step.tokens == sum(lengths[e] for e in step.examples)
+@given(_examples, _shapes, st.integers(1, 17))
+def test_the_denominator_is_the_sum_of_the_labels(examples: _Examples, shape: plan.Shape, batch: int) -> None:
+    step = _plan(examples, shape, batch, max_steps=1).step(1)
+    assert step.label_tokens == sum(examples[e][1] for e in step.examples)
+    assert step.tokens == sum(examples[e][0] for e in step.examples)
 
 
 @settings(max_examples=50)
@@ -95,7 +102,7 @@ def test_the_denominator_is_the_sum_of_the_labels(lengths: list[int], shape: pla
 def test_packed_ranks_are_in_balance(lengths: list[int], world: int) -> None:
     """No rank computes more than the mean and one longest example."""
     shape = plan.Shape(world=world, rows=1, tokens=256, packed=True)
-    step = _plan(lengths, shape, len(lengths), max_steps=1).step(1)
+    step = _plan(_all_but_one_learnt(lengths), shape, len(lengths), max_steps=1).step(1)
     loads = [sum(lengths[e] for micro in rank for e in micro) for rank in step.micros]
     assert max(loads) <= sum(loads) / world + len(step.micros[0]) * max(lengths)
 
@@ -135,7 +142,7 @@ def test_rows_with_shared_beginnings_come_once_and_fit_and_are_as_many_on_every_
 def test_a_last_batch_that_is_filled_up_with_rows_again(world: int, packed: bool) -> None:
     """Bug 25: 1 to 9 rows on 1 to 3 ranks, each row once an epoch, in the micro-batches too."""
     for rows in range(1, 10):
-        p = _plan(list(range(5, 5 + rows)), plan.Shape(world, 2, 64, packed), 4, epochs=2.0)
+        p = _plan(_all_but_one_learnt(range(5, 5 + rows)), plan.Shape(world, 2, 64, packed), 4, epochs=2.0)
         steps = [p.step(number) for number in range(1, p.total_steps + 1)]
         seen = Counter(e for step in steps for rank in step.micros for micro in rank for e in micro)
         assert seen == dict.fromkeys(range(rows), 2)
@@ -143,7 +150,7 @@ def test_a_last_batch_that_is_filled_up_with_rows_again(world: int, packed: bool
 
 def test_packing_computes_no_padding() -> None:
     shape = plan.Shape(world=2, rows=1, tokens=128, packed=True)
-    assert _plan([5, 9, 33, 60, 2, 17], shape, 6, max_steps=4).padding_share() == 0
+    assert _plan(_all_but_one_learnt([5, 9, 33, 60, 2, 17]), shape, 6, max_steps=4).padding_share() == 0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,7 @@ def test_packing_computes_no_padding() -> None:
     [({"epochs": 2.0}, 5, 2.0), ({"epochs": 0.5}, 2, 0.5), ({"max_steps": 7}, 7, 2.8), ({}, 8, 3.0)],
 )
 def test_the_steps_are_known_before_the_start(until: dict[str, float], steps: int, epochs: float) -> None:
-    p = _plan([4] * 10, plan.Shape(1, 1, 64, True), 4, **until)
+    p = _plan(_all_but_one_learnt([4] * 10), plan.Shape(1, 1, 64, True), 4, **until)
     assert (p.total_steps, p.epochs) == (steps, epochs)
 
 
@@ -163,7 +170,9 @@ def test_epochs_have_different_orders_and_seeds_too() -> None:
 def test_grouped_by_length_a_run_begins_with_its_longest_step_and_pads_little() -> None:
     lengths = [2 + (index * 37) % 199 for index in range(1000)]
     shape = plan.Shape(world=1, rows=4, tokens=0, packed=False)
-    grouped, random = (_plan(lengths, shape, 8, epochs=2.0, by_length=by_length) for by_length in (True, False))
+    grouped, random = (
+        _plan(_all_but_one_learnt(lengths), shape, 8, epochs=2.0, by_length=by_length) for by_length in (True, False)
+    )
     assert max(lengths[e] for e in grouped.step(1).examples) == max(lengths)
     assert grouped.padding_share() < 0.06
     assert random.padding_share() > 0.2
