@@ -52,6 +52,9 @@ _ALL = (
            "Lower training.learningRate or training.maxGradNorm, or take training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
            "Read failure.logTail; the same error again on a restart means it is no accident."),
+    Reason("ResultMismatch", "application", 78, "The written result, loaded again, isn't the trained one.",
+           "Nothing was uploaded; it is written again from the last checkpoint. The same again is a bug of this family "
+           "and method: report it with the message; output.merge: false leaves the merged model out."),
     Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that nobody here sent.",
            "Usually the node: look at its events. It is restarted from the last checkpoint."),
     Reason("Stalled", "infrastructure", 73, "No step was finished for runPolicy.stallSeconds.",

@@ -119,6 +119,7 @@ class RunConfig(Model):
     world: WorldConfig = Field(default_factory=WorldConfig)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     output: Location
+    merge: bool = Field(default=False, description="Write base and adapter as one model, too.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     progress: ProgressConfig | None = None
     s3: S3Config = Field(default_factory=S3Config)

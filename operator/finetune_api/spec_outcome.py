@@ -32,13 +32,16 @@ class OutputSpec(Model):
         "folder that holds another job's result is refused."
     )
     credentials_ref: SecretRef | None = Field(default=None, description="Secret with the credentials for uri.")
-    merge: bool = Field(default=False, description="Also write base and adapter merged into one model.")
+    merge: bool = Field(
+        default=False,
+        description="Also write base and adapter merged into one model, in the folder merged/ beside the adapter. "
+        "Needs as much resources.scratch again as the base has.",
+    )
 
     rules = (
         clean_uri(),
         not_yet("uri", "!self.uri.matches('^(gs|az)://')",
                  lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
-        not_yet("merge", "!self.merge", lambda m: not m.merge, "a merged model", "merge with PEFT after the job"),
     )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
         world=_world(job, attempt),
         checkpoint=spec.checkpoint,
         output=_output_location(spec.output),
+        merge=spec.output.merge,
         evaluation=spec.evaluation,
         progress=_progress(settings),
         s3=settings.storage.s3,

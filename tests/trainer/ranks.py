@@ -111,6 +111,7 @@ def prepare(
     training: Mapping[str, Any] | None = None,
     every: int | str = "auto",
     samples: int = 0,
+    merge: bool = False,
     dtype: str = "float32",
     resume: Path | None = None,
 ) -> Job:
@@ -153,6 +154,7 @@ def prepare(
         checkpoint=CheckpointSpec(every=every),
         evaluation=EvaluationSpec(samples=samples, max_new_tokens=12),
         output=_place("out"),
+        merge=merge,
         scratch=str(scratch),
     )
     paths.run_config.write_text(json.dumps(run.to_json()))

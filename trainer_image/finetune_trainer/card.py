@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from finetune_api.resource import LoraSpec
 from finetune_api.run import RunConfig
 
 
@@ -19,9 +20,9 @@ class Figures:
     test_after: float | None
 
 
-def card(run: RunConfig, base: str, figures: Figures) -> str:
-    """Markdown with the front matter that hubs read."""
-    lora = run.method == "lora"
+def card(run: RunConfig, base: str, figures: Figures, *, merged: bool = False) -> str:
+    """Markdown with the front matter that hubs read. `merged`: of the model in which base and adapter are one."""
+    lora = run.method == "lora" and not merged
     front = ["---"]
     if run.model.location.uri.startswith("hf://"):
         front += [f"base_model: {json.dumps(base)}"]
@@ -30,8 +31,7 @@ def card(run: RunConfig, base: str, figures: Figures) -> str:
     t = run.training
     length = f"{t.max_steps} steps" if t.max_steps is not None else f"{t.epochs or 3:g} epochs"
     recipe = [
-        f"- method: {run.method}" + (f", rank {run.lora.rank}, alpha {run.lora.alpha}, dropout {run.lora.dropout:g}, "
-                                     f"on {', '.join(run.lora.target_modules)}" if run.lora else ""),
+        f"- method: {run.method}" + (", merged into the base" if merged else "") + _adapter(run.lora),
         f"- {figures.steps} optimizer steps ({length} asked for) of {t.global_batch_size} examples",
         f"- AdamW, learning rate {t.learning_rate:g} ({t.scheduler}, warm-up {t.warmup_ratio:g}), weight decay "
         f"{t.weight_decay:g}, gradient norm at most {t.max_grad_norm:g}, seed {t.seed}",
@@ -65,3 +65,9 @@ def card(run: RunConfig, base: str, figures: Figures) -> str:
         parts += ["## Loss", "Mean over supervised tokens.", "\n".join(["| rows | loss |", "| --- | --- |", *losses])]
     parts += ["## Use", f"```python\n{load}\n```", "`finetune/manifest.json` lists every file's digest and the origin."]
     return "\n\n".join(parts) + "\n"
+
+
+def _adapter(lora: LoraSpec | None) -> str:
+    if lora is None:
+        return ""
+    return f", rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g}, on {', '.join(lora.target_modules)}"

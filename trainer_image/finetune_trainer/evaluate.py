@@ -59,6 +59,13 @@ class Evaluator:
         (total,) = self.world.total(float(own))
         return total / labels, labels
 
+    def logits(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the model says to whole rows, the same on every rank; float32 on the CPU."""
+        half = self.loss_sum.autocast
+        with self._evaluating(), torch.autocast(self.world.device.type, half, enabled=half is not None):
+            logits: torch.Tensor = self.learner.plain(**inputs, use_cache=False).logits
+        return logits.float().cpu()
+
     def answers(self, prompts: list[list[int]], speech: Speech) -> tuple[str, ...]:
         """By prompt, on every rank."""
         own: dict[int, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from finetune_api.run import RunConfig
+from finetune_trainer import merge
+from finetune_trainer.failure import Failed
 from finetune_trainer.model import Loaded
 
 _TOKENIZER_FILES = (
@@ -46,6 +48,15 @@ def write(
     os.replace(aside, folder)
 
 
+def write_merged(folder: Path, model: Path, *, card: str, alive: Callable[[], None]) -> None:
+    """Base and adapter as one model, in a folder beside the adapter that is there already."""
+    aside = folder.with_name(f"{folder.name}-{merge.FOLDER}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    merge.write(aside, model, folder, alive)
+    (aside / "README.md").write_text(card)
+    os.replace(aside, folder / merge.FOLDER)
+
+
 def base_name(run: RunConfig) -> str:
     """What `base_model_name_or_path` says: a hub id as tools know it, any other place as the user wrote it."""
     return run.model.location.display.removeprefix("hf://")
@@ -56,14 +67,26 @@ def _write_adapter(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], 
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(loaded.model, state_dict=dict(weights), save_embedding_layers=False)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    _read_back(file, tensors)
     config = copy.deepcopy(loaded.model.peft_config["default"])
     config.base_model_name_or_path = base
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
     config.save_pretrained(str(folder))
+
+
+def _read_back(file: Path, meant: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import load_file
+
+    there = load_file(str(file))
+    wrong = [name for name, tensor in meant.items() if name not in there or not torch.equal(there[name], tensor)]
+    if wrong or len(there) != len(meant):
+        raise Failed(
+            "ResultMismatch", f"{file.name} reads back differently: {', '.join(wrong[:3]) or 'too many tensors'}"
+        )
 
 
 def _write_model(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], model: Path) -> None:

@@ -11,6 +11,8 @@ from finetune_trainer import (
     card,
     checkpoint,
     export,
+    merge,
+    reload,
     train,
 )
 from finetune_trainer.checkpoint import State
@@ -35,6 +37,8 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
     reporter.phase("loading")
     t, loaded, start = assembly.build(run, paths, world, reporter, data, saved)
     start = _measure_base(t, data, start)
+    if run.merge:
+        merge.check(paths.model, (name for name, p in loaded.model.named_parameters() if p.requires_grad))
     t, state, stopped = train.train(t, start)
     if stopped:
         reporter.report(events.PreemptedEvent, step=state.step)
@@ -42,6 +46,7 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
     train.load_best(t, state)
     after = _measure_result(t, data, state)
     reporter.phase("saving")
+    seen = reload.probe(t)
     weights = t.learner.weights()
     if world.is_first:
         figures = card.Figures(
@@ -49,6 +54,10 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
         )
         text = card.card(run, export.base_name(run), figures)
         export.write(paths.export, loaded, weights, run=run, model=paths.model, card=text)
+        if run.merge:
+            whole = card.card(run, export.base_name(run), figures, merged=True)
+            export.write_merged(paths.export, paths.model, card=whole, alive=reporter.alive)
+        reload.check(paths.export, run, paths.model, seen, reporter, world.device)
         chosen = state.best.step if run.training.keep_best and state.best else state.step
         reporter.report(events.SavedEvent, path=str(paths.export), step=chosen)
     reporter.phase("done")
