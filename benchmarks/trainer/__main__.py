@@ -7,12 +7,10 @@ cores; nothing else should run on it. A configuration that fails becomes a row w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / part) for part in ("hack", "operator", "
 from benchmarks.trainer import data, machine, ours, peers, processes, roof, search, table  # noqa: E402
 from benchmarks.trainer import rows as result  # noqa: E402
 from benchmarks.trainer.flops import Dimensions  # noqa: E402
+from benchmarks.trainer.kept import Kept  # noqa: E402
 
 from finetune_trainer import plan  # noqa: E402
-from images.cache import cache_root  # noqa: E402
 
 SYSTEMS = ("finetune", "trl", "llamafactory")
 EXTRAS = ("two-ranks", "start", "overhead", "curves")
@@ -93,7 +91,7 @@ class Bench:
         self.extras: dict[str, Any] = {}
         self.searched: dict[str, list[dict[str, Any]]] = {}
         self.scale = result.Scale(self.size, {})
-        self._kept = _Kept(options)
+        self._kept = Kept(ROOT, options)
 
     def measure(self) -> None:
         began = time.time()
@@ -124,9 +122,10 @@ class Bench:
 
     def _roof(self) -> dict[str, Any]:
         window = 0.03 if self.options.quick else 0.15
+        environment = processes.environment(self.options.threads, device=self.options.device, keeps_memory=True)
         return roof.measure(
             self.size,
-            {**processes.environment(self.options.threads), "PYTHONPATH": f"{ROOT}"},
+            {**environment, "PYTHONPATH": f"{ROOT}:{ROOT}/trainer_image"},
             device=self.options.device,
             dtypes=("float32", "bfloat16"),
             seconds=window,
@@ -219,6 +218,7 @@ class Bench:
         answers: list[dict[str, Any]] = self._kept.get(
             f"{peer} {what} {dataset}",
             lambda: peers.measure(peer, task, configs, 120 + 60 * len(configs)),
+            peer=True,
         )
         shown = [
             {
@@ -238,6 +238,10 @@ class Bench:
         if not found:
             raise RuntimeError(f"no configuration of {peer} could be measured")
         self._add(found[0])
+        if self.options.device == "cpu":
+            (request,) = (config for config in finalists if config["name"] == found[0]["what"])
+            kept = replace(task, keeps_memory=True)
+            self._peer(peer, "best, memory kept", dataset, kept, search.again(request, times))
         for row in found[1:]:
             self.searched.setdefault(f"{peer} {dataset}", []).append({**row, "config": "finalist"})
 
@@ -251,10 +255,10 @@ class Bench:
 
         def measure() -> dict[str, Any]:
             (answer,) = peers.measure(peer, task, [request], 300 + 10 * self.options.seconds)
-            return result.of_peer(peer, config, dataset, request, answer, self.scale)
+            return answer
 
-        row: dict[str, Any] = self._kept.get(f"{peer} {config} {dataset} {request['name']}", measure)
-        return row
+        answer = self._kept.get(f"{peer} {config} {dataset} {request['name']}", measure, peer=True)
+        return result.of_peer(peer, config, dataset, request, answer, self.scale)
 
     def _extra(self, name: str) -> None:
         from benchmarks.trainer import extras
@@ -287,32 +291,6 @@ class Bench:
         }
         self.options.out.parent.mkdir(parents=True, exist_ok=True)
         self.options.out.write_text(json.dumps(whole, indent=1) + "\n")
-
-
-class _Kept:
-    """What an interrupted run measured, by everything that it depends on. Used with --keep-going only."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        sources = [*sorted((ROOT / "trainer_image").rglob("*.py")), *sorted(Path(__file__).parent.rglob("*.*"))]
-        digest = hashlib.sha256()
-        for source in sources:
-            if source.suffix in (".py", ".txt"):
-                digest.update(source.read_bytes())
-        chosen = ("seconds", "search_seconds", "quick", "threads", "device", "model")
-        digest.update(repr([getattr(options, name) for name in chosen]).encode())
-        self._folder = cache_root() / "bench-trainer" / digest.hexdigest()[:12]
-        self._wanted = options.keep_going
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        file = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-        if self._wanted and file.is_file():
-            return json.loads(file.read_text())
-        value = measure()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(value))
-        aside.replace(file)
-        return value
 
 
 def _say(text: str) -> None:

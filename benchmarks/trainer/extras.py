@@ -59,9 +59,8 @@ def start(bench: Bench, rounds: int = 2) -> dict[str, Any]:
         dtype = seen.choices.get("dtype", "float32")
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", _LOAD, str(bench.model), dtype]
-            ended = processes.run(
-                [(command, processes.environment(bench.options.threads))], log=Path(folder) / "log", timeout=300
-            )
+            environment = processes.environment(bench.options.threads)
+            ended = processes.run([(command, environment)], log=Path(folder) / "log", timeout=300)
             if any(ended.codes):
                 raise RuntimeError(processes.tail(Path(folder) / "log"))
         loads.append(ended.seconds)

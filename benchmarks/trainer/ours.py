@@ -121,7 +121,7 @@ def _run(asked: Asked, folder: Path, stop_after: int | None = None) -> Seen:
         (
             command,
             {
-                **processes.environment(asked.threads),
+                **processes.environment(asked.threads, device=asked.device, keeps_memory=True),
                 "PYTHONPATH": f"{ROOT}/operator:{ROOT}/trainer_image",
                 "FINETUNE_SCRATCH": str(folder),
                 "RANK": str(rank),

@@ -35,6 +35,7 @@ class Task:
     dropout: float
     device: str
     threads: int
+    keeps_memory: bool = False
 
 
 def python(peer: str) -> Path:
@@ -78,9 +79,8 @@ def measure(peer: str, task: Task, configs: Sequence[Mapping[str, Any]], timeout
             )
         )
         command = [str(python(peer)), str(_HERE / f"run_{peer}.py"), str(request), str(answers)]
-        ended = processes.run(
-            [(command, processes.environment(task.threads))], log=log, timeout=timeout, folder=Path(folder)
-        )
+        environment = processes.environment(task.threads, device=task.device, keeps_memory=task.keeps_memory)
+        ended = processes.run([(command, environment)], log=log, timeout=timeout, folder=Path(folder))
         told = [json.loads(line) for line in answers.read_text().splitlines()] if answers.is_file() else []
         missing = configs[len(told) :]
         why = f"the process ended with code {ended.codes[0]} after {ended.seconds:.0f} s: {processes.tail(log)}"

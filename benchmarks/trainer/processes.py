@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_trainer import allocator
+
 EVERY = 0.1  # seconds between looks at a process's memory
 
 
@@ -38,10 +40,14 @@ class Ended:
         return sum(peak.rss for peak in self.peaks)
 
 
-def environment(threads: int) -> dict[str, str]:
-    """What every system gets: so many threads, no network, this machine's own settings otherwise."""
+def environment(threads: int, *, device: str = "cpu", keeps_memory: bool = False) -> dict[str, str]:
+    """What every system gets: so many threads, no network, this machine's own settings otherwise.
+
+    `keeps_memory`: and glibc's settings that our supervisor gives to ranks on the CPU.
+    """
     return {
         **os.environ,
+        **(allocator.environment(device, os.environ) if keeps_memory else {}),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api import events
 from finetune_trainer import compiling
 from trainer.ranks import finish_all, pairs, prepare
 
@@ -50,6 +51,8 @@ def test_losses_stay_and_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, 
     assert compiled.decision("compile").choice == "on"
     assert list(compiled.paths.compiled.rglob("*.cpp"))
     assert plain.decision("compile").choice == "off"
+    assert plain.decision("fused").choice == "on"
+    assert all(event.topic != "fused" for event in compiled.events(events.DecisionEvent))
     assert compiled.losses == pytest.approx(plain.losses, abs=1e-5)
     assert resumed.losses == compiled.losses[3:]
     name = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from finetune_trainer import attention_cpu, attention_plain, layout, prefixes
+from finetune_trainer import attention_cpu, attention_plain, attention_products, layout, prefixes, stacking
 
 _SMALL = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=40), min_size=1, max_size=12)
 
@@ -65,11 +65,12 @@ def test_shared_beginnings_are_found_in_any_depth() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize(("heads", "kv"), [(6, 2), (3, 3)])
-@pytest.mark.parametrize("long", [40, 512])
+@pytest.mark.parametrize("chunk", [40, 256])
 def test_attention_and_its_gradients_equal_one_masked_attention(
-    dtype: torch.dtype, tolerance: float, heads: int, kv: int, long: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tolerance: float, heads: int, kv: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_cpu, "_LONG", long)
+    for room in (stacking, attention_products):
+        monkeypatch.setattr(room, "CHUNK", chunk)
     torch.manual_seed(0)
     row = layout.lay([90, 95, 60, 20, 33, 60, 20, 25, 21], [0, 70, 50, 0, 16, 20, 0, 0, 0])
     size = row.layout.size
@@ -88,3 +89,26 @@ def test_attention_and_its_gradients_equal_one_masked_attention(
     for ours in (got, [plain, *torch.autograd.grad(plain, (query, key, value), weight)]):
         for mine, theirs in zip(ours, expected, strict=True):
             assert (mine.double() - theirs).abs().max() < tolerance
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_every_token_lies_in_one_stack_and_padding_is_marked(lengths: list[int]) -> None:
+    row = layout.lay(lengths, [0] * len(lengths)).layout
+    found = stacking.stacks(row.pieces)
+    places = np.concatenate([stack.places().ravel() for stack in found])
+    assert sorted(places[places >= 0]) == list(range(row.size))
+    assert sorted(piece for stack in found for piece in stack.pieces) == sorted(row.pieces)
+    for stack in found:
+        assert stack.size == max(end - begin for begin, end in stack.pieces)
+        assert len(stack.pieces) == 1 or stack.size <= stacking.CHUNK
+
+
+def test_pieces_of_like_length_are_stacked_and_unlike_ones_are_not() -> None:
+    sizes = [[end - begin for begin, end in stack.pieces] for stack in _stacks([100, 98, 97] + [10] * 20)]
+    assert sizes == [[100, 98, 97], [10] * 20]
+    assert len(_stacks([30, 31])) == 1
+
+
+def _stacks(lengths: list[int]) -> tuple[stacking.Stack, ...]:
+    return stacking.stacks(layout.lay(lengths, [0] * len(lengths)).layout.pieces)

@@ -15,6 +15,7 @@ from finetune_trainer import (
     compiling,
     dtype,
     fsdp,
+    fused,
     model,
     optimizers,
     packing,
@@ -77,6 +78,7 @@ def build(
     compiled = _compile(
         run, loaded, paths, world, reporter, made.whole, saved, half=mixed, recompute=found.way.recompute
     )
+    _fuse(loaded, reporter, wanted=learner.alone and not compiled)
     t = Training(
         run, paths, world, reporter, made.plan, made.whole, data.train, data.validation, learner, made.collate, loss_sum
     )
@@ -110,6 +112,13 @@ def _learner(run: RunConfig, loaded: model.Loaded, world: World, reporter: Repor
     if stage is None:
         return Replicated(loaded.model, recipe, world)
     return zero.Sharded(loaded.model, recipe, world, stage, run.world.offload)
+
+
+def _fuse(loaded: model.Loaded, reporter: Reporter, *, wanted: bool) -> None:
+    norms, products = fused.put_in(loaded.base) if wanted else (0, 0)
+    if norms or products:
+        why = f"{norms} frozen norms and {products} gated products compute the same and keep less"
+        reporter.decision("fused", "on", why)
 
 
 def _tell_plan(t: Training, data: Data, state: State, parameters: int, trainable: int) -> None:

@@ -23,6 +23,7 @@ from finetune_trainer.store import Access
 _FOR_RANKS = (
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
     "POD_NAME", "SSL_CERT_FILE", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR",
+    "GLIBC_TUNABLES",
 )  # fmt: skip
 _PREFIXES_FOR_RANKS = (
     "CUDA_",

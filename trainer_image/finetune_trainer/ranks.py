@@ -18,6 +18,7 @@ from pathlib import Path
 
 from finetune_api.names import ENV_RUN_CONFIG
 from finetune_api.run import WorldConfig
+from finetune_trainer import allocator
 from finetune_trainer.log import Log
 from finetune_trainer.paths import Paths
 
@@ -54,6 +55,7 @@ def rank_specs(
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        **allocator.environment(world.device, environment),
     }
     return tuple(
         RankSpec(first + local, command, {**shared, "RANK": str(first + local), "LOCAL_RANK": str(local)})
