@@ -59,8 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
         some = stack.query(queries), stack.key(keys), stack.key(values)
         part, log_sum = products.forward(*some, scale, causal=True, with_sums=merging)
         outs.append(part.flatten(0, 2))
-        if log_sum is not None:
-            logs.append(log_sum.flatten())
+        logs.append(log_sum.flatten())
     out = laid.by_query(outs)
     sums = laid.by_query(logs) if merging else out.new_zeros(out.shape[:2], dtype=products.exact(query))
     for block in row.layout.blocks:
@@ -167,10 +166,10 @@ class _Laid:
 
     def by_query(self, parts: Sequence[Tensor]) -> Tensor:
         """The stacks' rows → (length, heads, …)."""
-        return torch.cat(list(parts)).index_select(0, self._to_query).unflatten(0, (self._length, -1))
+        return _unflat(torch.cat(list(parts)).index_select(0, self._to_query), self._length)
 
     def by_key(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts)).index_select(0, self._to_key).unflatten(0, (self._length, -1))
+        return _unflat(torch.cat(list(parts)).index_select(0, self._to_key), self._length)
 
 
 def _both_ways(index: NDArray[np.int64], size: int) -> tuple[Tensor, Tensor]:
@@ -179,6 +178,11 @@ def _both_ways(index: NDArray[np.int64], size: int) -> tuple[Tensor, Tensor]:
     real = np.flatnonzero(index >= 0)
     back[index[real]] = real
     return torch.as_tensor(np.maximum(index, 0)), torch.as_tensor(back)
+
+
+def _unflat(tensor: Tensor, length: int) -> Tensor:
+    """(length x heads, …) → (length, heads, …)."""
+    return tensor.view(length, len(tensor) // length, *tensor.shape[1:])
 
 
 def _row() -> _Row:
@@ -194,7 +198,7 @@ def _by_token(tensor: Tensor) -> Tensor:
 
 def _apart(tensor: Tensor, kv: int) -> Tensor:
     """(length, heads, …) → (kv heads, queries of each, length, …)."""
-    return tensor.unflatten(1, (kv, -1)).movedim(0, 2)
+    return tensor.view(len(tensor), kv, tensor.shape[1] // kv, *tensor.shape[2:]).movedim(0, 2)
 
 
 def _together(part: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ _SCORES = 2**23  # at once
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool, with_sums: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(attention like query, log of the sums of exponentials (batch, each, rows) in the exact format)."""
+) -> tuple[Tensor, Tensor]:
+    """(attention like query, log of the sums of exponentials (batch, each, rows) in the exact format, or nothing)."""
     kind = exact(query)
     wide, keys = query.to(kind) * scale, key.to(kind).transpose(1, 2)
     outs, sums = [], []
@@ -34,7 +34,7 @@ def forward(
         if with_sums:
             sums.append(_log_sum(scores, share).view(*query.shape[:2], -1))
         outs.append(torch.bmm(share.to(value.dtype), value[:, :seen]).view(*query.shape[:2], end - begin, -1))
-    return _whole(outs), _whole(sums) if with_sums else None
+    return _whole(outs), _whole(sums) if with_sums else query.new_empty(0)
 
 
 def backward(
