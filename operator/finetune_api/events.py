@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from finetune_api.evaluation import Evaluation
 from finetune_api.model import LenientModel
 
 
@@ -136,6 +137,15 @@ class SampleEvent(LenientModel):
     reference: str
     before: str
     after: str
+    row: int | None = Field(default=None, description="Line of dataset.test.uri.")
+
+
+class ScoresEvent(LenientModel):
+    """Base model and result on the test rows, once both are known."""
+
+    type: Literal["scores"] = "scores"
+    time: float
+    evaluation: Evaluation
 
 
 class SavedEvent(LenientModel):
@@ -177,6 +187,7 @@ Event = Annotated[
     | SpikeEvent
     | BackoffEvent
     | SampleEvent
+    | ScoresEvent
     | SavedEvent
     | PreemptedEvent
     | ErrorEvent,

@@ -80,6 +80,8 @@ MANIFEST_PATH = f"{FINETUNE_DIR}/manifest.json"
 HISTORY_PATH = f"{FINETUNE_DIR}/history.jsonl"
 DATA_REPORT_PATH = f"{FINETUNE_DIR}/data-report.json"
 SAMPLES_PATH = f"{FINETUNE_DIR}/samples.jsonl"
+EVALUATION_PATH = f"{FINETUNE_DIR}/evaluation.json"
+REPORT_PATH = f"{FINETUNE_DIR}/report.html"
 CHECKPOINTS_DIR = "checkpoints"
 
 

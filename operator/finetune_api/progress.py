@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from finetune_api.model import LenientModel
-from finetune_api.status import CheckpointStatus, ModelStatus
+from finetune_api.status import CheckpointStatus, ModelStatus, OverfittingStatus
 
 MAX_BODY_BYTES = 16384
 
@@ -47,6 +47,7 @@ class Progress(LenientModel):
     samples: int = Field(default=0, description="Examples trained on so far; all ranks.")
     eta_seconds: int | None = None
     skipped_steps: int = Field(default=0, description="Steps that changed nothing, of all attempts.")
+    overfitting: OverfittingStatus | None = None
     checkpoint: CheckpointStatus | None = None
     model: ModelStatus | None = None
     gpus: tuple[GpuSample, ...] = ()

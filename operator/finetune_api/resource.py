@@ -19,6 +19,7 @@ from finetune_api.spec_inputs import BaseModelSpec, DatasetSpec, SecretRef, Test
 from finetune_api.spec_outcome import (
     CheckpointSpec,
     EvaluationSpec,
+    GenerationSpec,
     MaxRestartsSpec,
     MlflowSpec,
     OutputSpec,
@@ -36,6 +37,7 @@ __all__ = [
     "EarlyStoppingSpec",
     "EvaluationSpec",
     "FineTuneJob",
+    "GenerationSpec",
     "GpuSpec",
     "LoraSpec",
     "MaxRestartsSpec",
@@ -98,6 +100,9 @@ class Spec(Model):
         Rule("evaluation.samples", "needs dataset.test",
              "self.evaluation.samples == 0 || has(self.dataset.test)",
              lambda m: m.evaluation.samples == 0 or m.dataset.test is not None),
+        Rule("evaluation.metrics", "needs dataset.test",
+             "self.evaluation.metrics.size() == 0 || has(self.dataset.test)",
+             lambda m: not m.evaluation.metrics or m.dataset.test is not None),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api import scalars as s
-from finetune_api.model import Model
+from finetune_api.model import Model, Rule
 from finetune_api.spec_inputs import SecretRef
 from finetune_api.spec_rules import REMOTE, clean_uri, not_yet
 
@@ -45,22 +45,59 @@ class OutputSpec(Model):
     )  # fmt: skip
 
 
-class EvaluationSpec(Model):
-    """What is measured on the test rows besides the loss."""
+class GenerationSpec(Model):
+    """How answers are generated. What isn't given here isn't taken from the model's own generation_config either, so
+    that scores of different models can be compared."""
 
-    metrics: Annotated[tuple[Literal["rouge", "bleu", "accuracy"], ...], Field(max_length=8)] = Field(
-        default=(), description="Scores of generated answers."
-    )
-    samples: int = Field(
-        default=0, ge=0, le=1000,
-        description="Test prompts that are answered before and after training, for people to read.",
+    temperature: float = Field(
+        default=0.0, ge=0, le=2,
+        description="0 takes the likeliest token each time (greedy); above 0 tokens are drawn, by training.seed.",
     )  # fmt: skip
-    max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest generated answer, in tokens.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1,
+        description="Draw from the likeliest tokens that have this probability together. 1 is all of them.",
+    )  # fmt: skip
+    repetition_penalty: float = Field(
+        default=1.0, ge=0.1, le=10, description="Above 1 makes a token that was there less likely. 1 changes nothing."
+    )
 
     rules = (
-        not_yet("metrics", "self.metrics.size() == 0", lambda m: not m.metrics,
-                 "scoring generated answers", "leave metrics empty"),
+        Rule("topP", "needs a temperature above 0; without one nothing is drawn",
+             "self.topP == 1.0 || self.temperature > 0.0",
+             lambda m: m.top_p == 1.0 or m.temperature > 0.0),
     )  # fmt: skip
+
+
+class EvaluationSpec(Model):
+    """What is measured on the test rows besides the loss, of the base model and of the result."""
+
+    metrics: Annotated[tuple[Literal["rouge", "bleu", "exactMatch", "f1"], ...], Field(max_length=4)] = Field(
+        default=(),
+        description="Scores of generated answers against the rows' own. rouge: ROUGE-1, ROUGE-2 and ROUGE-L "
+        "(F-measure, 0 to 1); bleu: corpus BLEU (0 to 100); exactMatch: share of answers that are the same but "
+        "for white space; f1: mean overlap of words, as in SQuAD. Perplexity is always there.",
+    )
+    rows: int = Field(
+        default=200, ge=1, le=10000,
+        description="Test rows that are answered for metrics, at most; taken evenly from the whole file.",
+    )  # fmt: skip
+    samples: int = Field(
+        default=0, ge=0, le=1000,
+        description="Test prompts that are answered before and after training, for people to read in report.html.",
+    )  # fmt: skip
+    max_new_tokens: int = Field(default=64, ge=1, le=4096, description="Longest generated answer, in tokens.")
+    generation: GenerationSpec = Field(default_factory=GenerationSpec, description="How answers are generated.")
+
+    rules = (
+        Rule("metrics", "names a metric twice; name each once",
+             "self.metrics.all(m, self.metrics.exists_one(other, other == m))",
+             lambda m: len(set(m.metrics)) == len(m.metrics)),
+    )  # fmt: skip
+
+    @property
+    def answered(self) -> int:
+        """Test rows that are answered, at most."""
+        return max(self.samples, self.rows if self.metrics else 0)
 
 
 class MlflowSpec(Model):

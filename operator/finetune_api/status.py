@@ -73,13 +73,37 @@ class ArtifactStatus(LenientModel):
     size_bytes: int = Field(description="All files together, in bytes.")
 
 
+class ScoreStatus(LenientModel):
+    """One score on the test rows: the base model's, the result's, and how sure their difference is."""
+
+    name: str = Field(description="rouge1, rouge2, rougeL, bleu, exactMatch, f1 or perplexity.")
+    base: float = Field(description="The base model's.")
+    tuned: float = Field(description="The result's.")
+    low: float = Field(description="tuned - base is at least this (paired bootstrap, 95 %).")
+    high: float = Field(description="tuned - base is at most this (paired bootstrap, 95 %).")
+
+
+class OverfittingStatus(LenientModel):
+    """The validation loss rises while the training loss falls."""
+
+    best_step: int = Field(description="Step with the lowest validation loss.")
+    best_loss: float = Field(description="That validation loss.")
+    step: int = Field(description="Step of the last evaluation.")
+    loss: float = Field(description="Validation loss there.")
+
+
 class EvaluationStatus(LenientModel):
-    """Losses per supervised token."""
+    """Losses per supervised token, and scores of generated answers."""
 
     train_loss: float | None = Field(default=None, description="Last step's training loss.")
     eval_loss: float | None = Field(default=None, description="Validation loss of the weights that were written.")
     test_loss_before: float | None = Field(default=None, description="Test loss of the base model.")
     test_loss_after: float | None = Field(default=None, description="Test loss of the result.")
+    scored_rows: int | None = Field(default=None, description="Test rows whose generated answers were scored.")
+    scores: tuple[ScoreStatus, ...] = Field(default=(), description="Base model and result on the test rows.")
+    overfitting: OverfittingStatus | None = Field(
+        default=None, description="Set where the validation loss rises while the training loss falls."
+    )
 
 
 class ModelStatus(LenientModel):
@@ -122,5 +146,7 @@ class Status(LenientModel):
     checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
     model: ModelStatus | None = Field(default=None, description="What the base model turned out to be.")
     artifact: ArtifactStatus | None = Field(default=None, description="The result.")
-    evaluation: EvaluationStatus | None = Field(default=None, description="Losses per supervised token.")
+    evaluation: EvaluationStatus | None = Field(
+        default=None, description="Losses per supervised token, and scores of generated answers."
+    )
     failure: FailureStatus | None = Field(default=None, description="Why the last attempt ended.")

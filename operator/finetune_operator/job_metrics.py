@@ -86,6 +86,7 @@ class _Families:
         self._end = gauge("finetune_job_completion_timestamp_seconds", "When it ended.", labels=_JOB)
         self._checkpoint = gauge("finetune_job_checkpoint_timestamp_seconds", "Of the newest.", labels=_JOB)
         self._checkpoint_step = gauge("finetune_job_checkpoint_step", "Step of the newest.", labels=_JOB)
+        self._score = gauge("finetune_job_eval_score", "Score on the test rows.", labels=[*_JOB, "metric", "model"])
         self._tokens = counter("finetune_job_tokens", "Tokens trained on.", labels=[*_JOB, "attempt"])
         self._samples = counter("finetune_job_samples", "Examples trained on.", labels=[*_JOB, "attempt"])
         self._gpu_use = gauge("finetune_job_gpu_utilization_ratio", "0 to 1.", labels=[*_JOB, "gpu"])
@@ -108,6 +109,9 @@ class _Families:
         if checkpoint and status.phase != "Succeeded":
             _add(self._checkpoint, job, _epoch(checkpoint.time))
             _add(self._checkpoint_step, job, checkpoint.step)
+        for score in status.evaluation.scores if status.evaluation else ():
+            self._score.add_metric([*job, score.name, "base"], score.base)
+            self._score.add_metric([*job, score.name, "tuned"], score.tuned)
         self._add_progress(job, status, progress, time)
 
     def all(self) -> list[Metric]:

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from finetune_api import names
 from finetune_api.resource import FineTuneJob
-from finetune_api.status import Status
+from finetune_api.status import OverfittingStatus, Status
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.decision import CHECKING
 from finetune_operator.judge import STARTING
@@ -30,6 +30,12 @@ def worth_telling(before: Status, after: Status) -> tuple[str, str] | None:
         return "Restarted", after.message
     if _skipped(after) > _skipped(before):
         return "StepsSkipped", f"{_skipped(after)} steps so far changed nothing; the trainer's log tells why"
+    overfits = _overfitting(after)
+    if overfits and not _overfitting(before):
+        return "Overfitting", (
+            f"the validation loss rises ({overfits.best_loss:g} at step {overfits.best_step}, {overfits.loss:g} at "
+            f"step {overfits.step}) while the training loss falls"
+        )
     reason = _reason(after, "Reconciling")
     stuck = after.phase == "Pending" and reason not in (CHECKING, STARTING)
     return (reason, after.message) if stuck and reason != _reason(before, "Reconciling") else None
@@ -77,6 +83,10 @@ class Recorder:
 
 def _skipped(status: Status) -> int:
     return status.progress.skipped_steps if status.progress else 0
+
+
+def _overfitting(status: Status) -> OverfittingStatus | None:
+    return status.evaluation.overfitting if status.evaluation else None
 
 
 def _reason(status: Status, kind: str) -> str:

@@ -272,6 +272,7 @@ def _evaluation(
     if told.test_loss_before is None and told.eval_loss is None:
         return before
     return EvaluationStatus(
+        overfitting=told.overfitting,
         train_loss=told.train_loss,
         eval_loss=told.eval_loss,
         test_loss_before=told.test_loss_before,

@@ -61,9 +61,9 @@ def bad(id_: str, field: str, *changes: tuple[str, Any]) -> Case:
     return Case(id_, changes, field)
 
 
-def one(path: str, *values: Any) -> tuple[Case, ...]:
+def one(path: str, *values: Any, also: tuple[tuple[str, Any], ...] = ()) -> tuple[Case, ...]:
     """Valid values of one field."""
-    return tuple(ok(f"{path}={_short(value)}", (path, value)) for value in values)
+    return tuple(ok(f"{path}={_short(value)}", *also, (path, value)) for value in values)
 
 
 def none_of(path: str, *values: Any, also: tuple[tuple[str, Any], ...] = ()) -> tuple[Case, ...]:
@@ -78,6 +78,7 @@ def _short(value: Any) -> str:
 
 FULL = {"method": {"type": "full"}}
 GPU = ("resources.gpu", {"name": "nvidia.com/gpu"})
+TEST_FILE = (("dataset.test", {"uri": "s3://data/test.jsonl"}),)
 LONG = "x" * 1100
 
 CASES: tuple[Case, ...] = (
@@ -271,11 +272,20 @@ CASES: tuple[Case, ...] = (
     *one("output.merge", True, False),
     *none_of("output.merge", "yes", 1),
     bad("merging what is whole already", "spec.output.merge", ("method", {"type": "full"}), ("output.merge", True)),
-    *none_of("evaluation.metrics", ["rouge"], "rouge"),
-    bad("an unknown metric", "spec.evaluation.metrics[0]", ("evaluation.metrics", ["f1"])),
+    bad("metrics without a test file", "spec.evaluation.metrics", ("evaluation.metrics", ["rouge"])),
+    *one("evaluation.metrics", [], ["rouge"], ["rouge", "bleu", "exactMatch", "f1"], also=TEST_FILE),
+    *none_of("evaluation.metrics", "rouge", ["bleu", "rouge", "bleu"], also=TEST_FILE),
+    bad("an unknown metric", "spec.evaluation.metrics[0]", ("evaluation.metrics", ["accuracy"])),
+    *one("evaluation.rows", 1, 10000),
+    *none_of("evaluation.rows", 0, 10001, "all"),
+    *one("evaluation.generation", {}, {"temperature": 0.7, "topP": 0.9}, {"repetitionPenalty": 1.1}, {"topP": 1.0}),
+    *none_of("evaluation.generation.temperature", -0.1, 2.1),
+    *none_of("evaluation.generation.repetitionPenalty", 0, 11),
+    *none_of("evaluation.generation.topP", 0, 1.1, 0.9),
+    bad("topP without temperature", "spec.evaluation.generation.topP", ("evaluation.generation", {"topP": 0.5})),
     bad("samples without a test file", "spec.evaluation.samples", ("evaluation.samples", 5)),
     ok("samples with a test file", ("evaluation.samples", 5), ("dataset.test", {"uri": "s3://data/test.jsonl"})),
-    *none_of("evaluation.samples", -1, 1001, also=(("dataset.test", {"uri": "s3://data/test.jsonl"}),)),
+    *none_of("evaluation.samples", -1, 1001, also=TEST_FILE),
     *none_of("evaluation.maxNewTokens", 0, 4097),
     *none_of("tracking.mlflow", {"uri": "http://mlflow"}),
     # Life cycle.

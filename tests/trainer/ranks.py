@@ -112,6 +112,7 @@ def prepare(
     every: int | str = "auto",
     samples: int = 0,
     merge: bool = False,
+    evaluation: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     resume: Path | None = None,
 ) -> Job:
@@ -152,7 +153,7 @@ def prepare(
             offload=offload,  # type: ignore[arg-type]
         ),
         checkpoint=CheckpointSpec(every=every),
-        evaluation=EvaluationSpec(samples=samples, max_new_tokens=12),
+        evaluation=EvaluationSpec(**{"samples": samples, "max_new_tokens": 12, **(evaluation or {})}),
         output=_place("out"),
         merge=merge,
         scratch=str(scratch),

@@ -53,7 +53,11 @@ class State(LenientModel):
     eval_due: bool = Field(default=False, description="The evaluation after this step is still to be done.")
     stopped_early: bool = False
     test_loss_before: float | None = None
+    test_parts_before: tuple[tuple[float, float], ...] = Field(
+        default=(), description="Loss and learnt tokens of each test row, or of rows together where there are many."
+    )
     answers_before: tuple[str, ...] = ()
+    unfinished_before: int = 0
 
     @property
     def updates(self) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
 
 from finetune_api.run import RunConfig
 from finetune_trainer import rows, split, tokens
 from finetune_trainer.failure import Failed
 from finetune_trainer.paths import Paths
-from finetune_trainer.render import Example, Renderer
+from finetune_trainer.render import Renderer
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.split import Split
 from finetune_trainer.world import World
@@ -82,7 +81,7 @@ def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data
         train,
         validation,
         test,
-        _samples(run, paths, renderer) if test is not None else (),
+        _samples(run, paths, test) if test is not None else (),
         renderer,
         hashlib.sha256(keys.encode()).hexdigest()[:32],
         loaded["train"].facts.dropped,
@@ -102,13 +101,13 @@ def _key(run: RunConfig, paths: Paths, name: str) -> str:
     )
 
 
-def _samples(run: RunConfig, paths: Paths, renderer: Renderer) -> tuple[rows.Row, ...]:
-    """The first usable test rows."""
-    wanted: Literal[0] | int = run.evaluation.samples
+def _samples(run: RunConfig, paths: Paths, test: Split) -> tuple[rows.Row, ...]:
+    """As many usable test rows as are wanted, from the whole file evenly: a file may be sorted."""
+    wanted = min(run.evaluation.answered, len(test))
     if wanted == 0:
         return ()
-    usable = (r for r in rows.read(paths.data("test"), run.data.format).rows if isinstance(renderer.render(r), Example))
-    return tuple(row for row, _ in zip(usable, range(wanted), strict=False))
+    numbers = {test.line(index * len(test) // wanted) for index in range(wanted)}
+    return tuple(row for row in rows.read(paths.data("test"), run.data.format).rows if row.number in numbers)
 
 
 def _say(train: tokens.Tokens, reporter: Reporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune_api.evaluation import Evaluation
 from finetune_api.manifest import Manifest
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, EvaluationStatus, ModelStatus
@@ -20,14 +21,16 @@ def succeeded(state: TrainingState, artifact: ArtifactStatus, model: ModelStatus
     )
 
 
-def finished_before(manifest: Manifest, artifact: ArtifactStatus) -> Result:
-    """An earlier attempt finished, and its last word was lost: the manifest tells it again."""
+def finished_before(manifest: Manifest, artifact: ArtifactStatus, scored: Evaluation | None) -> Result:
+    """An earlier attempt finished, and its last word was lost: what it wrote tells it again."""
     figures = manifest.metrics
     evaluation = EvaluationStatus(
         train_loss=figures.get("trainLoss"),
         eval_loss=figures.get("evalLoss"),
         test_loss_before=figures.get("testLossBefore"),
         test_loss_after=figures.get("testLossAfter"),
+        scored_rows=scored.answered or None if scored else None,
+        scores=tuple(score.short for score in scored.scores) if scored else (),
     )
     return Result(outcome="succeeded", step=manifest.step, artifact=artifact, evaluation=evaluation)
 

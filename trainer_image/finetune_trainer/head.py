@@ -22,11 +22,12 @@ _CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class Wanted:
-    """`targets[i]` is predicted at the head's input position `chosen[i]`."""
+    """`targets[i]` is predicted at the head's input position `chosen[i]`. `each` gets every target's own loss."""
 
     targets: Tensor
     chosen: Tensor
     autocast: torch.dtype | None
+    each: Tensor | None = None
 
 
 class Head:
@@ -92,6 +93,8 @@ class _LossSum(torch.autograd.Function):
             logits = functional.linear(inputs[part], matrix, None if bias is None else bias.to(kind))
             log_p = torch.log_softmax(logits, -1, dtype=exact)
             total -= log_p[at, target].sum()
+            if wanted.each is not None:
+                wanted.each[order[first:last]] = -log_p[at, target].to(wanted.each.dtype)
             if d_hidden is None and d_weight is None and d_bias is None:
                 continue
             slope = log_p.exp_().mul_(counts[part, None])

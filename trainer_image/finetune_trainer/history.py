@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from finetune_api import events, names
+from finetune_api.evaluation import Evaluation
+from finetune_trainer.place import Place
 
 Line = events.StepEvent | events.EvalEvent | events.SkippedEvent
 
@@ -31,14 +35,27 @@ class History:
         return "".join(f"{events.encode(line)}\n" for line in lines)
 
 
-def write_beside(export: Path, history: str, samples: tuple[events.SampleEvent, ...]) -> None:
-    """history.jsonl and samples.jsonl into the result's finetune folder."""
+def write_beside(
+    export: Path, history: str, samples: tuple[events.SampleEvent, ...], scored: Evaluation | None
+) -> None:
+    """history.jsonl, samples.jsonl and evaluation.json into the result's finetune folder."""
     target = export / names.HISTORY_PATH
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(history)
     if samples:
         lines = (events.encode(sample) for sample in sorted(samples, key=lambda sample: sample.index))
         (export / names.SAMPLES_PATH).write_text("".join(f"{line}\n" for line in lines))
+    if scored is not None:
+        (export / names.EVALUATION_PATH).write_text(scored.model_dump_json(by_alias=True, indent=1) + "\n")
+
+
+def read_scores(place: Place) -> Evaluation | None:
+    """evaluation.json of a finished result."""
+    data = place.read(names.EVALUATION_PATH)
+    try:
+        return Evaluation.model_validate_json(data) if data is not None else None
+    except ValidationError:
+        return None
 
 
 def parse(text: str, until: int) -> tuple[Line, ...]:

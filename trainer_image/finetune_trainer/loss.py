@@ -47,8 +47,8 @@ class LossSum:
         with documents.apart(batch.layout):
             yield
 
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """A float32 scalar; call it inside `room(batch)`."""
+    def __call__(self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None) -> Tensor:
+        """A float32 scalar; call it inside `room(batch)`. `each` gets every target's own loss, in their order."""
         extra: dict[str, Any] = {"use_cache": False}
         if batch.keep is not None and self.keeps_logits:
             extra["logits_to_keep"] = batch.keep
@@ -56,7 +56,7 @@ class LossSum:
         if batch.keep is not None and not self.keeps_logits:
             chosen = _places(batch, chosen)
         empty = batch.targets.numel() == 0
-        wanted = head.Wanted(batch.targets, chosen, self.autocast)
+        wanted = head.Wanted(batch.targets, chosen, self.autocast, each)
         inside = nullcontext() if self.head is None or empty else self.head.computing(wanted)
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None), inside:
             logits = model(**batch.inputs, **extra).logits
@@ -66,6 +66,8 @@ class LossSum:
             return logits.sum()  # type: ignore[no-any-return]
         flat = logits.reshape(-1, logits.shape[-1]).index_select(0, chosen)
         exact = flat if flat.dtype == torch.float64 else flat.float()
+        if each is not None:
+            each.copy_(functional.cross_entropy(exact, batch.targets, reduction="none"))
         return functional.cross_entropy(exact, batch.targets, reduction="sum")
 
 

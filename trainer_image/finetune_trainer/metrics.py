@@ -31,6 +31,9 @@ class Metrics:
         self._eval_loss = self._gauge(
             "finetune_eval_loss", "Mean loss per supervised token of a held-out split.", "split"
         )
+        self._score = self._gauge(
+            "finetune_eval_score", "Score on the test rows of the base model and of the result.", "metric", "model"
+        )
         self._learning_rate = self._gauge("finetune_learning_rate", "Learning rate of the last step.")
         self._grad_norm = self._gauge("finetune_grad_norm", "Global L2 norm of the gradient before clipping.")
         self._steps = self._counter("finetune_train_steps", "Optimizer steps done by this attempt.")
@@ -103,6 +106,10 @@ class Metrics:
                 self._set(self._halvings, event.halvings)
             case e.EvalEvent():
                 self._set(self._eval_loss, event.loss, split=event.split)
+            case e.ScoresEvent():
+                for score in event.evaluation.scores:
+                    self._set(self._score, score.base, metric=score.name, model="base")
+                    self._set(self._score, score.tuned, metric=score.name, model="tuned")
             case e.CheckpointEvent():
                 self.checkpoint(tier="local", seconds=event.seconds, size=event.bytes, at=event.time)
                 self._checkpoint_stall.labels(**self._job).inc(event.stall_seconds)

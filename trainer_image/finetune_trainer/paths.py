@@ -74,5 +74,10 @@ class Paths:
         return self.scratch / "compiled"
 
     @property
+    def answers(self) -> Path:
+        """Generated answers as they come, kept from attempt to attempt."""
+        return self.scratch / "answers"
+
+    @property
     def stop(self) -> Path:
         return self.scratch / "stop"

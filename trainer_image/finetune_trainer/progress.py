@@ -50,6 +50,7 @@ def progress_of(
         samples=state.samples,
         eta_seconds=state.eta_seconds,
         skipped_steps=state.skipped_steps,
+        overfitting=state.overfitting,
         checkpoint=checkpoint,
         model=model,
     )

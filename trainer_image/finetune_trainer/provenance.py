@@ -53,6 +53,8 @@ def metrics(state: TrainingState) -> dict[str, float]:
         "tokens": float(state.tokens),
         "samples": float(state.samples),
     }
+    for score in state.scored.scores if state.scored else ():
+        values[f"{score.name}Base"], values[f"{score.name}Tuned"] = score.base, score.tuned
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -5,10 +5,13 @@ Folded by the supervisor; read by metrics, progress, upload and the result. Read
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from finetune_api import events as e
-from finetune_api.status import EvaluationStatus
+from finetune_api.evaluation import Evaluation
+from finetune_api.status import EvaluationStatus, OverfittingStatus
+from finetune_trainer.overfitting import Point, signal
 
 _SPEED_STEPS = 20
 
@@ -39,6 +42,9 @@ class TrainingState:
     saved: e.SavedEvent | None = None
     preempted: e.PreemptedEvent | None = None
     samples_shown: tuple[e.SampleEvent, ...] = ()
+    scored: Evaluation | None = None
+    since_eval: tuple[float, int] = (0.0, 0)
+    points: tuple[Point, ...] = ()
     decisions: tuple[e.DecisionEvent, ...] = ()
     recent: tuple[tuple[int, float], ...] = ()
     skipped: tuple[tuple[int, int], ...] = ()
@@ -53,6 +59,10 @@ class TrainingState:
     @property
     def total_steps(self) -> int:
         return self.plan.total_steps if self.plan else 0
+
+    @property
+    def overfitting(self) -> OverfittingStatus | None:
+        return signal(self.points)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -76,7 +86,11 @@ class TrainingState:
         values = (train_loss, eval_loss, self.test_before, self.test_after)
         if all(value is None for value in values):
             return None
+        scored = self.scored or Evaluation()
         return EvaluationStatus(
+            scored_rows=scored.answered or None,
+            scores=tuple(score.short for score in scored.scores),
+            overfitting=self.overfitting,
             train_loss=train_loss,
             eval_loss=eval_loss,
             test_loss_before=self.test_before,
@@ -98,6 +112,7 @@ def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> Tr
                 step=event.step,
                 steps_here=state.steps_here + (not restored),
                 last=event,
+                since_eval=(state.since_eval[0] + event.loss, state.since_eval[1] + 1),
                 tokens=state.tokens + event.tokens,
                 samples=state.samples + event.samples,
                 recent=recent[-_SPEED_STEPS:],
@@ -109,6 +124,8 @@ def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> Tr
         case e.SampleEvent():
             kept = tuple(sample for sample in state.samples_shown if sample.index != event.index)
             return replace(state, samples_shown=(*kept, event))
+        case e.ScoresEvent():
+            return replace(state, scored=event.evaluation)
         case e.SavedEvent():
             return replace(state, saved=event)
         case e.PreemptedEvent():
@@ -142,7 +159,16 @@ def restored(history: tuple[e.StepEvent | e.EvalEvent | e.SkippedEvent, ...], st
 
 def _evaluated(state: TrainingState, event: e.EvalEvent) -> TrainingState:
     if event.split == "validation":
-        return replace(state, eval_loss=event.loss, evals={**state.evals, event.step: event.loss})
+        total, count = state.since_eval
+        earlier = tuple(point for point in state.points if point.step < event.step)
+        point = Point(event.step, event.loss, total / count if count else math.inf)
+        return replace(
+            state,
+            eval_loss=event.loss,
+            evals={**state.evals, event.step: event.loss},
+            since_eval=(0.0, 0),
+            points=(*earlier, point),
+        )
     if event.step == 0 and state.test_before is None:
         return replace(state, test_before=event.loss)
     return replace(state, test_after=event.loss)

@@ -154,6 +154,7 @@ class Supervisor:
     # ---- while they run (the watch's thread is the main one)
 
     def _listen(self, event: events.Event) -> None:
+        known = self._state.overfitting
         self._state = state.after(self._state, event)
         self._history.add(event)
         self._metrics.observe(event)
@@ -163,6 +164,7 @@ class Supervisor:
             counted = {"parameters": event.parameters, "trainable_parameters": event.trainable_parameters}
             self._model = self._model.model_copy(update=counted)
         telling.tell(self._log, event)
+        telling.tell_overfitting(self._log, known, self._state.overfitting)
         if isinstance(event, events.CheckpointEvent) and self._uploader is not None:
             try:
                 self._uploader.submit(event.step, Path(event.path), self._history.text(event.step), event.bytes)
@@ -197,7 +199,7 @@ class Supervisor:
             raise Failed("TrainingError", "the ranks ended without a result and without an error")
         self._enter("uploading", f"uploading to {run.output.display}")
         export = Path(saved.path)
-        history.write_beside(export, self._history.text(), self._state.samples_shown)
+        history.write_beside(export, self._history.text(), self._state.samples_shown, self._state.scored)
         manifest = upload.result_manifest(
             export,
             kind="adapter" if run.method == "lora" else "model",
@@ -226,7 +228,8 @@ class Supervisor:
         manifest, data = inputs.there.finished
         self._log.info("the result is there already; nothing is trained", uri=inputs.place.display)
         self._enter("done")
-        return endings.finished_before(manifest, upload.artifact(inputs.place, manifest, data))
+        scored = history.read_scores(inputs.place)
+        return endings.finished_before(manifest, upload.artifact(inputs.place, manifest, data), scored)
 
     def _preempted(self) -> Result:
         """Asked to leave: the checkpoint's upload gets what time is left."""

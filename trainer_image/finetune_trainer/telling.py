@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetune_api import events as e
+from finetune_api.status import OverfittingStatus
 from finetune_trainer.guards import listed
 from finetune_trainer.log import Log
 
@@ -17,7 +18,23 @@ def tell(log: Log, event: e.Event) -> None:
             log.warning(f"{said} nothing", reason=event.reason, rows=listed(event.rows) or None)
         case e.SpikeEvent():
             log.warning("loss spike", step=event.step, loss=event.loss, limit=event.limit, action=event.action)
+        case e.ScoresEvent():
+            for score in event.evaluation.scores:
+                between = f"difference {score.low:+.4f} to {score.high:+.4f}"
+                log.info(f"{score.name}: {score.base:.4f} → {score.tuned:.4f} ({between}, {score.verdict})")
         case e.BackoffEvent():
             log.warning(f"microBatchSize={event.choice} from step {event.step} on", detail=event.why)
         case _:
             return
+
+
+def tell_overfitting(log: Log, before: OverfittingStatus | None, after: OverfittingStatus | None) -> None:
+    """Once, when it begins."""
+    if after is not None and before is None:
+        log.warning(
+            "overfitting: the validation loss rises while the training loss falls",
+            best_step=after.best_step,
+            best_loss=after.best_loss,
+            step=after.step,
+            loss=after.loss,
+        )

@@ -182,8 +182,9 @@ def _evaluate(t: Training, validation: Split, state: State) -> State:
     """The eval loss after state.step, and what follows from it; keeps the weights where they are the best so far."""
     recipe = t.run.training
     t.reporter.phase("evaluating")
-    loss, labels = t.evaluator.loss(validation)
-    t.reporter.report(events.EvalEvent, step=state.step, split="validation", loss=loss, label_tokens=labels)
+    found = t.evaluator.measure(validation)
+    loss = found.loss
+    t.reporter.report(events.EvalEvent, step=state.step, split="validation", loss=loss, label_tokens=found.labels)
     best = selection.after_eval(state.chosen, state.step, loss)
     if recipe.keep_best and best.step == state.step:
         weights = t.learner.weights()
