@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from finetune_api import __version__
-from finetune_cli import run, show_plan, validate
+from finetune_cli import report, run, show_plan, validate
 
 _COMMANDS = (
     ("run", run, "train on this machine, without a cluster", "Trains a FineTuneJob on this machine: the same file, the "
@@ -17,6 +17,8 @@ _COMMANDS = (
      "value. Exit code 1 when anything is wrong."),
     ("plan", show_plan, "show what would be created, without a cluster", "Shows world size, batches, strategy and the "
      "Kubernetes objects of the first attempt."),
+    ("report", report, "make a result's report.html again", "Reads a finished result's finetune folder and writes "
+     "the page for people: scores, curves, samples to mark, data, decisions, cost, provenance."),
 )  # fmt: skip
 
 

@@ -145,5 +145,5 @@ def how_to_load(kind: str, output: Path, model: str) -> str:
 def _samples(path: Path, shown: int = 3) -> Iterable[dict[str, object]]:
     if not path.is_file():
         return ()
-    lines = path.read_text(encoding="utf-8").splitlines()[:shown]
-    return tuple(json.loads(line) for line in lines)
+    lines = path.read_text(encoding="utf-8").split("\n")[:shown]
+    return tuple(json.loads(line) for line in lines if line)

@@ -160,9 +160,9 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(tmp_path: Path, mode
     assert -9 in died.codes
     stored = next((job.scratch / "answers").glob("tuned-*.jsonl"))
     lines = stored.read_text().splitlines()
-    assert len(lines) == 1
+    assert 0 < len(lines) < 4
     name, text, finished = json.loads(lines[0])
-    stored.write_text(json.dumps([name, f"{text} (marked)", finished]) + '\n["torn')
+    stored.write_text("\n".join([json.dumps([name, f"{text} (marked)", finished]), *lines[1:], '["torn']))
     job.paths.resume.symlink_to(max((job.scratch / "checkpoints").iterdir(), key=lambda p: int(p.name[5:])))
     again = job.finish().check()
     assert again.losses == died.losses[:0]
@@ -181,4 +181,4 @@ def test_a_stop_while_it_answers_is_heard(tmp_path: Path, models: dict[str, Path
     assert [event.step for event in ended.events(events.PreemptedEvent)] == [0]
     assert not ended.losses
     (stored,) = (job.scratch / "answers").iterdir()
-    assert len(stored.read_text().splitlines()) == 1
+    assert 0 < len(stored.read_text().splitlines()) < 4

@@ -27,6 +27,10 @@ class History:
         if isinstance(event, Line):
             self._lines.append(event)
 
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        return tuple(self._lines)
+
     def until(self, step: int) -> tuple[Line, ...]:
         return tuple(line for line in self._lines if line.step <= step)
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 from finetune_api import events, names
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
-from finetune_trainer import endings, fetch, history, lesson, preflight, provenance, state, telling, upload
+from finetune_trainer import endings, fetch, history, lesson, preflight, provenance, report_file, state, telling, upload
 from finetune_trainer.checkpoints import CheckpointUploader, Stored
 from finetune_trainer.destination import Destination
 from finetune_trainer.failure import Failed
@@ -69,6 +69,7 @@ class Supervisor:
         self._uploader: CheckpointUploader | None = None
         self._place: Place | None = None
         self._halvings = 0
+        self._spent: dict[str, float] = {}
 
     def run(self) -> Result:
         """Trains, or finds that it is done already. Never raises what was foreseen: that is the Result."""
@@ -200,13 +201,16 @@ class Supervisor:
         self._enter("uploading", f"uploading to {run.output.display}")
         export = Path(saved.path)
         history.write_beside(export, self._history.text(), self._state.samples_shown, self._state.scored)
+        origin = provenance.provenance(run, inputs.model, inputs.data, self._state)
+        origin, figures = {**origin, "cost": report_file.cost(self._spent)}, provenance.metrics(self._state)
+        report_file.write(export, run, saved.step, origin, figures, upload.now_text(), self._log)
         manifest = upload.result_manifest(
             export,
             kind="adapter" if run.method == "lora" else "model",
             job=run.job,
             step=saved.step,
-            provenance=provenance.provenance(run, inputs.model, inputs.data, self._state),
-            metrics=provenance.metrics(self._state),
+            provenance=origin,
+            metrics=figures,
         )
         artifact = upload.patiently(
             lambda: upload.publish(inputs.place, export, manifest, run.job),
@@ -244,7 +248,11 @@ class Supervisor:
             self._leave_lesson()
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_patience, self._stop.left))
-        return endings.failed(failed, self._state, self._checkpoint, self._model)
+        result = endings.failed(failed, self._state, self._checkpoint, self._model)
+        if self._node.leads:
+            place, run, log, now = self._place, self._node.run, self._log, upload.now_text()
+            report_file.write_failure(place, run, self._state, self._history.lines, result, self._spent, now, log)
+        return result
 
     def _leave_lesson(self) -> None:
         """The next attempt computes half as much at once."""
@@ -297,5 +305,6 @@ class Supervisor:
     def _enter(self, phase: str, message: str = "") -> None:
         now = time.monotonic()
         self._metrics.spent(self._phase, now - self._since)
+        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
         self._since, self._phase, self._message = now, phase, message
         self._report()
