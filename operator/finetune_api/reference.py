@@ -144,6 +144,14 @@ def troubleshooting() -> str:
             "when no node has room, the kubelet's when a Secret or a claim is missing.",
             "",
             *(line for reason in REASONS.values() for line in _reason(reason)),
+            "## Overfitting",
+            "",
+            "An Event and `status.evaluation.overfitting`, no failure: the validation loss rose in two evaluations or "
+            "more, by 1 % or more, while the training loss fell. The model learns its rows by heart.",
+            "",
+            "`training.keepBest` (the default) writes the weights from before. For the next run: fewer "
+            "`training.epochs`, `training.earlyStopping`, more rows, a smaller `method.lora.rank` or more dropout.",
+            "",
         ]
     )
 

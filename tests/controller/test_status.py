@@ -11,7 +11,15 @@ import pytest
 from controller.builders import NOW, a_check, a_dead_pod, a_done_pod, a_job, a_pod, an_attempt, failed, seen
 from finetune_api.progress import Progress
 from finetune_api.result import Result
-from finetune_api.status import ArtifactStatus, CheckpointStatus, ProgressStatus, Restarts, Status
+from finetune_api.status import (
+    ArtifactStatus,
+    CheckpointStatus,
+    EvaluationStatus,
+    OverfittingStatus,
+    ProgressStatus,
+    Restarts,
+    Status,
+)
 from finetune_operator.decide import decide
 from finetune_operator.decision import Outlook
 from finetune_operator.observe import Observed, Report
@@ -204,3 +212,10 @@ def test_events_are_for_what_goes_wrong() -> None:
     told = ("StepsSkipped", "2 steps so far changed nothing; the trainer's log tells why")
     assert worth_telling(running, skipping) == told
     assert worth_telling(skipping, skipping) is None
+    found = OverfittingStatus(best_step=20, best_loss=1.5, step=40, loss=1.8)
+    overfitting = running.model_copy(update={"evaluation": EvaluationStatus(overfitting=found)})
+    told = worth_telling(running, overfitting)
+    assert told is not None
+    assert told[0] == "Overfitting"
+    assert "1.5 at step 20" in told[1]
+    assert worth_telling(overfitting, overfitting) is None

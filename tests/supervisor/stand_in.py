@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api import events as e
+from finetune_api.evaluation import Evaluation, Score
 from finetune_api.reasons import REASONS
 from finetune_api.run import parse
 from finetune_trainer.manifest_io import write_manifest
@@ -87,6 +88,8 @@ def main() -> int:
     say(e.EvalEvent(time=now(), step=behaviour.steps, split="validation", loss=0.9, label_tokens=40))
     say(e.EvalEvent(time=now(), step=behaviour.steps, split="test", loss=1.5, label_tokens=40))
     say(e.SampleEvent(time=now(), index=0, prompt="p", reference="r", before="b", after="a"))
+    score = Score(name="rougeL", base=0.1, tuned=0.3, low=0.12345678, high=0.25, rows=1)
+    say(e.ScoresEvent(time=now(), evaluation=Evaluation(scores=(score,), answered=1)))
     if rank == 0:
         paths.export.mkdir(parents=True)
         (paths.export / "adapter_model.safetensors").write_bytes(b"weights after %d" % behaviour.steps)

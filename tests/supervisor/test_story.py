@@ -27,8 +27,10 @@ def test_a_run_leaves_the_result_its_history_and_a_manifest_that_proves_every_fi
     assert files(setup.output) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "finetune/evaluation.json",
         "finetune/history.jsonl",
         "finetune/manifest.json",
+        "finetune/report.html",
         "finetune/samples.jsonl",
     ]
     manifest = world.manifest(setup.output)
@@ -49,6 +51,12 @@ def test_a_run_leaves_the_result_its_history_and_a_manifest_that_proves_every_fi
     assert last.artifact.manifest_digest == f"sha256:{hashlib.sha256(data).hexdigest()}"
     assert last.evaluation is not None
     assert (last.evaluation.eval_loss, last.evaluation.train_loss) == (0.9, 0.75)
+    (score,) = last.evaluation.scores
+    assert (score.name, score.base, score.tuned, score.low, score.high) == ("rougeL", 0.1, 0.3, 0.1235, 0.25)
+    assert last.evaluation.scored_rows == 1
+    page = (setup.output / "finetune" / "report.html").read_text()
+    assert "rougeL" in page
+    assert set(manifest.provenance["cost"]["phases"]) <= {"starting", "fetching", "checking", "loading", "training"}
     assert last.model is not None
     assert last.model.trainable_parameters == 10
 

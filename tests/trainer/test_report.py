@@ -1,4 +1,4 @@
-"""report.html: users' data is text in it and never markup, nothing is loaded, and a page is there whatever is missing."""
+"""report.html: users' data is text in it, never markup; nothing is loaded; a page is there whatever is missing."""
 
 from __future__ import annotations
 
