@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api import progress as posted
+from finetune_api.evaluation import Evaluation
 from finetune_api.manifest import Manifest
-from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
+from finetune_api.names import EVALUATION_PATH, MANIFEST_PATH, REPORT_PATH, SAMPLES_PATH
 
 _SAYS = {
     "starting": "starting",
@@ -106,6 +107,10 @@ def summary(console: Console, output: Path, model: str) -> None:
     console.print(files)
     for line in losses(manifest.metrics):
         console.print(line, highlight=False)
+    for line in scores(output / EVALUATION_PATH):
+        console.print(line, highlight=False)
+    if (output / REPORT_PATH).is_file():
+        console.print(f"report {output / REPORT_PATH}", markup=False, highlight=False)
     for sample in _samples(output / SAMPLES_PATH):
         console.print("")
         for name in ("prompt", "before", "after", "reference"):
@@ -125,6 +130,18 @@ def losses(metrics: dict[str, float]) -> list[str]:
     if "trainLoss" in metrics:
         lines.append(f"training loss {metrics['trainLoss']:.4f} (last of {metrics.get('steps', 0):.0f} steps)")
     return lines
+
+
+def scores(path: Path) -> list[str]:
+    """A sentence for each score of evaluation.json, where there is one."""
+    if not path.is_file():
+        return []
+    found = Evaluation.model_validate_json(path.read_bytes()).scores
+    return [
+        f"{score.name} {score.base:.4g} → {score.tuned:.4g} "
+        f"(difference {score.low:+.4g} to {score.high:+.4g}, {score.verdict})"
+        for score in found
+    ]
 
 
 def how_to_load(kind: str, output: Path, model: str) -> str:

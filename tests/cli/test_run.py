@@ -76,6 +76,8 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_to_a_result(fold
     assert "adapter_model.safetensors" in output
     assert "test loss" in output
     assert "PeftModel.from_pretrained" in output
+    assert "perplexity " in output
+    assert (folder / "tiny-output/finetune/report.html").is_file()
     assert "tokens/s" in output
     history = (folder / "tiny-output/finetune/history.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in history if json.loads(line)["type"] == "step"]

@@ -41,6 +41,7 @@ class Speech:
     together: bool
     how: GenerationSpec
     positions: int | None = None
+    device: torch.device | str = "cpu"
 
     @property
     def pad(self) -> int:
@@ -71,7 +72,7 @@ def generate(
     if speech.positions is not None and not encoder_decoder:
         new = max(1, min(new, speech.positions - ids.shape[1]))
     torch.manual_seed(seed)
-    how, device = speech.how, next(model.parameters()).device
+    how, device = speech.how, speech.device
     sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature > 0 else {}
     out = model.generate(
         input_ids=ids.to(device),

@@ -124,6 +124,7 @@ def _answers(t: Training, data: Data, key: str) -> tuple[Answer, ...] | None:
         t.run.world.splits_weights,
         spec.generation,
         getattr(config, "max_position_embeddings", None),
+        t.world.device,
     )
     half = t.loss_sum.autocast
     a = Answering(
