@@ -109,7 +109,7 @@ def test_a_killed_rank_is_rank_killed_and_the_others_are_ended(setup: Setup) -> 
 
 
 def test_a_run_that_fails_leaves_a_page_that_says_why(setup: Setup) -> None:
-    ended = ending(setup, steps=9, seconds=0.01, at_step=3, on_rank=0, then="error")
+    ended = ending(setup, behaviour={"steps": 9, "seconds": 0.01, "at_step": 3, "on_rank": 0, "then": "error"})
     page = (setup.output / "finetune" / "report.html").read_text()
     assert ended.last.reason == "NonFiniteLoss"
     for said in ("Failed", "loss became NaN at step 3", "training.learningRate"):

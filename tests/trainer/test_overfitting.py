@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from finetune_api import events
+from finetune_trainer import state
 from finetune_trainer.overfitting import Point, signal
 
 _Course = list[tuple[float, float]]  # (validation, training) by evaluation
@@ -32,3 +34,31 @@ def _signal(course: _Course) -> tuple[int, int] | None:
 )
 def test_overfitting(course: _Course, expected: tuple[int, int] | None) -> None:
     assert _signal(course) == expected
+
+
+def test_a_resumed_run_sees_what_the_whole_run_would_see() -> None:
+    """The course is folded from events; a later attempt folds it from the stored history."""
+    lines: list[events.StepEvent | events.EvalEvent] = []
+    for step in range(1, 41):
+        lines.append(
+            events.StepEvent(
+                time=0, step=step, epoch=1, loss=2.0 - step / 40, learning_rate=1, grad_norm=1, tokens=1,
+                label_tokens=1, samples=1, seconds={"total": 1.0},
+            )
+        )  # fmt: skip
+        if step % 10 == 0:
+            loss = 1.5 + abs(step - 20) / 50
+            lines.append(events.EvalEvent(time=0, step=step, split="validation", loss=loss, label_tokens=1))
+    whole = state.TrainingState()
+    for line in lines:
+        whole = state.after(whole, line)
+    resumed = state.restored(tuple(line for line in lines if line.step <= 25), 25)
+    assert resumed.overfitting is None
+    for line in lines:
+        if line.step > 25:
+            resumed = state.after(resumed, line)
+    assert whole.overfitting == resumed.overfitting
+    assert whole.overfitting is not None
+    assert (whole.overfitting.best_step, whole.overfitting.step) == (20, 40)
+    assert whole.evaluation is not None
+    assert whole.evaluation.overfitting == whole.overfitting
