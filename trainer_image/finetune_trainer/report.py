@@ -118,7 +118,7 @@ def page(facts: Facts) -> str:
     from markupsafe import Markup
 
     script, style = ((_HERE / name).read_text() for name in ("report.js", "report.css"))
-    return _template().render(
+    html: str = _template().render(
         f=facts,
         view=_view(facts),
         configuration=facts.provenance.get("configuration") or {},
@@ -128,6 +128,7 @@ def page(facts: Facts) -> str:
         style_hash=_hash(style),
         key=f"finetune-report/{facts.uid}/{facts.step}",
     )
+    return html
 
 
 @cache
