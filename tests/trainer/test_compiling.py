@@ -10,19 +10,17 @@ from finetune_api import events
 from finetune_trainer import compiling
 from trainer.ranks import finish_all, pairs, prepare
 
-_RUN = compiling.Run(device="cpu", half=True, alone=True, recompute=False, packed=True, seconds=3600)
+_RUN = compiling.Run(device="cpu", half=True, alone=True, recompute=False, packed=True)
 
 
 @pytest.mark.parametrize(
     ("asked", "change", "before", "choice", "told"),
     [
-        ("auto", {}, None, True, "to save about 288 s"),
-        ("auto", {"seconds": 300}, None, False, "to save about 24 s"),
         ("auto", {"half": False}, None, False, "no gain was measured"),
         ("auto", {"device": "cuda"}, None, False, "no gain was measured"),
         ("always", {"half": False}, None, True, "says so"),
         ("never", {}, True, False, "says so"),
-        ("auto", {"seconds": 1}, True, True, "the checkpoint was computed so"),
+        ("auto", {}, True, True, "the checkpoint was computed so"),
         ("always", {}, False, False, "the checkpoint was computed so"),
         ("always", {"alone": False}, None, False, "split over the ranks"),
         ("always", {"recompute": True}, None, False, "recomputed"),
@@ -33,8 +31,15 @@ def test_it_is_decided_before_the_start(
     asked: str, change: dict[str, object], before: bool | None, choice: bool, told: str
 ) -> None:
     run = compiling.Run(**{**_RUN.__dict__, **change})
-    decided, reason = compiling.decide(asked, run, before)  # type: ignore[arg-type]
-    assert (decided, told in reason) == (choice, True), reason
+    decided = compiling.settled(asked, run, before)  # type: ignore[arg-type]
+    assert decided is not None
+    assert (decided[0], told in decided[1]) == (choice, True), decided
+
+
+def test_where_it_gains_a_run_must_be_long_enough() -> None:
+    assert compiling.settled("auto", _RUN, None) is None
+    assert compiling.pays(3600) == (True, "training takes about 3600 s, compiling 15 s to save about 288 s")
+    assert compiling.pays(300) == (False, "training takes about 300 s, compiling 15 s to save about 24 s")
 
 
 def test_losses_stay_and_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, models: dict[str, Path]) -> None:

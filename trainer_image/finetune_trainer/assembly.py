@@ -152,19 +152,19 @@ def _compile(
     recompute: bool,
 ) -> bool:
     """The layers, if it pays."""
-    asked = run.training.compile
-    lora, on_cpu = run.method == "lora", world.device.type == "cpu"
-    speed = dtype.gflops(torch.bfloat16 if half else torch.float32) if world.is_first and on_cpu else 1.0
-    tokens = whole.epochs * float(whole.lengths.sum()) * whole.computed_share() / world.size
-    facts = compiling.Run(
-        world.device.type,
-        half,
-        run.world.strategy == "ddp",
-        recompute,
-        whole.shape.packed,
-        compiling.seconds(tokens, loaded.parameters, lora=lora, gflops=speed),
-    )
-    choice, reason = world.firsts(compiling.decide(asked, facts, saved.compiled if saved else None))
+    strategy, packed = run.world.strategy, whole.shape.packed
+    facts = compiling.Run(world.device.type, half, strategy == "ddp", recompute, packed)
+
+    def verdict() -> tuple[bool, str]:
+        known = compiling.settled(run.training.compile, facts, saved.compiled if saved else None)
+        if known is not None:
+            return known
+        tokens = whole.epochs * float(whole.lengths.sum()) * whole.computed_share() / world.size
+        speed = dtype.gflops(torch.bfloat16 if half else torch.float32)
+        lora = run.method == "lora"
+        return compiling.pays(compiling.seconds(tokens, loaded.parameters, lora=lora, gflops=speed))
+
+    choice, reason = world.firsts(verdict() if world.is_first else None)
     reporter.decision("compile", "on" if choice else "off", reason)
     if choice:
         compiling.compile_layers(model.layers(loaded.base), paths.compiled)

@@ -23,18 +23,20 @@ _WORTH = 3.0  # so many times its price must be won back
 
 @dataclass(frozen=True)
 class Run:
-    """What the decision looks at. `seconds`: how long training is going to take, roughly."""
+    """What the decision looks at."""
 
     device: str
     half: bool
     alone: bool  # ranks meet only between steps (ddp)
     recompute: bool
     packed: bool
-    seconds: float
 
 
-def decide(asked: Literal["auto", "always", "never"], run: Run, before: bool | None) -> tuple[bool, str]:
-    """(whether, reason). A resumed run does as its checkpoint did, so that numbers are rounded alike."""
+def settled(asked: Literal["auto", "always", "never"], run: Run, before: bool | None) -> tuple[bool, str] | None:
+    """(whether, reason); None where it depends on how long training is going to take, see `pays`.
+
+    A resumed run does as its checkpoint did, so that numbers are rounded alike.
+    """
     if asked == "never":
         return False, "training.compile says so"
     lacking = _lacking(run)
@@ -46,8 +48,13 @@ def decide(asked: Literal["auto", "always", "never"], run: Run, before: bool | N
         return True, "training.compile says so"
     if run.device != "cpu" or not run.half:
         return False, "no gain was measured on such hardware; training.compile: always tries it"
-    won = run.seconds * _GAIN
-    figures = f"training takes about {run.seconds:.0f} s, compiling {_SECONDS:.0f} s to save about {won:.0f} s"
+    return None
+
+
+def pays(seconds: float) -> tuple[bool, str]:
+    """(whether, reason) for a training of so many seconds, roughly."""
+    won = seconds * _GAIN
+    figures = f"training takes about {seconds:.0f} s, compiling {_SECONDS:.0f} s to save about {won:.0f} s"
     return won > _WORTH * _SECONDS, figures
 
 
