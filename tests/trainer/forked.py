@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import cache
+from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -89,25 +90,32 @@ def ended_in_a_fork(what: Callable[..., None], *arguments: Any) -> int | None:
     return process.exitcode
 
 
-def _context() -> ForkServerContext:
-    """The server starts with the first rank, in an environment of its own."""
+def begin() -> None:
+    """Starts the server, which imports while the caller does something else."""
     global _server
-    if _server is None:
-        root = Path(__file__).parents[2]
-        before = dict(os.environ)
-        os.environ.update(
-            _AT_IMPORT, PYTHONPATH=":".join(str(root / p) for p in ("operator", "trainer_image", "tests"))
-        )
-        try:
-            _server = get_context("forkserver")
-            _server.set_forkserver_preload(["trainer.imports"])
-            first = _server.Process(target=_check_imports)
-            first.start()
-            first.join()
-            assert first.exitcode == 0, "the fork server lacks its imports, or has threads"
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    if _server is not None:
+        return
+    root = Path(__file__).parents[2]
+    before = dict(os.environ)
+    os.environ.update(_AT_IMPORT, PYTHONPATH=":".join(str(root / p) for p in ("operator", "trainer_image", "tests")))
+    try:
+        _server = get_context("forkserver")
+        _server.set_forkserver_preload(["trainer.imports"])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@cache
+def _context() -> ForkServerContext:
+    """The server, once it has imported; started if need be, in an environment of its own."""
+    begin()
+    assert _server is not None
+    first = _server.Process(target=_check_imports)
+    first.start()
+    first.join()
+    assert first.exitcode == 0, "the fork server lacks its imports, or has threads"
     return _server
 
 

@@ -20,25 +20,26 @@ from trainer.ranks import Ended, finish_all, pairs, prepare
 
 _HELD_OUT = pairs(9, 1)
 
-# Run by a fresh Python that can't reach a hub: loads base and result, prints the mean loss of the held-out rows.
+# Run by a fresh Python that can't reach a hub: loads bases and results, prints the mean losses of the held-out rows.
 _LOAD = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base, result, rows = sys.argv[1:]
-if base:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), result)
-else:
-    model = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32)
-AutoTokenizer.from_pretrained(result).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-total, count = 0.0, 0
-for ids, learnt in json.load(open(rows)):
-    logits = model.eval()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    for at in range(1, len(ids)):
-        if learnt[at]:
-            total, count = total - float(logits[at - 1, ids[at]]), count + 1
-print("loss", total / count)
+def loss(base, result, rows):
+    if base:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), result)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(result).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    total, count = 0.0, 0
+    for ids, learnt in rows:
+        logits = model.eval()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for at in range(1, len(ids)):
+            if learnt[at]:
+                total, count = total - float(logits[at - 1, ids[at]]), count + 1
+    return total / count
+print(json.dumps([loss(*asked) for asked in json.load(open(sys.argv[1]))]))
 """
 
 
@@ -62,32 +63,35 @@ def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> d
     return dict(zip(jobs, finish_all(list(jobs.values())), strict=True))
 
 
-def _loaded_loss(ended: Ended, tmp_path: Path, *, adapter: bool) -> float:
-    renderer = Renderer.load(ended.paths.model, 96)
+@pytest.fixture(scope="module")
+def loaded_losses(done: dict[str, Ended], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """By job, of a LoRA and a whole result."""
     from finetune_trainer import rows
 
-    examples = [renderer.render(row) for row in rows.read(ended.paths.data("test")).rows]
-    listed = tmp_path / "rows.json"
-    listed.write_text(json.dumps([[list(e.ids), list(e.learnt)] for e in examples]))  # type: ignore[union-attr]
-    base = str(ended.paths.model) if adapter else ""
+    home, asked = tmp_path_factory.mktemp("home"), []
+    for ended, base in ((done["lora"], str(done["lora"].paths.model)), (done["full"], "")):
+        renderer = Renderer.load(ended.paths.model, 96)
+        examples = [renderer.render(row) for row in rows.read(ended.paths.data("test")).rows]
+        listed = [[list(e.ids), list(e.learnt)] for e in examples]  # type: ignore[union-attr]
+        asked.append([base, str(ended.paths.export), listed])
+    (home / "asked.json").write_text(json.dumps(asked))
     out = subprocess.run(
-        [sys.executable, "-c", _LOAD, base, str(ended.paths.export), str(listed)],
-        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"},
+        [sys.executable, "-c", _LOAD, str(home / "asked.json")],
+        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(home), "http_proxy": "http://127.0.0.1:9"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert out.returncode == 0, out.stderr
-    return float(out.stdout.split()[-1])
+    return dict(zip(("lora", "full"), json.loads(out.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("job", ["lora", "full"])
 def test_the_result_loads_air_gapped_and_gives_the_reported_loss(
-    job: str, done: dict[str, Ended], tmp_path: Path
+    job: str, done: dict[str, Ended], loaded_losses: dict[str, float]
 ) -> None:
     """Bug 26: an adapter that only fits the base as training had changed it."""
-    reported = max(done[job].evals("test").items())[1]
-    assert _loaded_loss(done[job], tmp_path, adapter=job == "lora") == pytest.approx(reported, abs=2e-5)
+    assert loaded_losses[job] == pytest.approx(max(done[job].evals("test").items())[1], abs=2e-5)
 
 
 def test_the_best_weights_are_written_not_the_last(done: dict[str, Ended]) -> None:

@@ -18,30 +18,34 @@ from trainer import naive
 from trainer.forked import Die
 from trainer.ranks import Ended, Job, finish_all, pairs, prepare
 
-_STEPS = 12
+_STEPS = 7
+_BEGINNING = "move the tower light ship again and aim about: "
 _WAYS: dict[str, dict[str, Any]] = {
     "ddp, 1 rank": {},
     "ddp, 2 ranks": {"world": 2},
     "by length, padded": {"training": {"group_by_length": True, "scheduler": "wsd"}, "data": {"packing": False}},
+    "zero1": {"world": 2, "strategy": "zero1"},
     "zero2": {"world": 2, "strategy": "zero2"},
     "zero3": {"world": 2, "strategy": "zero3"},
     "fsdp": {"world": 2, "strategy": "fsdp"},
+    "full, 1 rank": {"full": True},
+    "full, fsdp": {"world": 2, "strategy": "fsdp", "full": True},
+    "shared beginnings": {"beginning": _BEGINNING, "training": {"micro_batch_size": 4}},
 }
 
 
 def _job(folder: Path, model: Path, way: dict[str, Any], resume: Path | None = None) -> Job:
-    """17 rows by 3 a step: epochs begin within steps, and the last step is a small one."""
+    """13 rows by 4 a step: the second epoch begins within a step, and the last step is a small one."""
     training = {
         "max_steps": None,
         "epochs": 2.0,
-        "global_batch_size": 3,
+        "global_batch_size": 4,
         "micro_batch_size": 1,
         **way.get("training", {}),
     }
-    options = {key: value for key, value in way.items() if key != "training"}
-    return prepare(
-        folder, model, pairs(17), lora={"dropout": 0.1}, training=training, every=1, resume=resume, **options
-    )
+    options = {key: value for key, value in way.items() if key not in ("training", "beginning")}
+    rows = [{**row, "prompt": way.get("beginning", "") + row["prompt"]} for row in pairs(13)]
+    return prepare(folder, model, rows, lora={"dropout": 0.1}, training=training, every=1, resume=resume, **options)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def test_killed_at_every_step_a_run_ends_with_the_same_adapter(way: str, killed:
     """Bugs 13 and 27: random state that is put back too late, or an adapter that is initialised again."""
     whole, last = killed[way].whole.paths.export, killed[way].last.paths.export
     names = sorted(path.name for path in whole.iterdir())
-    assert "adapter_model.safetensors" in names
+    assert {"adapter_model.safetensors", "model.safetensors"} & set(names)
     assert names == sorted(path.name for path in last.iterdir())
     for name in names:
         assert (whole / name).read_bytes() == (last / name).read_bytes(), name
@@ -98,6 +102,12 @@ def test_killed_at_every_step_a_run_tells_the_same_history(way: str, killed: dic
 
     assert len(killed[way].steps) == _STEPS
     assert told(killed[way].steps) == told(killed[way].whole.events(events.StepEvent))
+
+
+def test_beginnings_that_rows_have_in_common_were_computed_once(killed: dict[str, Killed]) -> None:
+    for ended in (killed["shared beginnings"].whole, killed["shared beginnings"].last):
+        assert ended.decision("sharedPrefix").choice == "on"
+        assert ended.events(events.PlanEvent)[0].computed_share < 0.8
 
 
 @pytest.mark.parametrize("way", _WAYS)

@@ -39,6 +39,19 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
             training=head,
             test=pairs(5, 2),
         ),
+        **{
+            strategy: prepare(
+                root / strategy,
+                llama,
+                pairs(16),
+                world=2,
+                strategy=strategy,
+                dtype="bfloat16",
+                lora={"dropout": 0.1},
+                training={"max_steps": 3, "activation_checkpointing": "never"},
+            )
+            for strategy in ("ddp", "zero3")
+        },
         "one rank": prepare(root / "4", llama, pairs(5), training=single),
         "idle rank": prepare(root / "5", llama, pairs(5), training=single, world=2),
     }
@@ -129,6 +142,20 @@ def test_a_stop_that_the_ranks_hear_at_different_steps(models: dict[str, Path], 
     (preempted,) = ended.events(events.PreemptedEvent)
     assert preempted.step == ended.events(events.StepEvent)[-1].step
     assert ended.events(events.CheckpointEvent)[-1].step == preempted.step
+
+
+def test_float32_adapters_beside_a_bfloat16_base_that_is_split(ended: dict[str, Ended]) -> None:
+    """Bug 17: ZeRO-3 gathers a layer's weights in one number format, and fails on a mixture.
+
+    Nothing is recomputed here. What differs from ddp is how products in bfloat16 are rounded.
+    """
+    split, whole = ended["zero3"], ended["ddp"]
+    assert split.decision("dtype").choice == "bfloat16"
+    assert split.decision("activationCheckpointing").choice == "off"
+    assert split.losses == pytest.approx(whole.losses, rel=1e-4)
+    ours, theirs = (load_file(run.paths.export / "adapter_model.safetensors") for run in (split, whole))
+    assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
 
 
 def test_small_updates_that_are_lost_in_bfloat16(ended: dict[str, Ended], models: dict[str, Path]) -> None:
