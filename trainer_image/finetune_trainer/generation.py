@@ -44,9 +44,15 @@ class Speech:
     device: torch.device | str = "cpu"
 
     @property
+    def first(self) -> int:
+        """What an empty prompt begins with."""
+        found = self.tokenizer.bos_token_id
+        return int(found) if found is not None else min(self.stops, default=self.pad)
+
+    @property
     def pad(self) -> int:
         found = self.tokenizer.pad_token_id
-        return int(found) if found is not None else min(self.stops)
+        return int(found) if found is not None else min(self.stops, default=0)
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, tokens: int) -> list[Batch]:
@@ -67,7 +73,7 @@ def generate(
     from transformers import StoppingCriteriaList
 
     encoder_decoder = bool(model.config.is_encoder_decoder)
-    ids, mask = _padded(prompts, speech.pad, left=not encoder_decoder)
+    ids, mask = _padded([prompt or [speech.first] for prompt in prompts], speech.pad, left=not encoder_decoder)
     new = speech.max_new_tokens
     if speech.positions is not None and not encoder_decoder:
         new = max(1, min(new, speech.positions - ids.shape[1]))
