@@ -148,6 +148,16 @@ class ScoresEvent(LenientModel):
     evaluation: Evaluation
 
 
+class TrackingEvent(LenientModel):
+    """What a tracker (mlflow, wandb) tells of itself: where it records, or once in an outage that it can't."""
+
+    type: Literal["tracking"] = "tracking"
+    time: float
+    tracker: str
+    state: Literal["recording", "failing", "done"]
+    message: str
+
+
 class SavedEvent(LenientModel):
     """The result lies complete in a local folder, ready to be uploaded."""
 
@@ -188,6 +198,7 @@ Event = Annotated[
     | BackoffEvent
     | SampleEvent
     | ScoresEvent
+    | TrackingEvent
     | SavedEvent
     | PreemptedEvent
     | ErrorEvent,

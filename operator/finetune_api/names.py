@@ -74,6 +74,15 @@ SECRET_AWS_KEYS = (
     "AWS_ENDPOINT_URL",
 )
 
+# Keys of a tracker's Secret; they become environment of the process that speaks to trackers, and of no other.
+SECRET_TRACKER_KEYS = (
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "WANDB_API_KEY",
+    "WANDB_BASE_URL",
+)
+
 # Inside an output folder.
 FINETUNE_DIR = "finetune"
 MANIFEST_PATH = f"{FINETUNE_DIR}/manifest.json"
@@ -82,6 +91,8 @@ DATA_REPORT_PATH = f"{FINETUNE_DIR}/data-report.json"
 SAMPLES_PATH = f"{FINETUNE_DIR}/samples.jsonl"
 EVALUATION_PATH = f"{FINETUNE_DIR}/evaluation.json"
 REPORT_PATH = f"{FINETUNE_DIR}/report.html"
+TENSORBOARD_DIR = f"{FINETUNE_DIR}/tensorboard"
+WANDB_DIR = f"{FINETUNE_DIR}/wandb"
 CHECKPOINTS_DIR = "checkpoints"
 
 

@@ -34,6 +34,9 @@ _ALL = (
            "Check model.uri, model.revision and that the credentials may read it."),
     Reason("ModelInvalid", "user", 66, "The folder isn't a model that can be loaded safely.",
            "Give a folder with config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
+    Reason("LicenceRefused", "user", 66, "The base model's licence isn't one of those that are allowed.",
+           "Take another base model, or have the licence added to model.allowedLicenses or to the operator's "
+           "models.allowedLicenses, whichever the message names."),
     Reason("OutputNotFound", "user", 67, "The destination's bucket isn't there.",
            "Create the bucket, or change output.uri."),
     Reason("OutputOccupied", "user", 67, "The destination holds another job's result.",

@@ -21,12 +21,11 @@ from finetune_api.spec_outcome import (
     EvaluationSpec,
     GenerationSpec,
     MaxRestartsSpec,
-    MlflowSpec,
     OutputSpec,
     RunPolicySpec,
-    TrackingSpec,
 )
 from finetune_api.spec_recipe import EarlyStoppingSpec, LoraSpec, MethodSpec, TrainingSpec
+from finetune_api.spec_tracking import MlflowSpec, TrackingSpec, WandbSpec
 from finetune_api.status import Status
 
 __all__ = [
@@ -55,6 +54,7 @@ __all__ = [
     "TrackingSpec",
     "TrainingSpec",
     "ValidationSpec",
+    "WandbSpec",
     "parse",
 ]
 

@@ -43,6 +43,8 @@ class ModelConfig(Model):
 
     location: Location
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    allowed_licenses: tuple[str, ...] = Field(default=(), description="By the job. Empty means any.")
+    operator_licenses: tuple[str, ...] = Field(default=(), description="By the operator's settings. Empty means any.")
 
 
 class DataConfig(Model):
@@ -80,6 +82,32 @@ class WorldConfig(Model):
     def splits_weights(self) -> bool:
         """Whether no rank holds the whole model, so that all have to take part in whatever is computed. Not of auto."""
         return self.strategy in ("zero3", "fsdp")
+
+
+class MlflowConfig(Model):
+    """An MLflow server."""
+
+    uri: str
+    experiment: str = "finetune-operator"
+    registered_model: str = ""
+    credentials: str | None = Field(default=None, description="Folder with one file a key of the Secret.")
+
+
+class WandbConfig(Model):
+    """Weights & Biases."""
+
+    project: str
+    entity: str = ""
+    mode: Literal["online", "offline"] = "online"
+    credentials: str | None = Field(default=None, description="Folder with one file a key of the Secret.")
+
+
+class TrackingConfig(Model):
+    """Where the course of training is recorded besides Prometheus."""
+
+    mlflow: MlflowConfig | None = None
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
 
 
 class ProgressConfig(Model):
@@ -121,6 +149,7 @@ class RunConfig(Model):
     output: Location
     merge: bool = Field(default=False, description="Write base and adapter as one model, too.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     progress: ProgressConfig | None = None
     s3: S3Config = Field(default_factory=S3Config)
     provenance: Provenance = Field(default_factory=Provenance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ class SecretRef(Model):
     name: s.SecretName = Field(
         description="Name of a Secret in this namespace. Its keys are mounted as files into the pods; the operator "
         "never reads it. Known keys: HF_TOKEN; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
-        "AWS_REGION, AWS_ENDPOINT_URL."
+        "AWS_REGION, AWS_ENDPOINT_URL; a tracker's are told there."
     )
 
 
@@ -44,6 +44,13 @@ class BaseModelSpec(Model):
     trust_remote_code: bool = Field(
         default=False,
         description="Run Python code that ships with the model. Only an administrator may allow it.",
+    )
+    allowed_licenses: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=64)
+    ] = Field(
+        default=(),
+        description="Licences that the model may have, as its README names them (apache-2.0, mit, llama3, …; unknown "
+        "for one that says nothing). Empty means any. The operator may have a list of its own.",
     )
     credentials_ref: SecretRef | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""spec.checkpoint, output, evaluation, tracking and runPolicy: what is kept and told, and how it may end. Put together
+"""spec.checkpoint, output, evaluation and runPolicy: what is kept and told, and how it may end. Put together
 in `resource`."""
 
 from __future__ import annotations
@@ -98,21 +98,6 @@ class EvaluationSpec(Model):
     def answered(self) -> int:
         """Test rows that are answered, at most."""
         return max(self.samples, self.rows if self.metrics else 0)
-
-
-class MlflowSpec(Model):
-    """An MLflow server."""
-
-    uri: Annotated[str, Field(max_length=1024)] = Field(description="URL of the tracking server.")
-    experiment: Annotated[str, Field(max_length=256)] = Field(default="", description="Name of the experiment.")
-
-
-class TrackingSpec(Model):
-    """Where the course of training is recorded besides Prometheus."""
-
-    mlflow: MlflowSpec | None = Field(default=None, description="Record to an MLflow server.")
-
-    rules = (not_yet("mlflow", "!has(self.mlflow)", lambda m: m.mlflow is None, "MLflow", "use Prometheus"),)
 
 
 class MaxRestartsSpec(Model):

@@ -111,6 +111,10 @@ class ModelStatus(LenientModel):
 
     revision: str | None = Field(default=None, description="Commit that an hf:// revision resolved to.")
     digest: str | None = Field(default=None, description="sha256:… over the files' digests.")
+    license: str | None = Field(
+        default=None,
+        description="As the model's README or config.json says, e.g. apache-2.0; unknown where they don't.",
+    )
     parameters: int | None = Field(default=None, description="Parameters in all.")
     trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune_api.resource import FineTuneJob
-from finetune_api.run import JobRef, Location, ProgressConfig, RunConfig, S3Config
+from finetune_api.run import JobRef, Location, ProgressConfig, RunConfig, S3Config, TrackingConfig
 from finetune_operator.plan import plan
 from finetune_operator.settings import Settings
 
@@ -95,6 +95,7 @@ def local_run(
                 }
             ),
             "output": output,
+            "tracking": _tracking(planned),
             "progress": progress,
             "s3": s3,
             "provenance": planned.provenance.model_copy(update={"image": ""}),
@@ -149,6 +150,17 @@ def _location(given: str, folder: Path) -> Location:
         return Location(uri=given, display=given)
     path = (folder / Path(given).expanduser()).resolve()
     return Location(uri=f"file://{path}", display=str(path))
+
+
+def _tracking(planned: RunConfig) -> TrackingConfig:
+    """Keys come from the environment."""
+    asked = planned.tracking
+    here = {
+        name: tracker.model_copy(update={"credentials": None})
+        for name, tracker in (("mlflow", asked.mlflow), ("wandb", asked.wandb))
+        if tracker is not None
+    }
+    return asked.model_copy(update=here)
 
 
 def _identity(job: FineTuneJob, output: Location, inputs: tuple[Location | None, ...]) -> str:

@@ -15,16 +15,19 @@ from finetune_api.run import (
     DataConfig,
     JobRef,
     Location,
+    MlflowConfig,
     ModelConfig,
     ProgressConfig,
     Provenance,
     RunConfig,
+    TrackingConfig,
+    WandbConfig,
     WorldConfig,
 )
 from finetune_api.scalars import quantity_value
 from finetune_operator.settings import Settings
 
-CredentialsRole = Literal["model", "dataset", "output"]
+CredentialsRole = Literal["model", "dataset", "output", "mlflow", "wandb"]
 
 
 class PlanError(ValueError):
@@ -46,7 +49,12 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
     validation = spec.dataset.validation
     return RunConfig(
         job=JobRef(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt),
-        model=ModelConfig(location=_model_location(spec.model), dtype=spec.model.dtype),
+        model=ModelConfig(
+            location=_model_location(spec.model),
+            dtype=spec.model.dtype,
+            allowed_licenses=spec.model.allowed_licenses,
+            operator_licenses=settings.models.allowed_licenses,
+        ),
         data=DataConfig(
             train=_location(spec.dataset.uri, data_credentials),
             validation=_location(validation.uri, data_credentials) if validation and validation.uri else None,
@@ -66,6 +74,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
         output=_output_location(spec.output),
         merge=spec.output.merge,
         evaluation=spec.evaluation,
+        tracking=_tracking(spec),
         progress=_progress(settings),
         s3=settings.storage.s3,
         provenance=Provenance(
@@ -130,6 +139,29 @@ def _data_format(spec: Spec) -> Literal["auto", "prompt-completion", "messages"]
     if chosen == "auto" or chosen == "prompt-completion" or chosen == "messages":
         return chosen
     raise PlanError("spec.dataset.format", chosen, "is not supported yet; use prompt-completion or messages")
+
+
+def _tracking(spec: Spec) -> TrackingConfig:
+    mlflow, wandb = spec.tracking.mlflow, spec.tracking.wandb
+    return TrackingConfig(
+        mlflow=MlflowConfig(
+            uri=mlflow.uri,
+            experiment=mlflow.experiment or "finetune-operator",
+            registered_model=mlflow.registered_model,
+            credentials=_credentials("mlflow", mlflow.credentials_ref),
+        )
+        if mlflow
+        else None,
+        tensorboard=spec.tracking.tensorboard,
+        wandb=WandbConfig(
+            project=wandb.project,
+            entity=wandb.entity,
+            mode=wandb.mode,
+            credentials=_credentials("wandb", wandb.credentials_ref),
+        )
+        if wandb
+        else None,
+    )
 
 
 def _progress(settings: Settings) -> ProgressConfig | None:

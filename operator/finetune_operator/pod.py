@@ -150,6 +150,8 @@ def _credentials(job: FineTuneJob) -> tuple[_Mount, ...]:
         "model": job.spec.model.credentials_ref,
         "dataset": job.spec.dataset.credentials_ref,
         "output": job.spec.output.credentials_ref,
+        "mlflow": job.spec.tracking.mlflow.credentials_ref if job.spec.tracking.mlflow else None,
+        "wandb": job.spec.tracking.wandb.credentials_ref if job.spec.tracking.wandb else None,
     }
     return tuple(
         _Mount(

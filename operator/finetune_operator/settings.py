@@ -57,6 +57,14 @@ class StorageSettings(Model):
     hub: HubSettings = Field(default_factory=HubSettings)
 
 
+class ModelSettings(Model):
+    """Which base models may be trained."""
+
+    allowed_licenses: tuple[str, ...] = Field(
+        default=(), description="Licences, as models' READMEs name them; unknown for one that says nothing. Empty: any."
+    )
+
+
 class LimitSettings(Model):
     """How hard the operator may work the API server."""
 
@@ -92,6 +100,7 @@ class Settings(Model):
     leader_election: LeaderElectionSettings = Field(default_factory=LeaderElectionSettings)
     progress: ProgressSettings = Field(default_factory=ProgressSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
+    models: ModelSettings = Field(default_factory=ModelSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     pods: PodSettings = Field(default_factory=PodSettings)
     metrics_port: Port = Field(default=names.OPERATOR_METRICS_PORT, description="0 means off.")

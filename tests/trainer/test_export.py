@@ -152,7 +152,9 @@ def test_the_tokenizer_comes_along_unchanged(job: str, done: dict[str, Ended]) -
 
 def test_the_card_tells_base_data_recipe_and_losses(done: dict[str, Ended]) -> None:
     card = (done["lora"].paths.export / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "tiny/model"\nlibrary_name: peft\n')
+    assert card.startswith(
+        '---\nbase_model: "tiny/model"\nbase_model_relation: adapter\nlicense: "unknown"\nlibrary_name: peft\n'
+    )
     for told in ("train.jsonl", "rank 4, alpha 8", "30 optimizer steps", "| test, base model |", "| validation |"):
         assert told in card
 

@@ -29,6 +29,7 @@ _EPILOG = f"""environment:
   {names.ENV_NODE_RANK}     this node's rank, from 0; default 0
   {names.ENV_TERMINATION_LOG}  where the result is written; default {names.TERMINATION_LOG_PATH}
   FINETUNE_LOG_FORMAT     json (default) or text
+  FINETUNE_TRACKING_PATIENCE  seconds that trackers get at the end; default 30
   AWS_*, HF_*             credentials and endpoints where the RunConfig names no Secret
 
 exit codes:

@@ -1,8 +1,12 @@
-"""The README.md beside the weights: what it is, what it was made of, how to load it. Pure; called by `rank` once."""
+"""The README.md beside the weights: what it is, what it was made of, how to load it. Pure.
+
+`card` is called by `story` once; the supervisor, which knows what was fetched, adds `origin` before the upload.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune_api.resource import LoraSpec
@@ -20,12 +24,14 @@ class Figures:
     test_after: float | None
 
 
-def card(run: RunConfig, base: str, figures: Figures, *, merged: bool = False) -> str:
+def card(run: RunConfig, base: str, figures: Figures, *, license: str = "", merged: bool = False) -> str:
     """Markdown with the front matter that hubs read. `merged`: of the model in which base and adapter are one."""
     lora = run.method == "lora" and not merged
     front = ["---"]
     if run.model.location.uri.startswith("hf://"):
-        front += [f"base_model: {json.dumps(base)}"]
+        front += [f"base_model: {json.dumps(base)}", f"base_model_relation: {'adapter' if lora else 'finetune'}"]
+    if license:
+        front += [f"license: {json.dumps(license)}"]
     front += [f"library_name: {'peft' if lora else 'transformers'}", "tags: [finetune-operator]", "---"]
     kind = "A LoRA adapter for" if lora else "A fine-tuned version of"
     t = run.training
@@ -56,6 +62,7 @@ def card(run: RunConfig, base: str, figures: Figures, *, merged: bool = False) -
         "\n".join(front),
         f"# {run.job.name}",
         f"{kind} `{base}`, made by the FineTuneJob `{run.job.namespace}/{run.job.name}`.",
+        f"Licence of the base model: {license or 'unknown'}. What was learnt from it is bound by it, too.",
         "## Data",
         f"`{run.data.train.display}`, {figures.rows} rows.",
         "## Recipe",
@@ -65,6 +72,17 @@ def card(run: RunConfig, base: str, figures: Figures, *, merged: bool = False) -
         parts += ["## Loss", "Mean over supervised tokens.", "\n".join(["| rows | loss |", "| --- | --- |", *losses])]
     parts += ["## Use", f"```python\n{load}\n```", "`finetune/manifest.json` lists every file's digest and the origin."]
     return "\n\n".join(parts) + "\n"
+
+
+def origin(model: Mapping[str, str | None], data: Mapping[str, str], image: str, files: Mapping[str, str]) -> str:
+    """A section with digests: `data` by split and `files` by name, both to sha256 digests."""
+    rows = [
+        f"| base model {model['uri']} | {model['revision'] or ''} {model['digest'] or ''} |",
+        *(f"| {split} rows | {digest} |" for split, digest in data.items()),
+        *([f"| image | {image} |"] if image else []),
+        *(f"| {name} | sha256:{digest} |" for name, digest in files.items()),
+    ]
+    return "\n".join(["", "## Origin", "", "| what | digest |", "| --- | --- |", *rows]) + "\n"
 
 
 def _adapter(lora: LoraSpec | None) -> str:

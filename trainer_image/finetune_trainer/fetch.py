@@ -15,7 +15,7 @@ from typing import Any
 from finetune_api.manifest import Manifest
 from finetune_api.names import checkpoint_dir
 from finetune_api.run import DataConfig, JobRef, Location, RunConfig
-from finetune_trainer import digests
+from finetune_trainer import digests, licence
 from finetune_trainer.destination import owned
 from finetune_trainer.failure import Failed
 from finetune_trainer.paths import Paths
@@ -27,6 +27,7 @@ HISTORY = "history.jsonl"
 CHECKPOINT_MANIFEST = "manifest.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _WANTED = (".safetensors", ".json", ".jinja", ".txt", ".model")
+_README = "README.md"  # names the licence
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 Told = Callable[[str], None]
@@ -38,6 +39,7 @@ class ModelFacts:
     revision: str | None
     digest: str
     bytes: int
+    license: str = licence.UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def wanted_files(entries: tuple[Entry, ...], at: str, *, weights: bool = True) -
         raise Failed(
             "ModelInvalid", f"model.uri: {at} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
         )
-    kept = [entry for entry in top if entry.path.endswith(_WANTED)]
+    kept = [entry for entry in top if entry.path.endswith(_WANTED) or entry.path == _README]
     return tuple(entry for entry in kept if weights or not entry.path.endswith(".safetensors"))
 
 
@@ -106,7 +108,11 @@ def model(run: RunConfig, paths: Paths, access: Access, told: Told, *, weights: 
     index = paths.model / "model.safetensors.index.json"
     if weights and index.is_file():
         _check_shards(index, {entry.path for entry in chosen}, location.display)
-    return ModelFacts(resolved_revision(place), digests.of_files(found.items()), size)
+    found_licence = licence.of_folder(paths.model)
+    told(f"the model's licence: {found_licence}")
+    asked = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
+    licence.check(found_licence, asked, location.display)
+    return ModelFacts(resolved_revision(place), digests.of_files(found.items()), size, found_licence)
 
 
 def splits(data: DataConfig) -> dict[str, Location]:

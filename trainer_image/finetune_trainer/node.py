@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune_api import run
@@ -18,6 +18,8 @@ from finetune_trainer.failure import Failed
 from finetune_trainer.paths import Paths
 from finetune_trainer.ranks import RANK_COMMAND
 from finetune_trainer.store import Access
+
+ENV_TRACKING_PATIENCE = "FINETUNE_TRACKING_PATIENCE"
 
 # What of our own environment the ranks may see; credentials aren't among it.
 _FOR_RANKS = (
@@ -54,6 +56,8 @@ class Timing:
     upload_patience: float = 1800.0
     """How long the result's upload is tried again."""
     checkpoint_patience: float = 300.0
+    tracking_patience: float = 30.0
+    """How long trackers get at the end for what they don't have yet."""
     store_retries: int = 6
     store_seconds: float = 60.0
 
@@ -112,4 +116,7 @@ def parse(environment: Mapping[str, str], timing: Timing = Timing()) -> Node:
     text = environment.get(ENV_NODE_RANK, "0")
     if not text.isdecimal() or int(text) >= config.world.nodes:
         raise Failed("InvalidConfig", f"{ENV_NODE_RANK}: {text!r} must be 0 to {config.world.nodes - 1}")
+    patience = environment.get(ENV_TRACKING_PATIENCE, "")
+    if patience.isdecimal():
+        timing = replace(timing, tracking_patience=float(patience))
     return Node(config, int(text), termination_log(environment), environment, timing=timing)

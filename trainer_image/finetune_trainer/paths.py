@@ -69,6 +69,16 @@ class Paths:
         return self.scratch / "logs" / f"rank-{rank}.log"
 
     @property
+    def tracking(self) -> Path:
+        """Of the process that speaks to trackers: its log, and what trackers keep."""
+        return self.scratch / "tracking"
+
+    @property
+    def tracking_ending(self) -> Path:
+        """How the attempt ended, for that process; absent before."""
+        return self.scratch / "tracking-ending.json"
+
+    @property
     def compiled(self) -> Path:
         """Programs that PyTorch's inductor made."""
         return self.scratch / "compiled"

@@ -30,7 +30,9 @@ def check(run: RunConfig, paths: Paths, access: Access, told: Told) -> Result:
     fetch.data(run, paths, access, told)
     sentence = check_tokens(run, paths, told)
     # The digest covers all files, so it isn't known before the weights are here.
-    return Result(outcome="succeeded", message=sentence, model=ModelStatus(revision=model.revision))
+    return Result(
+        outcome="succeeded", message=sentence, model=ModelStatus(revision=model.revision, license=model.license)
+    )
 
 
 def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[Place, Destination]:

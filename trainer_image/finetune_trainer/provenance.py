@@ -1,13 +1,15 @@
-"""What the result's manifest says about where it came from. Used by upload once, at the end; reads no file."""
+"""What the result's manifest says about where it came from. Used by the supervisor once, at the end."""
 
 from __future__ import annotations
 
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from finetune_api import __version__
 from finetune_api.run import RunConfig
+from finetune_trainer import card, digests
 from finetune_trainer.fetch import DataFacts, ModelFacts
 from finetune_trainer.state import TrainingState
 
@@ -25,6 +27,7 @@ def provenance(run: RunConfig, model: ModelFacts, data: dict[str, DataFacts], st
             "uri": run.model.location.display,
             "revision": model.revision,
             "digest": model.digest,
+            "license": model.license,
         },
         "data": {
             split: {"uri": facts.uri, "digest": facts.digest, "bytes": facts.bytes} for split, facts in data.items()
@@ -39,6 +42,22 @@ def provenance(run: RunConfig, model: ModelFacts, data: dict[str, DataFacts], st
         "decisions": {d.topic: {"choice": d.choice, "reason": d.reason} for d in state.decisions},
         "plan": plan.model_dump(mode="json", by_alias=True, exclude={"type", "time"}) if plan else {},
     }
+
+
+def add_to_cards(export: Path, origin: dict[str, Any]) -> None:
+    """Digests into the README.md beside weights, of the result and of a merged model in it."""
+    for readme in (export / "README.md", export / "merged" / "README.md"):
+        if not readme.is_file():
+            continue
+        weights = sorted(readme.parent.glob("*.safetensors"))
+        text = card.origin(
+            origin["model"],
+            {split: facts["digest"] for split, facts in origin["data"].items()},
+            origin["image"],
+            {path.name: digests.of_file(path) for path in weights},
+        )
+        with readme.open("a") as file:
+            file.write(text)
 
 
 def metrics(state: TrainingState) -> dict[str, float]:

@@ -145,7 +145,7 @@ def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> Tr
             return replace(state, halvings=event.halvings)
         case e.DecisionEvent():
             return replace(state, decisions=(*state.decisions, event))
-        case e.ErrorEvent():
+        case e.ErrorEvent() | e.TrackingEvent():
             return state
 
 

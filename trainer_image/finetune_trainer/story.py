@@ -11,6 +11,7 @@ from finetune_trainer import (
     card,
     checkpoint,
     export,
+    licence,
     measure,
     merge,
     reload,
@@ -56,10 +57,11 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
         figures = card.Figures(
             state.step, t.plan.rows, state.best.loss if state.best else None, state.test_loss_before, found.loss
         )
-        text = card.card(run, export.base_name(run), figures)
+        license = licence.of_folder(paths.model)
+        text = card.card(run, export.base_name(run), figures, license=license)
         export.write(paths.export, loaded, weights, run=run, model=paths.model, card=text)
         if run.merge:
-            whole = card.card(run, export.base_name(run), figures, merged=True)
+            whole = card.card(run, export.base_name(run), figures, license=license, merged=True)
             export.write_merged(paths.export, paths.model, card=whole, alive=reporter.alive)
         reload.check(paths.export, run, paths.model, seen, reporter, world.device)
         chosen = state.best.step if run.training.keep_best and state.best else state.step

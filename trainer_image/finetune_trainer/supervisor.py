@@ -28,7 +28,9 @@ from finetune_trainer.metrics import Metrics
 from finetune_trainer.node import Node
 from finetune_trainer.place import Place
 from finetune_trainer.progress import Poster, progress_of
+from finetune_trainer.recording import Recording
 from finetune_trainer.stopping import StopRequest
+from finetune_trainer.tracker import Ending, small_files
 from finetune_trainer.watch import Watch
 
 T = TypeVar("T")
@@ -70,6 +72,7 @@ class Supervisor:
         self._place: Place | None = None
         self._halvings = 0
         self._spent: dict[str, float] = {}
+        self._recording = Recording(node, log)
 
     def run(self) -> Result:
         """Trains, or finds that it is done already. Never raises what was foreseen: that is the Result."""
@@ -133,7 +136,9 @@ class Supervisor:
         """What an earlier attempt left: history, losses, the checkpoint that status shows."""
         run = self._node.run
         if inputs.model is not None:
-            self._model = ModelStatus(revision=inputs.model.revision, digest=inputs.model.digest)
+            self._model = ModelStatus(
+                revision=inputs.model.revision, digest=inputs.model.digest, license=inputs.model.license
+            )
         if inputs.resume is not None:
             file = inputs.resume.folder / fetch.HISTORY
             lines = history.parse(file.read_text() if file.exists() else "", inputs.resume.step)
@@ -143,6 +148,7 @@ class Supervisor:
             self._checkpoint = CheckpointStatus(step=inputs.resume.step, uri=uri, time=upload.now_text())
             self._log.info("going on from a checkpoint", step=inputs.resume.step)
         if self._node.leads:
+            self._recording.start()
             self._uploader = CheckpointUploader(
                 inputs.place,
                 links=self._node.paths.scratch / "uploads",
@@ -173,6 +179,7 @@ class Supervisor:
                 self._log.warning("a checkpoint can't be kept for upload", step=event.step, detail=str(error))
 
     def _report(self) -> None:
+        self._recording.listen()
         self._poster.offer(
             progress_of(
                 self._state,
@@ -189,6 +196,7 @@ class Supervisor:
             self._metrics.checkpoint_failed()
             return
         self._checkpoint = stored.status
+        self._recording.show_curves(self._place, self._history)
         self._metrics.checkpoint(tier="remote", seconds=stored.seconds, size=stored.bytes, at=time.time())
 
     # ---- after them
@@ -201,8 +209,11 @@ class Supervisor:
         self._enter("uploading", f"uploading to {run.output.display}")
         export = Path(saved.path)
         history.write_beside(export, self._history.text(), self._state.samples_shown, self._state.scored)
+        figures = provenance.metrics(self._state)
+        self._recording.add_files(export, self._history, figures)
         origin = provenance.provenance(run, inputs.model, inputs.data, self._state)
-        origin, figures = {**origin, "cost": report_file.cost(self._spent)}, provenance.metrics(self._state)
+        provenance.add_to_cards(export, origin)
+        origin = {**origin, "cost": report_file.cost(self._spent), "tracking": self._recording.where}
         report_file.write(export, run, saved.step, origin, figures, upload.now_text(), self._log)
         manifest = upload.result_manifest(
             export,
@@ -223,6 +234,10 @@ class Supervisor:
             upload.remove_checkpoints(inputs.place)
         except Failed as failed:
             self._log.warning("checkpoints are left behind", reason=failed.reason, detail=failed.message)
+        self._recording.end(
+            Ending(how="succeeded", artifact=artifact, metrics=figures, files=small_files(export)),
+            node.timing.tracking_patience,
+        )
         return artifact
 
     def _finished_before(self, inputs: Inputs) -> Result:
@@ -239,6 +254,7 @@ class Supervisor:
         """Asked to leave: the checkpoint's upload gets what time is left."""
         if self._uploader is not None and not self._uploader.wait(self._stop.left):
             self._log.warning("time is up before the checkpoint was uploaded")
+        self._recording.end(Ending(how="preempted"), min(5.0, self._stop.left))
         return endings.preempted(self._state, self._checkpoint, self._model)
 
     def _failed(self, failed: Failed) -> Result:
@@ -248,6 +264,8 @@ class Supervisor:
             self._leave_lesson()
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_patience, self._stop.left))
+        ending = Ending(how="failed", message=f"{failed.reason}: {failed.message}")
+        self._recording.end(ending, min(10.0, self._stop.left))
         result = endings.failed(failed, self._state, self._checkpoint, self._model)
         if self._node.leads:
             place, run, log, now = self._place, self._node.run, self._log, upload.now_text()

@@ -27,6 +27,8 @@ storage:
     allowHttp: {{ .Values.storage.s3.allowHttp }}
   hub:
     endpoint: {{ if .Values.storage.hub.endpoint }}{{ .Values.storage.hub.endpoint | quote }}{{ else }}null{{ end }}
+models:
+  allowedLicenses: {{ .Values.models.allowedLicenses | toJson }}
 limits:
   requestsPerSecond: {{ .Values.limits.requestsPerSecond | toJson }}
   burst: {{ .Values.limits.burst | toJson }}

@@ -1,0 +1,72 @@
+"""The licence is read as people write it, shown, and refused before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.run import ModelConfig
+from finetune_trainer import licence
+from supervisor import world
+from supervisor.world import Setup
+
+_APACHE = "---\nlanguage: en\nlicense: Apache-2.0\n---\n# A model\n"
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path).write_inputs()
+
+
+@pytest.mark.parametrize(
+    ("readme", "config", "found"),
+    [
+        (_APACHE, {}, "apache-2.0"),
+        (_APACHE.replace("\n", "\r\n"), {}, "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: Gemma\n---\n", {}, "gemma"),
+        ("---\nlicense: other\n---\n", {}, "other"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {}, "mit and apache-2.0"),
+        ("# no front matter\nlicense: mit\n", {"license": "MIT"}, "mit"),
+        ("---\nlicense: mit\n", {}, "unknown"),
+        ("---\n{broken: [yaml\n---\n", {}, "unknown"),
+        ("---\n- a list\n---\n", {}, "unknown"),
+        ("---\nlicense: 7\n---\n", {"license": ["mit"]}, "mit"),
+        ("", {}, "unknown"),
+    ],
+)
+def test_a_licence_is_found_where_hubs_keep_it(readme: str, config: dict[str, Any], found: str) -> None:
+    assert licence.of(readme, config) == found
+
+
+def _asking(setup: Setup, job: tuple[str, ...] = (), operator: tuple[str, ...] = ()) -> Setup:
+    location = world.place(f"file://{setup.model}")
+    return setup.but(model=ModelConfig(location=location, allowed_licenses=job, operator_licenses=operator))
+
+
+def test_an_allowed_licence_is_shown_and_recorded(setup: Setup) -> None:
+    (setup.model / "README.md").write_text(_APACHE)
+    ended = world.supervise(_asking(setup, job=("Apache-2.0", "mit")).run(), setup.folder)
+    assert ended.code == 0, ended.output
+    assert ended.last.model is not None
+    assert ended.last.model.license == "apache-2.0"
+    assert world.manifest(setup.output).provenance["model"]["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("readme", "asked", "told"),
+    [
+        (_APACHE, {"job": ("mit",)}, "has the licence apache-2.0, and model.allowedLicenses takes only mit"),
+        (_APACHE, {"job": ("apache-2.0",), "operator": ("mit", "bsd")}, "and the operator takes only mit, bsd"),
+        ("", {"operator": ("mit",)}, "says nothing of its licence, and the operator takes only mit"),
+    ],
+)
+def test_another_licence_is_refused_in_preflight(
+    readme: str, asked: dict[str, tuple[str, ...]], told: str, setup: Setup
+) -> None:
+    (setup.model / "README.md").write_text(readme)
+    ended = world.start(_asking(setup, **asked).run(), setup.folder, command="preflight").wait()
+    assert (ended.code, ended.last.reason) == (66, "LicenceRefused")
+    assert told in ended.last.message
+    assert not any(path.is_file() for path in setup.output.rglob("*"))

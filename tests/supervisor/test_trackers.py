@@ -1,0 +1,314 @@
+"""Trackers with a real supervisor: files that TensorBoard reads, a real MLflow server, servers that misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.run import MlflowConfig, TrackingConfig, WandbConfig
+from supervisor import world
+from supervisor.world import Ended, Setup
+
+# What an MLflow server needs and its client doesn't, with TensorBoard's own reader. An environment of its own: it would
+# weigh much in the lock file.
+_SERVER = (
+    "mlflow-skinny==3.17.2", "flask", "flask-cors", "sqlalchemy", "alembic", "graphene", "huey", "gunicorn", "aiohttp",
+    "prometheus-flask-exporter", "tensorboard==2.21.0", "numpy", "pandas",
+)  # fmt: skip
+_NO_DEPENDENCIES = ("mlflow==3.17.2", "mlflow-tracing==3.17.2")
+
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    """bin/ of an environment with MLflow's server, made once and kept beside other built things."""
+    cache = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune-operator")
+    folder = cache / "test-mlflow-3.17.2"
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        uv = shutil.which("uv") or str(cache / "uv" / "bin" / "uv")
+        python = str(folder / "bin" / "python")
+        subprocess.run([uv, "venv", "-q", "--python", sys.executable, str(folder)], check=True)
+        subprocess.run([uv, "pip", "install", "-q", "--python", python, *_SERVER], check=True)
+        subprocess.run([uv, "pip", "install", "-q", "--python", python, "--no-deps", *_NO_DEPENDENCIES], check=True)
+        (folder / "ready").touch()
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def mlflow(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = _free_port()
+    command = [
+        str(programs / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        world.until(lambda: server.poll() is not None or _answers(f"{url}/health"), timeout=120)
+        assert server.poll() is None, (folder / "log").read_text()
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, 9)
+        server.wait()
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path).write_inputs()
+
+
+def ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """MLflow's REST API without its client."""
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(f"{url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def runs_of(url: str, experiment: str) -> list[Any]:
+    found = ask(url, f"experiments/get-by-name?experiment_name={experiment}")
+    return ask(url, "runs/search", {"experiment_ids": [found["experiment"]["experiment_id"]]})["runs"]  # type: ignore[no-any-return]
+
+
+def with_mlflow(setup: Setup, url: str, name: str, **more: Any) -> Setup:
+    return setup.but(tracking=TrackingConfig(mlflow=MlflowConfig(uri=url, experiment=name, **more)))
+
+
+def test_tensorboard_reads_the_curves_that_lie_beside_the_result(setup: Setup, programs: Path) -> None:
+    run = setup.but(tracking=TrackingConfig(tensorboard=True)).run()
+    assert world.supervise(run, setup.folder).code == 0
+    (file,) = (setup.output / "finetune" / "tensorboard").iterdir()
+    assert file.name.startswith("events.out.tfevents.")
+    assert file.name.endswith(".job")
+    assert f"finetune/tensorboard/{file.name}" in [entry.path for entry in world.manifest(setup.output).files]
+    read = (
+        "import json, sys\n"
+        "from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n"
+        "all = EventAccumulator(sys.argv[1]).Reload()\n"
+        "tags = all.Tags()['scalars']\n"
+        "print(json.dumps({t: [(e.step, round(e.value, 5)) for e in all.Scalars(t)] for t in tags}))\n"
+    )
+    out = subprocess.run([programs / "python", "-c", read, file.parent], capture_output=True, text=True, check=True)
+    scalars = json.loads(out.stdout)
+    assert scalars["train/loss"] == [[1, 3.0], [2, 1.5], [3, 1.0], [4, 0.75]]
+    assert scalars["validation/loss"] == [[4, 0.9]]
+    assert scalars["test/loss"] == [[0, 4.0], [4, 1.5]]
+    assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_second"} <= set(scalars)
+
+
+def test_curves_are_there_while_it_trains_and_go_on_after_a_restart(setup: Setup, tmp_path: Path) -> None:
+    setup = setup.but(tracking=TrackingConfig(tensorboard=True))
+    behaviour = {"steps": 6, "hold": str(tmp_path / "go"), "hold_at": 3}
+    running = world.start(setup.run(), setup.folder, behaviour=behaviour)
+    folder = setup.output / "finetune" / "tensorboard"
+    world.until(lambda: folder.is_dir() and any(folder.iterdir()))
+    running.terminate()
+    assert running.wait().last.outcome == "preempted"
+    (before,) = folder.iterdir()
+    size = before.stat().st_size
+    world.supervise(setup.run(attempt=2), setup.folder, behaviour={"steps": 6})
+    (after,) = folder.iterdir()
+    assert after.name == before.name
+    assert after.stat().st_size > size
+
+
+def test_mlflow_gets_run_parameters_metrics_files_and_a_version(setup: Setup, mlflow: str) -> None:
+    job = with_mlflow(setup, mlflow, "whole", registered_model="support")
+    ended = world.supervise(job.run(), setup.folder)
+    assert ended.code == 0, ended.output
+    (run,) = runs_of(mlflow, "whole")
+    assert (run["info"]["run_name"], run["info"]["status"]) == ("job", "FINISHED")
+    parameters = {item["key"]: item["value"] for item in run["data"]["params"]}
+    assert (parameters["method"], parameters["lora.rank"], parameters["training.maxSteps"]) == ("lora", "16", "4")
+    metrics = {item["key"]: item["value"] for item in run["data"]["metrics"]}
+    assert (metrics["train/loss"], metrics["validation/loss"], metrics["test/loss"]) == (0.75, 0.9, 1.5)
+    identity = run["info"]["run_id"]
+    history = ask(mlflow, f"metrics/get-history?run_id={identity}&metric_key=train/loss")["metrics"]
+    assert [(item["step"], item["value"]) for item in history] == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
+    tags = {item["key"]: item["value"] for item in run["data"]["tags"]}
+    assert ended.last.artifact is not None
+    assert tags["finetune.manifest_digest"] == ended.last.artifact.manifest_digest
+    files = {item["path"] for item in ask(mlflow, f"artifacts/list?run_id={identity}&path=finetune")["files"]}
+    assert {"finetune/history.jsonl", "finetune/adapter_config.json"} <= files
+    assert identity in world.manifest(setup.output).provenance["tracking"]["mlflow"]
+    assert "mlflow: done" in ended.output
+
+
+def test_a_result_in_object_storage_becomes_a_version_in_the_registry(mlflow: str, tmp_path: Path) -> None:
+    from finetune_api.status import ArtifactStatus
+    from finetune_trainer.tracker import Ending, Subject
+    from finetune_trainer.tracker_mlflow import Mlflow
+
+    run = Setup(tmp_path).run()
+    config = MlflowConfig(uri=mlflow, experiment="registry", registered_model="support.replies")
+    artifact = ArtifactStatus(uri="s3://models/support/v1", manifest_digest="sha256:0", size_bytes=1)
+    for _ in range(2):  # the answer to the first may be lost
+        tracker = Mlflow(config, Subject(run, tmp_path, {}))
+        tracker.open()
+        said = tracker.close(Ending(how="succeeded", artifact=artifact))
+        assert said == "version 1 of support.replies"
+    (version,) = ask(mlflow, "model-versions/search?filter=name%3D%27support.replies%27")["model_versions"]
+    assert (version["source"], version["version"]) == ("s3://models/support/v1", "1")
+    assert len(runs_of(mlflow, "registry")) == 1
+
+
+def test_another_attempt_goes_on_in_the_same_run(setup: Setup, mlflow: str, tmp_path: Path) -> None:
+    job = with_mlflow(setup, mlflow, "attempts")
+    behaviour = {"steps": 6, "hold": str(tmp_path / "go"), "hold_at": 3}
+    running = world.start(job.run(), setup.folder, behaviour=behaviour)
+    url = f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=attempts"
+    world.until(lambda: _answers(url), timeout=60)
+    world.until(lambda: (setup.output / "checkpoints" / "step-2").exists(), timeout=30)
+    running.terminate()
+    assert running.wait().last.outcome == "preempted"
+    assert runs_of(mlflow, "attempts")[0]["info"]["status"] == "RUNNING"
+    world.supervise(job.run(attempt=2), setup.folder, behaviour={"steps": 6})
+    (run,) = runs_of(mlflow, "attempts")
+    assert run["info"]["status"] == "FINISHED"
+    history = ask(mlflow, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=train/loss")["metrics"]
+    assert [item["step"] for item in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failed_job_is_a_failed_run_with_its_reason(setup: Setup, mlflow: str) -> None:
+    job = with_mlflow(setup, mlflow, "failed")
+    behaviour = {"then": "error", "at_step": 3, "seconds": 0.5}
+    assert world.supervise(job.run(), setup.folder, behaviour=behaviour).last.reason == "NonFiniteLoss"
+    (run,) = runs_of(mlflow, "failed")
+    assert run["info"]["status"] == "FAILED"
+    assert "NonFiniteLoss" in {t["key"]: t["value"] for t in run["data"]["tags"]}["finetune.message"]
+
+
+class _Misbehaving(BaseHTTPRequestHandler):
+    how = ""
+
+    def do_GET(self) -> None:
+        if self.how == "slow":
+            time.sleep(60)
+        self.send_response(500 if self.how == "500" else 200)
+        self.end_headers()
+        self.wfile.write(b"this is no JSON, and the key is tr0ub4dor")
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def misbehaving(how: str) -> Iterator[str]:
+    if how == "down":
+        yield f"http://127.0.0.1:{_free_port()}"
+        return
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Misbehaving,), {"how": how}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("how", ["down", "slow", "500", "nonsense"])
+def test_a_server_that_misbehaves_costs_the_job_nothing(how: str, setup: Setup) -> None:
+    """The result is the same, and what is missing is told once."""
+    key = world.secret(setup.folder / "secret", {"MLFLOW_TRACKING_TOKEN": "tr0ub4dor"})
+    with misbehaving(how) as url:
+        job = with_mlflow(setup, url, "x", credentials=str(key))
+        behaviour = {"hold": str(setup.folder / "go"), "hold_at": 3}
+        patience = {"FINETUNE_TRACKING_PATIENCE": "1"}
+        running = world.start(job.run(), setup.folder, behaviour=behaviour, environment=patience)
+        told = Path(job.run().scratch) / "events" / "tracking.jsonl"
+        if how != "slow":
+            world.until(lambda: told.exists() and told.stat().st_size > 0, timeout=60)
+        (setup.folder / "go").touch()
+        ended = running.wait()
+    assert (ended.code, ended.last.outcome) == (0, "succeeded"), ended.output
+    assert world.manifest(setup.output).step == 4
+    lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+    assert sum("doesn't record" in line["message"] for line in lines) == (0 if how == "slow" else 1), ended.output
+    assert sum("didn't take everything in 1 s" in line["message"] for line in lines) == 1
+    everything = ended.output + "".join(
+        path.read_text(errors="replace") for path in setup.folder.rglob("*") if path.is_file() and path.parent != key
+    )
+    assert "tr0ub4dor" not in everything
+
+
+def test_what_was_missed_in_an_outage_is_sent_when_it_is_over(setup: Setup, mlflow: str, tmp_path: Path) -> None:
+    from supervisor.outage import Wire
+
+    with Wire(mlflow) as wire:
+        job = with_mlflow(setup, wire.url, "outage")
+        wire.cut()
+        behaviour = {"hold": str(tmp_path / "go"), "hold_at": 3}
+        running = world.start(job.run(), setup.folder, behaviour=behaviour)
+        world.until(lambda: wire.refused > 0, timeout=60)
+        wire.mend()
+        (tmp_path / "go").touch()
+        ended = running.wait()
+    assert ended.code == 0
+    (run,) = runs_of(mlflow, "outage")
+    history = ask(mlflow, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=train/loss")["metrics"]
+    assert [item["step"] for item in history] == [1, 2, 3, 4]
+    assert ended.output.count("mlflow doesn't record") == 1
+
+
+def test_wandb_offline_leaves_its_files_beside_the_result(setup: Setup) -> None:
+    config = TrackingConfig(wandb=WandbConfig(project="support", mode="offline"))
+    ended = world.supervise(setup.but(tracking=config).run(), setup.folder)
+    assert ended.code == 0, ended.output
+    (file,) = (setup.output / "finetune" / "wandb").rglob("*.wandb")
+    assert any(entry.path.endswith(file.name) for entry in world.manifest(setup.output).files)
+    assert b"train/loss" in file.read_bytes()
+    assert "wandb: done" in ended.output
+
+
+def test_the_process_that_speaks_to_trackers_may_die(setup: Setup, tmp_path: Path) -> None:
+    job = with_mlflow(setup, f"http://127.0.0.1:{_free_port()}", "x")
+    running = world.start(job.run(), setup.folder, behaviour={"hold": str(tmp_path / "go"), "hold_at": 3})
+    world.until(lambda: _trackers_of(running.process.pid))
+    os.kill(_trackers_of(running.process.pid)[0], 9)
+    (tmp_path / "go").touch()
+    ended: Ended = running.wait()
+    assert (ended.code, ended.last.outcome) == (0, "succeeded"), ended.output
+    assert ended.output.count("the process that speaks to trackers died; training goes on") == 1
+
+
+def _trackers_of(parent: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if b"finetune_trainer.trackers" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,38 @@
+"""What a tracker plots: an event → (step, seconds since the epoch, values by name). Pure; the same for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_api import events
+
+
+@dataclass(frozen=True)
+class Point:
+    """Values that belong to one optimizer step."""
+
+    step: int
+    time: float
+    values: dict[str, float]
+
+
+def point(event: events.Event) -> Point | None:
+    """None for what isn't plotted."""
+    match event:
+        case events.StepEvent():
+            total = event.seconds.get("total", 0.0)
+            values = {
+                "train/loss": event.loss,
+                "train/learning_rate": event.learning_rate,
+                "train/grad_norm": event.grad_norm,
+                "train/epoch": event.epoch,
+            }
+            if total > 0:
+                values["train/tokens_per_second"] = event.tokens / total
+            return Point(event.step, event.time, values)
+        case events.EvalEvent():
+            return Point(event.step, event.time, {f"{event.split}/loss": event.loss})
+        case events.SkippedEvent():
+            return Point(event.step, event.time, {"train/skipped": float(event.step - event.first + 1)})
+        case _:
+            return None
