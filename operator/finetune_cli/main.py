@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from finetune_api import __version__
-from finetune_cli import report, run, show_plan, validate
+from finetune_cli import report, run, serve_manifest, show_plan, validate
 
 _COMMANDS = (
     ("run", run, "train on this machine, without a cluster", "Trains a FineTuneJob on this machine: the same file, the "
@@ -19,6 +19,9 @@ _COMMANDS = (
      "Kubernetes objects of the first attempt."),
     ("report", report, "make a result's report.html again", "Reads a finished result's finetune folder and writes "
      "the page for people: scores, curves, samples to mark, data, decisions, cost, provenance."),
+    ("serve-manifest", serve_manifest, "what serves a result, for a server of your choice", "Prints the manifest or "
+     "the call that loads a finished result, and says on stderr what has to be known. Exit code 1 where that server "
+     "can't load it, with the reason and the way out."),
 )  # fmt: skip
 
 

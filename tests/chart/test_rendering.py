@@ -122,6 +122,7 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "progress": {"enabled": False, "intervalSeconds": 1.5, "writeEverySeconds": 60},
         "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True},
                     "hub": {"endpoint": "https://hub"}},
+        "models": {"allowedLicenses": ["apache-2.0", "mit"]},
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},
         "pods": {"gracePeriodSeconds": 1000000, "metricsLingerSeconds": 35, "preflightCpu": 2, "preflightMemory": "1Gi",
                  "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"a": "b"},
@@ -138,7 +139,7 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
     assert settings.pods.preflight_cpu == "2"
     assert settings.metrics_retention_seconds == 1_209_600
     told = settings.to_json()
-    for section in ("leaderElection", "storage", "limits"):
+    for section in ("leaderElection", "storage", "models", "limits"):
         assert told[section].items() >= values[section].items()
     assert told["pods"]["tolerations"] == values["pods"]["tolerations"]
     unset = {"metricsPort", "probesPort"}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -22,6 +20,7 @@ import pytest
 from finetune_api.run import MlflowConfig, TrackingConfig, WandbConfig
 from supervisor import world
 from supervisor.world import Ended, Setup
+from testkit.environments import environment
 
 # What an MLflow server needs and its client doesn't, with TensorBoard's own reader. An environment of its own: it would
 # weigh much in the lock file.
@@ -34,18 +33,8 @@ _NO_DEPENDENCIES = ("mlflow==3.17.2", "mlflow-tracing==3.17.2")
 
 @pytest.fixture(scope="module")
 def programs() -> Path:
-    """bin/ of an environment with MLflow's server, made once and kept beside other built things."""
-    cache = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune-operator")
-    folder = cache / "test-mlflow-3.17.2"
-    if not (folder / "ready").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        uv = shutil.which("uv") or str(cache / "uv" / "bin" / "uv")
-        python = str(folder / "bin" / "python")
-        subprocess.run([uv, "venv", "-q", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "--python", python, *_SERVER], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "--python", python, "--no-deps", *_NO_DEPENDENCIES], check=True)
-        (folder / "ready").touch()
-    return folder / "bin"
+    """bin/ of an environment with MLflow's server."""
+    return environment("mlflow-3.17.2", *_SERVER, alone=_NO_DEPENDENCIES) / "bin"
 
 
 @pytest.fixture(scope="module")
