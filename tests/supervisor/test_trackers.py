@@ -18,7 +18,12 @@ from typing import Any
 import pytest
 
 from finetune_api.run import MlflowConfig, TrackingConfig, WandbConfig
+from finetune_api.status import ArtifactStatus
+from finetune_trainer.scalars import Point
+from finetune_trainer.tracker import Ending, Subject
+from finetune_trainer.tracker_mlflow import Mlflow
 from supervisor import world
+from supervisor.outage import Wire
 from supervisor.world import Ended, Setup
 from testkit.environments import environment
 
@@ -37,25 +42,30 @@ def programs() -> Path:
     return environment("mlflow-3.17.2", *_SERVER, alone=_NO_DEPENDENCIES) / "bin"
 
 
-@pytest.fixture(scope="module")
-def mlflow(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="module", autouse=True)
+def starting(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """MLflow's server takes long to start: meanwhile the tests that don't need it run."""
     folder = tmp_path_factory.mktemp("mlflow")
     port = _free_port()
     command = [
         str(programs / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        world.until(lambda: server.poll() is not None or _answers(f"{url}/health"), timeout=120)
-        assert server.poll() is None, (folder / "log").read_text()
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, 9)
-        server.wait()
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder, env=environment)
+    yield f"http://127.0.0.1:{port}", folder / "log"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, 9)
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def mlflow(starting: tuple[str, Path]) -> str:
+    url, log = starting
+    world.until(lambda: _answers(f"{url}/health") or "Traceback" in log.read_text(), timeout=180)
+    assert _answers(f"{url}/health"), log.read_text()
+    return url
 
 
 @pytest.fixture
@@ -118,72 +128,6 @@ def test_curves_are_there_while_it_trains_and_go_on_after_a_restart(setup: Setup
     assert after.stat().st_size > size
 
 
-def test_mlflow_gets_run_parameters_metrics_files_and_a_version(setup: Setup, mlflow: str) -> None:
-    job = with_mlflow(setup, mlflow, "whole", registered_model="support")
-    ended = world.supervise(job.run(), setup.folder)
-    assert ended.code == 0, ended.output
-    (run,) = runs_of(mlflow, "whole")
-    assert (run["info"]["run_name"], run["info"]["status"]) == ("job", "FINISHED")
-    parameters = {item["key"]: item["value"] for item in run["data"]["params"]}
-    assert (parameters["method"], parameters["lora.rank"], parameters["training.maxSteps"]) == ("lora", "16", "4")
-    metrics = {item["key"]: item["value"] for item in run["data"]["metrics"]}
-    assert (metrics["train/loss"], metrics["validation/loss"], metrics["test/loss"]) == (0.75, 0.9, 1.5)
-    identity = run["info"]["run_id"]
-    history = ask(mlflow, f"metrics/get-history?run_id={identity}&metric_key=train/loss")["metrics"]
-    assert [(item["step"], item["value"]) for item in history] == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
-    tags = {item["key"]: item["value"] for item in run["data"]["tags"]}
-    assert ended.last.artifact is not None
-    assert tags["finetune.manifest_digest"] == ended.last.artifact.manifest_digest
-    files = {item["path"] for item in ask(mlflow, f"artifacts/list?run_id={identity}&path=finetune")["files"]}
-    assert {"finetune/history.jsonl", "finetune/adapter_config.json"} <= files
-    assert identity in world.manifest(setup.output).provenance["tracking"]["mlflow"]
-    assert "mlflow: done" in ended.output
-
-
-def test_a_result_in_object_storage_becomes_a_version_in_the_registry(mlflow: str, tmp_path: Path) -> None:
-    from finetune_api.status import ArtifactStatus
-    from finetune_trainer.tracker import Ending, Subject
-    from finetune_trainer.tracker_mlflow import Mlflow
-
-    run = Setup(tmp_path).run()
-    config = MlflowConfig(uri=mlflow, experiment="registry", registered_model="support.replies")
-    artifact = ArtifactStatus(uri="s3://models/support/v1", manifest_digest="sha256:0", size_bytes=1)
-    for _ in range(2):  # the answer to the first may be lost
-        tracker = Mlflow(config, Subject(run, tmp_path, {}))
-        tracker.open()
-        said = tracker.close(Ending(how="succeeded", artifact=artifact))
-        assert said == "version 1 of support.replies"
-    (version,) = ask(mlflow, "model-versions/search?filter=name%3D%27support.replies%27")["model_versions"]
-    assert (version["source"], version["version"]) == ("s3://models/support/v1", "1")
-    assert len(runs_of(mlflow, "registry")) == 1
-
-
-def test_another_attempt_goes_on_in_the_same_run(setup: Setup, mlflow: str, tmp_path: Path) -> None:
-    job = with_mlflow(setup, mlflow, "attempts")
-    behaviour = {"steps": 6, "hold": str(tmp_path / "go"), "hold_at": 3}
-    running = world.start(job.run(), setup.folder, behaviour=behaviour)
-    url = f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=attempts"
-    world.until(lambda: _answers(url), timeout=60)
-    world.until(lambda: (setup.output / "checkpoints" / "step-2").exists(), timeout=30)
-    running.terminate()
-    assert running.wait().last.outcome == "preempted"
-    assert runs_of(mlflow, "attempts")[0]["info"]["status"] == "RUNNING"
-    world.supervise(job.run(attempt=2), setup.folder, behaviour={"steps": 6})
-    (run,) = runs_of(mlflow, "attempts")
-    assert run["info"]["status"] == "FINISHED"
-    history = ask(mlflow, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=train/loss")["metrics"]
-    assert [item["step"] for item in history] == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_failed_job_is_a_failed_run_with_its_reason(setup: Setup, mlflow: str) -> None:
-    job = with_mlflow(setup, mlflow, "failed")
-    behaviour = {"then": "error", "at_step": 3, "seconds": 0.5}
-    assert world.supervise(job.run(), setup.folder, behaviour=behaviour).last.reason == "NonFiniteLoss"
-    (run,) = runs_of(mlflow, "failed")
-    assert run["info"]["status"] == "FAILED"
-    assert "NonFiniteLoss" in {t["key"]: t["value"] for t in run["data"]["tags"]}["finetune.message"]
-
-
 class _Misbehaving(BaseHTTPRequestHandler):
     how = ""
 
@@ -215,48 +159,38 @@ def misbehaving(how: str) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("how", ["down", "slow", "500", "nonsense"])
-def test_a_server_that_misbehaves_costs_the_job_nothing(how: str, setup: Setup) -> None:
-    """The result is the same, and what is missing is told once."""
-    key = world.secret(setup.folder / "secret", {"MLFLOW_TRACKING_TOKEN": "tr0ub4dor"})
-    with misbehaving(how) as url:
-        job = with_mlflow(setup, url, "x", credentials=str(key))
-        behaviour = {"hold": str(setup.folder / "go"), "hold_at": 3}
-        patience = {"FINETUNE_TRACKING_PATIENCE": "1"}
-        running = world.start(job.run(), setup.folder, behaviour=behaviour, environment=patience)
-        told = Path(job.run().scratch) / "events" / "tracking.jsonl"
-        if how != "slow":
-            world.until(lambda: told.exists() and told.stat().st_size > 0, timeout=60)
-        (setup.folder / "go").touch()
-        ended = running.wait()
-    assert (ended.code, ended.last.outcome) == (0, "succeeded"), ended.output
-    assert world.manifest(setup.output).step == 4
-    lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
-    assert sum("doesn't record" in line["message"] for line in lines) == (0 if how == "slow" else 1), ended.output
-    assert sum("didn't take everything in 1 s" in line["message"] for line in lines) == 1
-    everything = ended.output + "".join(
-        path.read_text(errors="replace") for path in setup.folder.rglob("*") if path.is_file() and path.parent != key
-    )
-    assert "tr0ub4dor" not in everything
-
-
-def test_what_was_missed_in_an_outage_is_sent_when_it_is_over(setup: Setup, mlflow: str, tmp_path: Path) -> None:
-    from supervisor.outage import Wire
-
-    with Wire(mlflow) as wire:
-        job = with_mlflow(setup, wire.url, "outage")
-        wire.cut()
-        behaviour = {"hold": str(tmp_path / "go"), "hold_at": 3}
-        running = world.start(job.run(), setup.folder, behaviour=behaviour)
-        world.until(lambda: wire.refused > 0, timeout=60)
-        wire.mend()
-        (tmp_path / "go").touch()
-        ended = running.wait()
-    assert ended.code == 0
-    (run,) = runs_of(mlflow, "outage")
-    history = ask(mlflow, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=train/loss")["metrics"]
-    assert [item["step"] for item in history] == [1, 2, 3, 4]
-    assert ended.output.count("mlflow doesn't record") == 1
+def test_a_server_that_misbehaves_costs_the_job_nothing(tmp_path: Path) -> None:
+    """The result is the same, what is missing is told once, and no key is shown. All at the same time."""
+    running = {}
+    with contextlib.ExitStack() as servers:
+        for how in ("down", "slow", "500", "nonsense"):
+            setup = Setup(tmp_path / how)
+            setup.folder.mkdir()
+            setup.write_inputs()
+            url = servers.enter_context(misbehaving(how))
+            key = world.secret(setup.folder / "secret", {"MLFLOW_TRACKING_TOKEN": "tr0ub4dor"})
+            job = with_mlflow(setup, url, "x", credentials=str(key))
+            behaviour = {"hold": str(setup.folder / "go"), "hold_at": 3}
+            patience = {"FINETUNE_TRACKING_PATIENCE": "1"}
+            running[how] = (setup, world.start(job.run(), setup.folder, behaviour=behaviour, environment=patience))
+        for how, (setup, process) in running.items():
+            told = Path(setup.run().scratch) / "events" / "tracking.jsonl"
+            if how != "slow":
+                world.until(lambda told=told: told.exists() and told.stat().st_size > 0, timeout=60)  # type: ignore[misc]
+            (setup.folder / "go").touch()
+            ended = process.wait()
+            assert (ended.code, ended.last.outcome) == (0, "succeeded"), ended.output
+            assert world.manifest(setup.output).step == 4
+            lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+            once = 0 if how == "slow" else 1
+            assert sum("doesn't record" in line["message"] for line in lines) == once, ended.output
+            assert sum("didn't take everything in 1 s" in line["message"] for line in lines) == 1
+            everything = ended.output + "".join(
+                path.read_text(errors="replace")
+                for path in setup.folder.rglob("*")
+                if path.is_file() and path.parent.name != "secret"
+            )
+            assert "tr0ub4dor" not in everything
 
 
 def test_wandb_offline_leaves_its_files_beside_the_result(setup: Setup) -> None:
@@ -278,6 +212,68 @@ def test_the_process_that_speaks_to_trackers_may_die(setup: Setup, tmp_path: Pat
     ended: Ended = running.wait()
     assert (ended.code, ended.last.outcome) == (0, "succeeded"), ended.output
     assert ended.output.count("the process that speaks to trackers died; training goes on") == 1
+
+
+def test_mlflow_gets_everything_though_it_was_out_for_a_while(setup: Setup, mlflow: str, tmp_path: Path) -> None:
+    with Wire(mlflow) as wire:
+        wire.cut()
+        job = with_mlflow(setup, wire.url, "whole", registered_model="support")
+        running = world.start(job.run(), setup.folder, behaviour={"hold": str(tmp_path / "go"), "hold_at": 3})
+        world.until(lambda: wire.refused > 0, timeout=60)
+        wire.mend()
+        told = Path(setup.run().scratch) / "events" / "tracking.jsonl"
+        world.until(lambda: '"recording"' in told.read_text(), timeout=60)
+        (tmp_path / "go").touch()
+        ended = running.wait()
+    assert ended.code == 0, ended.output
+    assert ended.output.count("mlflow doesn't record") == 1
+    assert "mlflow: done" in ended.output
+    (run,) = runs_of(mlflow, "whole")
+    assert (run["info"]["run_name"], run["info"]["status"]) == ("job", "FINISHED")
+    parameters = {item["key"]: item["value"] for item in run["data"]["params"]}
+    assert (parameters["method"], parameters["lora.rank"], parameters["training.maxSteps"]) == ("lora", "16", "4")
+    metrics = {item["key"]: item["value"] for item in run["data"]["metrics"]}
+    assert (metrics["train/loss"], metrics["validation/loss"], metrics["test/loss"]) == (0.75, 0.9, 1.5)
+    identity = run["info"]["run_id"]
+    history = ask(mlflow, f"metrics/get-history?run_id={identity}&metric_key=train/loss")["metrics"]
+    assert [(item["step"], item["value"]) for item in history] == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
+    tags = {item["key"]: item["value"] for item in run["data"]["tags"]}
+    assert ended.last.artifact is not None
+    assert tags["finetune.manifest_digest"] == ended.last.artifact.manifest_digest
+    files = {item["path"] for item in ask(mlflow, f"artifacts/list?run_id={identity}&path=finetune")["files"]}
+    assert {"finetune/history.jsonl", "finetune/adapter_config.json"} <= files
+    assert identity in world.manifest(setup.output).provenance["tracking"]["mlflow"]
+
+
+def test_attempts_share_a_run_and_a_result_becomes_one_version(mlflow: str, tmp_path: Path) -> None:
+    run = Setup(tmp_path).run()
+    config = MlflowConfig(uri=mlflow, experiment="attempts", registered_model="support.replies")
+    artifact = ArtifactStatus(uri="s3://models/support/v1", manifest_digest="sha256:0", size_bytes=1)
+
+    def points(*steps: int) -> list[Point]:
+        return [Point(step, 1e9 + step, {"train/loss": 1 / step}) for step in steps]
+
+    def status() -> str:
+        (only,) = runs_of(mlflow, "attempts")
+        return str(only["info"]["status"])
+
+    first = Mlflow(config, Subject(run, tmp_path, {}))
+    assert first.open()[1] == -1
+    first.send(points(1, 2, 3))
+    first.close(Ending(how="preempted"))
+    assert status() == "RUNNING"
+    second = Mlflow(config, Subject(run, tmp_path, {}))
+    assert second.open()[1] == 3
+    second.send(points(4))
+    second.close(Ending(how="failed", message="NonFiniteLoss: at step 5"))
+    assert status() == "FAILED"
+    for _ in range(2):  # the answer to the first may be lost
+        third = Mlflow(config, Subject(run, tmp_path, {}))
+        third.open()
+        assert third.close(Ending(how="succeeded", artifact=artifact)) == "version 1 of support.replies"
+    assert status() == "FINISHED"
+    (version,) = ask(mlflow, "model-versions/search?filter=name%3D%27support.replies%27")["model_versions"]
+    assert (version["source"], version["version"]) == ("s3://models/support/v1", "1")
 
 
 def _trackers_of(parent: int) -> list[int]:
