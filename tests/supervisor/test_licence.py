@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,25 @@ def test_another_licence_is_refused_in_preflight(
     assert (ended.code, ended.last.reason) == (66, "LicenceRefused")
     assert told in ended.last.message
     assert not any(path.is_file() for path in setup.output.rglob("*"))
+
+
+def test_cards_end_with_where_the_result_comes_from(tmp_path: Path) -> None:
+    from finetune_trainer import provenance
+
+    for folder in (tmp_path, tmp_path / "merged"):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text("# A model\n")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"a")
+    (tmp_path / "merged" / "model.safetensors").write_bytes(b"b")
+    origin = {
+        "model": {"uri": "hf://org/base", "revision": "abc", "digest": "sha256:1"},
+        "data": {"train": {"uri": "s3://d/t.jsonl", "digest": "sha256:2", "bytes": 1}},
+        "image": "trainer:1",
+    }
+    provenance.add_to_cards(tmp_path, origin)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# A model\n\n## Origin\n")
+    assert "| base model hf://org/base | abc sha256:1 |" in card
+    assert "| train rows | sha256:2 |" in card
+    assert f"| adapter_model.safetensors | sha256:{hashlib.sha256(b'a').hexdigest()} |" in card
+    assert hashlib.sha256(b"b").hexdigest() in (tmp_path / "merged" / "README.md").read_text()
