@@ -45,7 +45,7 @@ def test_a_folder_that_is_no_safe_model_is_refused(paths: tuple[str, ...], reaso
 def test_only_safe_and_useful_files_of_a_model_are_wanted() -> None:
     more = ("chat_template.jinja", "pytorch_model.bin", "modeling_x.py", "original/params.json", "README.md", "a.gguf")
     wanted = fetch.wanted_files(entries(*GOOD, *more), "x")
-    assert {entry.path for entry in wanted} == {*GOOD, "chat_template.jinja"}
+    assert {entry.path for entry in wanted} == {*GOOD, "chat_template.jinja", "README.md"}  # names the licence
     without = fetch.wanted_files(entries(*GOOD), "x", weights=False)
     assert {entry.path for entry in without} == set(GOOD[:2])
 
