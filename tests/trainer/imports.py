@@ -5,7 +5,11 @@ from __future__ import annotations
 import gc
 from importlib import import_module
 
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from finetune_trainer import lean
+
+lean.without_trackers()
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 _MODULES = (
     "trainer.forked",

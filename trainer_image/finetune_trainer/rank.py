@@ -20,6 +20,7 @@ from types import FrameType
 from finetune_api.names import SCRATCH_ROOT
 from finetune_api.reasons import REASONS
 from finetune_api.run import RunConfig, parse
+from finetune_trainer import lean
 from finetune_trainer.diagnosis import failed_from
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
@@ -69,6 +70,7 @@ def _flag(number: int, frame: FrameType | None) -> None:
 
 def _quieten() -> None:
     """No network, no advice, no progress bars: the log is read by people who look for an error."""
+    lean.without_trackers()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
