@@ -1,5 +1,5 @@
-"""Keeps trackers' libraries out of the ranks: Accelerate imports MLflow and W&B wherever they are installed, which takes
-seconds and starts threads. Called by `rank` before anything heavy is imported.
+"""Keeps trackers' libraries out of the ranks: Accelerate imports MLflow and W&B wherever they are installed, which
+takes seconds and starts threads. Called by `rank` before anything heavy is imported.
 """
 
 from __future__ import annotations
