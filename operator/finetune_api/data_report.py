@@ -98,6 +98,7 @@ class SplitReport(LenientModel):
     rows: int = Field(description="Usable rows.")
     examples: int = Field(description="Rows of an epoch: with weights, other than `rows`.")
     read: int = Field(description="Rows in the files; 0 where held out.")
+    left_out: int = Field(default=0, description="Usable rows that a weight below 1 leaves out of every epoch.")
     dropped: int = 0
     dropped_rows: tuple[DroppedRow, ...] = ()
     duplicates: Duplicates = Field(default_factory=Duplicates)

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune_api.evaluation import Evaluation
 from finetune_api.model import LenientModel
+from finetune_api.status import DataStatus
 
 
 class PhaseEvent(LenientModel):
@@ -30,6 +31,15 @@ class DecisionEvent(LenientModel):
     topic: str
     choice: str
     reason: str
+
+
+class DataEvent(LenientModel):
+    """What the rows turned out to be; the whole report lies in a file."""
+
+    type: Literal["data"] = "data"
+    time: float
+    path: str
+    data: DataStatus
 
 
 class PlanEvent(LenientModel):
@@ -189,6 +199,7 @@ class ErrorEvent(LenientModel):
 Event = Annotated[
     PhaseEvent
     | DecisionEvent
+    | DataEvent
     | PlanEvent
     | StepEvent
     | EvalEvent

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from finetune_api.model import LenientModel
-from finetune_api.status import CheckpointStatus, ModelStatus, OverfittingStatus
+from finetune_api.status import CheckpointStatus, DataStatus, ModelStatus, OverfittingStatus
 
 MAX_BODY_BYTES = 16384
 
@@ -50,4 +50,5 @@ class Progress(LenientModel):
     overfitting: OverfittingStatus | None = None
     checkpoint: CheckpointStatus | None = None
     model: ModelStatus | None = None
+    data: DataStatus | None = None
     gpus: tuple[GpuSample, ...] = ()

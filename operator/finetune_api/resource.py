@@ -14,8 +14,9 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.model import LenientModel, Model, Rule, as_admitted
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH
+from finetune_api.spec_data import ColumnsSpec, DatasetSpec, SourceSpec, TestSpec, ValidationSpec
 from finetune_api.spec_hardware import DistributionSpec, GpuSpec, PodSpec, ResourcesSpec, TolerationSpec
-from finetune_api.spec_inputs import BaseModelSpec, DatasetSpec, SecretRef, TestSpec, ValidationSpec
+from finetune_api.spec_inputs import BaseModelSpec, SecretRef
 from finetune_api.spec_outcome import (
     CheckpointSpec,
     EvaluationSpec,
@@ -31,6 +32,7 @@ from finetune_api.status import Status
 __all__ = [
     "BaseModelSpec",
     "CheckpointSpec",
+    "ColumnsSpec",
     "DatasetSpec",
     "DistributionSpec",
     "EarlyStoppingSpec",
@@ -48,6 +50,7 @@ __all__ = [
     "ResourcesSpec",
     "RunPolicySpec",
     "SecretRef",
+    "SourceSpec",
     "Spec",
     "TestSpec",
     "TolerationSpec",

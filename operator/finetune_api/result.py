@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from finetune_api.model import LenientModel
-from finetune_api.status import ArtifactStatus, CheckpointStatus, EvaluationStatus, ModelStatus
+from finetune_api.status import ArtifactStatus, CheckpointStatus, DataStatus, EvaluationStatus, ModelStatus
 
 LIMIT_BYTES = 4096
 
@@ -30,6 +30,7 @@ class Result(LenientModel):
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
     model: ModelStatus | None = None
+    data: DataStatus | None = None
 
 
 def encode(result: Result) -> str:

@@ -14,10 +14,12 @@ from finetune_api.model import Model
 from finetune_api.names import SCRATCH_ROOT, TRAINER_METRICS_PORT
 from finetune_api.resource import (
     CheckpointSpec,
+    ColumnsSpec,
     EvaluationSpec,
     LoraSpec,
     TrainingSpec,
 )
+from finetune_api.spec_data import DataFormat
 
 
 class Location(Model):
@@ -47,18 +49,39 @@ class ModelConfig(Model):
     operator_licenses: tuple[str, ...] = Field(default=(), description="By the operator's settings. Empty means any.")
 
 
+class DataSource(Model):
+    """A place of training rows, and how they are read."""
+
+    location: Location
+    format: DataFormat = "auto"
+    columns: ColumnsSpec | None = None
+    weight: float = 1.0
+
+
 class DataConfig(Model):
     """The rows."""
 
-    train: Location
+    train: Location = Field(description="The training rows; with `sources`, the first of them.")
+    sources: tuple[DataSource, ...] = Field(default=(), description="Several places of training rows; else empty.")
     validation: Location | None = None
     validation_fraction: float | None = None
     test: Location | None = None
-    format: Literal["auto", "prompt-completion", "messages"] = "auto"
+    test_fraction: float | None = None
+    format: DataFormat = "auto"
+    columns: ColumnsSpec | None = None
+    labels: tuple[str, ...] = ()
+    chat_template: str | None = None
     max_sequence_length: int = 2048
     packing: bool = True
     shared_prefix: Literal["auto", "off"] = "auto"
     on_invalid: Literal["fail", "drop"] = "fail"
+
+    def places(self, split: str) -> tuple[DataSource, ...]:
+        """Where the rows of a split come from; none where it has none of its own."""
+        if split == "train" and self.sources:
+            return self.sources
+        location = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        return (DataSource(location=location, format=self.format, columns=self.columns),) if location else ()
 
 
 class WorldConfig(Model):

@@ -146,3 +146,8 @@ def has_parent_segment(uri: str) -> bool:
     """
     path = uri.split("://", 1)[-1]
     return any(part in ("..", ".", "") for part in path.removesuffix("/").split("/"))
+
+
+def is_file_name(text: str, suffix: str) -> bool:
+    """Whether a text is the plain name of a file of that kind."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None and text.endswith(suffix)

@@ -1,4 +1,4 @@
-"""spec.model and spec.dataset: what training starts from. Put together in `resource`."""
+"""spec.model: what training starts from; and how a Secret is named. Put together in `resource`."""
 
 from __future__ import annotations
 
@@ -70,83 +70,4 @@ class BaseModelSpec(Model):
         Rule("revision", "is for hf:// models only; for other places the content's digest is recorded",
              "!has(self.revision) || self.uri.startsWith('hf://')",
              lambda m: m.revision is None or m.uri.startswith("hf://")),
-    )  # fmt: skip
-
-
-class ValidationSpec(Model):
-    """Rows that are never trained on, used for the eval loss during training: a share, or a file of their own."""
-
-    fraction: float | None = Field(
-        default=None, gt=0, lt=0.5,
-        description="Share of the training rows that is held out, chosen by the seed. More than 0, less than 0.5.",
-    )  # fmt: skip
-    uri: s.DataUri | None = Field(default=None, description="A file of held-out rows, read like dataset.uri.")
-
-    rules = (
-        Rule("fraction", "give either fraction or uri, exactly one", "has(self.fraction) != has(self.uri)",
-             lambda m: (m.fraction is None) != (m.uri is None)),
-        clean_uri(),
-        not_yet("uri", "!has(self.uri) || !self.uri.matches('^(gs|az)://')",
-                 lambda m: m.uri is None or not m.uri.startswith(("gs://", "az://")), *REMOTE),
-    )  # fmt: skip
-
-
-class TestSpec(Model):
-    """Rows that decide nothing: their loss is reported before and after training."""
-
-    __test__ = False  # not a pytest class
-
-    uri: s.DataUri = Field(description="A file of rows, read like dataset.uri.")
-
-    rules = (
-        clean_uri(),
-        not_yet("uri", "!self.uri.matches('^(gs|az)://')",
-                 lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
-    )  # fmt: skip
-
-
-class DatasetSpec(Model):
-    """The examples to learn from."""
-
-    uri: s.DataUri = Field(
-        description="A JSON-lines file: s3://bucket/key, pvc://claim/path or hf://owner/dataset/file."
-    )
-    credentials_ref: SecretRef | None = Field(
-        default=None, description="Secret with the credentials for the data set's URIs."
-    )
-    format: Literal["auto", "prompt-completion", "messages", "text", "label-studio", "snorkel"] = Field(
-        default="auto",
-        description="Shape of a row. auto looks at the first row's keys: prompt and completion, or messages (a "
-        "list of role and content).",
-    )
-    validation: ValidationSpec | None = Field(default=None, description="Held-out rows for the eval loss.")
-    test: TestSpec | None = Field(default=None, description="Held-out rows, measured before and after training.")
-    max_sequence_length: int = Field(
-        default=2048, ge=8, le=1048576,
-        description="Longest row, in tokens. A longer row's completion is cut at the end; a row whose prompt alone "
-        "is that long has nothing left to learn and is treated by onInvalid.",
-    )  # fmt: skip
-    packing: bool = Field(
-        default=True,
-        description="Put several short rows into one sequence, so that little padding is computed. No row sees "
-        "another one, so the loss is the same.",
-    )
-    shared_prefix: Literal["auto", "off"] = Field(
-        default="auto",
-        description="Compute what rows of one sequence begin with alike (an instruction, a system prompt) once for all "
-        "of them; loss and gradients stay the same. auto does so where it saves work. Needs packing.",
-    )
-    on_invalid: Literal["fail", "drop"] = Field(
-        default="fail",
-        description="What happens to a row that can't be used: fail stops before training and names the rows, drop "
-        "leaves them out and counts them.",
-    )
-
-    rules = (
-        clean_uri(),
-        not_yet("uri", "!self.uri.matches('^(gs|az)://')",
-                 lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
-        not_yet("format", "self.format in ['auto', 'prompt-completion', 'messages']",
-                 lambda m: m.format in ("auto", "prompt-completion", "messages"),
-                 "this format", "use auto, prompt-completion or messages"),
     )  # fmt: skip

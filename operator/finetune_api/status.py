@@ -119,6 +119,23 @@ class ModelStatus(LenientModel):
     trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
 
 
+class DataStatus(LenientModel):
+    """What the rows turned out to be, before training; the whole of it is in finetune/data-report.json."""
+
+    rows: int = Field(default=0, description="Usable training rows.")
+    validation_rows: int | None = Field(default=None, description="Validation rows.")
+    test_rows: int | None = Field(default=None, description="Test rows.")
+    tokens: int | None = Field(default=None, description="Tokens of the training rows.")
+    label_share: float | None = Field(default=None, description="Share of these that is learnt, 0 to 1.")
+    dropped: int = Field(default=0, description="Rows that can't be used, of all splits.")
+    duplicates: int = Field(default=0, description="Rows that came before in their split.")
+    leaks: int = Field(default=0, description="Rows that another split holds too.")
+    truncated: int = Field(default=0, description="Rows that were cut to maxSequenceLength.")
+    warnings: tuple[str, ...] = Field(
+        default=(), description="What a person should look at; nothing is refused for it."
+    )
+
+
 class FailureStatus(LenientModel):
     """Why the last attempt ended."""
 
@@ -149,6 +166,7 @@ class Status(LenientModel):
     progress: ProgressStatus | None = Field(default=None, description="Where training stands.")
     checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
     model: ModelStatus | None = Field(default=None, description="What the base model turned out to be.")
+    data: DataStatus | None = Field(default=None, description="What the rows turned out to be.")
     artifact: ArtifactStatus | None = Field(default=None, description="The result.")
     evaluation: EvaluationStatus | None = Field(
         default=None, description="Losses per supervised token, and scores of generated answers."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune_api.resource import FineTuneJob
-from finetune_api.run import JobRef, Location, ProgressConfig, RunConfig, S3Config, TrackingConfig
+from finetune_api.run import DataSource, JobRef, Location, ProgressConfig, RunConfig, S3Config, TrackingConfig
 from finetune_operator.plan import plan
 from finetune_operator.settings import Settings
 
@@ -68,17 +68,20 @@ def local_run(
     output = _location(overrides.output or f"{job.metadata.name}-output", folder)
     model = _replaced("--model", planned.model.location, overrides.model, folder, notes)
     train = _replaced("--dataset", planned.data.train, overrides.dataset, folder, notes)
+    sources = () if overrides.dataset else tuple(_here(source, notes) for source in planned.data.sources)
     test = _replaced("--test", planned.data.test, overrides.test, folder, notes)
     validation = _replaced("--validation", planned.data.validation, overrides.validation, folder, notes)
     data = planned.data.model_copy(
         update={
             "train": train,
+            "sources": sources,
             "test": test,
+            "test_fraction": None if overrides.test else planned.data.test_fraction,
             "validation": validation,
             "validation_fraction": None if overrides.validation else planned.data.validation_fraction,
         }
     )
-    uid = _identity(job, output, (model, train, validation, test))
+    uid = _identity(job, output, (model, train, *(source.location for source in sources), validation, test))
     config = planned.model_copy(
         update={
             "job": JobRef(namespace="local", name=job.metadata.name, uid=uid, attempt=1),
@@ -142,6 +145,12 @@ def _replaced(
         if note not in notes:
             notes.append(note)
     return planned.model_copy(update={"credentials": None})
+
+
+def _here(source: DataSource, notes: list[str]) -> DataSource:
+    """A place of a mixture as this machine reads it."""
+    location = _replaced("--dataset", source.location, None, Path(), notes)
+    return source.model_copy(update={"location": location})
 
 
 def _location(given: str, folder: Path) -> Location:

@@ -14,7 +14,8 @@ _COMMANDS = (
      "exit codes: 0 done, 143 stopped (go on by the same command), 2 wrong file or option, else the trainer's, as "
      "`python -m finetune_trainer --help` lists them."),
     ("validate", validate, "check files, without a cluster", "Says what the API server would refuse: file:line, field, "
-     "value. Exit code 1 when anything is wrong."),
+     "value. With --data also what is in the rows: the data report that a run makes before training. Exit code 1 when "
+     "anything is wrong."),
     ("plan", show_plan, "show what would be created, without a cluster", "Shows world size, batches, strategy and the "
      "Kubernetes objects of the first attempt."),
     ("report", report, "make a result's report.html again", "Reads a finished result's finetune folder and writes "

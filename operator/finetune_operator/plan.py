@@ -13,6 +13,7 @@ from finetune_api import __version__, names
 from finetune_api.resource import BaseModelSpec, FineTuneJob, OutputSpec, SecretRef, Spec
 from finetune_api.run import (
     DataConfig,
+    DataSource,
     JobRef,
     Location,
     MlflowConfig,
@@ -45,8 +46,6 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
     Raises PlanError.
     """
     spec = job.spec
-    data_credentials = _credentials("dataset", spec.dataset.credentials_ref)
-    validation = spec.dataset.validation
     return RunConfig(
         job=JobRef(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt),
         model=ModelConfig(
@@ -55,17 +54,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
             allowed_licenses=spec.model.allowed_licenses,
             operator_licenses=settings.models.allowed_licenses,
         ),
-        data=DataConfig(
-            train=_location(spec.dataset.uri, data_credentials),
-            validation=_location(validation.uri, data_credentials) if validation and validation.uri else None,
-            validation_fraction=validation.fraction if validation else None,
-            test=_location(spec.dataset.test.uri, data_credentials) if spec.dataset.test else None,
-            format=_data_format(spec),
-            max_sequence_length=spec.dataset.max_sequence_length,
-            packing=spec.dataset.packing,
-            shared_prefix=spec.dataset.shared_prefix,
-            on_invalid=spec.dataset.on_invalid,
-        ),
+        data=_data(spec),
         method=spec.method.type,
         lora=spec.method.lora,
         training=spec.training,
@@ -134,11 +123,35 @@ def _refuse_more_shared_memory_than_memory(spec: Spec) -> None:
         )
 
 
-def _data_format(spec: Spec) -> Literal["auto", "prompt-completion", "messages"]:
-    chosen = spec.dataset.format
-    if chosen == "auto" or chosen == "prompt-completion" or chosen == "messages":
-        return chosen
-    raise PlanError("spec.dataset.format", chosen, "is not supported yet; use prompt-completion or messages")
+def _data(spec: Spec) -> DataConfig:
+    dataset = spec.dataset
+    credentials = _credentials("dataset", dataset.credentials_ref)
+    validation, test, places = dataset.validation, dataset.test, dataset.places()
+    sources = tuple(
+        DataSource(
+            location=_location(place.uri, credentials),
+            format=place.format or "auto",
+            columns=place.columns,
+            weight=place.weight,
+        )
+        for place in places
+    )
+    return DataConfig(
+        train=sources[0].location,
+        sources=sources if dataset.sources else (),
+        validation=_location(validation.uri, credentials) if validation and validation.uri else None,
+        validation_fraction=validation.fraction if validation else None,
+        test=_location(test.uri, credentials) if test and test.uri else None,
+        test_fraction=test.fraction if test else None,
+        format=dataset.format,
+        columns=dataset.columns,
+        labels=dataset.labels,
+        chat_template=dataset.chat_template,
+        max_sequence_length=dataset.max_sequence_length,
+        packing=dataset.packing,
+        shared_prefix=dataset.shared_prefix,
+        on_invalid=dataset.on_invalid,
+    )
 
 
 def _tracking(spec: Spec) -> TrackingConfig:

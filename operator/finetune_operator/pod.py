@@ -168,7 +168,8 @@ def _claims(job: FineTuneJob) -> tuple[_Mount, ...]:
     spec = job.spec
     validation = spec.dataset.validation.uri if spec.dataset.validation else None
     test = spec.dataset.test.uri if spec.dataset.test else None
-    read = [_claim(uri) for uri in (spec.model.uri, spec.dataset.uri, validation, test)]
+    train = [place.uri for place in spec.dataset.places()]
+    read = [_claim(uri) for uri in (spec.model.uri, *train, validation, test)]
     written = _claim(spec.output.uri)
     claims = dict.fromkeys(claim for claim in (*read, written) if claim)
     return tuple(

@@ -36,6 +36,8 @@ def worth_telling(before: Status, after: Status) -> tuple[str, str] | None:
             f"the validation loss rises ({overfits.best_loss:g} at step {overfits.best_step}, {overfits.loss:g} at "
             f"step {overfits.step}) while the training loss falls"
         )
+    if after.data and after.data.warnings and not (before.data and before.data.warnings):
+        return "DataWarning", "; ".join(after.data.warnings)
     reason = _reason(after, "Reconciling")
     stuck = after.phase == "Pending" and reason not in (CHECKING, STARTING)
     return (reason, after.message) if stuck and reason != _reason(before, "Reconciling") else None

@@ -19,6 +19,7 @@ from finetune_api.status import (
     CONDITION_SUSPENDED,
     CheckpointStatus,
     Condition,
+    DataStatus,
     EvaluationStatus,
     FailureStatus,
     ModelStatus,
@@ -66,6 +67,7 @@ def status(seen: Observed, outlook: Outlook, now: datetime) -> Status:
         progress=_progress(seen, outlook, reported, result),
         checkpoint=None if outlook.phase == "Succeeded" else _checkpoint(seen),
         model=_model(before.model, reported, result),
+        data=_data(seen, reported, result),
         artifact=(result.artifact if result else None) or before.artifact,
         evaluation=_evaluation(before.evaluation, reported, result),
         failure=None if outlook.phase == "Succeeded" else outlook.failure,
@@ -140,7 +142,7 @@ def _suspension_reason(of: Status) -> str:
 
 
 def _without_progress(of: Status) -> Status:
-    return of.model_copy(update={"progress": None, "checkpoint": None, "evaluation": None, "model": None})
+    return of.model_copy(update={"progress": None, "checkpoint": None, "evaluation": None, "model": None, "data": None})
 
 
 def _without_words(of: Status) -> Status:
@@ -259,6 +261,13 @@ def _newest(*checkpoints: CheckpointStatus | None) -> CheckpointStatus | None:
 
 def _model(before: ModelStatus | None, reported: Report | None, result: Result | None) -> ModelStatus | None:
     return (result.model if result else None) or (reported.progress.model if reported else None) or before
+
+
+def _data(seen: Observed, reported: Report | None, result: Result | None) -> DataStatus | None:
+    """Told by the preflight check first, and by the attempt's ranks again."""
+    checks = (pod.result.data for pod in (seen.preflight.pods if seen.preflight else ()) if pod.result)
+    told = (result.data if result else None, reported.progress.data if reported else None)
+    return next((data for data in (*told, seen.job.status.data, *checks) if data), None)
 
 
 def _evaluation(

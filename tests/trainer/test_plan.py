@@ -183,19 +183,6 @@ def test_grouped_by_length_a_run_begins_with_its_longest_step_and_pads_little() 
     assert grouped.step(1) != grouped.step(126)
 
 
-@given(st.integers(2, 500), st.floats(0.001, 0.499))
-def test_held_out_rows_are_disjoint_and_not_none(rows: int, fraction: float) -> None:
-    train, validation = plan.held_out(7, rows, fraction)
-    assert len(train) >= 1
-    assert len(validation) >= 1
-    assert sorted([*train, *validation]) == list(range(rows))
-
-
-def test_one_row_cant_be_split() -> None:
-    with pytest.raises(ValueError, match="1 rows can't be split"):
-        plan.held_out(7, 1, 0.1)
-
-
 def test_the_best_evaluation_is_the_first_of_the_lowest_and_patience_counts_the_rest() -> None:
     best: Best | None = None
     verdicts = []

@@ -236,7 +236,7 @@ _LONG = {"prompt": "fox " * 80, "completion": "a dog"}
 
 def test_bad_rows_are_dropped_and_counted_where_asked(models: dict[str, Path], tmp_path: Path) -> None:
     read = _prepare(models, tmp_path, [_GOOD, "{", _LONG, _GOOD], on_invalid="drop")
-    assert (len(read.examples), read.dropped, read.duplicates) == (2, 2, 1)
+    assert (len(read), read.dropped, read.duplicates) == (2, 2, 1)
     assert read.label_tokens < read.tokens
 
 
@@ -260,7 +260,8 @@ def test_rows_that_cant_be_used_are_refused_with_their_numbers(
 
 def test_rendering_a_row_imports_no_torch(models: dict[str, Path]) -> None:
     code = (
-        "import sys, pathlib; from finetune_trainer.render import Renderer, Row, Turn;"
+        "import sys, pathlib; from finetune_trainer.render import Renderer;"
+        "from finetune_trainer.rows import Row, Turn;"
         "r = Renderer.load(pathlib.Path(sys.argv[1]), 64);"
         "r.render(Row(1, (Turn('user', 'a'), Turn('assistant', 'b')))); assert 'torch' not in sys.modules"
     )

@@ -95,9 +95,9 @@ def test_what_isnt_utf8_is_told() -> None:
 
 
 def test_a_file_of_another_shape_is_told_with_its_keys() -> None:
-    read = _read({"text": "a", "label": 1})
+    read = _read({"headline": "a", "label": 1})
     assert read.format is None
-    assert "its keys: label, text" in read.problems[0].message
+    assert "its keys: headline, label" in read.problems[0].message
 
 
 def test_a_given_format_is_not_guessed() -> None:

@@ -1,20 +1,22 @@
-"""The rows of a run as splits of tokens: rendered once a node, mapped by all its ranks. Called by `story`."""
+"""The rows of a run as splits of tokens: rendered once a node, mapped by all its ranks. Called by `story`.
+
+Rank 0 writes the data report before anything is trained.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 
+from finetune_api import events
+from finetune_api.data_report import SplitName
 from finetune_api.run import RunConfig
-from finetune_trainer import rows, split, tokens
-from finetune_trainer.failure import Failed
+from finetune_trainer import certify, examples, inputs, rows, survey, tokens
 from finetune_trainer.paths import Paths
 from finetune_trainer.render import Renderer
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.split import Split
 from finetune_trainer.world import World
-
-_FIELD = {"train": "dataset.uri", "validation": "dataset.validation.uri", "test": "dataset.test.uri"}
 
 
 @dataclass(frozen=True)
@@ -44,76 +46,90 @@ class Data:
 
 def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data:
     """Raises Failed DatasetInvalid that numbers the rows. All ranks of a node wait for the first."""
-    renderer = Renderer.load(paths.model, run.data.max_sequence_length)
+    renderer = Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template)
     reporter.decision("rendering", *renderer.rule)
-    names = {
-        name: _key(run, paths, name)
-        for name, place in (
-            ("train", run.data.train),
-            ("validation", run.data.validation),
-            ("test", run.data.test),
-        )
-        if place is not None
-    }
+    given = {name: inputs.of(run.data, paths, name) for name in inputs.splits(run.data)}
+    names = {name: key(run, paths, files) for name, files in given.items()}
+    checks: tuple[str, ...] = ()
     if world.is_first_of_node:
-        for name, key in names.items():
+        checks = certify.certify(renderer, own=run.data.chat_template is None)
+        for name, files in given.items():
             tokens.build(
                 paths.token_cache,
-                key,
-                paths.data(name),
-                _FIELD[name],
-                format=run.data.format,
+                names[name],
+                files,
+                inputs.field(run.data, name),
                 on_invalid=run.data.on_invalid,
                 renderer=renderer,
                 alive=reporter.alive,
             )
     world.wait()
     loaded = {name: tokens.load(paths.token_cache, key) for name, key in names.items()}
-    _say(loaded["train"], reporter)
-    train, validation = split.whole(loaded["train"]), None
-    if "validation" in loaded:
-        validation = split.whole(loaded["validation"])
-    elif run.data.validation_fraction is not None:
-        train, validation = split.held_out(loaded["train"], run.training.seed, run.data.validation_fraction)
-    test = split.whole(loaded["test"]) if "test" in loaded else None
+    _say(loaded["train"], inputs.field(run.data, "train"), reporter)
+    surveyed = parts_of(run, loaded)
+    parts = {name: Split(loaded.get(name, loaded["train"]), one.index) for name, one in surveyed.items()}
+    if world.is_first:
+        _report(surveyed, run, paths, renderer, checks, reporter)
     keys = "/".join(names[name] for name in ("train", "validation") if name in names)
     return Data(
-        train,
-        validation,
-        test,
-        _samples(run, paths, test) if test is not None else (),
+        parts["train"],
+        parts.get("validation"),
+        parts.get("test"),
+        _samples(run, given, parts, renderer),
         renderer,
         hashlib.sha256(keys.encode()).hexdigest()[:32],
         loaded["train"].facts.dropped,
     )
 
 
-def _key(run: RunConfig, paths: Paths, name: str) -> str:
-    path = paths.data(name)
-    if not path.is_file():
-        raise Failed("DatasetNotFound", f"{_FIELD[name]}: no file was fetched; give the URI of one JSON-lines file")
+def parts_of(run: RunConfig, loaded: dict[SplitName, tokens.Tokens]) -> dict[SplitName, survey.Part]:
+    """Train, validation and test, from files of their own or held out of the training files."""
+    measured = {name: survey.Measured.of_tokens(one) for name, one in loaded.items()}
+    return survey.parts_of(measured, run.data.validation_fraction, run.data.test_fraction)
+
+
+def _report(
+    parts: dict[SplitName, survey.Part],
+    run: RunConfig,
+    paths: Paths,
+    renderer: Renderer,
+    checks: tuple[str, ...],
+    reporter: Reporter,
+) -> None:
+    found = survey.report(parts, longest=run.data.max_sequence_length, renderer=renderer, checks=checks)
+    paths.data_report.write_text(found.model_dump_json(by_alias=True, exclude_none=True))
+    reporter.report(events.DataEvent, path=str(paths.data_report), data=survey.summary(found))
+
+
+def key(run: RunConfig, paths: Paths, files: tuple[rows.Input, ...]) -> str:
     return tokens.key(
-        path,
+        files,
         paths.model,
         max_length=run.data.max_sequence_length,
-        format=run.data.format,
         on_invalid=run.data.on_invalid,
+        chat_template=run.data.chat_template,
     )
 
 
-def _samples(run: RunConfig, paths: Paths, test: Split) -> tuple[rows.Row, ...]:
-    """As many usable test rows as are wanted, from the whole file evenly: a file may be sorted."""
-    wanted = min(run.evaluation.answered, len(test))
-    if wanted == 0:
+def _samples(
+    run: RunConfig, given: dict[SplitName, tuple[rows.Input, ...]], parts: dict[SplitName, Split], renderer: Renderer
+) -> tuple[rows.Row, ...]:
+    """As many usable test rows as are wanted, of all of them evenly: a file may be sorted. A text asks nothing."""
+    test = parts.get("test")
+    wanted = min(run.evaluation.answered, len(test)) if test is not None else 0
+    if wanted == 0 or test is None:
         return ()
-    numbers = {test.line(index * len(test) // wanted) for index in range(wanted)}
-    return tuple(row for row in rows.read(paths.data("test"), run.data.format).rows if row.number in numbers)
+    name: SplitName = "test" if "test" in given else "train"
+    places = [int(test.index[index * len(test) // wanted]) for index in range(wanted)]
+    chosen = {(int(test.tokens.origins[place]), int(test.tokens.numbers[place])) for place in places}
+    found = examples.usable(given[name], inputs.field(run.data, name), renderer)
+    return tuple(row for row in found if (row.file, row.number) in chosen and not row.is_text)
 
 
-def _say(train: tokens.Tokens, reporter: Reporter) -> None:
+def _say(train: tokens.Tokens, where: str, reporter: Reporter) -> None:
     facts = train.facts
     found = [f"{len(train)} rows of format {facts.format}"]
     for count, what in ((facts.dropped, "dropped"), (facts.duplicates, "duplicates"), (facts.truncated, "cut")):
         if count:
             found.append(f"{count} {what}")
-    reporter.decision("rows", ", ".join(found), f"read from {_FIELD['train']}")
+    reporter.decision("rows", ", ".join(found), f"read from {where}")

@@ -18,6 +18,7 @@ def succeeded(state: TrainingState, artifact: ArtifactStatus, model: ModelStatus
         artifact=artifact,
         evaluation=state.evaluation,
         model=model,
+        data=state.data,
     )
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from finetune_api.manifest import Manifest
 from finetune_api.names import checkpoint_dir
-from finetune_api.run import DataConfig, JobRef, Location, RunConfig
-from finetune_trainer import digests, licence
+from finetune_api.run import JobRef, Location, RunConfig
+from finetune_trainer import containers, digests, inputs, licence
 from finetune_trainer.destination import owned
 from finetune_trainer.failure import Failed
 from finetune_trainer.paths import Paths
 from finetune_trainer.place import Entry, Place
-from finetune_trainer.store import Access, open_file, open_folder, resolved_revision
+from finetune_trainer.store import Access, open_file, open_files, open_folder, resolved_revision
 
 FILES_AT_ONCE = 4
 HISTORY = "history.jsonl"
@@ -115,23 +115,68 @@ def model(run: RunConfig, paths: Paths, access: Access, told: Told, *, weights: 
     return ModelFacts(resolved_revision(place), digests.of_files(found.items()), size, found_licence)
 
 
-def splits(data: DataConfig) -> dict[str, Location]:
-    """The files of the data set, by split."""
-    named = {"train": data.train, "validation": data.validation, "test": data.test}
-    return {split: location for split, location in named.items() if location is not None}
-
-
 def data(run: RunConfig, paths: Paths, access: Access, told: Told) -> dict[str, DataFacts]:
-    """Fills `paths.data(split)` for every split. Raises Failed(DatasetInvalid) for an empty file."""
+    """Fills `paths.data(split)`, or `paths.data_folder` where a split may have several files.
+
+    Raises Failed(DatasetInvalid) for an empty file, and Failed(DatasetNotFound) where there is none.
+    """
     facts = {}
-    for split, location in splits(run.data).items():
-        place, entry = open_file(location, "dataset", access)
-        if entry.size == 0:
-            raise Failed("DatasetInvalid", f"dataset: {location.display} ({split}) is empty")
-        told(f"fetching the {split} rows {location.display}: {entry.size / 1e6:,.1f} MB")
-        digest = place.download(entry, paths.data(split))
-        facts[split] = DataFacts(location.display, f"sha256:{digest}", entry.size)
+    for split in inputs.splits(run.data):
+        places = run.data.places(split)
+        if len(places) == 1 and not inputs.is_several(places[0]):
+            found, size = _one_file(places[0].location, split, paths.data(split), access, told)
+            facts[split] = DataFacts(places[0].location.display, f"sha256:{found}", size)
+            continue
+        shutil.rmtree(paths.data_folder(split, 0).parent, ignore_errors=True)
+        digests_of: dict[str, str] = {}
+        size = 0
+        for index, source in enumerate(places):
+            folder = paths.data_folder(split, index)
+            if not inputs.is_several(source):
+                name = PurePosixPath(source.location.display).name
+                digest, more = _one_file(source.location, split, folder / name, access, told)
+                digests_of[f"{index}/{name}"] = digest
+            else:
+                some, more = _several(source.location, split, folder, access, told)
+                digests_of |= {f"{index}/{name}": digest for name, digest in some.items()}
+            size += more
+        uri = ", ".join(source.location.display for source in places)
+        facts[split] = DataFacts(uri, digests.of_files(digests_of.items()), size)
     return facts
+
+
+def _one_file(location: Location, split: str, target: Path, access: Access, told: Told) -> tuple[str, int]:
+    place, entry = open_file(location, "dataset", access)
+    _refuse_empty(entry, location, split)
+    told(f"fetching the {split} rows {location.display}: {entry.size / 1e6:,.1f} MB")
+    return place.download(entry, target), entry.size
+
+
+def _several(location: Location, split: str, folder: Path, access: Access, told: Told) -> tuple[dict[str, str], int]:
+    """Of a folder, the files that are named as data; of a pattern, all that it names."""
+    place, entries = open_files(location, "dataset", access)
+    chosen, others = entries, 0
+    if "*" not in location.uri or location.uri.endswith("/"):
+        chosen = tuple(entry for entry in entries if containers.is_named_as_data(entry.path))
+        others = len(entries) - len(chosen)
+        if not chosen:
+            endings = ", ".join(containers.SUFFIXES)
+            raise Failed(
+                "DatasetNotFound", f"dataset.uri: {location.display}: none of its {others} files is named {endings}"
+            )
+    for entry in chosen:
+        _refuse_empty(entry, location, split)
+    size = sum(entry.size for entry in chosen)
+    left = f"; {others} other files are left alone" if others else ""
+    told(f"fetching the {split} rows {location.display}: {len(chosen)} files, {size / 1e6:,.1f} MB{left}")
+    return _download_all(place, chosen, folder), size
+
+
+def _refuse_empty(entry: Entry, location: Location, split: str) -> None:
+    if entry.size == 0:
+        name = PurePosixPath(entry.path).name
+        at = location.display if location.display.endswith(name) else f"{location.display}: {name}"
+        raise Failed("DatasetInvalid", f"dataset: {at} ({split}) is empty")
 
 
 def checkpoint(place: Place, steps: tuple[int, ...], job: JobRef, target: Path, told: Told) -> Resume | None:

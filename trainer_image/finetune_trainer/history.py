@@ -40,12 +40,18 @@ class History:
 
 
 def write_beside(
-    export: Path, history: str, samples: tuple[events.SampleEvent, ...], scored: Evaluation | None
+    export: Path,
+    history: str,
+    samples: tuple[events.SampleEvent, ...],
+    scored: Evaluation | None,
+    data_report: Path | None = None,
 ) -> None:
-    """history.jsonl, samples.jsonl and evaluation.json into the result's finetune folder."""
+    """history.jsonl, samples.jsonl, evaluation.json and data-report.json into the result's finetune folder."""
     target = export / names.HISTORY_PATH
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(history)
+    if data_report is not None and data_report.is_file():
+        (export / names.DATA_REPORT_PATH).write_bytes(data_report.read_bytes())
     if samples:
         lines = (events.encode(sample) for sample in sorted(samples, key=lambda sample: sample.index))
         (export / names.SAMPLES_PATH).write_text("".join(f"{line}\n" for line in lines))

@@ -26,8 +26,17 @@ class Paths:
         return self.scratch / "model"
 
     def data(self, split: str) -> Path:
-        """Rows of a split (train, validation, test) as JSON lines, as they were fetched."""
+        """The one file of a split (train, validation, test) as it was fetched, whatever it holds."""
         return self.scratch / "data" / f"{split}.jsonl"
+
+    def data_folder(self, split: str, place: int) -> Path:
+        """The files of a split's n-th place, under their own names, where a split may have several."""
+        return self.scratch / "data" / split / str(place)
+
+    @property
+    def data_report(self) -> Path:
+        """What the rows turned out to be; written by rank 0 before training."""
+        return self.scratch / "data-report.json"
 
     @property
     def token_cache(self) -> Path:

@@ -202,17 +202,6 @@ def order_by_length(seed: int, epoch: int, lengths: NDArray[np.int64], batch: in
     return np.concatenate([begun, steps.reshape(-1), ordered[whole:]])
 
 
-def held_out(seed: int, rows: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(train, validation) as sorted indices; at least one of each. Raises ValueError where that can't be."""
-    count = max(1, round(rows * fraction))
-    if count >= rows:
-        raise ValueError(f"{rows} rows can't be split into train and validation")
-    chosen = np.random.Generator(np.random.PCG64([seed, 0x5EED])).permutation(rows)[:count]
-    mask = np.zeros(rows, dtype=bool)
-    mask[chosen] = True
-    return np.flatnonzero(~mask), np.flatnonzero(mask)
-
-
 def cut(
     chosen: Sequence[int], lengths: NDArray[np.int64], shape: Shape, prefixes: Prefixes | None = None
 ) -> tuple[tuple[Micro, ...], ...]:

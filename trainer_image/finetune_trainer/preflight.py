@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import json
 
+from finetune_api.data_report import SplitName
 from finetune_api.result import Result
 from finetune_api.run import RunConfig
-from finetune_api.status import ModelStatus
-from finetune_trainer import destination, fetch, rows
+from finetune_api.status import DataStatus, ModelStatus
+from finetune_trainer import destination, fetch, inputs, rows
 from finetune_trainer.destination import Destination
 from finetune_trainer.failure import Failed
 from finetune_trainer.fetch import Told
 from finetune_trainer.paths import Paths
 from finetune_trainer.place import Place
 from finetune_trainer.store import Access, open_folder
-
-FIELDS = {"train": "dataset.uri", "validation": "dataset.validation.uri", "test": "dataset.test.uri"}
 
 
 def check(run: RunConfig, paths: Paths, access: Access, told: Told) -> Result:
@@ -28,11 +27,10 @@ def check(run: RunConfig, paths: Paths, access: Access, told: Told) -> Result:
         return Result(outcome="succeeded", message="the result is there already")
     model = fetch.model(run, paths, access, told, weights=False)
     fetch.data(run, paths, access, told)
-    sentence = check_tokens(run, paths, told)
+    sentence, data = check_tokens(run, paths, told)
     # The digest covers all files, so it isn't known before the weights are here.
-    return Result(
-        outcome="succeeded", message=sentence, model=ModelStatus(revision=model.revision, license=model.license)
-    )
+    found = ModelStatus(revision=model.revision, license=model.license)
+    return Result(outcome="succeeded", message=sentence, model=found, data=data)
 
 
 def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[Place, Destination]:
@@ -58,39 +56,58 @@ def check_positions(config: bytes, longest: int, field: str) -> None:
 
 def check_rows(run: RunConfig, paths: Paths, told: Told) -> None:
     """Every row has the shape it should, and one is left. Raises Failed(DatasetInvalid) with row numbers."""
-    for split in fetch.splits(run.data):
-        found = rows.read(paths.data(split), run.data.format)
-        told(f"{FIELDS[split]}: {len(found.rows)} rows, {len(found.problems)} unusable, {found.duplicates} duplicates")
-        if not found.rows or (found.problems and run.data.on_invalid == "fail"):
-            listed = rows.listing(found.problems) or "it is empty"
+    for split in inputs.splits(run.data):
+        where = inputs.field(run.data, split)
+        count, problems, seen, formats = 0, [], set(), []
+        files = inputs.of(run.data, paths, split)
+        for index, file in enumerate(files):
+            stream, _ = rows.stream(file, where, file=index, named=len(files) > 1)
+            for row in stream:
+                if isinstance(row, rows.Problem):
+                    problems.append(row)
+                else:
+                    count += 1
+                    seen.add(rows.digest(row))
+            formats.append(stream.format or "no readable row")
+        said = ", ".join(dict.fromkeys(formats))
+        told(f"{where}: {count} rows of {said}, {len(problems)} unusable, {count - len(seen)} duplicates")
+        if not count or (problems and run.data.on_invalid == "fail"):
+            listed = rows.listing(problems) or "it is empty"
             remedy = "" if run.data.on_invalid == "drop" else "; mend them, or set dataset.onInvalid: drop"
-            left = "" if found.rows else ", and no usable one is left"
-            raise Failed(
-                "DatasetInvalid",
-                f"{FIELDS[split]}: {len(found.problems)} rows can't be used{left}: {listed}{remedy}",
-            )
+            left = "" if count else ", and no usable one is left"
+            raise Failed("DatasetInvalid", f"{where}: {len(problems)} rows can't be used{left}: {listed}{remedy}")
 
 
-def check_tokens(run: RunConfig, paths: Paths, told: Told) -> str:
-    """As `check_rows`, and once tokenized there is something to learn in each row. Returns what was counted."""
-    from finetune_trainer.examples import prepare
+def check_tokens(run: RunConfig, paths: Paths, told: Told) -> tuple[str, DataStatus]:
+    """As `check_rows`, and once tokenized there is something to learn in each row. Tells the data report, and returns
+    what was counted."""
+    from finetune_trainer import certify, data, survey, survey_text, tokens
     from finetune_trainer.render import Renderer
 
-    renderer = Renderer.load(paths.model, run.data.max_sequence_length)
-    counted = []
-    for split in fetch.splits(run.data):
-        found = prepare(
-            paths.data(split),
-            FIELDS[split],
-            format=run.data.format,
+    renderer = Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template)
+    checks = certify.certify(renderer, own=run.data.chat_template is None)
+    loaded: dict[SplitName, tokens.Tokens] = {}
+    for split in inputs.splits(run.data):
+        where, files = inputs.field(run.data, split), inputs.of(run.data, paths, split)
+        loaded[split] = tokens.build(
+            paths.token_cache,
+            data.key(run, paths, files),
+            files,
+            where,
             on_invalid=run.data.on_invalid,
             renderer=renderer,
         )
-        longest = max(len(example.ids) for example in found.examples)
-        check_positions((paths.model / "config.json").read_bytes(), longest, FIELDS[split])
-        counted.append(
-            f"{split}: {len(found.examples)} rows, {found.tokens} tokens of which {found.label_tokens} are learnt, "
-            f"{found.dropped} rows dropped, {found.truncated} cut, {found.duplicates} duplicates"
-        )
-        told(counted[-1])
-    return "; ".join(counted)
+        longest = int(loaded[split].lengths.max())
+        check_positions((paths.model / "config.json").read_bytes(), longest, where)
+    found = survey.report(
+        data.parts_of(run, loaded), longest=run.data.max_sequence_length, renderer=renderer, checks=checks
+    )
+    for line in survey_text.lines(found):
+        told(line)
+    paths.data_report.write_text(found.model_dump_json(by_alias=True, exclude_none=True))
+    counted = "; ".join(
+        f"{split.split}: {split.rows} rows, {split.tokens} tokens of which {split.label_tokens} are learnt, "
+        f"{split.dropped} rows dropped, {split.truncated.rows} cut, {split.duplicates.rows} duplicates"
+        for split in found.splits
+    )
+    return counted, survey.summary(found)

@@ -53,6 +53,7 @@ def progress_of(
         overfitting=state.overfitting,
         checkpoint=checkpoint,
         model=model,
+        data=state.data,
     )
 
 

@@ -7,12 +7,13 @@ prompt, tokenised alone) is the prompt, what follows up to the stop token is lea
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_trainer.failure import Failed
-from finetune_trainer.rows import Problem, Row, Turn
+from finetune_trainer.rows import Problem, Row
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Example:
     ids: tuple[int, ...]
     learnt: tuple[bool, ...]
     source: int = 0
+    whole: int = 0  # tokens before it was cut
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -69,6 +71,19 @@ def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
     return frozenset(found)
 
 
+def chat_template(folder: Path, given: str | None) -> str | None:
+    """The text of dataset.chatTemplate, or None where the tokenizer's own counts. Raises Failed InvalidConfig."""
+    if given is None or "{" in given:
+        return given
+    path = folder / given
+    if path.parent != folder or not path.is_file():
+        raise Failed("InvalidConfig", f"dataset.chatTemplate: the model's folder has no file {given!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise Failed("InvalidConfig", f"dataset.chatTemplate: {given!r} isn't UTF-8") from None
+
+
 class Renderer:
     """Renders rows for one tokenizer. `rule` says how, for people."""
 
@@ -81,12 +96,17 @@ class Renderer:
         self._max_length = max_length
         self._encoder_decoder = encoder_decoder
         self._chat = bool(tokenizer.chat_template) and not encoder_decoder
+        self._stop_texts = tuple(str(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))
         added = list(tokenizer("").input_ids)
         self._first = [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
 
     @classmethod
-    def load(cls, folder: Path, max_length: int) -> Renderer:
+    def load(cls, folder: Path, max_length: int, template: str | None = None) -> Renderer:
+        """`template` is dataset.chatTemplate: a Jinja text or the name of a file in the folder."""
         tokenizer = load_tokenizer(folder)
+        given = chat_template(folder, template)
+        if given is not None:
+            tokenizer.chat_template = given
         return cls(
             tokenizer,
             stop_tokens(tokenizer, folder),
@@ -122,56 +142,88 @@ class Renderer:
             )
         return "plain text", "the tokenizer has no chat template: prompt, completion and an end token, nothing between"
 
+    @property
+    def chat(self) -> bool:
+        """Whether turns go through a chat template."""
+        return self._chat
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """The token that the tokenizer puts before any text, if it does."""
+        return tuple(self._first)
+
     def render(self, row: Row) -> Example | Problem:
         """The row's tokens, cut to the longest length, or why nothing is left to learn."""
+        return self._rendered(row, self._max_length)
+
+    def whole(self, row: Row) -> Example | Problem:
+        """As `render`, however long it is."""
+        return self._rendered(row, sys.maxsize)
+
+    def _rendered(self, row: Row, most: int) -> Example | Problem:
+        if row.is_text and self._encoder_decoder:
+            return Problem(row.number, "a text has no prompt for the encoder; give prompt and completion")
         if not self._chat and not row.plain:
-            return Problem(row.number, "messages need a chat template, which this tokenizer doesn't have")
+            return Problem(
+                row.number,
+                "messages need a chat template, which this tokenizer doesn't have; give one in dataset.chatTemplate",
+            )
         try:
-            pieces = self._turns(row.turns) if self._chat else self._plain(row.turns)
+            pieces = self._pieces_of(row)
         except TemplateRefusal as refusal:
             return Problem(row.number, f"the chat template refuses it: {refusal}")
+        except EndsEarly as early:
+            return Problem(row.number, str(early))
         ids = [token for piece, _ in pieces for token in piece]
         learnt = [flag for piece, flag in pieces for _ in piece]
         source = len(pieces[0][0]) if self._encoder_decoder else 0
         if self._encoder_decoder and source == 0:
             return Problem(row.number, "the prompt is empty, and an encoder needs at least one token")
         learnt[0] = False  # nothing comes before it that could predict it
-        if not any(learnt[: self._max_length]):
+        if not any(learnt[:most]):
             first = learnt.index(True) if any(learnt) else len(ids)
             return Problem(
                 row.number,
-                f"the prompt has {first} tokens, so of dataset.maxSequenceLength {self._max_length} none is left "
-                "to learn",
+                f"the prompt has {first} tokens, so of dataset.maxSequenceLength {most} none is left to learn",
             )
-        end = self._max_length
-        return Example(row.number, tuple(ids[:end]), tuple(learnt[:end]), source)
+        return Example(row.number, tuple(ids[:most]), tuple(learnt[:most]), source, len(ids))
 
     def prompt(self, row: Row) -> list[int]:
         """What generation starts from: everything before the last answer, as at inference."""
         if self._encoder_decoder:
-            return self._source(row.turns[0].content)
+            return self._source(row.bare or row.turns[0].content)
         if not self._chat:
-            return self._first_once(self._ids(row.turns[0].content))
-        return self._ids(self._template(row.turns[:-1], answer=True))
+            return self._first_once(self._ids(row.bare or row.turns[0].content))
+        return self._ids(self._template(row, len(row.turns) - 1, answer=True))
 
-    def _plain(self, turns: tuple[Turn, ...]) -> list[tuple[list[int], bool]]:
-        prompt, completion = turns[0].content, turns[1].content
+    def _pieces_of(self, row: Row) -> list[tuple[list[int], bool]]:
+        if row.is_text:
+            ids = self._first_once(self._ids(row.turns[0].content))
+            return [(ids if ids[-1:] == [self._stop] else [*ids, self._stop], True)]
+        for turn in row.turns:
+            held = next((text for text in self._stop_texts if text in turn.content), None)
+            if held is not None and turn.role == "assistant" and turn.learnt:
+                raise EndsEarly(f"an answer holds the text {held!r}, which would end it there; take it out")
+        return self._turns(row) if self._chat else self._plain(row)
+
+    def _plain(self, row: Row) -> list[tuple[list[int], bool]]:
+        prompt, completion = row.bare or row.turns[0].content, row.turns[1].content
         if self._encoder_decoder:
             return [(self._source(prompt), False), ([*self._ids(completion), self._stop], True)]
         before, answer = self._split(prompt, prompt + completion)
         return [(self._first_once(before), False), ([*answer, self._stop], True)]
 
-    def _turns(self, turns: tuple[Turn, ...]) -> list[tuple[list[int], bool]]:
+    def _turns(self, row: Row) -> list[tuple[list[int], bool]]:
         """Alternating prompt and answer pieces; every answer ends with a stop token, the last one at the very end."""
-        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        answers = [index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.learnt]
         # Some templates render an earlier answer differently once another follows (they drop its reasoning): then
         # the last answer alone is learnt, seen after exactly what inference would show.
-        pieces = self._pieces(turns, answers) or self._pieces(turns, answers[-1:])
+        pieces = self._pieces(row, answers) or self._pieces(row, answers[-1:])
         if pieces is None:
             raise Failed(
                 "ModelInvalid",
                 "model.uri: the chat template renders a prompt alone differently from the same prompt with its answer, "
-                "so what is learnt can't be told apart; mend chat_template",
+                "so what is learnt can't be told apart; mend chat_template, or give one in dataset.chatTemplate",
             )
         rendered: list[tuple[list[int], bool]] = []
         for before, answer in pieces:
@@ -183,27 +235,33 @@ class Renderer:
             last.append(self._stop)
         return rendered[:-1]  # nothing follows the last stop token
 
-    def _pieces(self, turns: tuple[Turn, ...], answers: list[int]) -> list[tuple[str, str]] | None:
+    def _pieces(self, row: Row, answers: list[int]) -> list[tuple[str, str]] | None:
         """(what comes before, the answer) of each answer, or None where one rendering is no prefix of the next."""
         pieces: list[tuple[str, str]] = []
         done = ""
         for index in answers:
-            before = self._template(turns[:index], answer=True)
-            whole = self._template(turns[: index + 1])
+            before = self._template(row, index, answer=True)
+            whole = self._template(row, index + 1)
             if not before.startswith(done) or not whole.startswith(before):
                 return None
             pieces.append((before[len(done) :], whole[len(before) :]))
             done = whole
         return pieces
 
-    def _template(self, turns: tuple[Turn, ...], *, answer: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
-
-        chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+    def _template(self, row: Row, end: int, *, answer: bool = False) -> str:
+        """The first `end` turns, and with `answer` what begins the next one."""
+        chat = [
+            {"role": turn.role, "content": turn.content, **(json.loads(turn.more) if turn.more else {})}
+            for turn in row.turns[:end]
+        ]
+        tools = json.loads(row.tools) if row.tools else None
+        apply = self._tokenizer.apply_chat_template
         try:
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer))
-        except TemplateError as error:
+            return str(apply(chat, tools=tools, tokenize=False, add_generation_prompt=answer))
+        except (ValueError, KeyError) as error:  # transformers' own: no such template for tools
             raise TemplateRefusal(error) from None
+        except Exception as error:  # a template is a program: it may raise anything
+            raise TemplateRefusal(f"{type(error).__name__}: {error}" if not _says_why(error) else error) from None
 
     def _split(self, before: str, whole: str) -> tuple[list[int], list[int]]:
         """Tokens of the prompt exactly as at inference, and those that follow it."""
@@ -224,3 +282,14 @@ class Renderer:
 
 class TemplateRefusal(Exception):
     """A chat template's own raise_exception, such as roles that must alternate."""
+
+
+class EndsEarly(Exception):
+    """An answer that holds the text of a stop token."""
+
+
+def _says_why(error: Exception) -> bool:
+    """Whether it is the template's own raise_exception, whose words are meant for people."""
+    from jinja2.exceptions import TemplateError
+
+    return isinstance(error, TemplateError)

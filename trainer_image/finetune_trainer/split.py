@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_trainer import plan
 from finetune_trainer.failure import Failed
 from finetune_trainer.prefixes import Prefixes
 from finetune_trainer.tokens import Tokens
@@ -50,12 +50,62 @@ def whole(tokens: Tokens) -> Split:
     return Split(tokens, np.arange(len(tokens)))
 
 
-def held_out(tokens: Tokens, seed: int, fraction: float) -> tuple[Split, Split]:
-    """(train, validation), disjoint."""
-    try:
-        train, validation = plan.held_out(seed, len(tokens), fraction)
-    except ValueError as error:
-        raise Failed(
-            "DatasetInvalid", f"dataset.validation.fraction is {fraction}: {error}; give more rows or validation.uri"
-        ) from None
-    return Split(tokens, train), Split(tokens, validation)
+@dataclass(frozen=True)
+class Parts:
+    """Places of rows, disjoint; None where nothing was asked for."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64] | None
+    test: NDArray[np.int64] | None
+
+
+def held_out(digests: NDArray[np.uint8], validation: float | None, test: float | None) -> Parts:
+    """Which rows are held out depends on their content alone: a row stays where it is when others come or go, when the
+    other fraction changes, and in whichever file it is; equal rows stay together. The least is one row.
+
+    `digests` are 16 bytes a row. Raises Failed where nothing would be left to train on.
+    """
+    places = _places(digests[:, :8])
+    low, high = _lowest(places, test), _lowest(1 - places, validation)
+    if test is not None and validation is not None:
+        low &= ~high
+    for fraction, taken, name in ((validation, high, "validation"), (test, low, "test")):
+        if fraction is not None and (not taken.any() or (low | high).all()):
+            raise Failed(
+                "DatasetInvalid",
+                f"dataset.{name}.fraction is {fraction}: {len(digests)} rows can't be split; give more rows or "
+                f"{name}.uri",
+            )
+    return Parts(
+        np.flatnonzero(~(low | high)),
+        np.flatnonzero(high) if validation is not None else None,
+        np.flatnonzero(low) if test is not None else None,
+    )
+
+
+def mixture(
+    digests: NDArray[np.uint8], origins: NDArray[np.int32], index: NDArray[np.int64], files: Sequence[float]
+) -> NDArray[np.int64]:
+    """The rows of an epoch: each of `index` as often as its file's weight says. Of a weight's fraction, the rows whose
+    content's number is lowest come once more, so that they are the same ones in every run."""
+    weights = np.asarray(files, np.float64)[origins[index]]
+    if (weights == 1).all():
+        return index
+    often = np.floor(weights).astype(np.int64) + (_places(digests[index, 8:]) < weights % 1)
+    if not often.any():
+        raise Failed("DatasetInvalid", "dataset.sources: the weights leave no row; raise one")
+    return np.repeat(index, often)
+
+
+def _places(digests: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """8 bytes → a number from 0 to below 1, evenly spread."""
+    numbers = np.ascontiguousarray(digests).view(">u8").ravel()
+    return (numbers >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _lowest(places: NDArray[np.float64], fraction: float | None) -> NDArray[np.bool_]:
+    """Those below the fraction, one at least."""
+    if fraction is None:
+        return np.zeros(len(places), np.bool_)
+    chosen: NDArray[np.bool_] = places < fraction
+    return chosen if chosen.any() else places == places.min()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from finetune_api import events as e
 from finetune_api.evaluation import Evaluation
-from finetune_api.status import EvaluationStatus, OverfittingStatus
+from finetune_api.status import DataStatus, EvaluationStatus, OverfittingStatus
 from finetune_trainer.overfitting import Point, signal
 
 _SPEED_STEPS = 20
@@ -28,6 +28,8 @@ class TrainingState:
     """`step` counts from the very first attempt, `steps_here` in this one. Losses are means per supervised token."""
 
     phase: str = "starting"
+    data: DataStatus | None = None
+    data_report: str = ""
     plan: e.PlanEvent | None = None
     step: int = 0
     steps_here: int = 0
@@ -103,6 +105,8 @@ def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> Tr
     match event:
         case e.PhaseEvent():
             return replace(state, phase=event.phase)
+        case e.DataEvent():
+            return replace(state, data=event.data, data_report=event.path)
         case e.PlanEvent():
             return replace(state, plan=event, step=max(state.step, event.start_step), halvings=event.halvings)
         case e.StepEvent():

@@ -5,6 +5,7 @@ Used by fetch, destination, preflight and upload. Credentials are read here, fro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,38 @@ def open_file(location: Location, role: Role, access: Access) -> tuple[Place, En
     entry = place.head(name)
     if entry is None:
         place.list()  # tells a missing bucket from a missing file
-        raise Failed(NOT_FOUND[role], f"{FIELD[role]}: {location.display} isn't there, or is no file")
+        raise Failed(
+            NOT_FOUND[role],
+            f"{FIELD[role]}: {location.display} isn't there, or is no file (a folder has / at its end)",
+        )
     return place, entry
+
+
+def open_files(location: Location, role: Role, access: Access) -> tuple[Place, tuple[Entry, ...]]:
+    """The files that a folder (a URI with / at its end) or a pattern (with *) names, sorted; ** reaches into folders.
+
+    A place's other files come too: who asks decides by their names. Raises Failed where there is none.
+    """
+    uri = location.uri
+    at = uri.index("*") if "*" in uri else len(uri)
+    root = uri[: uri.rindex("/", 0, at)]
+    pattern = uri[len(root) + 1 :]
+    if uri.startswith("hf://"):
+        owner, dataset, below = [*root.removeprefix("hf://").split("/", 2), ""][:3]
+        root, pattern = f"hf://{owner}/{dataset}", f"{below}/{pattern}" if below else pattern
+    place = open_folder(location.model_copy(update={"uri": root}), role, access)
+    matches = re.compile(_as_regex(pattern)).fullmatch
+    found = tuple(entry for entry in place.list() if matches(entry.path))
+    if not found:
+        raise Failed(NOT_FOUND[role], f"{FIELD[role]}: {location.display}: no file is there that this names")
+    return place, found
+
+
+def _as_regex(pattern: str) -> str:
+    """`*` stays within a folder, `**` doesn't, and an empty pattern or one that ends with / is all below it."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
+    said = "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*)", pattern))
+    return said + ".*" if not pattern or pattern.endswith("/") else said
 
 
 def resolved_revision(place: Place) -> str | None:

@@ -208,7 +208,8 @@ class Supervisor:
             raise Failed("TrainingError", "the ranks ended without a result and without an error")
         self._enter("uploading", f"uploading to {run.output.display}")
         export = Path(saved.path)
-        history.write_beside(export, self._history.text(), self._state.samples_shown, self._state.scored)
+        shown, scored = self._state.samples_shown, self._state.scored
+        history.write_beside(export, self._history.text(), shown, scored, node.paths.data_report)
         figures = provenance.metrics(self._state)
         self._recording.add_files(export, self._history, figures)
         origin = provenance.provenance(run, inputs.model, inputs.data, self._state)

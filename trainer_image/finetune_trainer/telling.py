@@ -12,6 +12,9 @@ def tell(log: Log, event: e.Event) -> None:
     match event:
         case e.DecisionEvent():
             log.info(f"{event.topic}={event.choice} ({event.reason})")
+        case e.DataEvent():
+            for warning in event.data.warnings:
+                log.warning(f"data: {warning}")
         case e.SkippedEvent():
             one = event.first == event.step
             said = f"step {event.step} changes" if one else f"steps {event.first} to {event.step} change"

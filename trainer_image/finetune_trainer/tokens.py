@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_api.data_report import FileReport
 from finetune_trainer import digests, examples, prefixes
 from finetune_trainer.prefixes import Prefixes
 from finetune_trainer.render import Renderer
+from finetune_trainer.rows import Input, Problem
 
-_VERSION = 2
+_VERSION = 3
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",
@@ -36,10 +38,15 @@ class Tokens:
     ids: NDArray[np.int32]
     learnt: NDArray[np.bool_]
     offsets: NDArray[np.int64]
-    numbers: NDArray[np.int64]  # line numbers of the file
+    numbers: NDArray[np.int64]  # of the records in their files, see `containers`
+    origins: NDArray[np.int32]  # which of the files
     sources: NDArray[np.int32]  # encoder tokens of each example; 0 for a decoder-only model
     rank: NDArray[np.int64]  # see `prefixes`
     common: NDArray[np.int64]
+    digests: NDArray[np.uint8]  # 16 bytes a row, of its content
+    prompts: NDArray[np.uint8]  # and of all but its answer
+    whole: NDArray[np.int64]  # tokens before it was cut
+    characters: NDArray[np.int64]
     facts: Facts
 
     def __len__(self) -> int:
@@ -65,19 +72,22 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the whole file."""
+    """Of all files together. `problems` are (file, number, message) of dropped rows, the first of them."""
 
     key: str
     format: str
     dropped: int
     duplicates: int
     truncated: int
+    files: tuple[FileReport, ...]
+    problems: tuple[Problem, ...]
 
 
-def key(data: Path, model: Path, **settings: Any) -> str:
+def key(data: Sequence[Input], model: Path, **settings: Any) -> str:
     """Names a cache by everything that its content depends on."""
-    whole = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode())
-    for path in (data, *(model / name for name in _TOKENIZER_FILES)):
+    read = [[one.name, one.format, dict(one.columns), one.labels] for one in data]
+    whole = hashlib.sha256(json.dumps([_VERSION, settings, read], sort_keys=True).encode())
+    for path in (*(one.path for one in data), *(model / name for name in _TOKENIZER_FILES)):
         if path.is_file():
             whole.update(f"{path.name} {digests.of_file(path)}\n".encode())
     return whole.hexdigest()[:32]
@@ -86,12 +96,12 @@ def key(data: Path, model: Path, **settings: Any) -> str:
 def build(
     root: Path,
     name: str,
-    data: Path,
+    data: Path | Sequence[Input],
     field: str,
     *,
-    format: str,
     on_invalid: str,
     renderer: Renderer,
+    format: str = "auto",
     alive: Callable[[], None] = lambda: None,
 ) -> Tokens:
     """Renders a split unless the cache holds it. Raises Failed for rows that can't be used."""
@@ -105,30 +115,35 @@ def build(
 def load(root: Path, name: str) -> Tokens:
     """Maps a complete cache into memory."""
     folder = root / name
-    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    told = json.loads((folder / "facts.json").read_text())
+    files = tuple(FileReport.model_validate(file) for file in told.pop("files"))
+    problems = tuple(Problem(*problem) for problem in told.pop("problems"))
     arrays = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in _PARTS}
-    return Tokens(**arrays, facts=facts)
+    return Tokens(**arrays, facts=Facts(**told, files=files, problems=problems))
 
 
-_PARTS = ("ids", "learnt", "offsets", "numbers", "sources", "rank", "common")
+_PARTS = (
+    "ids", "learnt", "offsets", "numbers", "origins", "sources", "rank", "common", "digests", "prompts", "whole",
+    "characters",
+)  # fmt: skip
 
 
 def _write(folder: Path, name: str, prepared: examples.Examples) -> None:
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    rows = prepared.examples
-    total = prepared.tokens
-    arrays = {
-        "ids": np.fromiter((token for row in rows for token in row.ids), np.int32, total),
-        "learnt": np.fromiter((flag for row in rows for flag in row.learnt), np.bool_, total),
-        "offsets": np.concatenate([[0], np.cumsum([len(row.ids) for row in rows], dtype=np.int64)]),
-        "numbers": np.array([row.number for row in rows], np.int64),
-        "sources": np.array([row.source for row in rows], np.int32),
-    }
+    arrays = dict(prepared.arrays)
     arrays["rank"], arrays["common"] = prefixes.find(arrays["ids"], arrays["offsets"])
-    for part, array in arrays.items():
-        np.save(aside / f"{part}.npy", array)
-    facts = Facts(name, prepared.format, prepared.dropped, prepared.duplicates, prepared.truncated)
-    (aside / "facts.json").write_text(json.dumps(facts.__dict__))
+    for part in _PARTS:
+        np.save(aside / f"{part}.npy", arrays[part])
+    facts = {
+        "key": name,
+        "format": prepared.format,
+        "dropped": prepared.dropped,
+        "duplicates": prepared.duplicates,
+        "truncated": prepared.truncated,
+        "files": [file.to_json() for file in prepared.files],
+        "problems": [[one.number, one.message, one.file] for one in prepared.problems],
+    }
+    (aside / "facts.json").write_text(json.dumps(facts))
     os.replace(aside, folder)

@@ -1,0 +1,343 @@
+"""Files of rows: every container and compression gives the same rows, and what can't be read is told by its number."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from finetune_trainer import containers, rows
+from finetune_trainer.failure import Failed
+
+_PAIRS = [{"prompt": f"question, {i}", "completion": f'say "{i}"\nand more é'} for i in range(5)]
+
+
+def _json_lines(values: list[Any]) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def _csv(values: list[dict[str, Any]], delimiter: str = ",") -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(values[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(values)
+    return text.getvalue().encode()
+
+
+def _parquet(values: list[dict[str, Any]], **options: Any) -> bytes:
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(values), sink, **options)
+    return sink.getvalue()
+
+
+def _zstd(data: bytes) -> bytes:
+    return pyarrow.compress(data, "zstd", asbytes=True)  # type: ignore[no-any-return]
+
+
+_CONTAINERS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes]]] = {
+    "json lines": ("a.jsonl", _json_lines),
+    "json": ("a.json", lambda values: json.dumps(values, indent=1).encode()),
+    "json by another name": ("rows", lambda values: b"\xef\xbb\xbf" + json.dumps(values).encode()),
+    "csv": ("a.csv", _csv),
+    "csv with semicolons": ("rows", lambda values: _csv(values, ";")),
+    "parquet": ("a.parquet", _parquet),
+    "gzip": ("a.jsonl.gz", lambda values: gzip.compress(_json_lines(values))),
+    "two gzip members": ("a.gz", lambda v: gzip.compress(_json_lines(v[:2])) + gzip.compress(_json_lines(v[2:]))),
+    "bz2": ("a.csv.bz2", lambda values: bz2.compress(_csv(values))),
+    "xz": ("a.json.xz", lambda values: lzma.compress(json.dumps(values).encode())),
+    "two xz streams": ("a.xz", lambda v: lzma.compress(_json_lines(v[:2])) + lzma.compress(_json_lines(v[2:]))),
+    "zstd": ("a.jsonl.zst", lambda values: _zstd(_json_lines(values))),
+}
+
+
+def _read(folder: Path, data: bytes, name: str = "a.jsonl", format: str = "auto") -> rows.Rows:
+    path = folder / name
+    path.write_bytes(data)
+    return rows.read(path, format)
+
+
+@pytest.mark.parametrize("how", _CONTAINERS)
+def test_every_container_gives_the_same_rows(how: str, tmp_path: Path) -> None:
+    name, write = _CONTAINERS[how]
+    read = _read(tmp_path, write(_PAIRS), name)
+    assert read.format == "prompt-completion"
+    assert [(row.turns[0].content, row.turns[1].content) for row in read.rows] == [
+        (pair["prompt"], pair["completion"]) for pair in _PAIRS
+    ]
+    assert read.problems == ()
+
+
+def test_numbers_are_lines_in_csv_and_places_elsewhere(tmp_path: Path) -> None:
+    """A CSV record of two lines is named by the first of them, as an editor shows it."""
+    assert [row.number for row in _read(tmp_path, _csv(_PAIRS), "a.csv").rows] == [2, 4, 6, 8, 10]
+    assert [row.number for row in _read(tmp_path, _parquet(_PAIRS), "b").rows] == [1, 2, 3, 4, 5]
+    array = json.dumps([_PAIRS[0], 7, {"prompt": "x"}, _PAIRS[1]]).encode()
+    read = _read(tmp_path, array, "c.json")
+    assert [row.number for row in read.rows] == [1, 4]
+    assert [str(problem) for problem in read.problems] == ["row 2: isn't a JSON object", "row 3: completion is missing"]
+
+
+_LONG = b'{"prompt": "' + b"x" * (containers.MOST_BYTES + 5) + b'", "completion": "y"}\n'
+
+
+def test_a_line_that_is_too_long_is_told_and_the_next_one_read(tmp_path: Path) -> None:
+    good = _json_lines(_PAIRS[:1])
+    read = _read(tmp_path, good + _LONG + good + _LONG.rstrip(b"\n"))
+    assert [row.number for row in read.rows] == [1, 3]
+    assert [problem.number for problem in read.problems] == [2, 4]
+    assert "more than 16 MiB" in read.problems[0].message
+
+
+_BROKEN: list[tuple[str, str, Any, str]] = [
+    ("a torn gzip", "a.gz", lambda: gzip.compress(_json_lines(_PAIRS) * 900)[:-20], "gzip data can't be unpacked"),
+    ("a bad zstd", "a.zst", lambda: _zstd(_json_lines(_PAIRS * 500))[:200] + b"x" * 50, "zstd data can't be unpacked"),
+    ("a torn xz", "a.xz", lambda: lzma.compress(_json_lines(_PAIRS * 500))[:-40], "xz data can't be unpacked"),
+    ("a torn array", "a.json", lambda: json.dumps(_PAIRS).encode()[:-4], "row 5: isn't JSON"),
+    ("an array without end", "a.json", lambda: json.dumps(_PAIRS).encode()[:-1], "row 6: the file ends inside"),
+    ("two arrays", "a.json", lambda: json.dumps(_PAIRS).encode() * 2, "something behind the array's end"),
+    ("no comma", "a.json", lambda: b'[{"text": "a"} {"text": "b"}]', "row 2: isn't JSON (a comma is missing"),
+    ("an open quote", "a.csv", lambda: b'prompt,completion\na,b\nc,"d\n' + b"e,f\n" * 9, "row 3: isn't CSV"),
+    ("utf-16", "a.csv", lambda: "prompt,completion\na,b\n".encode("utf-16"), "row 1: isn't UTF-8"),
+    ("latin-1", "a.csv", lambda: b"prompt,completion\na,\xe9\n", "row 2: isn't UTF-8 (byte 2)"),
+    ("a column twice", "a.csv", lambda: b"text,text\na,b\n", "names the column 'text' twice"),
+    ("a torn parquet", "a.parquet", lambda: _parquet(_PAIRS)[:-9], "parquet file can't be read"),
+    ("parquet in gzip", "a.gz", lambda: gzip.compress(_parquet(_PAIRS)), "parquet inside a compressed file"),
+    ("an archive", "a.zip", lambda: b"PK\x03\x04rest", "is an archive of several files"),
+    ("a giant cell", "a.parquet", lambda: _parquet([{"text": "x" * (17 << 20)}]), "(rows 1 to 1), column text"),
+    ("a giant field", "a.csv", lambda: b"text\n" + b"x" * (17 << 20), "row 2: a record has more than 16 MiB"),
+    ("lines without end in a quote", "a.csv", lambda: b'text\n"' + b"x\n" * (9 << 20), "a record has more than 16 MiB"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make", "message"), [pytest.param(*rest, id=id) for id, *rest in _BROKEN])
+def test_a_file_that_cant_be_read_to_its_end_is_refused_whatever_on_invalid_says(
+    name: str, make: Callable[[], bytes], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Failed) as refused:
+        _read(tmp_path, make(), name)
+    assert refused.value.reason == "DatasetInvalid"
+    assert message in refused.value.message
+
+
+def test_one_giant_value_that_many_parquet_rows_name_is_told_by_row(tmp_path: Path) -> None:
+    """A dictionary's entry of 20 MiB, which 2,000 rows point at, would be 40 GB as texts."""
+    values = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0, 1, *[1] * 1998], pyarrow.int32()), ["ok", "x" * (20 << 20)]
+    )
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": values.cast(pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))}), path
+    )
+    read = rows.read(path)
+    assert [row.number for row in read.rows] == [1]
+    assert [problem.number for problem in read.problems] == list(range(2, 2001))
+
+
+# Run by a Python of its own, so that its memory can be bounded: counts a file's rows, or prints what it was told.
+_BOUNDED = """
+import resource, sys
+from pathlib import Path
+from finetune_trainer import rows
+from finetune_trainer.failure import Failed
+if sys.argv[1].endswith("zst"):
+    import pyarrow
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    stream, _ = rows.stream(rows.Input(Path(sys.argv[1])), "dataset.uri")
+    print([str(one) if isinstance(one, rows.Problem) else one.number for one in stream])
+except Failed as failed:
+    print(failed.message)
+"""
+
+
+@pytest.mark.parametrize("kind", ["a line of 600 MB", "a bomb of one line", "a bomb of many lines"])
+def test_what_would_fill_the_memory_is_told_instead(kind: str, tmp_path: Path) -> None:
+    path, limit = tmp_path / "rows.jsonl", 400 << 20
+    good = _json_lines(_PAIRS[:1])
+    if kind == "a line of 600 MB":
+        expected = "[1, 'row 2: a line has more than 16 MiB"
+        with path.open("wb") as file:
+            file.write(good)
+            file.truncate(600 << 20)  # zero bytes that take no disk
+    elif kind == "a bomb of one line":
+        expected = "row 2: the xz data expands to more than 256 MiB from"
+        path.write_bytes(lzma.compress(good, preset=0) + lzma.compress(b" " * (30 << 20), preset=0) * 10)
+    else:
+        expected = "the zstd data expands to more than 256 MiB from"
+        path, limit = path.with_suffix(".zst"), 1600 << 20  # pyarrow itself takes half of it
+        path.write_bytes(_zstd(_json_lines([{"text": "x" * (1 << 20)}] * 30)) * 10)
+    out = subprocess.run(
+        [sys.executable, "-c", _BOUNDED, str(path), str(limit)],
+        env={"PYTHONPATH": "operator:trainer_image"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert expected in out.stdout
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
+        ["prompt", "completion", "messages", "role", "content", "from", "value", "conversations", "text", "instruction",
+         "input", "output", "history", "system", "tools", "tool_calls", "weight", "data", "annotations", "result",
+         "annotation_id", "annotator", "label", "probs", "prob_0", "prob_1", "from_name", "to_name", "choices",
+         "function", "arguments"]), inner, max_size=5),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(st.lists(_JSON, max_size=4), st.sampled_from(rows.FORMATS))
+@settings(max_examples=400, deadline=None)
+def test_no_value_makes_a_reader_fail_and_none_is_lost(values: list[Any], format: str) -> None:
+    stream = rows.Stream(
+        ((number, value if isinstance(value, dict) else "no object") for number, value in enumerate(values, 1)),
+        rows.Input(Path(), format=format, labels=("a", "b")),
+    )
+    assert [one.number for one in stream] == list(range(1, len(values) + 1))
+
+
+@given(st.binary(max_size=200), st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.gz", "rows", "a.parquet"]))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_make_a_file_fail_otherwise_than_told(data: bytes, name: str) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        try:
+            read = rows.read(path)
+        except Failed as told:
+            assert told.reason == "DatasetInvalid"  # noqa: PT017
+        else:
+            assert len(read.rows) + len(read.problems) <= len(data)
+
+
+def _row(value: Any, format: str = "auto", **more: Any) -> rows.Row | rows.Problem:
+    (one,) = rows.Stream([(1, value)], rows.Input(Path(), format=format, **more))
+    return one
+
+
+def _said(value: Any, **more: Any) -> list[tuple[str, str]]:
+    row = _row(value, **more)
+    assert isinstance(row, rows.Row), row
+    return [(turn.role, turn.content) for turn in row.turns]
+
+
+def _pair(asked: str, answer: str) -> list[tuple[str, str]]:
+    return [("user", asked), ("assistant", answer)]
+
+
+def _annotation(text: str, date: str) -> dict[str, Any]:
+    result = {"from_name": "answer", "to_name": "question", "type": "textarea", "value": {"text": [text]}}
+    return {"result": [result], "updated_at": date}
+
+
+_HAM = {"labels": ("ham", "spam")}
+_STUDIO = {"id": "1", "annotation_id": "2", "annotator": "3", "lead_time": "1"}
+_TASK = {
+    "id": 7, "data": {"question": "Why?", "source": "a.txt"},
+    "annotations": [_annotation("So.", "2026-01-01"), _annotation("Because.", "2026-01-02")],
+}  # fmt: skip
+_SHAPES: list[tuple[str, Any, dict[str, Any], list[tuple[str, str]]]] = [
+    ("text", {"text": "All."}, {}, [("text", "All.")]),
+    ("alpaca", {"instruction": "Sum.", "input": "1 2", "output": "3"}, {}, _pair("Sum.\n\n1 2", "3")),
+    ("alpaca without input", {"instruction": "Hi.", "input": "", "output": "Yo"}, {}, _pair("Hi.", "Yo")),
+    ("alpaca with history", {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}, {},
+     [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"}, {},
+     [("system", "s"), ("user", "a"), ("assistant", "b")]),
+    ("conversational prompt",
+     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+     {}, _pair("a", "b")),
+    ("content parts", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                                    {"role": "assistant", "content": "b"}]}, {}, _pair("a", "b")),
+    ("columns", {"q": "a", "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, _pair("a", "b")),
+    ("columns of turns", {"chat": [{"who": "user", "said": "a"}, {"who": "assistant", "said": "b"}]},
+     {"columns": {"messages": "chat", "role": "who", "content": "said"}}, _pair("a", "b")),
+    ("label studio, newest annotation", _TASK, {}, _pair("Why?", "Because.")),
+    ("label studio, json-min", {**_STUDIO, "text": "nice", "mood": "good"}, {},
+     _pair("nice", "good")),
+    ("label studio, csv of choices", {**_STUDIO, "text": "nice", "mood": '{"choices": ["good", "short"]}'}, {},
+     _pair("nice", "good, short")),
+    ("snorkel word", {"text": "win!", "label": "spam"}, {}, _pair("win!", "spam")),
+    ("snorkel number", {"text": "win!", "preds": "1"}, _HAM, _pair("win!", "spam")),
+    ("snorkel probabilities", {"text": "win!", "probs": [0.2, 0.8]}, _HAM,
+     _pair("win!", "spam")),
+    ("snorkel printed probabilities", {"text": "win!", "probs": "[0.9 0.1]"}, _HAM,
+     _pair("win!", "ham")),
+    ("snorkel columns of probabilities", {"text": "win!", "prob_0": "0.1", "prob_1": "0.9"}, _HAM,
+     _pair("win!", "spam")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "more", "said"), [pytest.param(*rest, id=id) for id, *rest in _SHAPES])
+def test_a_record_of_each_format_is_recognised(value: Any, more: dict[str, Any], said: list[tuple[str, str]]) -> None:
+    assert _said(value, **more) == said
+
+
+def test_a_conversational_prompt_teaches_only_the_completion() -> None:
+    row = _row({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                           {"role": "user", "content": "c"}],
+                "completion": [{"role": "assistant", "content": "d"}]})  # fmt: skip
+    assert isinstance(row, rows.Row)
+    assert [turn.learnt for turn in row.turns] == [False, False, False, True]
+
+
+def test_a_turn_of_weight_0_is_not_learnt_and_tool_calls_are_kept() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    row = _row({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
+                             {"role": "user", "content": "c"},
+                             {"role": "assistant", "content": None, "tool_calls": [call]}],
+                "tools": '[{"name": "add"}]'})  # fmt: skip
+    assert isinstance(row, rows.Row)
+    assert [turn.learnt for turn in row.turns] == [True, False, True, True]
+    assert json.loads(row.turns[-1].more)["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert json.loads(row.tools) == [{"name": "add"}]
+
+
+_REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "preference data isn't supported yet"),
+    ("nothing known", {"a": 1}, {}, "its keys: a); say with dataset.columns which key is which"),
+    ("image",
+     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}, "content[0] is of type 'image_url'"),
+    ("no one speaks so", {"conversations": [{"from": "dog", "value": "w"}]}, {}, "conversations[0].from is 'dog'"),
+    ("weight", {"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, {}, "weight is 0.5"),
+    ("nothing learnt",
+     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+     {}, "nothing is learnt"),
+    ("a column that isn't there", {"prompt": "a", "completion": "b"}, {"columns": {"prompt": "q"}}, "q is missing"),
+    ("not labelled", {**_TASK, "annotations": []}, {}, "has no annotation"),
+    ("two answers", {"data": {"text": "a"}, "annotations": [{"result": [
+        {"from_name": "x", "value": {"text": ["1"]}}, {"from_name": "y", "value": {"text": ["2"]}}]}]}, {},
+     "is annotated with x, y; name the answer in dataset.columns.completion"),
+    ("spans",
+     {"data": {"text": "a"}, "annotations": [{"result": [{"from_name": "x", "value": {"labels": ["P"], "start": 0}}]}]},
+     {}, "which is no text; use a TextArea or Choices"),
+    ("abstains", {"text": "a", "label": -1}, {"labels": ("x", "y")}, "-1: every labelling function abstains"),
+    ("a tie", {"text": "a", "probs": [0.5, 0.5]}, {"labels": ("x", "y")}, "equally probable"),
+    ("no words", {"text": "a", "label": 1}, {}, "name the classes in dataset.labels"),
+    ("too few words", {"text": "a", "label": 2}, {"labels": ("x", "y")}, "is of class 2, and dataset.labels names 2"),
+    ("no probability", {"text": "a", "probs": [0.5, 7]}, {"labels": ("x", "y")}, "must be numbers from 0 to 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "more", "message"), [pytest.param(*rest, id=id) for id, *rest in _REFUSED])
+def test_what_cant_be_learnt_from_is_told_by_key(value: Any, more: dict[str, Any], message: str) -> None:
+    row = _row(value, **more)
+    assert isinstance(row, rows.Problem), row
+    assert message in row.message

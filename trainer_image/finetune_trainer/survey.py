@@ -1,0 +1,324 @@
+"""What the rows turned out to be: splits → DataReport. Pure but for decoding samples; no torch.
+
+Called before anything is trained: by `data` on rank 0, by preflight, and by `finetune validate --data`. It reads the
+token cache's arrays, never the files again, so it costs a second or two a million rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_api import data_report as r
+from finetune_api.status import DataStatus
+from finetune_trainer import split
+from finetune_trainer.examples import Examples
+from finetune_trainer.render import Renderer
+from finetune_trainer.rows import Problem
+from finetune_trainer.tokens import Tokens
+
+_BINS = 20
+_PADDED_TOGETHER = 8
+_SAMPLES = {"train": 3, "validation": 1, "test": 1}
+_SHOWN_TOKENS = 512
+_NUMBERS_A_GROUP = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of some files, one number each. `tokens` is None where there is no tokenizer: lengths are characters."""
+
+    numbers: NDArray[np.int64]
+    origins: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    answers: NDArray[np.int64]
+    whole: NDArray[np.int64]
+    characters: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    prompts: NDArray[np.uint8]
+    files: tuple[r.FileReport, ...]
+    problems: tuple[Problem, ...]
+    dropped: int
+    tokens: Tokens | None = None
+
+    @classmethod
+    def of_tokens(cls, t: Tokens) -> Measured:
+        return cls(
+            t.numbers, t.origins, t.lengths, t.label_counts, t.whole, t.characters, t.digests, t.prompts,
+            t.facts.files, t.facts.problems, t.facts.dropped, t,
+        )  # fmt: skip
+
+    @classmethod
+    def of_examples(cls, found: Examples) -> Measured:
+        a = found.arrays
+        return cls(
+            a["numbers"], a["origins"], a["lengths"], a["answers"], a["whole"], a["characters"], a["digests"],
+            a["prompts"], found.files, found.problems, found.dropped,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split as rows of what was measured; with weights a row comes several times."""
+
+    rows: Measured
+    index: NDArray[np.int64]
+    held_out: bool = False
+    left_out: int = 0
+
+
+def parts_of(
+    measured: Mapping[r.SplitName, Measured], validation: float | None, test: float | None
+) -> dict[r.SplitName, Part]:
+    """The splits of what was read: held out of the training rows by a fraction where they have no files of their own.
+
+    Raises Failed where nothing would be left to train on.
+    """
+    rows = measured["train"]
+    kept = split.held_out(
+        rows.digests, None if "validation" in measured else validation, None if "test" in measured else test
+    )
+    index = split.mixture(rows.digests, rows.origins, kept.train, [file.weight for file in rows.files])
+    found: dict[r.SplitName, Part] = {"train": Part(rows, index, left_out=len(kept.train) - len(np.unique(index)))}
+    own: tuple[tuple[r.SplitName, NDArray[np.int64] | None], ...] = (
+        ("validation", kept.validation),
+        ("test", kept.test),
+    )
+    for name, held in own:
+        if name in measured:
+            found[name] = Part(measured[name], np.arange(len(measured[name].numbers)))
+        elif held is not None:
+            found[name] = Part(rows, held, held_out=True)
+    return found
+
+
+def report(
+    parts: Mapping[r.SplitName, Part], *, longest: int, renderer: Renderer | None, checks: tuple[str, ...] = ()
+) -> r.DataReport:
+    """`longest` is dataset.maxSequenceLength; `checks` say what was found of the template."""
+    splits = tuple(_split(name, one) for name, one in parts.items())
+    leaks = tuple(_leaks(parts))
+    rule = renderer.rule if renderer else None
+    return r.DataReport(
+        unit="tokens" if renderer else "characters",
+        max_sequence_length=longest,
+        template=r.Template(choice=rule[0], reason=rule[1], checks=checks) if rule else None,
+        splits=splits,
+        leaks=leaks,
+        warnings=tuple(_warnings(splits, leaks)),
+        samples=tuple(_samples(parts, renderer)) if renderer else (),
+    )
+
+
+def summary(found: r.DataReport) -> DataStatus:
+    """What status shows of it."""
+    rows = {one.split: one.rows for one in found.splits}
+    train = found.splits[0]
+    return DataStatus(
+        rows=rows.get("train", 0),
+        validation_rows=rows.get("validation"),
+        test_rows=rows.get("test"),
+        tokens=train.tokens,
+        label_share=round(train.label_share, 4) if train.label_share is not None else None,
+        dropped=sum(one.dropped for one in found.splits),
+        duplicates=sum(one.duplicates.rows for one in found.splits),
+        leaks=sum(leak.rows for leak in found.leaks),
+        truncated=sum(one.truncated.rows for one in found.splits),
+        warnings=tuple(f"{warning.reason}: {warning.message}"[:300] for warning in found.warnings),
+    )
+
+
+def _split(name: r.SplitName, one: Part) -> r.SplitReport:
+    rows = one.rows
+    index = np.unique(one.index)
+    lengths, answers = rows.lengths[index], rows.answers[index]
+    tokens = int(lengths.sum()) if rows.tokens is not None else None
+    labels = int(answers.sum()) if rows.tokens is not None else None
+    digests = _texts(rows.digests[index])
+    numbers = rows.numbers[index]
+    unique = len(set(digests))
+    cut = index[rows.whole[index] > lengths]
+    return r.SplitReport(
+        split=name,
+        files=() if one.held_out else rows.files,
+        held_out=one.held_out,
+        rows=len(index),
+        examples=len(one.index),
+        read=0 if one.held_out else len(rows.numbers) + rows.dropped,
+        left_out=one.left_out,
+        dropped=0 if one.held_out else rows.dropped,
+        dropped_rows=() if one.held_out else tuple(
+            r.DroppedRow(row=problem.number, file=problem.file, reason=problem.message)
+            for problem in rows.problems[: r.LISTED]
+        ),
+        duplicates=_duplicates(digests, numbers),
+        same_prompts=unique - len(set(_texts(rows.prompts[index]))),
+        characters=int(rows.characters[index].sum()),
+        tokens=tokens,
+        label_tokens=labels,
+        label_share=labels / tokens if tokens and labels is not None else None,
+        lengths=_histogram(lengths),
+        answer_lengths=_histogram(answers),
+        padding_share=_padding(lengths) if tokens else None,
+        truncated=r.Truncated(
+            rows=len(cut),
+            tokens=int((rows.whole[cut] - rows.lengths[cut]).sum()),
+            numbers=tuple(int(number) for number in rows.numbers[cut][: r.LISTED]),
+        ),
+        shared=_shared(rows.tokens, index, tokens or 0),
+    )  # fmt: skip
+
+
+def _duplicates(digests: list[bytes], numbers: NDArray[np.int64]) -> r.Duplicates:
+    first: dict[bytes, int] = {}
+    groups: dict[bytes, list[int]] = {}
+    again = 0
+    for digest, number in zip(digests, numbers.tolist(), strict=True):
+        if digest not in first:
+            first[digest] = number
+            continue
+        again += 1
+        if digest in groups or len(groups) < r.LISTED:
+            groups.setdefault(digest, [first[digest]]).append(number)
+    return r.Duplicates(rows=again, groups=tuple(tuple(group[:_NUMBERS_A_GROUP]) for group in groups.values()))
+
+
+def _leaks(parts: Mapping[r.SplitName, Part]) -> list[r.Leak]:
+    """Train against validation and test, validation against test."""
+    found = []
+    names = list(parts)
+    for place, first in enumerate(names):
+        one = parts[first].rows
+        index = np.unique(parts[first].index)
+        there = dict(zip(_texts(one.digests[index])[::-1], one.numbers[index].tolist()[::-1], strict=True))
+        prompts = set(_texts(one.prompts[index]))
+        for second in names[place + 1 :]:
+            other = parts[second].rows
+            index = np.unique(parts[second].index)
+            numbers = other.numbers[index].tolist()
+            pairs = [
+                (there[digest], number)
+                for digest, number in zip(_texts(other.digests[index]), numbers, strict=True)
+                if digest in there
+            ]
+            asked = sum(prompt in prompts for prompt in _texts(other.prompts[index]))
+            if pairs or asked:
+                found.append(
+                    r.Leak(
+                        first=first, second=second, rows=len(pairs), prompts=asked, examples=tuple(pairs[: r.LISTED])
+                    )
+                )
+    return found
+
+
+def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> list[r.Warning]:
+    found = []
+    train = splits[0]
+    if train.split == "train" and train.rows < r.FEW_EXAMPLES:
+        found.append(
+            r.Warning(
+                reason="FewExamples",
+                message=f"{train.rows} training rows; gains are robust from about {r.FEW_EXAMPLES:,} on, 100 to 200 "
+                "can already show something",
+            )
+        )
+    found += [
+        r.Warning(
+            reason="Leaks",
+            message=f"{leak.rows} {leak.second} rows are {leak.first} rows too, so the {leak.second} loss looks better "
+            "than it is",
+        )
+        for leak in leaks
+        if leak.rows
+    ]
+    for one in splits:
+        for count, reason, what in (
+            (one.duplicates.rows, "Duplicates", "came before, and are learnt from again"),
+            (one.truncated.rows, "Truncated", "are longer than dataset.maxSequenceLength, and cut"),
+            (one.dropped, "RowsDropped", "can't be used, and are left out"),
+        ):
+            if count:
+                found.append(r.Warning(reason=reason, message=f"{count} {one.split} rows {what}"))
+    return found
+
+
+def _samples(parts: Mapping[r.SplitName, Part], renderer: Renderer) -> list[r.RenderedSample]:
+    found = []
+    for name, one in parts.items():
+        tokens = one.rows.tokens
+        if tokens is None:
+            continue
+        for row in np.unique(one.index)[: _SAMPLES[name]].tolist():
+            ids, learnt = tokens.example(row)
+            whole = int(tokens.whole[row])
+            shown = min(len(ids), _SHOWN_TOKENS)
+            origin = int(tokens.origins[row])
+            found.append(
+                r.RenderedSample(
+                    split=name,
+                    row=int(tokens.numbers[row]),
+                    file=tokens.facts.files[origin].name if len(tokens.facts.files) > 1 else "",
+                    tokens=len(ids),
+                    cut=whole > shown,
+                    pieces=pieces(renderer.tokenizer, ids[:shown], learnt[:shown]),
+                )
+            )
+    return found
+
+
+def pieces(tokenizer: Any, ids: NDArray[np.int32], learnt: NDArray[np.bool_]) -> tuple[r.Piece, ...]:
+    """Runs of tokens that are learnt, or are not."""
+    borders = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
+    return tuple(
+        r.Piece(text=str(tokenizer.decode(ids[begin:end].tolist())), learnt=bool(learnt[begin]))
+        for begin, end in itertools.pairwise(borders)
+        if end > begin
+    )
+
+
+def _histogram(lengths: NDArray[np.int64]) -> r.Histogram:
+    if not len(lengths):
+        return r.Histogram()
+    most = int(lengths.max())
+    step = next(s * 10**e for e in range(12) for s in (1, 2, 5) if s * 10**e * _BINS >= most)
+    edges = np.arange(int(lengths.min()) // step * step, most + step + 1, step)
+    counts, _ = np.histogram(lengths, edges)
+    median, p95, p99 = (round(float(value), 1) for value in np.percentile(lengths, (50, 95, 99)))
+    return r.Histogram(
+        edges=tuple(edges.tolist()),
+        counts=tuple(counts.tolist()),
+        minimum=int(lengths.min()),
+        mean=round(float(lengths.mean()), 1),
+        median=median,
+        p95=p95,
+        p99=p99,
+        maximum=most,
+    )
+
+
+def _padding(lengths: NDArray[np.int64]) -> float:
+    order = np.random.Generator(np.random.PCG64(0)).permutation(lengths)
+    fill = -len(order) % _PADDED_TOGETHER
+    batches = np.concatenate([order, np.zeros(fill, np.int64)]).reshape(-1, _PADDED_TOGETHER)
+    sizes = np.full(len(batches), _PADDED_TOGETHER)
+    sizes[-1] -= fill
+    return float(1 - lengths.sum() / (batches.max(axis=1) * sizes).sum())
+
+
+def _shared(tokens: Tokens | None, index: NDArray[np.int64], total: int) -> r.Shared:
+    """Neighbours in the order of content; see `prefixes`."""
+    if tokens is None or not total:
+        return r.Shared()
+    prefixes = tokens.prefixes
+    saved = sum(prefixes.shared(prefixes.sorted(index.tolist()), tokens.lengths))
+    return r.Shared(tokens=saved, share=saved / total)
+
+
+def _texts(digests: NDArray[np.uint8]) -> list[bytes]:
+    whole = np.ascontiguousarray(digests).tobytes()
+    return [whole[at : at + 16] for at in range(0, len(whole), 16)]
