@@ -120,7 +120,7 @@ def data(run: RunConfig, paths: Paths, access: Access, told: Told) -> dict[str, 
 
     Raises Failed(DatasetInvalid) for an empty file, and Failed(DatasetNotFound) where there is none.
     """
-    facts = {}
+    facts: dict[str, DataFacts] = {}
     for split in inputs.splits(run.data):
         places = run.data.places(split)
         if len(places) == 1 and not inputs.is_several(places[0]):

@@ -180,8 +180,10 @@ class Renderer:
         if self._encoder_decoder and source == 0:
             return Problem(row.number, "the prompt is empty, and an encoder needs at least one token")
         learnt[0] = False  # nothing comes before it that could predict it
+        if not any(learnt):
+            return Problem(row.number, "rendered, it holds no token that could be learnt")
         if not any(learnt[:most]):
-            first = learnt.index(True) if any(learnt) else len(ids)
+            first = learnt.index(True)
             return Problem(
                 row.number,
                 f"the prompt has {first} tokens, so of dataset.maxSequenceLength {most} none is left to learn",
