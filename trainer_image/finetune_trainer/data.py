@@ -13,7 +13,7 @@ from finetune_api.data_report import SplitName
 from finetune_api.run import RunConfig
 from finetune_trainer import certify, examples, inputs, rows, survey, tokens
 from finetune_trainer.paths import Paths
-from finetune_trainer.render import Renderer
+from finetune_trainer.render import Renderer, chat_template
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.split import Split
 from finetune_trainer.world import World
@@ -107,7 +107,7 @@ def key(run: RunConfig, paths: Paths, files: tuple[rows.Input, ...]) -> str:
         paths.model,
         max_length=run.data.max_sequence_length,
         on_invalid=run.data.on_invalid,
-        chat_template=run.data.chat_template,
+        chat_template=chat_template(paths.model, run.data.chat_template),
     )
 
 

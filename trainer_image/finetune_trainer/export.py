@@ -19,6 +19,7 @@ from finetune_api.run import RunConfig
 from finetune_trainer import merge
 from finetune_trainer.failure import Failed
 from finetune_trainer.model import Loaded
+from finetune_trainer.render import chat_template
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -44,6 +45,9 @@ def write(
     for name in _TOKENIZER_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, aside / name)
+    template = chat_template(model, run.data.chat_template)
+    if template is not None:  # it counts before the one in tokenizer_config.json
+        (aside / "chat_template.jinja").write_text(template)
     (aside / "README.md").write_text(card)
     os.replace(aside, folder)
 
