@@ -14,6 +14,7 @@ from finetune_api.result import Result
 from finetune_api.status import (
     ArtifactStatus,
     CheckpointStatus,
+    DataStatus,
     EvaluationStatus,
     OverfittingStatus,
     ProgressStatus,
@@ -219,3 +220,14 @@ def test_events_are_for_what_goes_wrong() -> None:
     assert told[0] == "Overfitting"
     assert "1.5 at step 20" in told[1]
     assert worth_telling(overfitting, overfitting) is None
+
+
+def test_what_the_rows_turned_out_to_be_is_kept_and_told_once() -> None:
+    few = DataStatus(rows=40, warnings=("FewExamples: 40 training rows",))
+    checked = a_check(a_done_pod(0, Result(outcome="succeeded", data=few)), complete=True)
+    said = _said(seen(a_job(resources={"gpu": {}}), preflight=checked))
+    assert said.data == few
+    assert worth_telling(Status(), said) == ("DataWarning", "FewExamples: 40 training rows")
+    assert worth_telling(said, said) is None
+    running = replace(seen(a_job(), an_attempt(1, a_pod())), report=Report(Progress(attempt=1, data=few), "t"))
+    assert _said(running).data == few

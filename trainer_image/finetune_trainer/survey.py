@@ -129,7 +129,7 @@ def summary(found: r.DataReport) -> DataStatus:
         duplicates=sum(one.duplicates.rows for one in found.splits),
         leaks=sum(leak.rows for leak in found.leaks),
         truncated=sum(one.truncated.rows for one in found.splits),
-        warnings=tuple(f"{warning.reason}: {warning.message}"[:300] for warning in found.warnings),
+        warnings=tuple(f"{warning.reason}: {warning.message}"[:160] for warning in found.warnings[:6]),
     )
 
 
