@@ -34,12 +34,14 @@ class Result(LenientModel):
 
 
 def encode(result: Result) -> str:
-    """JSON of at most LIMIT_BYTES bytes: the log's beginning goes first, then the message's end."""
+    """JSON of at most LIMIT_BYTES bytes: the log's beginning goes first, then the message's end, then
+    what the rows turned out to be."""
     for log_chars, message_chars in ((2000, 1000), (1000, 800), (300, 500), (0, 300)):
         cut = result.model_copy(
             update={
                 "log_tail": result.log_tail[-log_chars:] if log_chars else "",
                 "message": result.message[:message_chars],
+                "data": result.data if log_chars > 300 else None,  # the data report has it all
             }
         )
         text = cut.model_dump_json(by_alias=True, exclude_none=True)
