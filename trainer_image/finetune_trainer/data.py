@@ -75,7 +75,7 @@ def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data
         parts["train"],
         parts.get("validation"),
         parts.get("test"),
-        _samples(run, given, parts, renderer),
+        _samples(run, given, parts),
         renderer,
         hashlib.sha256(keys.encode()).hexdigest()[:32],
         loaded["train"].facts.dropped,
@@ -112,7 +112,7 @@ def key(run: RunConfig, paths: Paths, files: tuple[rows.Input, ...]) -> str:
 
 
 def _samples(
-    run: RunConfig, given: dict[SplitName, tuple[rows.Input, ...]], parts: dict[SplitName, Split], renderer: Renderer
+    run: RunConfig, given: dict[SplitName, tuple[rows.Input, ...]], parts: dict[SplitName, Split]
 ) -> tuple[rows.Row, ...]:
     """As many usable test rows as are wanted, of all of them evenly: a file may be sorted. A text asks nothing."""
     test = parts.get("test")
@@ -120,10 +120,10 @@ def _samples(
     if wanted == 0 or test is None:
         return ()
     name: SplitName = "test" if "test" in given else "train"
-    places = [int(test.index[index * len(test) // wanted]) for index in range(wanted)]
-    chosen = {(int(test.tokens.origins[place]), int(test.tokens.numbers[place])) for place in places}
-    found = examples.usable(given[name], inputs.field(run.data, name), renderer)
-    return tuple(row for row in found if (row.file, row.number) in chosen and not row.is_text)
+    rows_at = [int(test.index[index * len(test) // wanted]) for index in range(wanted)]
+    places = {(int(test.tokens.origins[row]), int(test.tokens.numbers[row])) for row in rows_at}
+    found = examples.chosen(given[name], inputs.field(run.data, name), places)
+    return tuple(row for row in found if not row.is_text)
 
 
 def _say(train: tokens.Tokens, where: str, reporter: Reporter) -> None:

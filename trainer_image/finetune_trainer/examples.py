@@ -7,7 +7,7 @@ come one at a time and leave as numbers in flat arrays, so memory is that of the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,15 @@ def _rendered(row: Row | Problem, renderer: Renderer | None) -> tuple[Row, Examp
     return rendered if isinstance(rendered, Problem) else (row, rendered)
 
 
-def usable(data: Sequence[Input], where: str, renderer: Renderer) -> Iterator[Row]:
-    """The rows themselves, in the files' order."""
+def chosen(data: Sequence[Input], where: str, places: Set[tuple[int, int]]) -> Iterator[Row]:
+    """The rows at (file, number), in the files' order; reads no further than the last of them."""
+    left = len(places)
     for index, file in enumerate(data):
         for row in rows.stream(file, where, file=index)[0]:
-            if isinstance(row, Row) and isinstance(renderer.render(row), Example):
+            if left == 0:
+                return
+            if isinstance(row, Row) and (index, row.number) in places:
+                left -= 1
                 yield row
 
 
