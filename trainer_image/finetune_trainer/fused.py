@@ -61,7 +61,8 @@ def _product_replaced(module: Any) -> bool:
     hidden = _wave(_ROWS, module.gate_proj.in_features, like=weight)
     was, training = module.forward, module.training
     module.eval()
-    with torch.no_grad():
+    half = weight.dtype if weight.dtype.itemsize < 4 else None  # adapters of float32 beside it work under autocast only
+    with torch.no_grad(), torch.autocast(weight.device.type, half, enabled=half is not None):
         same = torch.equal(was(hidden), forward(hidden))
     module.train(training)
     given = _wave(_ROWS, 8, like=weight), _wave(_ROWS, 9, like=weight)[:, 1:]
