@@ -1,7 +1,8 @@
 """Events: one JSON object a line, appended by a rank to `<scratch>/events/rank-<n>.jsonl`, tailed by the supervisor.
 
-Rank 0 writes all kinds; other ranks write `decision` and `error` only. Rank 0's `step` and `eval` lines are the loss
-history that is kept beside the adapter. `time` is seconds since the epoch.
+Rank 0 writes all kinds; other ranks write `error` only, and the first one of each node `checkpoint` where they are
+written in shards. Rank 0's `step` and `eval` lines are the loss history that is kept beside the adapter. `time` is
+seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -93,13 +94,13 @@ class EvalEvent(LenientModel):
 
 
 class CheckpointEvent(LenientModel):
-    """A complete local checkpoint, ready to be uploaded."""
+    """A complete local checkpoint, or this node's part of one, ready to be uploaded."""
 
     type: Literal["checkpoint"] = "checkpoint"
     time: float
     step: int
     path: str
-    seconds: float = Field(description="From the gathering of its tensors until it was complete.")
+    seconds: float = Field(description="From the copying of its tensors until it was complete.")
     stall_seconds: float = Field(default=0.0, description="Of these, how long training stood still for it.")
     bytes: int
 

@@ -22,6 +22,12 @@ class CheckpointSpec(Model):
         "as training stands still for them for at most 3 % of its time.",
     )
     keep: int = Field(default=2, ge=1, le=100, description="Checkpoints kept in the destination while training.")
+    shards: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Under zero1 to zero3 and fsdp every process writes its own part of what is trained, and none "
+        "gathers it; any number of processes and any strategy can go on from that. auto does so from 256 MiB on; less "
+        "is gathered into one file, as always under ddp.",
+    )
 
 
 class OutputSpec(Model):

@@ -11,9 +11,14 @@ from urllib.parse import urlsplit
 
 
 class Wire:
-    """Relays to `target` (a URL). While cut, connections are closed at once and counted in `refused`."""
+    """Relays to `target` (a URL). While cut, connections are closed at once and counted in `refused`.
 
-    def __init__(self, target: str) -> None:
+    It cuts itself before a request with these words in one line gets through: then `tripped` is set.
+    """
+
+    def __init__(self, target: str, cut_before: bytes = b"") -> None:
+        self._cut_before = cut_before
+        self.tripped = threading.Event()
         parts = urlsplit(target)
         self._target = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -56,7 +61,13 @@ class Wire:
 
     def _relay(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
+            last = b""
             while data := source.recv(65536):
+                if self._cut_before and self._cut_before in last[-len(self._cut_before) :] + data:
+                    self.cut()
+                    self.tripped.set()
+                    break
+                last = data
                 sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):

@@ -33,6 +33,7 @@ class Behaviour:
     loading: float = 0.0  # seconds before the first step
     hold: str = ""  # a file: training goes on after step `hold_at` once it exists
     hold_at: int = 0
+    shards: bool = False  # checkpoints are written in shards, a folder a node
 
 
 def main() -> int:
@@ -45,7 +46,7 @@ def main() -> int:
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} is here", flush=True)
 
     def say(event: e.Event) -> None:
-        if rank == 0 or isinstance(event, e.ErrorEvent):
+        if rank == 0 or isinstance(event, e.ErrorEvent | e.CheckpointEvent):
             out.write(e.encode(event) + "\n")
 
     def now() -> float:
@@ -77,8 +78,10 @@ def main() -> int:
             )
         )  # fmt: skip
         stopping = paths.stop.exists()
-        if rank == 0 and (step % behaviour.checkpoint_every == 0 or stopping):
-            say(_checkpoint(paths, run.job, step))
+        writes = rank == 0 or (behaviour.shards and os.environ["LOCAL_RANK"] == "0")
+        if writes and (step % behaviour.checkpoint_every == 0 or stopping):
+            ranks = range(rank, rank + run.world.processes_per_node) if behaviour.shards else None
+            say(_checkpoint(paths, run.job, step, ranks))
         if stopping:
             say(e.PreemptedEvent(time=now(), step=step))
             return 0
@@ -99,11 +102,14 @@ def main() -> int:
     return 0
 
 
-def _checkpoint(paths: Paths, job: object, step: int) -> e.CheckpointEvent:
+def _checkpoint(paths: Paths, job: object, step: int, shards: range | None) -> e.CheckpointEvent:
     aside = paths.checkpoints / f"step-{step}.tmp"
     aside.mkdir(parents=True)
     (aside / "state.json").write_text(json.dumps({"step": step}))
-    (aside / "weights.safetensors").write_bytes(b"w" * 1000 + b"%d" % step)
+    if shards is not None:
+        (aside / "index.json").write_text("{}")
+    for name in ["weights"] if shards is None else [f"weights-{rank}" for rank in shards]:
+        (aside / f"{name}.safetensors").write_bytes(b"w" * 1000 + f"{name} {step}".encode())
     write_manifest(aside, kind="checkpoint", job=job, step=step)  # type: ignore[arg-type]
     folder = aside.with_suffix("")
     aside.rename(folder)

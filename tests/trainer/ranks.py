@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from finetune_api import events
 from finetune_api.resource import EvaluationSpec, LoraSpec, TrainingSpec
@@ -110,6 +110,7 @@ def prepare(
     data: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     every: int | str = "auto",
+    shards: Literal["auto", "always", "never"] = "auto",
     samples: int = 0,
     merge: bool = False,
     evaluation: Mapping[str, Any] | None = None,
@@ -152,7 +153,7 @@ def prepare(
             strategy=strategy,
             offload=offload,  # type: ignore[arg-type]
         ),
-        checkpoint=CheckpointSpec(every=every),
+        checkpoint=CheckpointSpec(every=every, shards=shards),
         evaluation=EvaluationSpec(**{"samples": samples, "max_new_tokens": 12, **(evaluation or {})}),
         output=_place("out"),
         merge=merge,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune_api import events
 from finetune_api.run import JobRef
-from finetune_trainer import checkpoint, guards, manifest_io, plan
+from finetune_trainer import checkpoint, guards, manifest_io, plan, stored
 from finetune_trainer.checkpoint import State
 from finetune_trainer.guards import Skipped, Spike
 from finetune_trainer.render import load_tokenizer
@@ -191,7 +191,9 @@ def spiked(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) ->
     }  # fmt: skip
     ways = {
         **{name: way for name, way in _WAYS.items() if "2" in name},
-        "2 ranks, fsdp": {"world": 2, "strategy": "fsdp"},
+        "2 ranks, zero2, shards": {"world": 2, "strategy": "zero2", "shards": "always"},
+        "2 ranks, zero3": {"world": 2, "strategy": "zero3", "shards": "always"},
+        "2 ranks, fsdp": {"world": 2, "strategy": "fsdp", "shards": "always"},
     }
 
     def jobs(prefix: str, points: Mapping[str, Path]) -> list[Job]:
@@ -209,7 +211,9 @@ def spiked(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) ->
     return {name: (whole[name], resumed[name]) for name in ways}
 
 
-@pytest.mark.parametrize("way", ["2 ranks", "2 ranks, zero2", "2 ranks, zero3", "2 ranks, fsdp"])
+@pytest.mark.parametrize(
+    "way", ["2 ranks", "2 ranks, zero2", "2 ranks, zero2, shards", "2 ranks, zero3", "2 ranks, fsdp"]
+)
 def test_a_loss_spike_is_undone_as_if_its_steps_had_never_been(
     way: str, spiked: dict[str, tuple[Ended, Ended]]
 ) -> None:
@@ -219,9 +223,11 @@ def test_a_loss_spike_is_undone_as_if_its_steps_had_never_been(
     (skipped,) = whole.events(events.SkippedEvent)
     assert (skipped.first, skipped.step, skipped.reason) == (_SPIKE, _SPIKE + 2, "LossSpike")
     before, after = (
-        checkpoint.read_tensors(whole.paths.checkpoints / f"step-{step}" / "weights.safetensors")
-        for step in (_SPIKE - 1, _SPIKE + 2)
+        stored.open_kind(whole.paths.checkpoints / f"step-{step}", "weights") for step in (_SPIKE - 1, _SPIKE + 2)
     )
+    assert before is not None
+    assert after is not None
+    assert before.keys()
     assert all((before[name] == after[name]).all() for name in before)
     assert resumed.losses == whole.losses[_SPIKE + 2 :]
     assert max(resumed.losses) < min(whole.losses[_SPIKE - 1 : _SPIKE + 2])
@@ -240,7 +246,7 @@ def _save(root: Path, step: int) -> None:
     tensors = {f"layer.{k}": torch.full((40, 40), float(step)) for k in range(4)}
     moments = {f"exp_avg/{name}": tensor for name, tensor in tensors.items()}
     job = JobRef(namespace="ns", name="job", uid="u", attempt=1)
-    aside = checkpoint.begin(root, step, None)
+    aside = checkpoint.begin(root, step)
     checkpoint.save(aside, State(step=step), weights=tensors, moments=moments, job=job)
 
 

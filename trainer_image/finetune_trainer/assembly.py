@@ -11,7 +11,6 @@ from finetune_api import events
 from finetune_api.run import RunConfig
 from finetune_trainer import (
     arrangement,
-    checkpoint,
     compiling,
     dtype,
     fsdp,
@@ -20,6 +19,7 @@ from finetune_trainer import (
     optimizers,
     packing,
     plan,
+    resuming,
     seeds,
     settling,
     zero,
@@ -29,7 +29,7 @@ from finetune_trainer.batch import Collator
 from finetune_trainer.checkpoint import State
 from finetune_trainer.data import Data
 from finetune_trainer.failure import Failed
-from finetune_trainer.learner import Learner, Replicated
+from finetune_trainer.learner import Learner, Replicated, trained
 from finetune_trainer.loss import LossSum
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
@@ -66,9 +66,10 @@ def build(
     if found.way.recompute:
         model.recompute(loaded)
     parameters, trainable = loaded.parameters, loaded.trainable
-    if saved is not None:
-        _put_weights(loaded, paths)
     learner = _learner(run, loaded, world, reporter)
+    if saved is not None:
+        resuming.put_weights(learner, trained(loaded.model), paths)
+    sharding = resuming.sharding(run, learner, world, reporter, trainable)
     trial = packing.Trial(learner, data.train, reporter, _collator(loaded, data, world))
     loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
     micro_tokens, reason = settling.micro_tokens(run, found, saved)
@@ -80,13 +81,23 @@ def build(
     )
     _fuse(loaded, reporter, wanted=learner.alone and not compiled)
     t = Training(
-        run, paths, world, reporter, made.plan, made.whole, data.train, data.validation, learner, made.collate, loss_sum
+        run,
+        paths,
+        world,
+        reporter,
+        made.plan,
+        made.whole,
+        data.train,
+        data.validation,
+        learner,
+        made.collate,
+        loss_sum,
+        sharding,
     )
     state = saved or State(data_key=data.key, dtype=choice, micro_tokens=micro_tokens)
     way = {"strategy": found.way.strategy, "offload": found.way.offload, "compiled": compiled}
     state = state.model_copy(update={**way, "halvings": halvings})
-    if saved is not None:
-        _put_moments(t, saved)
+    resuming.put_moments(t, saved)
     _tell_plan(t, data, state, parameters, trainable)
     return t, loaded, state
 
@@ -169,25 +180,6 @@ def _compile(
     if choice:
         compiling.compile_layers(model.layers(loaded.base), paths.compiled)
     return bool(choice)
-
-
-def _put_weights(loaded: model.Loaded, paths: Paths) -> None:
-    """Before the learner spreads them over the ranks."""
-    own = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
-    weights = checkpoint.read_tensors(paths.resume / checkpoint.WEIGHTS, own)
-    with torch.no_grad():
-        for name, parameter in own.items():
-            with zero.whole(parameter):
-                parameter.copy_(weights[name])
-
-
-def _put_moments(t: Training, saved: State) -> None:
-    if saved.updates:
-        t.learner.set_moments(checkpoint.read_tensors(t.paths.resume / checkpoint.OPTIMIZER), saved.updates)
-    if t.world.is_first and saved.best is not None and t.run.training.keep_best:
-        earlier = t.paths.resume / checkpoint.BEST
-        source = earlier if earlier.is_file() else t.paths.resume / checkpoint.WEIGHTS
-        checkpoint.save_best(t.best_path, checkpoint.read_tensors(source))
 
 
 def _collator(loaded: model.Loaded, data: Data, world: World) -> Collator:

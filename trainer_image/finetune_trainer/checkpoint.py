@@ -1,9 +1,10 @@
-"""Checkpoints on a node's disk: saving (rank 0), reading, and what a resumed run needs to go on as if never stopped.
+"""Checkpoints on a node's disk: saving, reading, and what a resumed run needs to go on as if never stopped.
 
 A folder `step-N` exists only complete: it is written as step-N.tmp, its manifest last, synced, then renamed.
 `saving` does so in a thread of its own.
 weights.safetensors, optimizer.safetensors, best.safetensors (where earlier weights were better) and state.json; no
-pickle. Called by the loop and by `rank`.
+pickle. Or the same in shards (see `shards`): then a node's folder holds what its ranks wrote, and its manifest lists
+that alone. Called by the loop and by `rank`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune_api.manifest import FileEntry
 from finetune_api.model import LenientModel
 from finetune_api.run import JobRef
 from finetune_trainer import guards, manifest_io
@@ -72,14 +74,16 @@ class State(LenientModel):
         return self.model_copy(update={"best": BestState(**asdict(best))})
 
 
-def begin(root: Path, step: int, best: Path | None) -> Path:
-    """Rank 0 only. A new folder for `save`, which already holds the best weights: their file may be replaced soon."""
-    aside = root / f"step-{step}.tmp"
+def begin(root: Path, step: int) -> Path:
+    """One rank of a node. A new folder for what is to be saved."""
+    aside = aside_of(root, step)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    if best is not None:
-        os.link(best, aside / BEST)
     return aside
+
+
+def aside_of(root: Path, step: int) -> Path:
+    return root / f"step-{step}.tmp"
 
 
 def save(
@@ -92,13 +96,18 @@ def save(
     keep: int = KEPT_LOCALLY,
 ) -> Path:
     """Rank 0 only; fills what `begin` gave. Returns the complete folder; of older ones the last `keep` stay."""
-    root = aside.parent
-    folder = root / f"step-{state.step}"
     _save_tensors(weights, aside / WEIGHTS)
     if state.updates:
         _save_tensors(moments, aside / OPTIMIZER)
+    return complete(aside, state, job, keep)
+
+
+def complete(aside: Path, state: State, job: JobRef, keep: int, known: tuple[FileEntry, ...] = ()) -> Path:
+    """One rank of a node. All tensors are there; of the files in `known` the digests are known."""
+    root = aside.parent
+    folder = root / f"step-{state.step}"
     (aside / STATE).write_text(state.model_dump_json(by_alias=True))
-    manifest_io.write_manifest(aside, kind="checkpoint", job=job, step=state.step)
+    manifest_io.write_manifest(aside, kind="checkpoint", job=job, step=state.step, known=known)
     for path in aside.iterdir():
         _sync(path)
     _sync(aside)
@@ -109,11 +118,11 @@ def save(
     return folder
 
 
-def read_state(folder: Path) -> State | None:
+def read_state(folder: Path, *, verify: bool = True) -> State | None:
     """The state to go on from, or None on a fresh start. Raises Failed for a folder that isn't a whole checkpoint."""
     if not folder.is_dir():
         return None
-    why = manifest_io.verify(folder)
+    why = manifest_io.verify(folder) if verify else None
     if why is not None:
         raise Failed("TrainingError", f"the checkpoint to resume from isn't complete: {why}")
     try:
@@ -122,19 +131,10 @@ def read_state(folder: Path) -> State | None:
         raise Failed("TrainingError", f"the checkpoint's {STATE} can't be read: {error}") from None
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Raises Failed where `expected` names other tensors: the checkpoint is of another model or method."""
-    tensors = load_file(path)
-    if expected is not None and tensors.keys() != expected.keys():
-        odd = sorted(tensors.keys() ^ expected.keys())
-        raise Failed("InvalidConfig", f"the checkpoint doesn't fit the model: {len(odd)} weights differ, e.g. {odd[0]}")
-    return dict(tensors)
-
-
-def save_best(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Rank 0 only. Replaces the file as a whole (checkpoints may still hold a link to the old one)."""
+def replace(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The file as a whole (checkpoints may still hold a link to the old one)."""
     aside = path.with_suffix(".tmp")
-    _save_tensors(weights, aside)
+    save_file(dict(tensors), aside)
     os.replace(aside, path)
 
 

@@ -1,7 +1,9 @@
-"""Uploads checkpoints in the background while training goes on. Fed by the supervisor's loop on node 0.
+"""Uploads checkpoints in the background while training goes on. Fed by the supervisor's loop on node 0, and on every
+node where they are written in shards.
 
 Keeps a checkpoint's files by hard links from the moment it is told of, so that the ranks may prune theirs. A failed
-upload costs a warning and the next checkpoint's chance, never the training.
+upload costs a warning and the next checkpoint's chance, never the training. In shards, node 0 waits for the other
+nodes' marks before it completes one: as long again as its own upload took, and at least `Timing.marks_seconds`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api.manifest import FileEntry
+from finetune_api.run import JobRef
 from finetune_api.status import CheckpointStatus
-from finetune_trainer import digests, upload
+from finetune_trainer import digests, manifest_io, marks, upload
 from finetune_trainer.failure import Failed
 from finetune_trainer.log import Log
 from finetune_trainer.place import Place
@@ -31,6 +35,16 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Which node this is, of how many."""
+
+    job: JobRef
+    node: int
+    nodes: int
+    marks_seconds: float
+
+
+@dataclass(frozen=True)
 class _Task:
     step: int
     folder: Path
@@ -42,9 +56,18 @@ class CheckpointUploader:
     """One upload at a time; of several that wait, the newest is taken."""
 
     def __init__(
-        self, place: Place, *, links: Path, keep: int, log: Log, told: Callable[[Stored | None], None], patience: float
+        self,
+        place: Place,
+        group: Group,
+        *,
+        links: Path,
+        keep: int,
+        log: Log,
+        told: Callable[[Stored | None], None],
+        patience: float,
     ) -> None:
         self._place = place
+        self._group = group
         self._links = links
         self._keep = keep
         self._log = log
@@ -53,6 +76,7 @@ class CheckpointUploader:
         self._changed = threading.Condition()
         self._next: _Task | None = None
         self._busy = False
+        self._closed = False
         self.last: CheckpointStatus | None = None
         threading.Thread(target=self._run, name="checkpoints", daemon=True).start()
 
@@ -64,8 +88,7 @@ class CheckpointUploader:
             (links / path).parent.mkdir(parents=True, exist_ok=True)
             os.link(folder / path, links / path)
         with self._changed:
-            if self._next is not None:
-                shutil.rmtree(self._next.folder, ignore_errors=True)
+            self._drop_next()
             self._next = _Task(step, links, history, size)
             self._changed.notify_all()
 
@@ -73,6 +96,18 @@ class CheckpointUploader:
         """Until nothing waits; False when time ran out first."""
         with self._changed:
             return self._changed.wait_for(lambda: self._next is None and not self._busy, patience)
+
+    def close(self, patience: float) -> bool:
+        """Once nobody needs checkpoints any more. What is being sent arrives first; False when time ran out."""
+        with self._changed:
+            self._closed = True
+            self._drop_next()
+        return self.wait(patience)
+
+    def _drop_next(self) -> None:
+        if self._next is not None:
+            shutil.rmtree(self._next.folder, ignore_errors=True)
+            self._next = None
 
     def _run(self) -> None:
         while True:
@@ -91,11 +126,17 @@ class CheckpointUploader:
         began = time.monotonic()
         try:
             status = upload.patiently(
-                lambda: upload.checkpoint(self._place, task.folder, task.history, self._keep),
+                lambda: self._send(task, began),
                 what=f"the upload of checkpoint {task.step}",
                 patience=self._patience,
                 log=self._log,
             )
+        except marks.Missing as missing:
+            if not self._closed:
+                why = str(missing)
+                self._log.warning("a checkpoint isn't complete; the one before stays", step=task.step, detail=why)
+                self._told(None)
+            return
         except (Failed, OSError, ValueError) as error:
             self._log.warning("a checkpoint wasn't uploaded; training goes on", step=task.step, detail=str(error))
             self._told(None)
@@ -103,6 +144,25 @@ class CheckpointUploader:
         finally:
             shutil.rmtree(task.folder, ignore_errors=True)
         seconds = time.monotonic() - began
+        if status is None:
+            self._log.info("a checkpoint's shards are uploaded", step=task.step, seconds=round(seconds, 2))
+            return
         self.last = status
         self._log.info("checkpoint uploaded", step=task.step, uri=status.uri, seconds=round(seconds, 2))
         self._told(Stored(status, seconds, task.bytes))
+
+    def _send(self, task: _Task, began: float) -> CheckpointStatus | None:
+        """None on other nodes than the first, which don't complete a checkpoint."""
+        group = self._group
+        if group.node:
+            upload.shards(self._place, task.folder, group.job, group.node)
+            return None
+
+        def others(step: int) -> tuple[FileEntry, ...]:
+            if group.nodes == 1 or not (task.folder / manifest_io.INDEX).exists():
+                return ()
+            seconds = max(group.marks_seconds, time.monotonic() - began)
+            wait = marks.Wait(seconds, lambda: self._closed)
+            return marks.gather(self._place, group.job, step, range(1, group.nodes), wait)
+
+        return upload.checkpoint(self._place, task.folder, task.history, self._keep, others)

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune_trainer import digests
@@ -68,8 +68,9 @@ class FolderPlace:
                 for name in names:
                     file = Path(folder, name)
                     path = file.relative_to(self._root).as_posix()
-                    if self.local_path(path).is_file():
-                        found.append(Entry(path, file.stat().st_size))
+                    with suppress(FileNotFoundError):  # another node may be at work there
+                        if self.local_path(path).is_file():
+                            found.append(Entry(path, file.stat().st_size))
             return tuple(sorted(found, key=lambda entry: entry.path))
 
     def head(self, path: str) -> Entry | None:
@@ -118,8 +119,9 @@ class FolderPlace:
         with _translated(self._role, self._display):
             for path in paths:
                 full = self._root / path
-                full.unlink(missing_ok=True)
-                self._drop_empty(full.parent)
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    full.unlink()
+                    self._drop_empty(full.parent)
 
     def _drop_empty(self, folder: Path) -> None:
         while folder != self._root and folder.is_relative_to(self._root):
@@ -144,7 +146,8 @@ class FolderPlace:
 
 
 def _raise(error: OSError) -> None:
-    raise error
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune_trainer.learner import MOMENTS, to_cpu, trained
+from finetune_trainer.learner import MOMENTS, Extent, Stored, to_cpu, trained
 from finetune_trainer.model import layers
 from finetune_trainer.optimizers import Recipe, adamw, set_rate
 from finetune_trainer.world import World
@@ -81,21 +81,42 @@ class Split:
             }
         )
 
-    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        for name, parameter in self._parameters.items():
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps), device=self._home),
-                **{moment: _part_of(moments[f"{moment}/{name}"], parameter) for moment in MOMENTS},
-            }
+    def extents(self) -> dict[str, Extent]:
+        return {name: self._extent(parameter) for name, parameter in self._parameters.items()}
 
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def own_weights(self) -> dict[str, Tensor]:
+        return {name: _held(parameter) for name, parameter in self._parameters.items()}
+
+    def own_moments(self) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        return {
+            f"{moment}/{name}": _held(state[parameter][moment])
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }
+
+    def set_moments(self, moments: Stored, steps: int) -> None:
+        for name, parameter in self._parameters.items():
+            own = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+            for moment, value in own.items():
+                self._hold(value, moments, f"{moment}/{name}")
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=self._home), **own}
+
+    def set_weights(self, weights: Stored) -> None:
+        for name, parameter in self._parameters.items():
+            self._hold(parameter, weights, name)
+
+    def _extent(self, split: Any) -> Extent:
+        """FSDP2 cuts the first dimension, as torch.chunk does."""
+        rows = split.shape[0]
+        first = min(-(-rows // self._world.size) * self._world.rank, rows)
+        return Extent(tuple(split.shape), first * math.prod(split.shape[1:]), split.to_local().numel())
+
+    def _hold(self, split: Any, tensors: Stored, name: str) -> None:
+        extent = self._extent(split)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._world.device)
-                if self._world.is_first:
-                    whole.copy_(weights[name])
-                dist.broadcast(whole, src=0)
-                parameter.copy_(_part_of(whole, parameter))
+            local = split.to_local()
+            local.copy_(tensors.part(name, extent.offset, extent.length).view(local.shape))
 
     def _gathered(self, parts: Mapping[str, Any]) -> dict[str, Tensor]:
         """One at a time, so that a rank never holds more than one whole; only rank 0 keeps them."""
@@ -149,10 +170,6 @@ def _whole(part: Any, world: World) -> Tensor:
     return whole
 
 
-def _part_of(whole: Tensor, like: Any) -> Any:
-    """This rank's part of a tensor that every rank has."""
-    from torch.distributed.tensor import distribute_tensor
-
-    local = like.to_local()
-    part = distribute_tensor(whole.to(local.dtype), like.device_mesh, like.placements, src_data_rank=None)
-    return part.to(local.device)
+def _held(split: Any) -> Tensor:
+    """This rank's part, flat."""
+    return to_cpu(split.to_local()).reshape(-1)

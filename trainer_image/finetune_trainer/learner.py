@@ -2,15 +2,18 @@
 
 Chosen once by `assembly`; the loop never asks which it is. `Replicated` (ddp) is here, `Sharded` (ZeRO) in `zero`,
 `Split` (FSDP2) in `fsdp`.
-Weights and moments go in and out by parameter name, whole and in float32, so a checkpoint fits any strategy.
+Weights and moments go in and out by parameter name and in float32, so a checkpoint fits any strategy: out whole, or
+as the part that a rank holds (`Divided`); in as `Stored`, of which every rank reads what it holds.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,14 @@ from finetune_trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _TOGETHER = 16 * 2**20  # elements of gradients that are sent at once
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for. Made in `stored`."""
+
+    @abstractmethod
+    def part(self, name: str, offset: int, length: int) -> Tensor:
+        """So many of a tensor's values, flat, in row-major order."""
 
 
 class Learner(Protocol):
@@ -69,12 +80,38 @@ class Learner(Protocol):
         """The optimizer's state as `<what>/<name>`, e.g. exp_avg/…, on rank 0's CPU; empty on other ranks."""
         ...
 
-    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Goes on as if `steps` steps had been done. Every rank gives the whole mapping."""
+    def set_moments(self, moments: Stored, steps: int) -> None:
+        """Goes on as if `steps` steps had been done. Every rank asks for the same tensors in the same order."""
         ...
 
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Rank 0's weights everywhere, as if they had been trained. Other ranks' mappings aren't looked at."""
+    def set_weights(self, weights: Stored) -> None:
+        """As if they had been trained. Every rank asks for the same tensors in the same order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Part of a tensor of this shape: so many of its values, from an offset, flat."""
+
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@runtime_checkable
+class Divided(Learner, Protocol):
+    """A learner whose ranks hold a part of each weight and its moments; all parts together are the whole, once."""
+
+    def extents(self) -> dict[str, Extent]:
+        """What this rank holds of each weight, and of each of its moments."""
+        ...
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """That part of each weight, flat, on the CPU. Nothing is sent."""
+        ...
+
+    def own_moments(self) -> dict[str, Tensor]:
+        """That part of each moment, flat, on the CPU. Nothing is sent."""
         ...
 
 
@@ -137,15 +174,13 @@ class Replicated:
             return {}
         return self._optimizer.state()
 
-    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
+    def set_moments(self, moments: Stored, steps: int) -> None:
         self._optimizer.set_state(moments, steps)
 
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def set_weights(self, weights: Stored) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                if self._world.is_first:
-                    parameter.copy_(weights[name])
-                dist.broadcast(parameter.data, src=0)
+                parameter.copy_(weights[name])
 
 
 def parts(parameters: list[Any]) -> list[list[Any]]:

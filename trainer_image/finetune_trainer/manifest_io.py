@@ -17,6 +17,7 @@ from finetune_api.run import JobRef
 from finetune_trainer import digests
 
 NAME = "manifest.json"
+INDEX = "index.json"  # there where a checkpoint is written in shards
 
 
 def write_manifest(
@@ -27,10 +28,16 @@ def write_manifest(
     step: int,
     provenance: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
+    known: tuple[FileEntry, ...] = (),
 ) -> Manifest:
-    """Lists all files that lie in the folder now, and writes the list beside them, synced to disk."""
+    """Lists all files that lie in the folder now, and writes the list beside them, synced to disk.
+
+    Those in `known` aren't read again.
+    """
+    entries = {entry.path: entry for entry in known}
     files = tuple(
-        FileEntry(path=path, size=(folder / path).stat().st_size, sha256=digests.of_file(folder / path))
+        entries.get(path)
+        or FileEntry(path=path, size=(folder / path).stat().st_size, sha256=digests.of_file(folder / path))
         for path in digests.relative_files(folder)
         if path != NAME
     )

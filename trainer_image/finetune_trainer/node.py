@@ -56,6 +56,8 @@ class Timing:
     upload_patience: float = 1800.0
     """How long the result's upload is tried again."""
     checkpoint_patience: float = 300.0
+    marks_seconds: float = 60.0
+    """How long node 0 waits at least for the other nodes' shards of a checkpoint, once its own are there."""
     tracking_patience: float = 30.0
     """How long trackers get at the end for what they don't have yet."""
     store_retries: int = 6

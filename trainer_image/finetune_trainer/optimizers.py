@@ -99,16 +99,17 @@ class Optimizer:
 
     def set_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """`steps` counts where the state doesn't say how many steps it had (it comes from a strategy that splits)."""
-        saved: dict[str, dict[str, Tensor]] = {}
-        for path, value in state.items():
+        keys: dict[str, list[str]] = {}
+        for path in state:
             key, _, name = path.partition("/")
-            saved.setdefault(name, {})[key] = value
+            keys.setdefault(name, []).append(key)
         for part in self._parts:
             for at, group in enumerate(part.param_groups):
                 for index, parameter in enumerate(group["params"]):
-                    own = saved.get(self._names[parameter])
-                    if own is None:
+                    name = self._names[parameter]
+                    if name not in keys:
                         continue
+                    own = {key: state[f"{key}/{name}"] for key in keys[name]}
                     if hasattr(part, "init_state"):  # bitsandbytes: it knows where paged state lies
                         part.init_state(group, parameter, at, index)
                         _fill(part.state[parameter], own)

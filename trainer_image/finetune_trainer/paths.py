@@ -58,6 +58,11 @@ class Paths:
         return self.scratch / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The weights with the lowest eval loss so far."""
+        return self.scratch / "best"
+
+    @property
     def export(self) -> Path:
         """The result as it will lie in the destination, without finetune/manifest.json."""
         return self.scratch / "export"

@@ -1,7 +1,7 @@
 """Where a rank says what it does: the events file that the supervisor tails. The only way out of a rank.
 
-Rank 0 reports everything; other ranks only errors, so the loop needs no `if rank == 0`. Every rank touches a file
-beside it while it gets on, so that each node's supervisor can tell when its ranks don't.
+Rank 0 reports everything; other ranks only errors and their node's checkpoints, so the loop needs no `if rank == 0`.
+Every rank touches a file beside it while it gets on, so that each node's supervisor can tell when its ranks don't.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Reporter:
         """An event that rank 0 speaks of for all ranks."""
         if self._rank == 0:
             self._write(kind(time=self._clock(), **fields))
+
+    def report_of_node(self, kind: type[Any], **fields: Any) -> None:
+        """An event that one rank of each node speaks of, whoever calls."""
+        self._write(kind(time=self._clock(), **fields))
 
     def phase(self, phase: str) -> None:
         self._phase = phase

@@ -71,7 +71,7 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
 
 def _resume(paths: Paths, world: World) -> State | None:
     """The checkpoint on this node; all nodes must have fetched the same one."""
-    state = checkpoint.read_state(paths.resume)
+    state = checkpoint.read_state(paths.resume, verify=world.is_first_of_node)
     steps = world.everyones(state.step if state else None)
     if len(set(steps)) > 1:
         raise Failed("StorageUnavailable", f"the nodes fetched different checkpoints to resume from (steps {steps})")

@@ -19,7 +19,7 @@ from finetune_api import events, names
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
 from finetune_trainer import endings, fetch, history, lesson, preflight, provenance, report_file, state, telling, upload
-from finetune_trainer.checkpoints import CheckpointUploader, Stored
+from finetune_trainer.checkpoints import CheckpointUploader, Group, Stored
 from finetune_trainer.destination import Destination
 from finetune_trainer.failure import Failed
 from finetune_trainer.gpu import Gpus
@@ -101,6 +101,7 @@ class Supervisor:
         if not self._node.leads:
             if self._stop.asked:
                 raise Asked
+            self._in_thread(self._send_the_last)
             return Result(outcome="succeeded")
         artifact = self._in_thread(lambda: self._publish(inputs))
         self._enter("done")
@@ -149,8 +150,10 @@ class Supervisor:
             self._log.info("going on from a checkpoint", step=inputs.resume.step)
         if self._node.leads:
             self._recording.start()
+        if self._node.leads or run.world.nodes > 1:
             self._uploader = CheckpointUploader(
                 inputs.place,
+                Group(run.job, self._node.rank, run.world.nodes, self._node.timing.marks_seconds),
                 links=self._node.paths.scratch / "uploads",
                 keep=run.checkpoint.keep,
                 log=self._log,
@@ -231,6 +234,8 @@ class Supervisor:
             log=self._log,
         )
         self._log.info("result uploaded", uri=artifact.uri, bytes=artifact.size_bytes)
+        if self._uploader is not None and not self._uploader.close(node.timing.checkpoint_patience):
+            self._log.warning("a checkpoint is still being uploaded; some of it may be left behind")
         try:
             upload.remove_checkpoints(inputs.place)
         except Failed as failed:
@@ -240,6 +245,11 @@ class Supervisor:
             node.timing.tracking_patience,
         )
         return artifact
+
+    def _send_the_last(self) -> None:
+        """Another node than the first: the next attempt needs its shards, should the result not arrive."""
+        if self._uploader is not None and not self._uploader.wait(self._node.timing.checkpoint_patience):
+            self._log.warning("time is up before this node's shards of the last checkpoint were uploaded")
 
     def _finished_before(self, inputs: Inputs) -> Result:
         """The manifest is there: an earlier attempt finished, and its last word was lost."""

@@ -9,8 +9,6 @@ import gc
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +17,7 @@ from finetune_api.run import RunConfig
 from finetune_trainer import checkpoint, guards, schedule, seeds, selection, undo
 from finetune_trainer.agreement import Agreed, Micros, agree
 from finetune_trainer.batch import Collator
+from finetune_trainer.best import BestWeights
 from finetune_trainer.checkpoint import State
 from finetune_trainer.diagnosis import failed_from
 from finetune_trainer.evaluate import Evaluator
@@ -29,6 +28,7 @@ from finetune_trainer.paths import Paths
 from finetune_trainer.plan import Plan, Step
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.saving import Saver
+from finetune_trainer.shards import Sharding
 from finetune_trainer.split import Split
 from finetune_trainer.world import World
 
@@ -48,6 +48,7 @@ class Training:
     learner: Learner
     collate: Collator
     loss_sum: LossSum
+    sharding: Sharding | None  # None: checkpoints are gathered on rank 0
 
     @property
     def evaluator(self) -> Evaluator:
@@ -65,14 +66,14 @@ class Training:
             self.paths.checkpoints,
             self.run.job,
             cadence,
-            best=self.best_path if recipe.keep_best else None,
+            best=self.best if recipe.keep_best else None,
             kept=checkpoint.KEPT_LOCALLY + (guards.LASTING if rolls_back else 0),
+            sharding=self.sharding,
         )
 
     @property
-    def best_path(self) -> Path:
-        """Rank 0's copy of the weights with the lowest eval loss."""
-        return self.paths.scratch / checkpoint.BEST
+    def best(self) -> BestWeights:
+        return BestWeights(self.paths.best, self.learner, self.world, self.sharding)
 
 
 def train(t: Training, state: State) -> tuple[Training, State, bool]:
@@ -187,9 +188,7 @@ def _evaluate(t: Training, validation: Split, state: State) -> State:
     t.reporter.report(events.EvalEvent, step=state.step, split="validation", loss=loss, label_tokens=found.labels)
     best = selection.after_eval(state.chosen, state.step, loss)
     if recipe.keep_best and best.step == state.step:
-        weights = t.learner.weights()
-        if t.world.is_first:
-            checkpoint.save_best(t.best_path, weights)
+        t.best.keep()
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
     stopped = selection.should_stop(best, patience) and state.step < t.plan.total_steps
     if stopped:
@@ -237,5 +236,4 @@ def load_best(t: Training, state: State) -> None:
     """Puts the best weights back where earlier ones were better than the last."""
     if not t.run.training.keep_best or state.best is None or state.best.step == state.step:
         return
-    weights: dict[str, Any] = checkpoint.read_tensors(t.best_path) if t.world.is_first else {}
-    t.learner.set_weights(weights)
+    t.best.put_back()

@@ -6,20 +6,14 @@ section 5.1): the same rows in another state of the weights are no trouble.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from finetune_api import events
-from finetune_trainer import checkpoint, guards
+from finetune_trainer import checkpoint, guards, stored
 from finetune_trainer.checkpoint import State
 from finetune_trainer.failure import Failed
 from finetune_trainer.saving import Saver
-from finetune_trainer.world import World
 
 if TYPE_CHECKING:
     from finetune_trainer.train import Training
@@ -59,14 +53,19 @@ def _undone(t: Training, state: State, back: State) -> State:
 
 def _go_back(t: Training, latest: int) -> State | None:
     """Weights and moments as after step `latest` at most; None where no such checkpoint is on rank 0's disk."""
-    folder = _newest(t, latest) if t.world.is_first else None
-    state: State | None = t.world.firsts(checkpoint.read_state(folder) if folder else None)
-    if state is None:
+    found = _newest(t, latest) if t.world.is_first else None
+    name: str | None = t.world.firsts(found.name if found else None)
+    state: State | None = t.world.firsts(checkpoint.read_state(found) if found else None)
+    if name is None or state is None:
         return None
-    t.learner.set_weights(checkpoint.read_tensors(folder / checkpoint.WEIGHTS) if folder else {})
-    moments = checkpoint.read_tensors(folder / checkpoint.OPTIMIZER) if folder and state.updates else {}
-    if state.updates:
-        t.learner.set_moments(FromFirst(moments, t.world), state.updates)
+    folder = t.paths.resume if name == t.paths.resume.name else t.paths.checkpoints / name
+    weights = stored.within_reach(folder, "weights", t.world)
+    moments = stored.within_reach(folder, "optimizer", t.world)
+    if weights is None or (moments is None and state.updates):
+        raise RuntimeError(f"{folder} lacks tensors")
+    t.learner.set_weights(weights)
+    if moments is not None and state.updates:
+        t.learner.set_moments(moments, state.updates)
     return state
 
 
@@ -77,28 +76,3 @@ def _newest(t: Training, latest: int) -> Path | None:
         steps.setdefault(state.step, t.paths.resume)
     good = [step for step in steps if step <= latest]
     return steps[max(good)] if good else None
-
-
-class FromFirst(Mapping[str, Tensor]):
-    """Rank 0's tensors for every rank, one at a time: all ranks must ask for the same ones in the same order."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], world: World) -> None:
-        self._tensors = tensors
-        self._world = world
-        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        self._kinds: dict[str, tuple[torch.Size, torch.dtype]] = world.firsts(kinds)
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape, dtype = self._kinds[name]
-        device = self._world.device
-        value = (
-            self._tensors[name].to(device) if self._world.is_first else torch.empty(shape, dtype=dtype, device=device)
-        )
-        dist.broadcast(value, src=0)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kinds)
-
-    def __len__(self) -> int:
-        return len(self._kinds)

@@ -1,6 +1,7 @@
 """Writes checkpoints and the result into the destination: files first, the manifest last, then looks again.
 
-Called by the supervisor on node 0 only. Trains nothing again: a store that doesn't answer is waited for.
+Called by the supervisor on node 0, and on other nodes for their shards. Trains nothing again: a store that doesn't
+answer is waited for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from finetune_api.manifest import FileEntry, Manifest, ManifestJob
 from finetune_api.names import CHECKPOINTS_DIR, MANIFEST_PATH, checkpoint_dir
 from finetune_api.run import JobRef
 from finetune_api.status import ArtifactStatus, CheckpointStatus
-from finetune_trainer import digests, lesson
+from finetune_trainer import digests, lesson, marks
 from finetune_trainer.destination import owned
 from finetune_trainer.failure import Failed
 from finetune_trainer.fetch import CHECKPOINT_MANIFEST, HISTORY
@@ -50,31 +51,54 @@ def patiently(action: Callable[[], T], *, what: str, patience: float, log: Log) 
             time.sleep(wait)
 
 
-def checkpoint(place: Place, folder: Path, history: str, keep: int) -> CheckpointStatus:
+def checkpoint(
+    place: Place,
+    folder: Path,
+    history: str,
+    keep: int,
+    others: Callable[[int], tuple[FileEntry, ...]] = lambda step: (),
+) -> CheckpointStatus:
     """Uploads a complete local checkpoint with the history so far, then prunes to the newest `keep`.
 
-    `folder` holds manifest.json, which lists the other files; the remote one lists the history too.
+    `folder` holds manifest.json, which lists the other files; the remote one lists the history too, and what the
+    `others` have put there: that is asked for once our own files are.
     """
     manifest = Manifest.model_validate_json((folder / CHECKPOINT_MANIFEST).read_bytes())
     remote = checkpoint_dir(manifest.step)
     text = history.encode()
     beside = FileEntry(path=HISTORY, size=len(text), sha256=digests.of_bytes(text))
-    complete = manifest.model_copy(update={"files": (*(f for f in manifest.files if f.path != HISTORY), beside)})
+    own = tuple(file for file in manifest.files if file.path != HISTORY)
     place.delete((f"{remote}/{CHECKPOINT_MANIFEST}",))
-    _upload_all(place, {f"{remote}/{f.path}": folder / f.path for f in manifest.files if f.path != HISTORY})
+    _upload_all(place, {f"{remote}/{f.path}": folder / f.path for f in own})
+    complete = manifest.model_copy(update={"files": (*own, *others(manifest.step), beside)})
     place.write(f"{remote}/{HISTORY}", text)
     place.write(f"{remote}/{CHECKPOINT_MANIFEST}", _as_bytes(complete))
     prune(place, keep)
     return CheckpointStatus(step=manifest.step, uri=f"{place.display.rstrip('/')}/{remote}", time=now_text())
 
 
+def shards(place: Place, folder: Path, job: JobRef, node: int) -> None:
+    """Another node than the first: its shards of a checkpoint, then its mark. What is the same on all nodes is node
+    0's. Where the result is there meanwhile, nobody needs them any more."""
+    manifest = Manifest.model_validate_json((folder / CHECKPOINT_MANIFEST).read_bytes())
+    remote = checkpoint_dir(manifest.step)
+    own = tuple(file for file in manifest.files if file.path.endswith(".safetensors"))
+    _upload_all(place, {f"{remote}/{f.path}": folder / f.path for f in own})
+    marks.leave(place, job, manifest.step, node, own)
+    if place.head(MANIFEST_PATH) is not None:
+        place.delete((marks.path(manifest.step, node, job.attempt), *(f"{remote}/{f.path}" for f in own)))
+
+
 def prune(place: Place, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep` complete ones; a manifest goes before its files."""
+    """Removes all checkpoints before the newest `keep` complete ones, whole or not; a manifest goes before its files.
+
+    What is newer is on its way, on this node or another. With 0, everything.
+    """
     paths = [entry.path for entry in place.list(CHECKPOINTS_DIR)]
     steps = {int(match.group(1)) for match in map(_STEP.match, paths) if match}
-    complete = {step for step in steps if f"{checkpoint_dir(step)}/{CHECKPOINT_MANIFEST}" in paths}
-    kept = set(sorted(complete, reverse=True)[:keep])
-    gone = {checkpoint_dir(step) for step in steps - kept}
+    complete = sorted(step for step in steps if f"{checkpoint_dir(step)}/{CHECKPOINT_MANIFEST}" in paths)
+    kept = set(complete[-keep:]) if keep else set()
+    gone = {checkpoint_dir(step) for step in steps - kept if not keep or step < max(kept, default=0)}
     doomed = [path for path in paths if path.rpartition("/")[0] in gone or _folder(path) in gone]
     place.delete(tuple(path for path in doomed if path.endswith(f"/{CHECKPOINT_MANIFEST}")))
     place.delete(tuple(path for path in doomed if not path.endswith(f"/{CHECKPOINT_MANIFEST}")))

@@ -93,7 +93,7 @@ class Watch:
                     self._stepped = True
                 if isinstance(event, events.PhaseEvent):
                     self._phase = event.phase
-                if rank == 0:
+                if rank == 0 or isinstance(event, events.CheckpointEvent):
                     self._listener(event)
 
     def _feel_beats(self) -> None:

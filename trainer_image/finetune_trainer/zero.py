@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.footprint import ZERO_BUCKET
-from finetune_trainer.learner import MOMENTS, assert_same_world, to_cpu, trained
+from finetune_trainer.learner import MOMENTS, Extent, Stored, assert_same_world, to_cpu, trained
 from finetune_trainer.optimizers import Recipe, adamw, set_rate, shape_of
 from finetune_trainer.world import World
 
@@ -171,9 +171,21 @@ class Sharded:
             {f"{moment}/{name}": (p, of(moment)) for name, p in self._parameters.items() for moment in MOMENTS}
         )
 
-    def set_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+    def extents(self) -> dict[str, Extent]:
+        return {name: self._extent(parameter) for name, parameter in self._parameters.items()}
 
+    def own_weights(self) -> dict[str, Tensor]:
+        return {name: to_cpu(self._held(parameter)) for name, parameter in self._parameters.items()}
+
+    def own_moments(self) -> dict[str, Tensor]:
+        self._link_moments()
+        return {
+            f"{moment}/{name}": to_cpu(self._held(parameter, moment))
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }
+
+    def set_moments(self, moments: Stored, steps: int) -> None:
         optimizer = self._engine.optimizer
         flat = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
         for partition in flat:
@@ -184,8 +196,76 @@ class Sharded:
         self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
-                value = moments[f"{moment}/{name}"].to(self._world.device)
-                safe_set_full_optimizer_state(parameter, value, moment)
+                self._hold(parameter, moments, f"{moment}/{name}", moment)
+
+    def set_weights(self, weights: Stored) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._hold(parameter, weights, name)
+                if self._stage == 3:
+                    parameter.ds_tensor.copy_(self._padded(parameter, weights, name))
+                else:
+                    parameter.copy_(safe_get_full_fp32_param(parameter))
+        if self._stage == 3:
+            self._split_again()
+
+    def _split_again(self) -> None:
+        """Weights that are whole at the moment are old: small ones that stay whole are gathered anew."""
+        for parameter in self._parameters.values():
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition([parameter])
+        staying = self._engine.optimizer.persistent_parameters
+        if staying:
+            staying[0].all_gather(staying)
+
+    def _extent(self, parameter: Any) -> Extent:
+        """Stage 3 cuts each weight; stages 1 and 2 cut all of them laid end to end, so a rank may hold none of one."""
+        shape = tuple(shape_of(parameter))
+        if self._stage == 3:
+            each = parameter.ds_tensor.ds_numel
+            offset = min(each * self._world.rank, parameter.ds_numel)
+            return Extent(shape, offset, min(each, parameter.ds_numel - offset))
+        if parameter._hp_mapping is None:
+            return Extent(shape, 0, 0)
+        held = parameter._hp_mapping.lp_fragment_address
+        return Extent(shape, held.start, held.numel)
+
+    def _held(self, parameter: Any, moment: str | None = None) -> Tensor:
+        """This rank's part, as DeepSpeed holds it, without padding."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        if self._stage != 3:
+            mapping = parameter._hp_mapping
+            part: Tensor = torch.empty(0) if mapping is None else mapping.get_hp_fragment(moment)
+            return part
+        padded: Tensor = (
+            safe_get_local_optimizer_state(parameter, moment) if moment else safe_get_local_fp32_param(parameter)
+        )
+        return padded[: self._extent(parameter).length]
+
+    def _hold(self, parameter: Any, tensors: Stored, name: str, moment: str | None = None) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        if self._stage == 3:
+            value = self._padded(parameter, tensors, name)
+            if moment:
+                safe_set_local_optimizer_state(parameter, value, moment)
+            else:
+                safe_set_local_fp32_param(parameter, value)
+            return
+        extent = self._extent(parameter)
+        part = tensors.part(name, extent.offset, extent.length)
+        if extent.length:
+            parameter._hp_mapping.get_hp_fragment(moment).copy_(part)
+
+    def _padded(self, parameter: Any, tensors: Stored, name: str) -> Tensor:
+        """This rank's part, followed by zeros to the length that every rank's has."""
+        extent = self._extent(parameter)
+        value = torch.zeros(parameter.ds_tensor.ds_numel, device=self._world.device)
+        value[: extent.length] = tensors.part(name, extent.offset, extent.length)
+        return value
 
     def _link_moments(self) -> None:
         """DeepSpeed 0.19 links parameters to their moments once, after the first group's first step, when other groups
@@ -193,21 +273,6 @@ class Sharded:
         if self._stage != 3:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        import torch.distributed as dist
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        device = self._world.device
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                value = torch.empty(shape_of(parameter), device=device)
-                if self._world.is_first:
-                    value.copy_(weights[name])
-                dist.broadcast(value, src=0)
-                safe_set_full_fp32_param(parameter, value)
-                with whole(parameter):
-                    parameter.copy_(value)
 
     def _gathered(self, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
         """One parameter at a time, so that a rank never holds more than one whole; only rank 0 keeps them."""
