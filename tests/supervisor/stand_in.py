@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_api import events as e
@@ -33,6 +33,7 @@ class Behaviour:
     loading: float = 0.0  # seconds before the first step
     hold: str = ""  # a file: training goes on after step `hold_at` once it exists
     hold_at: int = 0
+    holds: dict[str, str] = field(default_factory=dict)  # more of these: step → file
     shards: bool = False  # checkpoints are written in shards, a folder a node
 
 
@@ -85,9 +86,9 @@ def main() -> int:
         if stopping:
             say(e.PreemptedEvent(time=now(), step=step))
             return 0
-        if step == behaviour.hold_at:
-            while not Path(behaviour.hold).exists() and not paths.stop.exists():
-                time.sleep(0.02)
+        hold = {**behaviour.holds, str(behaviour.hold_at): behaviour.hold}.get(str(step))
+        while hold is not None and not Path(hold).exists() and not paths.stop.exists():
+            time.sleep(0.02)
     say(e.EvalEvent(time=now(), step=behaviour.steps, split="validation", loss=0.9, label_tokens=40))
     say(e.EvalEvent(time=now(), step=behaviour.steps, split="test", loss=1.5, label_tokens=40))
     say(e.SampleEvent(time=now(), index=0, prompt="p", reference="r", before="b", after="a"))

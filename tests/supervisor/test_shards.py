@@ -44,7 +44,8 @@ class Pair:
         return self.setup.folder / f"keys-{node}"
 
     def start(self, attempt: int) -> tuple[Running, Running]:
-        go = {"hold": str(self.setup.folder / "go"), "hold_at": 4, "steps": 6, "shards": True}
+        holds = {str(step): str(self.setup.folder / f"go-{step}") for step in (2, 4)}
+        behaviour = {"holds": holds, "steps": 6, "shards": True}
         first, second = (
             world.start(
                 self.setup.but(output=world.place(f"s3://outputs/{self.setup.folder.name}/v1", self.keys(node))).run(
@@ -52,15 +53,20 @@ class Pair:
                 ),
                 self.setup.folder / f"node-{node}",
                 node=node,
-                behaviour=go,
+                behaviour=behaviour,
             )
             for node in (0, 1)
         )
         return first, second
 
+    def go_on(self, step: int) -> None:
+        """Past a step, once its checkpoint is complete."""
+        world.until(lambda: (self.step(step) / "manifest.json").exists())
+        (self.setup.folder / f"go-{step}").touch()
+
     def finish(self, attempt: int) -> tuple[Ended, Ended]:
         """To the end."""
-        (self.setup.folder / "go").touch()
+        (self.setup.folder / "go-4").touch()
         first, second = self.start(attempt)
         return first.wait(), second.wait()
 
@@ -98,6 +104,7 @@ def _went_on_from(ended: Ended) -> str:
 
 def test_a_checkpoint_of_two_nodes_is_complete_once_both_have_sent_theirs(pair: Pair) -> None:
     first, second = pair.start(1)
+    pair.go_on(2)
     world.until(lambda: (pair.step(4) / "manifest.json").exists())
     world.until(lambda: not _files(pair.step(2)))  # marks and all nodes' shards are pruned
     manifest = Manifest.model_validate_json((pair.step(4) / "manifest.json").read_bytes())
@@ -107,7 +114,7 @@ def test_a_checkpoint_of_two_nodes_is_complete_once_both_have_sent_theirs(pair: 
     for file in manifest.files:
         assert digests.of_file(pair.step(4) / file.path) == file.sha256
     assert "node-1-attempt-1.json" in _files(pair.step(4))
-    (pair.setup.folder / "go").touch()
+    pair.go_on(4)
     done, other = first.wait(), second.wait()
     assert (done.code, other.code) == (0, 0), f"{done.output}\n{other.output}"
     assert world.manifest(pair.output).step == 6
@@ -124,6 +131,7 @@ def test_a_node_that_dies_between_its_upload_and_the_manifest_leaves_the_checkpo
     with Wire(pair.s3.endpoint, cut_before=path.encode()) as wire:
         (pair.keys(node) / "AWS_ENDPOINT_URL").write_text(wire.url)
         running = pair.start(1)
+        pair.go_on(2)
         assert wire.tripped.wait(30)
         world.until(lambda: {f"weights-{rank}.safetensors" for rank in range(4)} <= _files(pair.step(4)))
         if node == 0:
@@ -147,6 +155,7 @@ def test_a_shard_that_was_altered_costs_both_nodes_the_checkpoint(pair: Pair) ->
     kept = pair.setup.but(checkpoint=CheckpointSpec(keep=2))
     both = Pair(kept, pair.s3)
     running = both.start(1)
+    both.go_on(2)
     world.until(lambda: (both.step(4) / "manifest.json").exists())
     _stopped(*running)
     shard = both.step(4) / "weights-3.safetensors"

@@ -110,7 +110,7 @@ def test_preflight_refuses_rows_that_leave_nothing_to_learn(setup: Setup) -> Non
 
 
 def test_two_nodes_leave_together_when_one_is_asked_to_and_go_on_together(setup: Setup) -> None:
-    """The real ranks: the stop is agreed among them, whichever node's flag it is."""
+    """The real ranks: the stop is agreed among them, whichever node's flag it is. Each node uploads its own shards."""
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
     rows = [{"prompt": f"Define the noun: {i}.", "completion": f" Number {i}."} for i in range(20)]
@@ -119,9 +119,9 @@ def test_two_nodes_leave_together_when_one_is_asked_to_and_go_on_together(setup:
         port = free.getsockname()[1]
     shared = setup.but(
         data=DataConfig(train=world.place(f"file://{setup.train}"), max_sequence_length=64),
-        world=WorldConfig(nodes=2, processes_per_node=1, master_port=port),
+        world=WorldConfig(nodes=2, processes_per_node=1, strategy="fsdp", master_port=port),
         training=TrainingSpec(max_steps=3000, global_batch_size=2),
-        checkpoint=CheckpointSpec(every=100000),
+        checkpoint=CheckpointSpec(every=100000, shards="always"),
     )
 
     def start(attempt: int) -> tuple[world.Running, world.Running]:
@@ -141,6 +141,9 @@ def test_two_nodes_leave_together_when_one_is_asked_to_and_go_on_together(setup:
     assert told.last.checkpoint is not None
 
     step = told.last.checkpoint.step
+    folder = setup.output / "checkpoints" / f"step-{step}"
+    shards = {f"{kind}-{rank}.safetensors" for kind in ("weights", "optimizer") for rank in (0, 1)}
+    assert shards <= {path.name for path in folder.iterdir()}
     leader, other = start(attempt=2)
     world.until(lambda: events.exists() and f'"step":{step + 1},' in events.read_text(), timeout=90)
     leader.terminate()

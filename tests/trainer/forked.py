@@ -132,7 +132,7 @@ def _rank(environment: Mapping[str, str], log: str, scratches: list[str], die: D
     os.environ.clear()
     os.environ.update(environment)
     if die is not None:
-        sys.addaudithook(_Hook(die))
+        install(die)
     if fault is not None:
         fault.install()
     if scratches:
@@ -143,6 +143,11 @@ def _rank(environment: Mapping[str, str], log: str, scratches: list[str], die: D
     from finetune_trainer import rank
 
     sys.exit(rank.main())
+
+
+def install(die: Die) -> None:
+    """In this process, for good."""
+    sys.addaudithook(_Hook(die))
 
 
 class _Hook:

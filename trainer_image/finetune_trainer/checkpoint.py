@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from finetune_api.manifest import FileEntry
 from finetune_api.model import LenientModel
 from finetune_api.run import JobRef
-from finetune_trainer import guards, manifest_io
+from finetune_trainer import guards, manifest_io, shards
 from finetune_trainer.failure import Failed
 from finetune_trainer.guards import Skipped
 from finetune_trainer.selection import Best
@@ -100,6 +100,29 @@ def save(
     if state.updates:
         _save_tensors(moments, aside / OPTIMIZER)
     return complete(aside, state, job, keep)
+
+
+@dataclass
+class Part:
+    """What one rank writes. `own`: its parts of tensors by kind, let go as they are written; `best`: a file that is
+    there already. The first of `ranks_here`, those of its node, completes the folder."""
+
+    rank: int
+    ranks_here: range
+    index: shards.Index
+    own: dict[str, dict[str, Tensor]]
+    best: Path | None
+
+
+def save_part(aside: Path, state: State, part: Part, *, job: JobRef, keep: int = KEPT_LOCALLY) -> Path | None:
+    """Every rank. The complete folder where this rank completes it, once all ranks of its node have written theirs."""
+    written = [shards.write(aside, kind, part.rank, part.own.pop(kind)) for kind in tuple(part.own)]
+    shards.tell(aside, part.rank, (*written, *([part.best] if part.best else [])))
+    if part.rank != part.ranks_here[0]:
+        return None
+    entries = shards.hear(aside, part.ranks_here)
+    (aside / manifest_io.INDEX).write_text(part.index.model_dump_json(by_alias=True))
+    return complete(aside, state, job, keep, entries)
 
 
 def complete(aside: Path, state: State, job: JobRef, keep: int, known: tuple[FileEntry, ...] = ()) -> Path:

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from finetune_api import events
 from finetune_api.run import JobRef
-from finetune_trainer import checkpoint, manifest_io, selection, shards
+from finetune_trainer import checkpoint, selection
 from finetune_trainer.best import BestWeights
 from finetune_trainer.checkpoint import State
 from finetune_trainer.learner import Learner
@@ -95,7 +95,6 @@ class Saver:
 
     def _part(self, state: State, sharding: Sharding) -> Callable[[], Path | None]:
         """Every rank writes. The first one of a node also completes its folder."""
-        rank = self.world.rank
         own = {"weights": sharding.learner.own_weights()}
         if state.updates:
             own["optimizer"] = sharding.learner.own_moments()
@@ -104,17 +103,8 @@ class Saver:
         self.world.wait()
         aside = checkpoint.aside_of(self.folder, state.step)
         best = self._link_best(state, aside)
-
-        def write() -> Path | None:
-            written = [shards.write(aside, kind, rank, own.pop(kind)) for kind in tuple(own)]
-            shards.tell(aside, rank, (*written, *([best] if best else [])))
-            if not self.world.is_first_of_node:
-                return None
-            entries = shards.hear(aside, range(rank, rank + self.world.local_size))
-            (aside / manifest_io.INDEX).write_text(sharding.index.model_dump_json(by_alias=True))
-            return checkpoint.complete(aside, state, self.job, self.kept, entries)
-
-        return write
+        part = checkpoint.Part(self.world.rank, self.world.ranks_here, sharding.index, own, best)
+        return lambda: checkpoint.save_part(aside, state, part, job=self.job, keep=self.kept)
 
     def _link_best(self, state: State, aside: Path) -> Path | None:
         """At once, since the file may be replaced soon; not where the best weights are the ones that are saved."""

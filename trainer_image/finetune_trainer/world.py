@@ -34,6 +34,12 @@ class World:
     def is_first_of_node(self) -> bool:
         return self.local_rank == 0
 
+    @property
+    def ranks_here(self) -> range:
+        """Of this node."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
+
     def wait(self) -> None:
         """Until all ranks are here."""
         dist.barrier()
