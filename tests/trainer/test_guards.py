@@ -171,6 +171,7 @@ def test_a_rank_that_is_asked_to_leave_takes_all_along(tmp_path: Path, models: d
 
 
 _EVERY, _SPIKE = 5, 51
+_SPIKED = {"max_steps": 57, "global_batch_size": 2, "learning_rate": 2e-2, "loss_spike": {"action": "rollback"}}
 
 
 def _garbled() -> list[dict[str, str]]:
@@ -186,9 +187,6 @@ def _garbled() -> list[dict[str, str]]:
 def spiked(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, tuple[Ended, Ended]]:
     """Runs with a spike, and the same ones gone on with from the checkpoint that was taken right after it."""
     root = tmp_path_factory.mktemp("spiked")
-    training = {
-        "max_steps": 57, "global_batch_size": 2, "learning_rate": 2e-2, "loss_spike": {"action": "rollback"},
-    }  # fmt: skip
     ways = {
         **{name: way for name, way in _WAYS.items() if "2" in name},
         "2 ranks, zero2, shards": {"world": 2, "strategy": "zero2", "shards": "always"},
@@ -199,7 +197,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) ->
     def jobs(prefix: str, points: Mapping[str, Path]) -> list[Job]:
         return [
             prepare(
-                root / f"{prefix}{name}", models["llama"], _garbled(), training=training, every=_EVERY,
+                root / f"{prefix}{name}", models["llama"], _garbled(), training=_SPIKED, every=_EVERY,
                 resume=points.get(name), full=True, **way,
             )
             for name, way in ways.items()
@@ -233,6 +231,20 @@ def test_a_loss_spike_is_undone_as_if_its_steps_had_never_been(
     assert max(resumed.losses) < min(whole.losses[_SPIKE - 1 : _SPIKE + 2])
     name = "model.safetensors"
     assert (resumed.paths.export / name).read_bytes() == (whole.paths.export / name).read_bytes()
+
+
+@pytest.mark.parametrize("way", ["2 ranks", "2 ranks, fsdp"])
+def test_a_loss_spike_is_undone_where_each_node_has_its_own_disk(
+    way: str, spiked: dict[str, tuple[Ended, Ended]], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Gathered on node 0, which sends them; or in shards, which each node has for itself."""
+    how: dict[str, Any] = {"2 ranks": {}, "2 ranks, fsdp": {"strategy": "fsdp", "shards": "always"}}[way]
+    how = {"world": 2, "nodes": 2, "full": True, "every": _EVERY, **how}
+    ended = prepare(tmp_path / "job", models["llama"], _garbled(), training=_SPIKED, **how).finish().check()
+    one = spiked[way][0]
+    assert ended.losses == one.losses
+    name = "model.safetensors"
+    assert (ended.paths.export / name).read_bytes() == (one.paths.export / name).read_bytes()
 
 
 def _save_with_a_disk_that_ends(root: Path, most: int) -> None:
