@@ -195,6 +195,7 @@ def good(runs: Runs, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["missing", "cut", "altered"])
 def test_a_torn_or_altered_shard_costs_the_whole_checkpoint(how: str, good: Path) -> None:
+    """Bug 14: a shard that isn't what its rank wrote."""
     for path in [*sorted((good / f"step-{_STEPS}").glob("*-*.safetensors")), good / f"step-{_STEPS}" / INDEX]:
         content = path.read_bytes()
         path.unlink()
@@ -251,7 +252,7 @@ def _save(root: Path, step: int, die: Die | None = None) -> None:
 
 
 def test_killed_at_any_touch_of_shards_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    """Bug 14, for each file that either rank writes, renames or removes."""
+    """Bug 14: half written, at each file that either rank writes, renames or removes."""
     found = []
     for nth in range(1, 100):
         root = tmp_path / str(nth)
