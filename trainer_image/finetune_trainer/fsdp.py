@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from finetune_trainer.learner import MOMENTS, Extent, Stored, to_cpu, trained
 from finetune_trainer.model import layers
@@ -104,6 +103,8 @@ class Split:
             self._optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=self._home), **own}
 
     def set_weights(self, weights: Stored) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what an evaluation left whole would be computed with as it was
