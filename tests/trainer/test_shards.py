@@ -70,12 +70,10 @@ _THEN: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2, then zero2": ("zero2", {"strategy": "zero2"}),
     "zero3, then zero3": ("zero3", {"strategy": "zero3"}),
     "fsdp, then fsdp": ("fsdp", {"strategy": "fsdp"}),
-    "zero3, then zero3 gathered": ("zero3", {"strategy": "zero3", "shards": "never"}),
     "fsdp gathered, then fsdp": ("fsdp, gathered", {"strategy": "fsdp"}),
     "fsdp, then zero3": ("fsdp", {"strategy": "zero3"}),
     "zero3, then fsdp": ("zero3", {"strategy": "fsdp"}),
     "fsdp, then zero1": ("fsdp", {"strategy": "zero1"}),
-    "zero3, then ddp": ("zero3", {}),
     "fsdp, then ddp on 1": ("fsdp", {"world": 1}),
     "zero2, then fsdp on 3": ("zero2", {"world": 3, "strategy": "fsdp"}),
     "fsdp, then zero3 on 3": ("fsdp", {"world": 3, "strategy": "zero3"}),
@@ -274,7 +272,7 @@ def test_killed_at_any_touch_of_shards_the_newest_complete_checkpoint_is_found(t
     assert (found[0], found[-1]) == (2, 3)
 
 
-@pytest.mark.parametrize("nth", [4, 7, 9])
+@pytest.mark.parametrize("nth", [4, 9])
 def test_killed_while_it_writes_its_shard_a_run_goes_on_from_the_one_before(
     nth: int, runs: Runs, models: dict[str, Path], tmp_path: Path
 ) -> None:
