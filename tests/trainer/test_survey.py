@@ -184,6 +184,9 @@ def _renderer(models: dict[str, Path], template: str, first: list[int] | None = 
 def test_a_good_template_is_certified_with_what_was_checked(models: dict[str, Path]) -> None:
     assert "the stop token '<|im_end|>' is learnt" in certify.certify(_renderer(models, _CHATML), own=True)
     assert certify.certify(Renderer.load(models["gpt2"], 64), own=True) == ()
+    marked = _renderer(models, _CHATML)
+    marked.tokenizer.bos_token = "<|im_start|>"  # as SmolLM2 has it
+    assert "one beginning token" in certify.certify(marked, own=True)
 
 
 _TEMPLATES = [

@@ -4,6 +4,7 @@ that is learnt, and what is learnt is the answer. Called by `data` and preflight
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from finetune_trainer.failure import Failed
@@ -80,7 +81,10 @@ def _beginning(renderer: Renderer, probes: list[Example], refuse: _Refusal) -> s
     token = renderer.tokenizer.bos_token_id
     if token is None or token in renderer.stops:
         return "the tokenizer has no beginning token of its own"
-    counts = {probe.ids.count(token) for probe in probes}
+    # Some chat models (SmolLM2) mark each turn with this very token; a role follows it then, and no special token.
+    special = set(renderer.tokenizer.all_special_ids)
+    marks_turns = not any(a == token and b in special for p in probes for a, b in pairwise(p.ids))
+    counts = {min(probe.ids.count(token), 1 if marks_turns else len(probe.ids)) for probe in probes}
     if max(counts) > 1:
         raise refuse(
             f"begins a text with {max(counts)} beginning tokens ({renderer.tokenizer.bos_token!r}) instead of one"
