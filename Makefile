@@ -61,6 +61,10 @@ format: venv ## Format the code
 generate: venv ## Write crds/, the chart's copy and docs/reference.md from finetune_api
 	$(PY) -m finetune_api.generate
 
+.PHONY: matrix
+matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes)
+	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.matrix
+
 .PHONY: images
 images: venv ## Build the operator and trainer images
 	python3 -m images build operator

@@ -6,7 +6,7 @@ models and nowhere else; the operator never writes spec.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -25,7 +25,7 @@ from finetune_api.spec_outcome import (
     OutputSpec,
     RunPolicySpec,
 )
-from finetune_api.spec_recipe import EarlyStoppingSpec, LoraSpec, MethodSpec, TrainingSpec
+from finetune_api.spec_recipe import DpoSpec, EarlyStoppingSpec, FullSpec, LoraSpec, MethodSpec, TrainingSpec
 from finetune_api.spec_tracking import MlflowSpec, TrackingSpec, WandbSpec
 from finetune_api.status import Status
 
@@ -35,9 +35,11 @@ __all__ = [
     "ColumnsSpec",
     "DatasetSpec",
     "DistributionSpec",
+    "DpoSpec",
     "EarlyStoppingSpec",
     "EvaluationSpec",
     "FineTuneJob",
+    "FullSpec",
     "GenerationSpec",
     "GpuSpec",
     "LoraSpec",
@@ -60,6 +62,16 @@ __all__ = [
     "WandbSpec",
     "parse",
 ]
+
+
+def _not_split(field: str, cel: str, holds: Callable[[LoraSpec], bool]) -> Rule:
+    """For what reads the base's weights outside of their layers."""
+    return Rule(
+        f"method.lora.{field}",
+        "can't be had with distribution.strategy zero3, which splits what it reads; use fsdp or zero2",
+        f"self.distribution.strategy != 'zero3' || !has(self.method.lora) || {cel}",
+        lambda m: m.distribution.strategy != "zero3" or not m.method.lora or holds(m.method.lora),
+    )
 
 
 class Spec(Model):
@@ -100,6 +112,27 @@ class Spec(Model):
         Rule("output.merge", "needs method.type lora; what full training writes is a whole model already",
              "!self.output.merge || self.method.type == 'lora'",
              lambda m: not m.output.merge or m.method.type == "lora"),
+        Rule("model.quantization", "needs method lora: a quantised base stays frozen",
+             "self.model.quantization == 'none' || self.method.type == 'lora'",
+             lambda m: m.model.quantization == "none" or m.method.type == "lora"),
+        Rule("distribution.strategy", "must be auto or ddp with model.quantization: only they carry a quantised base",
+             "self.model.quantization == 'none' || self.distribution.strategy in ['auto', 'ddp']",
+             lambda m: m.model.quantization == "none" or m.distribution.strategy in ("auto", "ddp")),
+        _not_split("dora", "!self.method.lora.dora", lambda lora: not lora.dora),
+        _not_split("init", "self.method.lora.init == 'default'", lambda lora: lora.init == "default"),
+        _not_split("addedTokens", "self.method.lora.addedTokens.size() == 0", lambda lora: not lora.added_tokens),
+        Rule("output.merge", "needs model.quantization none: whole weights and adapter aren't what was trained",
+             "!self.output.merge || self.model.quantization == 'none'",
+             lambda m: not m.output.merge or m.model.quantization == "none"),
+        Rule("output.merge", "is not supported yet with method.lora.addedTokens; load the adapter with PEFT",
+             "!self.output.merge || !has(self.method.lora) || self.method.lora.addedTokens.size() == 0",
+             lambda m: not m.output.merge or not m.method.lora or not m.method.lora.added_tokens),
+        Rule("method.lora.bias", "must be none with model.quantization: bitsandbytes narrows biases as it computes",
+             "self.model.quantization == 'none' || !has(self.method.lora) || self.method.lora.bias == 'none'",
+             lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.bias == "none"),
+        Rule("method.lora.init", "pissa and olora need model.quantization none: they change the base",
+             "self.model.quantization == 'none' || !has(self.method.lora) || self.method.lora.init == 'default'",
+             lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.init == "default"),
         Rule("evaluation.samples", "needs dataset.test",
              "self.evaluation.samples == 0 || has(self.dataset.test)",
              lambda m: m.evaluation.samples == 0 or m.dataset.test is not None),

@@ -16,6 +16,7 @@ from finetune_api.resource import (
     CheckpointSpec,
     ColumnsSpec,
     EvaluationSpec,
+    FullSpec,
     LoraSpec,
     TrainingSpec,
 )
@@ -45,6 +46,7 @@ class ModelConfig(Model):
 
     location: Location
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "int8", "nf4"] = "none"
     allowed_licenses: tuple[str, ...] = Field(default=(), description="By the job. Empty means any.")
     operator_licenses: tuple[str, ...] = Field(default=(), description="By the operator's settings. Empty means any.")
 
@@ -166,6 +168,7 @@ class RunConfig(Model):
     data: DataConfig
     method: Literal["lora", "full"]
     lora: LoraSpec | None = None
+    full: FullSpec | None = None
     training: TrainingSpec
     world: WorldConfig = Field(default_factory=WorldConfig)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
@@ -183,6 +186,11 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the last values are scraped.",
     )
     stall_seconds: int = 600
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        return self.lora.added_tokens if self.lora else ()
+
     grace_seconds: int = Field(default=120, description="From SIGTERM to SIGKILL; the checkpoint must fit in it.")
 
 

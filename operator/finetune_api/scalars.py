@@ -45,6 +45,8 @@ QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9](
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 MODULE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
+VOCABULARY_PATTERN = r"^[^\x00-\x20\x7f]+$"
+WEIGHT_GLOB_PATTERN = r"^[A-Za-z0-9_.*?\[\]!-]+$"
 
 # What a text that doesn't match should have been, for people.
 MEANING = {
@@ -58,6 +60,8 @@ MEANING = {
     LABEL_VALUE_PATTERN: "must be at most 63 letters, digits, dashes, dots and underscores",
     REVISION_PATTERN: "must be a branch, a tag or a commit",
     MODULE_PATTERN: "must be a layer's name as in the model's code, e.g. q_proj",
+    VOCABULARY_PATTERN: "must be a token without spaces, e.g. <tool>",
+    WEIGHT_GLOB_PATTERN: "must be a weight's name, in which * ? and [0-9] stand for others, e.g. model.layers.[0-3].*",
     NAME_PATTERN: "must be lower-case letters, digits and dashes, beginning with a letter",
 }
 
@@ -71,6 +75,8 @@ LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
 ResourceName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=128)]
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN, max_length=128)]
 ModuleName = Annotated[str, Field(pattern=MODULE_PATTERN, min_length=1, max_length=128)]
+AddedToken = Annotated[str, Field(pattern=VOCABULARY_PATTERN, min_length=1, max_length=64)]
+WeightGlob = Annotated[str, Field(pattern=WEIGHT_GLOB_PATTERN, min_length=1, max_length=128)]
 
 
 MAX_QUANTITY = 2**50  # of a quantity given as a bare number: 1 Pi

@@ -39,7 +39,9 @@ class BaseModelSpec(Model):
         "else float32. LoRA matrices are always float32.",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
-        default="none", description="Quantise the frozen base (QLoRA): none, int8 or nf4."
+        default="none",
+        description="Keep the linear layers of the frozen base in 8 bits (int8) or 4 (nf4, QLoRA's), by bitsandbytes. "
+        "Needs method lora.",
     )
     trust_remote_code: bool = Field(
         default=False,
@@ -63,8 +65,6 @@ class BaseModelSpec(Model):
                  lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
         not_yet("dtype", "self.dtype != 'float16'", lambda m: m.dtype != "float16",
                  "float16", "use auto, bfloat16 or float32"),
-        not_yet("quantization", "self.quantization == 'none'", lambda m: m.quantization == "none",
-                 "a quantised base", "use none"),
         not_yet("trustRemoteCode", "!self.trustRemoteCode", lambda m: not m.trust_remote_code,
                  "code that ships with a model", "use a model of a family that transformers knows"),
         Rule("revision", "is for hf:// models only; for other places the content's digest is recorded",

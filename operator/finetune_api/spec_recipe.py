@@ -29,9 +29,51 @@ class LoraSpec(Model):
         description="LoRA+ (Hayou et al. 2024): B learns so many times as fast as A, whose rate is learningRate. 1 to "
         "1000, usually 16. Empty means alike.",
     )
-    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained too.")
+    rank_stabilized: bool = Field(
+        default=False,
+        description="rsLoRA (Kalajdzievski 2023): the update is multiplied by alpha / sqrt(rank), so that a high "
+        "rank still learns.",
+    )
+    dora: bool = Field(
+        default=False,
+        description="DoRA (Liu et al. 2024): the length of every column of the adapted weight learns apart from its "
+        "direction. Slower; often better at low ranks.",
+    )
+    init: Literal["default", "pissa", "olora"] = Field(
+        default="default",
+        description="Where the matrices begin: default is the base unchanged; pissa (Meng et al. 2024) and olora "
+        "(Büyükakyüz 2024) take the weight's principal part out of it and train that. Written as an adapter of "
+        "twice the rank, which fits the base as it was.",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="Which biases are trained too: none, all, or those of adapted layers (lora_only)."
+    )
+    modules_to_save: Annotated[tuple[s.ModuleName, ...], Field(max_length=16)] = Field(
+        default=(),
+        description="Names of modules that are trained whole and written with the adapter, e.g. lm_head or "
+        "embed_tokens. An output layer that is tied to the embeddings stays tied.",
+    )
+    added_tokens: Annotated[tuple[s.AddedToken, ...], Field(max_length=256)] = Field(
+        default=(),
+        description="Tokens that the tokenizer gets where it lacks them, e.g. <tool>. Their rows of the embeddings and "
+        "of the output layer learn and are written with the adapter; all other rows stay.",
+    )
 
-    rules = (not_yet("bias", "self.bias == 'none'", lambda m: m.bias == "none", "training biases", "use none"),)
+    rules = (
+        Rule("init", "pissa and olora can't be written for the base as it was together with dora; use default",
+             "self.init == 'default' || !self.dora", lambda m: m.init == "default" or not m.dora),
+    )  # fmt: skip
+
+
+class FullSpec(Model):
+    """Which weights learn in full training. Patterns are globs over the names in the model's files."""
+
+    trainable: Annotated[tuple[s.WeightGlob, ...], Field(max_length=64)] = Field(
+        default=(), description="Only weights that one of these patterns matches learn. Empty means all."
+    )
+    freeze: Annotated[tuple[s.WeightGlob, ...], Field(max_length=64)] = Field(
+        default=(), description="Weights that stay as they are, e.g. model.embed_tokens.* or model.layers.[0-7].*"
+    )
 
 
 class MethodSpec(Model):
@@ -39,12 +81,15 @@ class MethodSpec(Model):
 
     type: Literal["lora", "full"] = Field(description="lora trains adapters beside a frozen base; full trains all.")
     lora: LoraSpec | None = Field(default=None, description="Settings of the adapters. Required with type lora.")
+    full: FullSpec | None = Field(default=None, description="Which weights learn. Empty means all.")
 
     rules = (
         Rule("lora", "is required when type is lora ({} takes the defaults)",
              "self.type != 'lora' || has(self.lora)", lambda m: m.type != "lora" or m.lora is not None),
         Rule("lora", "has no meaning when type is full; remove it",
              "self.type != 'full' || !has(self.lora)", lambda m: m.type != "full" or m.lora is None),
+        Rule("full", "has no meaning when type is lora; remove it",
+             "self.type != 'lora' || !has(self.full)", lambda m: m.type != "lora" or m.full is None),
     )  # fmt: skip
 
 
@@ -75,9 +120,26 @@ class LossSpikeSpec(Model):
     max_rollbacks: int = Field(default=3, ge=0, le=1000, description="Rollbacks before the next spike ends the job.")
 
 
+class DpoSpec(Model):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="How hard the tuned model is held to the base: the larger, the closer. More than 0, at most 100.",
+    )
+
+
 class TrainingSpec(Model):
     """The recipe."""
 
+    objective: Literal["supervised", "dpo"] = Field(
+        default="supervised",
+        description="supervised learns the answers; dpo learns to prefer a row's chosen answer to its rejected one; "
+        "the base is the reference.",
+    )
+    dpo: DpoSpec | None = Field(default=None, description="Settings of objective dpo. Empty means beta 0.1.")
     epochs: float | None = Field(
         default=None,
         gt=0,
@@ -176,6 +238,10 @@ class TrainingSpec(Model):
     rules = (
         Rule("maxSteps", "give either epochs or maxSteps, not both",
              "!(has(self.epochs) && has(self.maxSteps))", lambda m: m.epochs is None or m.max_steps is None),
+        not_yet("objective", "self.objective == 'supervised'", lambda m: m.objective == "supervised",
+                "preference tuning", "use supervised"),
+        Rule("dpo", "has no meaning with objective supervised; remove it",
+             "!has(self.dpo) || self.objective == 'dpo'", lambda m: m.dpo is None or m.objective == "dpo"),
         Rule("adam", "has no meaning with optimizer adafactor; remove it",
              "!has(self.adam) || self.optimizer != 'adafactor'",
              lambda m: m.adam is None or m.optimizer != "adafactor"),

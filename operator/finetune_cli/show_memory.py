@@ -29,7 +29,7 @@ def room(config: RunConfig, resources: ResourcesSpec, gpu_memory: int | None) ->
 
 def lines(config: RunConfig, folder: Path, there: scale.Room | None) -> list[str]:
     """For people. Raises the trainer's Failed where the folder can't be read as a model."""
-    size = model_size.read(folder, config.lora if config.method == "lora" else None)
+    size = model_size.read(folder, config.lora if config.method == "lora" else None, config.full)
     half = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and config.world.device == "cuda")
     asked = scale.asked(config, config.data.max_sequence_length)
     setting = scale.setting(config, half=half)

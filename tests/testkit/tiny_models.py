@@ -16,6 +16,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -91,12 +95,33 @@ def tiny_llama(
     return _save(folder, LlamaForCausalLM, config, tokenizer(chat), seed)
 
 
+def tiny_llama3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Llama 3.1's: rotary frequencies that are scaled, an output head of its own, several stop tokens."""
+    scaled = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    ids = {**_token_ids(chat=True), "eos_token_id": [SPECIAL_TOKENS.index(TURN_END), SPECIAL_TOKENS.index(EOS)]}
+    config = LlamaConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=False, rope_parameters=scaled, **ids
+    )
+    return _save(folder, LlamaForCausalLM, config, tokenizer(), seed)
+
+
 def tiny_qwen2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
     """Decoder-only with biases on q, k and v and an output head of its own."""
     config = Qwen2Config(
         **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=False, **_token_ids(chat=True)
     )
     return _save(folder, Qwen2ForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_qwen3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Norms of queries and keys, heads wider than the model's width says, tied embeddings."""
+    config = Qwen3Config(
+        **_sizes(hidden, layers), num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **_token_ids(chat=True)
+    )
+    return _save(folder, Qwen3ForCausalLM, config, tokenizer(), seed)
 
 
 def tiny_gpt2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
@@ -112,8 +137,11 @@ def tiny_gpt2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32)
     return _save(folder, GPT2LMHeadModel, config, tokenizer(chat=False), seed)
 
 
-def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Encoder-decoder: its projections are called `q` and `v`, and its loss is its own (a mean)."""
+def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, flan: bool = False) -> Path:
+    """Encoder-decoder: its projections are called `q` and `v`, and its loss is its own (a mean).
+
+    `flan`: T5 1.1's and Flan-T5's shape, with a gated product and an output head of its own.
+    """
     config = T5Config(
         vocab_size=VOCABULARY,
         d_model=hidden,
@@ -121,6 +149,8 @@ def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -
         d_ff=2 * hidden,
         num_layers=layers,
         num_heads=4,
+        feed_forward_proj="gated-gelu" if flan else "relu",
+        tie_word_embeddings=not flan,
         decoder_start_token_id=SPECIAL_TOKENS.index(PAD),
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         eos_token_id=SPECIAL_TOKENS.index(EOS),
@@ -152,12 +182,22 @@ def tiny_gemma3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 3
     return _save(folder, Gemma3ForCausalLM, config, tokenizer(), seed)
 
 
+def tiny_gemma(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Scaled embeddings that are the output layer too, and norms that count from one."""
+    config = GemmaConfig(**_sizes(hidden, layers), num_key_value_heads=1, head_dim=8, **_token_ids(chat=True))
+    return _save(folder, GemmaForCausalLM, config, tokenizer(), seed)
+
+
 def tiny_gemma2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
     """Scores and logits that are squashed by a tanh."""
     config = Gemma2Config(
         **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **_token_ids(chat=True)
     )
     return _save(folder, Gemma2ForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_flan_t5(folder: Path, *, seed: int = 0) -> Path:
+    return tiny_t5(folder, seed=seed, flan=True)
 
 
 def pickle_only(folder: Path, *, seed: int = 0) -> Path:

@@ -1,6 +1,7 @@
 """A rank that does several runs, one after the other, so that tests pay once for making its process group.
 
-What it does for each is `story.tell`, as `finetune_trainer.rank` does. Runs that fail belong elsewhere.
+What it does for each is `story.tell`, as `finetune_trainer.rank` does. A run that fails ends all, unless its folder has
+the file MAY_BE_REFUSED and all ranks refuse it alike.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from pathlib import Path
 
 from finetune_api.run import parse
 from finetune_trainer import story, world
+from finetune_trainer.failure import Failed
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
+
+MAY_BE_REFUSED = "may-be-refused"
 
 
 def main(folders: list[str]) -> None:
@@ -22,7 +26,13 @@ def main(folders: list[str]) -> None:
         paths = Paths(Path(folder))
         run = parse(paths.run_config.read_bytes())
         _forget_accelerate()
-        story.tell(run, paths, who, Reporter(paths.rank_events(who.rank), who.rank))
+        reporter = Reporter(paths.rank_events(who.rank), who.rank)
+        try:
+            story.tell(run, paths, who, reporter)
+        except Failed as refusal:
+            if not (Path(folder) / MAY_BE_REFUSED).exists():
+                raise
+            reporter.error(refusal, refusal)
     world.leave(who)
 
 

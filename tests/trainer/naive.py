@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from finetune_trainer import model, plan, schedule, seeds, tokens
+from finetune_trainer import adapters, freezing, model, plan, schedule, seeds, tokens
 from finetune_trainer.learner import trained
 from finetune_trainer.render import Renderer
 from trainer.ranks import Ended, Job
@@ -50,7 +50,8 @@ def schedule_of(job: Job, rows: tokens.Tokens) -> plan.Plan:
 def train(job: Job, cache: Path) -> Naive:
     run = job.run
     loaded = model.load(job.paths.model, dtype=torch.float32, longest=run.data.max_sequence_length)
-    loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora")) if run.lora else model.unfreeze(loaded)
+    seed = seeds.mix(run.training.seed, "lora")
+    loaded = adapters.adapt(loaded, run.lora, seed) if run.lora else freezing.unfreeze(loaded)
     parameters = trained(loaded.model)
     ratio = (run.lora.plus_ratio if run.lora else None) or 1.0
     optimizer = torch.optim.AdamW(
@@ -82,7 +83,8 @@ def train(job: Job, cache: Path) -> Naive:
 
 def gradients(job: Job, cache: Path) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients, by name, of the first step of a job that trains every weight."""
-    loaded = model.unfreeze(model.load(job.paths.model, dtype=torch.float32, longest=job.run.data.max_sequence_length))
+    longest = job.run.data.max_sequence_length
+    loaded = freezing.unfreeze(model.load(job.paths.model, dtype=torch.float32, longest=longest))
     rows = examples(job, cache)
     step = schedule_of(job, rows).step(1)
     nll = torch.stack([_nll(loaded, rows, index) for index in step.examples]).sum() / step.label_tokens

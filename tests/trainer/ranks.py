@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from finetune_api import events
-from finetune_api.resource import EvaluationSpec, LoraSpec, TrainingSpec
+from finetune_api.resource import EvaluationSpec, FullSpec, LoraSpec, TrainingSpec
 from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
 from finetune_trainer.paths import Paths
 from trainer.faults import Fault
@@ -104,7 +104,7 @@ def prepare(
     strategy: str = "ddp",
     offload: str = "none",
     lora: Mapping[str, Any] | None = None,
-    full: bool = False,
+    full: bool | FullSpec = False,
     validation: Iterable[Mapping[str, Any]] | float | None = None,
     test: Iterable[Mapping[str, Any]] | None = None,
     data: Mapping[str, Any] | None = None,
@@ -115,6 +115,7 @@ def prepare(
     merge: bool = False,
     evaluation: Mapping[str, Any] | None = None,
     dtype: str = "float32",
+    quantization: str = "none",
     resume: Path | None = None,
 ) -> Job:
     """Fills a scratch folder as the supervisor does. Defaults: LoRA on q and v, no dropout, 8 examples a step.
@@ -134,7 +135,7 @@ def prepare(
         paths.resume.symlink_to(resume)
     run = RunConfig(
         job=JobRef(namespace="default", name="tiny", uid="u-1", attempt=1),
-        model=ModelConfig(location=_place("hf://tiny/model"), dtype=dtype),  # type: ignore[arg-type]
+        model=ModelConfig(location=_place("hf://tiny/model"), dtype=dtype, quantization=quantization),  # type: ignore[arg-type]
         data=DataConfig(
             train=_place("train.jsonl"),
             validation=_place("validation.jsonl") if own_validation else None,
@@ -144,6 +145,7 @@ def prepare(
         ),
         method="full" if full else "lora",
         lora=None if full else LoraSpec(**{"rank": 4, "alpha": 8, "dropout": 0.0, **(lora or {})}),
+        full=full if isinstance(full, FullSpec) else None,
         training=TrainingSpec(
             **{"global_batch_size": 8, "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_steps": 6, **(training or {})}
         ),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_api import events
-from finetune_trainer import checkpoint, model, seeds, split, tokens
+from finetune_trainer import adapters, checkpoint, model, seeds, split, tokens
 from finetune_trainer.batch import Collator
 from finetune_trainer.loss import LossSum
 from finetune_trainer.render import Example, Renderer, load_tokenizer
@@ -164,7 +164,7 @@ def test_small_updates_that_are_lost_in_bfloat16(ended: dict[str, Ended], models
     loaded = model.load(models["llama"], dtype=torch.bfloat16, longest=96)
     lora = prepare(run.paths.scratch.parent / "again", models["llama"], pairs(1)).run
     assert lora.lora is not None
-    before = model.adapt(loaded, lora.lora, seeds.mix(lora.training.seed, "lora")).model.state_dict()
+    before = adapters.adapt(loaded, lora.lora, seeds.mix(lora.training.seed, "lora")).model.state_dict()
     after = load_file(run.paths.checkpoints / "step-2" / checkpoint.WEIGHTS)
     for name, tensor in after.items():
         assert tensor.dtype == torch.float32

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune_trainer import model, split, tokens
+from finetune_trainer import freezing, model, split, tokens
 from finetune_trainer.batch import Collator
 from finetune_trainer.learner import trained
 from finetune_trainer.loss import LossSum
@@ -28,13 +28,17 @@ from trainer.ranks import pairs, prepare
 
 _FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_models.tiny_llama,
+    "llama3": tiny_models.tiny_llama3,
     "qwen2": tiny_models.tiny_qwen2,
+    "qwen3": tiny_models.tiny_qwen3,
     "mistral": tiny_models.tiny_mistral,
     "phi3": tiny_models.tiny_phi3,
     "gpt2": tiny_models.tiny_gpt2,
     "gemma3": tiny_models.tiny_gemma3,
     "gemma2": tiny_models.tiny_gemma2,
+    "gemma": tiny_models.tiny_gemma,
     "t5": tiny_models.tiny_t5,
+    "flan-t5": tiny_models.tiny_flan_t5,
 }
 _TEXTS = ("move the tower light ship again and aim about: ", "define the noun, quick lazy dog: ", "", "")
 _ROWS = [{**row, "prompt": _TEXTS[index % 4] + row["prompt"]} for index, row in enumerate(pairs(11))]
@@ -118,7 +122,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtyp
                 format="auto", on_invalid="fail", renderer=Renderer.load(base, 128),
             )
         )  # fmt: skip
-        loaded = model.unfreeze(model.load(base, dtype=dtype, longest=int(rows.lengths.max())))
+        loaded = freezing.unfreeze(model.load(base, dtype=dtype, longest=int(rows.lengths.max())))
         for module in loaded.model.modules():
             if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
                 module.forward = partial(_norm, module)

@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 from finetune_api import events
 from finetune_api.resource import LoraSpec, TrainingSpec
 from finetune_api.spec_recipe import AdamSpec
-from finetune_trainer import manifest_io, model, optimizers
+from finetune_trainer import adapters, freezing, manifest_io, model, optimizers
 from finetune_trainer.failure import Failed
 from finetune_trainer.learner import trained
 from finetune_trainer.optimizers import Optimizer, Recipe
@@ -39,7 +39,7 @@ def base(models: dict[str, Path]) -> model.Loaded:
 def fresh(request: pytest.FixtureRequest, base: model.Loaded) -> Any:
     """A model that nobody else has."""
     loaded = _copy(base)
-    return (model.adapt(loaded, _LARGE, 1) if request.param == "lora" else model.unfreeze(loaded)).model
+    return (adapters.adapt(loaded, _LARGE, 1) if request.param == "lora" else freezing.unfreeze(loaded)).model
 
 
 def _copy(base: model.Loaded) -> model.Loaded:
@@ -132,7 +132,7 @@ def test_steps_are_the_libraries_own(kind: str, fresh: Any) -> None:
 
 
 def test_eight_bits_stay_near_thirty_two(base: model.Loaded) -> None:
-    eight, thirty_two = (model.adapt(_copy(base), _LARGE, 1).model for _ in range(2))
+    eight, thirty_two = (adapters.adapt(_copy(base), _LARGE, 1).model for _ in range(2))
     before = [p.detach().clone() for p in trained(eight).values()]
     optimizer = _made(eight, optimizer="adamw_8bit")
     _learn(eight, optimizer, 1, 6)
@@ -146,7 +146,7 @@ def test_eight_bits_stay_near_thirty_two(base: model.Loaded) -> None:
 
 
 def test_embeddings_keep_thirty_two_bits(base: model.Loaded) -> None:
-    network = model.unfreeze(_copy(base)).model
+    network = freezing.unfreeze(_copy(base)).model
     assert network.get_input_embeddings().weight.numel() >= 4096  # under which all keep them
     optimizer = _made(network, optimizer="adamw_8bit")
     _learn(network, optimizer, 1, 1)
@@ -154,7 +154,7 @@ def test_embeddings_keep_thirty_two_bits(base: model.Loaded) -> None:
 
 
 def test_lora_plus_is_pefts(base: model.Loaded) -> None:
-    ours = model.adapt(_copy(base), LoraSpec(rank=4, alpha=8), 1).model
+    ours = adapters.adapt(_copy(base), LoraSpec(rank=4, alpha=8), 1).model
     theirs = copy.deepcopy(ours)
     _learn(ours, _made(ours, plus_ratio=16.0), 1, 6)
     optimizer = create_loraplus_optimizer(

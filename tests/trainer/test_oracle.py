@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from finetune_api import events
-from finetune_trainer import assembly, data, model, seeds, train
+from finetune_trainer import adapters, assembly, data, model, seeds, train
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.world import World
 from trainer import naive
@@ -76,7 +76,7 @@ def _stock(job: Job, folder: Path, accumulation: int, dtype: torch.dtype) -> The
             labels = [int(t) if flag else -100 for t, flag in zip(ids, learnt, strict=True)]
             listed.append({"input_ids": ids.tolist(), "labels": labels, "attention_mask": [1] * len(labels)})
     loaded = model.load(job.paths.model, dtype=torch.float32, longest=96)
-    loaded = model.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora"))
+    loaded = adapters.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora"))
     trainer = _Recording(
         model=loaded.model.to(dtype),
         args=TrainingArguments(
@@ -125,7 +125,7 @@ def _in_float64(job: Job) -> Ended:
     try:
         reporter = Reporter(job.paths.rank_events(0), 0)
         rows = data.read(job.run, job.paths, alone, reporter)
-        t, _, start = assembly.build(job.run, job.paths, alone, reporter, rows, None)
+        t, _, start, _ = assembly.build(job.run, job.paths, alone, reporter, rows, None)
         t.learner.model.double()
         train.train(t, start)
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_api.resource import LoraSpec
-from finetune_trainer import model, model_size, scale
+from finetune_trainer import adapters, freezing, model, model_size, scale
 from finetune_trainer.footprint import Footprint, Setting, Way, bytes_per_token, footprint
 from finetune_trainer.model_size import ModelSize
 from finetune_trainer.scale import Asked, Room
@@ -148,7 +148,7 @@ def test_a_models_size_is_read_without_loading_it(family: str, full: bool, model
     targets = {"gpt2": ("c_attn",), "t5": ("q", "v")}.get(family, ("q_proj", "v_proj"))
     lora = LoraSpec(rank=4, alpha=8, target_modules=targets)
     loaded = model.load(models[family], dtype=torch.float32, longest=16)
-    loaded = model.unfreeze(loaded) if full else model.adapt(loaded, lora, 1)
+    loaded = freezing.unfreeze(loaded) if full else adapters.adapt(loaded, lora, 1)
     read = model_size.read(models[family], None if full else lora)
     assert (read.parameters, read.trained) == (loaded.parameters, loaded.trainable)
     assert (read.layers, read.hidden, read.vocabulary) == (4 if family == "t5" else 2, 32, 300)
@@ -158,5 +158,5 @@ def test_all_linear_adapts_the_layers_only(models: dict[str, Path]) -> None:
     import torch
 
     lora = LoraSpec(rank=4, alpha=8, target_modules=("all-linear",))
-    loaded = model.adapt(model.load(models["qwen2"], dtype=torch.float32, longest=16), lora, 1)
+    loaded = adapters.adapt(model.load(models["qwen2"], dtype=torch.float32, longest=16), lora, 1)
     assert model_size.read(models["qwen2"], lora).trained == loaded.trainable

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from finetune_api import events
+from finetune_api.resource import DpoSpec
 from finetune_api.run import RunConfig
 from finetune_trainer import (
     arrangement,
@@ -15,12 +16,13 @@ from finetune_trainer import (
     dtype,
     fsdp,
     fused,
+    method,
     model,
     optimizers,
     packing,
     plan,
+    preference,
     resuming,
-    seeds,
     settling,
     zero,
 )
@@ -50,8 +52,9 @@ def check_same_data(saved: State | None, data: Data) -> None:
 
 def build(
     run: RunConfig, paths: Paths, world: World, reporter: Reporter, data: Data, saved: State | None
-) -> tuple[Training, model.Loaded, State]:
-    """Model, learner and plan. Ends with the PlanEvent."""
+) -> tuple[Training, model.Loaded, State, Data]:
+    """Model, learner and plan, and the rows with all that the loss needs to know of them. Ends with the PlanEvent."""
+    data = preference.examples(data, run.training.objective)
     choice, reason = _dtype(run, world, saved)
     reporter.decision("dtype", choice, reason)
     lora = run.lora if run.method == "lora" else None
@@ -60,9 +63,10 @@ def build(
     run, found = settling.settle(run, paths, world, reporter, longest=data.longest, half=mixed, saved=saved)
     with zero.split_while_loading(_STAGES.get(run.world.strategy), run.world.offload):
         outline = run.world.strategy == "fsdp" and not world.is_first
-        loaded = model.load(paths.model, dtype=stored, longest=data.longest, outline=outline)
-    model.check_tokens(loaded, data.highest)
-    loaded = model.unfreeze(loaded) if lora is None else model.adapt(loaded, lora, seeds.mix(run.training.seed, "lora"))
+        longest = min(data.longest, run.data.max_sequence_length)  # of what one token sees: a pair is two answers
+        quantized = method.quantized(run, world.device, reporter)
+        loaded = model.load(paths.model, dtype=stored, longest=longest, outline=outline, quantized=quantized)
+    loaded = method.apply(run, loaded, data, reporter)
     if found.way.recompute:
         model.recompute(loaded)
     parameters, trainable = loaded.parameters, loaded.trainable
@@ -76,6 +80,8 @@ def build(
     halvings = max(saved.halvings if saved is not None else 0, world.firsts(_halvings(paths)))
     most = Most(micro_tokens, reason, halvings, data.longest)
     made = arrangement.arrange(run, trial, loss_sum, most, why_not=loaded.why_not)
+    if run.training.objective == "dpo":
+        data, loss_sum = _preferring(run, paths, trial, made, loss_sum, data, world)
     compiled = _compile(
         run, loaded, paths, world, reporter, made.whole, saved, half=mixed, recompute=found.way.recompute
     )
@@ -99,7 +105,29 @@ def build(
     state = state.model_copy(update={**way, "halvings": halvings})
     resuming.put_moments(t, saved)
     _tell_plan(t, data, state, parameters, trainable)
-    return t, loaded, state
+    return t, loaded, state, data
+
+
+def _preferring(
+    run: RunConfig,
+    paths: Paths,
+    trial: packing.Trial,
+    made: arrangement.Arrangement,
+    loss_sum: LossSum,
+    data: Data,
+    world: World,
+) -> tuple[Data, preference.PreferenceSum]:
+    """Pairs with what the base says of them, and the loss that needs it."""
+    beta = run.training.dpo.beta if run.training.dpo else DpoSpec().beta
+    trial.reporter.decision("objective", "dpo", f"beta {beta:g}; the base without adapters is the reference")
+    trial.reporter.phase("evaluating")
+    key = f"{preference.content(paths.model)} {loss_sum.autocast} {run.model.quantization} {run.added_tokens}"
+    reference = preference.Reference(
+        trial.learner, made.whole.shape, made.collate, loss_sum, world, trial.reporter.alive
+    )
+    told = reference.beside(data, paths.token_cache, key)
+    trial.reporter.phase("loading")
+    return told, preference.PreferenceSum.over(loss_sum, beta)
 
 
 def _halvings(paths: Paths) -> int:

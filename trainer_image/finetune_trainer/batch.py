@@ -6,7 +6,7 @@ never from comparing tokens with the padding token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Batch:
     chosen: Tensor
     keep: Tensor | None = None
     layout: Layout | None = None
+    answer: Tensor | None = None  # of pairs: which answer a target belongs to, two to an example, the chosen one first
+    reference: Tensor | None = None  # of pairs: (examples, 2)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,36 @@ class Collator:
         rows = [split.example(index) for index in micro]
         if not rows:
             return self._idle()
+        if split.pairs:
+            return self._of_pairs(split, micro, rows)
         if self.encoder_decoder:
             return self._sequence_to_sequence(rows)
         if not self.packed:
             return self._padded(rows)
         none = (0,) * len(rows)
         return self._packed(rows, split.prefixes.shared(micro, split.lengths) if self.shared else none)
+
+    def _of_pairs(self, split: Split, micro: Micro, examples: list[Any]) -> Batch:
+        """Two rows an example. The rejected answer takes the prompt from the chosen one; with `shared`, the chosen one
+        what its example begins with from the example before, as far as both of that one's answers have it."""
+        common = split.prefixes.shared(micro, split.lengths) if self.shared else (0,) * len(examples)
+        rows: list[Any] = []
+        shared: list[int] = []
+        before = 0
+        for (ids, learnt, source), same in zip(examples, common, strict=True):
+            prompt = int(np.argmax(learnt))
+            rejected = np.concatenate([ids[:prompt], ids[source:]]), np.concatenate([learnt[:prompt], learnt[source:]])
+            rows += [(ids[:source], learnt[:source]), rejected]
+            shared += [min(same, before, source - 1), prompt]
+            before = prompt
+        batch = self._packed(rows, tuple(shared)) if self.packed else self._padded(rows)
+        answer = np.repeat(np.arange(len(rows)), [int(np.count_nonzero(learnt)) for _, learnt in rows])
+        told = None if split.reference is None else split.reference[list(micro)]
+        return replace(
+            batch,
+            answer=self._tensor(answer),
+            reference=None if told is None else torch.as_tensor(told, device=self.device),
+        )
 
     def _packed(self, rows: list[Any], shared: tuple[int, ...]) -> Batch:
         """End to end, beginnings that are shared laid down once: a token's target is its own example's next one."""

@@ -46,7 +46,7 @@ class Data:
 
 def read(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> Data:
     """Raises Failed DatasetInvalid that numbers the rows. All ranks of a node wait for the first."""
-    renderer = Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template)
+    renderer = Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template, run.added_tokens)
     reporter.decision("rendering", *renderer.rule)
     given = {name: inputs.of(run.data, paths, name) for name in inputs.splits(run.data)}
     names = {name: key(run, paths, files) for name, files in given.items()}
@@ -108,6 +108,7 @@ def key(run: RunConfig, paths: Paths, files: tuple[rows.Input, ...]) -> str:
         max_length=run.data.max_sequence_length,
         on_invalid=run.data.on_invalid,
         chat_template=chat_template(paths.model, run.data.chat_template),
+        **({"added": run.added_tokens} if run.added_tokens else {}),
     )
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from finetune_api.run import RunConfig
-from finetune_trainer import merge
+from finetune_trainer import adapters, merge, render, zero
 from finetune_trainer.failure import Failed
-from finetune_trainer.model import Loaded
+from finetune_trainer.model import Loaded, load
 from finetune_trainer.render import chat_template
 
 _TOKENIZER_FILES = (
@@ -45,6 +45,8 @@ def write(
     for name in _TOKENIZER_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, aside / name)
+    if run.added_tokens:
+        render.load_tokenizer(model, run.added_tokens).save_pretrained(str(aside))
     template = chat_template(model, run.data.chat_template)
     if template is not None:  # it counts before the one in tokenizer_config.json
         (aside / "chat_template.jinja").write_text(template)
@@ -70,15 +72,21 @@ def _write_adapter(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], 
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    tensors = get_peft_model_state_dict(loaded.model, state_dict=dict(weights), save_embedding_layers=False)
-    file = folder / "adapter_model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-    _read_back(file, tensors)
+    tensors = get_peft_model_state_dict(
+        loaded.model, state_dict=_under_every_name(loaded.model, weights), save_embedding_layers=False
+    )
     config = copy.deepcopy(loaded.model.peft_config["default"])
+    if loaded.taken_out:
+        tensors, config = adapters.for_the_base_as_it_was(tensors, loaded.taken_out, config)
+    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    file = folder / "adapter_model.safetensors"
+    save_file(apart, file, metadata={"format": "pt"})
+    _read_back(file, apart)
     config.base_model_name_or_path = base
     config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
+    for field in ("target_modules", "modules_to_save"):  # a set's order changes from process to process
+        if isinstance(getattr(config, field), set):
+            setattr(config, field, sorted(getattr(config, field)))
     config.save_pretrained(str(folder))
 
 
@@ -93,10 +101,25 @@ def _read_back(file: Path, meant: Mapping[str, Tensor]) -> None:
         )
 
 
-def _write_model(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], model: Path) -> None:
+def _under_every_name(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT asks for a tied weight by each of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name: weights[known] if name == known else weights[known].clone()
+        for same in names.values()
+        for known in same
+        if known in weights
+        for name in same
+    }
+
+
+def _write_model(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], base: Path) -> None:
     """In the number format that the base was stored in."""
-    stored = stored_dtype(model)
-    tensors = {name: tensor.to(stored) for name, tensor in weights.items()}
+    stored = stored_dtype(base)
+    whole = {**_frozen(loaded, weights, base, stored), **weights}
+    tensors = {name: tensor.to(stored) for name, tensor in whole.items()}
     config = copy.deepcopy(loaded.base.config)
     config.dtype = stored
     config._attn_implementation_internal = None
@@ -105,11 +128,20 @@ def _write_model(folder: Path, loaded: Loaded, weights: Mapping[str, Tensor], mo
     config.save_pretrained(str(folder))
 
 
-def stored_dtype(model: Path) -> torch.dtype:
+def _frozen(loaded: Loaded, weights: Mapping[str, Tensor], folder: Path, stored: torch.dtype) -> Mapping[str, Tensor]:
+    """What didn't learn, read again from the base: where weights are split, no rank has it whole."""
+    if {name for name, _ in loaded.base.named_parameters()} <= weights.keys():
+        return {}
+    with zero.loading_whole():
+        again = load(folder, dtype=stored, longest=0).base
+    return {name: parameter.detach() for name, parameter in again.named_parameters() if name not in weights}
+
+
+def stored_dtype(base: Path) -> torch.dtype:
     """Of the largest tensor in the folder's first weights file."""
     from safetensors import safe_open
 
-    first = min(model.glob("*.safetensors"))
+    first = min(base.glob("*.safetensors"))
     with safe_open(str(first), framework="pt") as file:
         sizes: dict[str, Any] = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         largest = max(sizes, key=lambda name: torch.Size(sizes[name]).numel())

@@ -14,6 +14,7 @@ Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 Offload = Literal["none", "optimizer", "parameters"]
 
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
+_QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}  # with their constants
 _MESSAGE = 64 * 2**20  # bytes that one message of gradients holds, twice while it is packed
 _HEAD = 3 * 2**26  # a chunk of float32 logits, its gradient, and what is in between
 ZERO_BUCKET = 5 * 10**7  # values that DeepSpeed reduces at once
@@ -29,6 +30,14 @@ class Setting:
     stored: int
     half: bool
     full: bool
+    quantized: Literal["none", "int8", "nf4"] = "none"
+    whole: bool = False  # the method reads the base's weights outside of their layers
+
+    def carries(self, strategy: Strategy) -> bool:
+        """Whether a strategy can do it; the API refuses what is named and can't."""
+        if self.optimizer != "adamw" or self.quantized != "none":
+            return strategy == "ddp"
+        return not (self.whole and strategy == "zero3")
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,9 @@ class Footprint:
 def footprint(size: ModelSize, setting: Setting, way: Way) -> Footprint:
     """All ranks alike; rank 0 of fsdp needs the whole model in the host's memory once, while it is loaded."""
     ranks, stage = setting.ranks, {"zero1": 1, "zero2": 2, "zero3": 3}.get(way.strategy, 0)
-    base = (size.parameters - size.trained) * setting.stored + size.trained * 4
+    few = size.matrices if setting.quantized != "none" else 0
+    base = (size.parameters - size.trained - few) * setting.stored + size.trained * 4
+    base += int(few * _QUANTIZED_BYTES.get(setting.quantized, 0.0))
     split = way.strategy in ("zero3", "fsdp")
     moments = size.trained * _MOMENT_BYTES.get(setting.optimizer, 8.0)
     masters = size.trained * 4 if stage else 0  # DeepSpeed steps on a copy of its own

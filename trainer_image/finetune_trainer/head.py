@@ -28,6 +28,7 @@ class Wanted:
     chosen: Tensor
     autocast: torch.dtype | None
     each: Tensor | None = None
+    apiece: bool = False  # -log p of each target, not their sum
 
 
 class Head:
@@ -52,14 +53,21 @@ class Head:
             return self._plain(hidden, *arguments, **options)  # type: ignore[no-any-return]
         wanted = self._wanted
         flat = hidden.reshape(-1, hidden.shape[-1])
+        if wanted.apiece:
+            return _apiece(flat, self._layer.weight, self._layer.bias, wanted).reshape(1, 1, -1)
         loss: Tensor = _LossSum.apply(flat, self._layer.weight, self._layer.bias, wanted)  # type: ignore[no-untyped-call]
         return loss.reshape(1, 1, 1)
 
 
+def layer_of(base: Any) -> Any:
+    """The model's output layer; where it is trained whole beside an adapter, the copy that learns."""
+    layer = base.get_output_embeddings()
+    return getattr(layer, "modules_to_save", {"default": layer})["default"]
+
+
 def fits(base: Any) -> bool:
     """Whether the model's output layer is a plain matrix that can be stood before."""
-    layer = base.get_output_embeddings()
-    return type(layer) is torch.nn.Linear
+    return type(layer_of(base)) is torch.nn.Linear
 
 
 def slices(positions: int, vocabulary: int, device: str) -> list[slice]:
@@ -67,6 +75,25 @@ def slices(positions: int, vocabulary: int, device: str) -> list[slice]:
     count = max(1, -(-positions * vocabulary * 4 // _CHUNK_BYTES[device]))
     size = max(1, -(-positions // count))
     return [slice(begin, min(begin + size, positions)) for begin in range(0, positions, size)]
+
+
+def _apiece(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Tensor:
+    """-log p of each target. What weighs in its gradient is only known later, so logits are computed again then."""
+    from torch.utils.checkpoint import checkpoint
+
+    kind = wanted.autocast or hidden.dtype
+
+    def some(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logits = functional.linear(hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(exact, targets, reduction="none")
+
+    parts = [
+        checkpoint(some, hidden[wanted.chosen[part]], weight, bias, wanted.targets[part], use_reentrant=False,
+                   preserve_rng_state=False)
+        for part in slices(len(wanted.chosen), len(weight))
+    ]  # fmt: skip
+    return torch.cat(parts)
 
 
 class _LossSum(torch.autograd.Function):

@@ -34,7 +34,7 @@ class LossSum:
     def of(cls, base: Any, autocast: torch.dtype | None, device: str) -> LossSum:
         """Asks the base model's forward what it understands."""
         keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
-        return cls(keeps, autocast, device, head.Head(base.get_output_embeddings()) if head.fits(base) else None)
+        return cls(keeps, autocast, device, head.Head(head.layer_of(base)) if head.fits(base) else None)
 
     @property
     def plain(self) -> LossSum:
@@ -49,6 +49,13 @@ class LossSum:
 
     def __call__(self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None) -> Tensor:
         """A float32 scalar; call it inside `room(batch)`. `each` gets every target's own loss, in their order."""
+        return self._of(model, batch, each, apiece=False)
+
+    def apiece(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """-log p of each target by itself, float32; call it inside `room(batch)`. A zero where there is no target."""
+        return self._of(model, batch, None, apiece=True)
+
+    def _of(self, model: Callable[..., Any], batch: Batch, each: Tensor | None, *, apiece: bool) -> Tensor:
         extra: dict[str, Any] = {"use_cache": False}
         if batch.keep is not None and self.keeps_logits:
             extra["logits_to_keep"] = batch.keep
@@ -56,19 +63,19 @@ class LossSum:
         if batch.keep is not None and not self.keeps_logits:
             chosen = _places(batch, chosen)
         empty = batch.targets.numel() == 0
-        wanted = head.Wanted(batch.targets, chosen, self.autocast, each)
+        wanted = head.Wanted(batch.targets, chosen, self.autocast, each, apiece)
         inside = nullcontext() if self.head is None or empty else self.head.computing(wanted)
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None), inside:
             logits = model(**batch.inputs, **extra).logits
         if empty:
             return logits.float().sum() * 0.0  # type: ignore[no-any-return]
         if self.head is not None:
-            return logits.sum()  # type: ignore[no-any-return]
+            return logits.reshape(-1) if apiece else logits.sum()  # type: ignore[no-any-return]
         flat = logits.reshape(-1, logits.shape[-1]).index_select(0, chosen)
         exact = flat if flat.dtype == torch.float64 else flat.float()
         if each is not None:
             each.copy_(functional.cross_entropy(exact, batch.targets, reduction="none"))
-        return functional.cross_entropy(exact, batch.targets, reduction="sum")
+        return functional.cross_entropy(exact, batch.targets, reduction="none" if apiece else "sum")
 
 
 def _places(batch: Batch, chosen: Tensor) -> Tensor:

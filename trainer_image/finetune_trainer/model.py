@@ -1,4 +1,4 @@
-"""Loads the base model from a folder and puts LoRA adapters on it. Called by `rank` on every rank alike.
+"""Loads the base model from a folder. Called by `assembly` on every rank alike.
 
 Only safetensors are read and no code that ships with a model is run. Never reaches for the network.
 """
@@ -6,21 +6,44 @@ Only safetensors are read and no code that ships with a model is run. Never reac
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from finetune_api.resource import LoraSpec
-from finetune_trainer import documents, dropout
+from finetune_trainer import documents
 from finetune_trainer.failure import Failed
 
 _INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How bitsandbytes keeps a frozen base: nf4 with its constants quantised again, as QLoRA does, or int8."""
+
+    kind: Literal["int8", "nf4"]
+    device: torch.device
+
+    def options(self, computed: torch.dtype) -> dict[str, Any]:
+        """For from_pretrained, which quantises a weight as soon as it has read it."""
+        from transformers import BitsAndBytesConfig
+
+        config = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if self.kind == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=computed,
+            )
+        )
+        return {"quantization_config": config, "device_map": {"": self.device}}
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,8 @@ class Loaded:
     base: Any
     encoder_decoder: bool
     why_not: str  # examples can't share a row; empty where they can
+    quantized: bool = False
+    taken_out: Mapping[str, Tensor] = field(default_factory=dict)  # of the base, by the adapters' names (PiSSA, OLoRA)
 
     @property
     def parameters(self) -> int:
@@ -52,10 +77,13 @@ def check(folder: Path) -> None:
         raise Failed("ModelInvalid", f"model.uri: the folder holds {found}; convert them to *.safetensors")
 
 
-def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = False) -> Loaded:
+def load(
+    folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = False, quantized: Quantized | None = None
+) -> Loaded:
     """The base model on the CPU, in evaluation mode. `longest` is the longest row in tokens.
 
-    `outline`: without the weights (on PyTorch's meta device), for a rank that gets its part from another.
+    `quantized`: with linear layers of few bits, on the device that it names. `outline`: without the weights (on
+    PyTorch's meta device), for a rank that gets its part from another.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -80,6 +108,7 @@ def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = Fals
                 use_safetensors=True,
                 output_loading_info=True,
                 **attention,
+                **(quantized.options(dtype) if quantized else {}),
             )
             missing = sorted(info["missing_keys"])
     except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
@@ -99,7 +128,16 @@ def load(folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = Fals
             f"dataset.maxSequenceLength: the longest row has {longest} tokens, but the model has {limit} positions; "
             f"set it to {limit}",
         )
-    return Loaded(model, model, encoder_decoder, why_not)
+    keep_packed(model)
+    return Loaded(model, model, encoder_decoder, why_not, quantized is not None)
+
+
+def keep_packed(model: Any) -> None:
+    """On CPUs with fast bfloat16, bitsandbytes lays 4-bit weights out anew at the first evaluation, and rounds their
+    scales to bfloat16 for good: training would go on from another base than it began with."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_tokens(loaded: Loaded, highest: int) -> None:
@@ -111,51 +149,6 @@ def check_tokens(loaded: Loaded, highest: int) -> None:
             f"model.uri: the rows hold token {highest} of the folder's tokenizer, but the model has embeddings for "
             f"{rows} only; give the tokenizer that belongs to it, or resize the embeddings and save both",
         )
-
-
-def adapt(loaded: Loaded, lora: LoraSpec, seed: int) -> Loaded:
-    """With adapters of float32 beside a frozen base. The same seed gives the same adapters on every rank."""
-    with without_bitsandbytes():
-        from peft import LoraConfig, TaskType, get_peft_model
-
-    targets = list(lora.target_modules)
-    _check_targets(loaded.base, targets)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        bias="none",
-        fan_in_fan_out=_is_conv1d(loaded.base, targets),
-        task_type=TaskType.SEQ_2_SEQ_LM if loaded.encoder_decoder else TaskType.CAUSAL_LM,
-    )
-    torch.manual_seed(seed)
-    model = get_peft_model(loaded.base, config)
-    dropout.put_in(model)
-    return Loaded(model, loaded.base, loaded.encoder_decoder, loaded.why_not)
-
-
-@contextmanager
-def without_bitsandbytes() -> Iterator[None]:
-    """Around PEFT's first import: it would load bitsandbytes, which takes seconds, for bases that aren't quantised."""
-    if "bitsandbytes" in sys.modules or "peft" in sys.modules:
-        yield
-        return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    try:
-        yield
-        from peft.import_utils import is_bnb_available
-
-        is_bnb_available()  # remembers what it says
-    finally:
-        del sys.modules["bitsandbytes"]
-
-
-def unfreeze(loaded: Loaded) -> Loaded:
-    """For full training: every weight learns."""
-    for parameter in loaded.model.parameters():
-        parameter.requires_grad_(True)
-    return loaded
 
 
 def recompute(loaded: Loaded) -> None:
@@ -200,34 +193,9 @@ def _why_not_packed(config: Any, encoder_decoder: bool, longest: int, usual_atte
     return ""
 
 
-def _check_targets(base: Any, targets: list[str]) -> None:
-    if targets == ["all-linear"]:
-        return
-    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _has_matrix(module)}
-    unknown = [
-        target
-        for target in targets
-        if not any(name == target or name.endswith(f".{target}") for name, m in base.named_modules() if _has_matrix(m))
-    ]
-    if unknown:
-        raise Failed(
-            "InvalidConfig",
-            f"method.lora.targetModules: the model has no linear layer called {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(linear))} (or give all-linear)",
-        )
-
-
-def _has_matrix(module: Any) -> bool:
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _is_conv1d(base: Any, targets: list[str]) -> bool:
-    chosen = (m for name, m in base.named_modules() if name.rsplit(".", 1)[-1] in targets)
-    return any(type(module).__name__ == "Conv1D" for module in chosen)
-
-
 def _size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    packed = getattr(parameter, "quant_state", None)  # two 4-bit values in a byte
+    return math.prod(packed.shape) if packed is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _short(error: Exception) -> str:

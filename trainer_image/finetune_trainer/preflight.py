@@ -84,7 +84,7 @@ def check_tokens(run: RunConfig, paths: Paths, told: Told) -> tuple[str, DataSta
     from finetune_trainer import certify, data, survey, survey_text, tokens
     from finetune_trainer.render import Renderer
 
-    renderer = Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template)
+    renderer = Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template, run.added_tokens)
     checks = certify.certify(renderer, own=run.data.chat_template is None)
     loaded: dict[SplitName, tokens.Tokens] = {}
     for split in inputs.splits(run.data):

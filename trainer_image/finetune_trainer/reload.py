@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from finetune_api.run import RunConfig
-from finetune_trainer import export, merge
+from finetune_trainer import export, merge, render, vocabulary
 from finetune_trainer.failure import Failed
 from finetune_trainer.free_memory import free_bytes
+from finetune_trainer.model import Quantized, keep_packed
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.train import Training
 
@@ -61,7 +62,7 @@ def check(folder: Path, run: RunConfig, base: Path, seen: Probe, reporter: Repor
         stored = export.stored_dtype(folder)
         todo.append(("model", lambda dtype: _model(folder, dtype, seen), stored))
     else:
-        todo.append(("adapter", lambda dtype: _adapted(base, folder, dtype, seen), seen.dtype))
+        todo.append(("adapter", lambda dtype: _adapted(run, base, folder, dtype, seen), seen.dtype))
     if run.merge:
         merged = folder / merge.FOLDER
         todo.append(("merged model", lambda dtype: _model(merged, dtype, seen), export.stored_dtype(merged)))
@@ -119,19 +120,29 @@ def _logits(model: Any, seen: Probe, device: torch.device) -> Tensor:
     return logits.float().cpu()
 
 
-def _adapted(base: Path, adapter: Path, dtype: torch.dtype, seen: Probe) -> Any:
+def _adapted(run: RunConfig, base: Path, adapter: Path, dtype: torch.dtype, seen: Probe) -> Any:
+    """On a base that is quantised as it was in training, and has rows for the tokens that were added."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(_model(base, dtype, seen), str(adapter))
+    kind = run.model.quantization
+    few = None if kind == "none" else Quantized(kind, torch.device("cpu"))
+    model = _model(base, dtype, seen, few)
+    if run.added_tokens:
+        tokenizer = render.load_tokenizer(base, run.added_tokens)
+        vocabulary.grow(model, vocabulary.ids(tokenizer, run.added_tokens))
+    return PeftModel.from_pretrained(model, str(adapter))
 
 
-def _model(folder: Path, dtype: torch.dtype, seen: Probe) -> Any:
+def _model(folder: Path, dtype: torch.dtype, seen: Probe, quantized: Quantized | None = None) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     auto = AutoModelForSeq2SeqLM if seen.encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    few = quantized.options(dtype) if quantized else {}
+    model = auto.from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **few
     )
+    keep_packed(model)
+    return model
 
 
 def _load_whole() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer import vocabulary
 from finetune_trainer.failure import Failed
 from finetune_trainer.rows import Problem, Row
 
@@ -30,8 +31,15 @@ class Example:
     whole: int = 0  # tokens before it was cut
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's fast tokenizer, without importing torch where there is a tokenizer.json."""
+def load_tokenizer(folder: Path, added: tuple[str, ...] = ()) -> Any:
+    """The folder's fast tokenizer with the job's `added` tokens; no torch where there is a tokenizer.json."""
+    tokenizer = _load_tokenizer(folder)
+    if added:
+        vocabulary.add(tokenizer, added)
+    return tokenizer
+
+
+def _load_tokenizer(folder: Path) -> Any:
     try:
         if (folder / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
@@ -101,9 +109,11 @@ class Renderer:
         self._first = [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
 
     @classmethod
-    def load(cls, folder: Path, max_length: int, template: str | None = None) -> Renderer:
+    def load(
+        cls, folder: Path, max_length: int, template: str | None = None, added: tuple[str, ...] = ()
+    ) -> Renderer:
         """`template` is dataset.chatTemplate: a Jinja text or the name of a file in the folder."""
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, added)
         given = chat_template(folder, template)
         if given is not None:
             tokenizer.chat_template = given

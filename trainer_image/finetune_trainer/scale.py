@@ -84,7 +84,10 @@ def asked(run: RunConfig, longest: int) -> Asked:
 def setting(run: RunConfig, *, half: bool) -> Setting:
     """`half`: products are in bfloat16, and so is a frozen base."""
     full = run.method == "full"
-    return Setting(run.world.size, run.training.optimizer, 2 if half and not full else 4, half, full)
+    stored = 2 if half and not full else 4
+    lora = run.lora
+    whole = lora is not None and (lora.dora or lora.init != "default" or bool(lora.added_tokens))
+    return Setting(run.world.size, run.training.optimizer, stored, half, full, run.model.quantization, whole)
 
 
 class TooLittleMemory(ValueError):
@@ -117,7 +120,7 @@ def candidates(asked: Asked, setting: Setting, room: Room) -> list[Way]:
     recompute = {"auto": (False, True), "always": (True,), "never": (False,)}[asked.recompute]
     if asked.strategy != "auto":
         return [Way(asked.strategy, asked.offload, again) for again in recompute]
-    pairs = [pair for pair in _SPEED if setting.optimizer == "adamw" or pair[0] == "ddp"]
+    pairs = [pair for pair in _SPEED if setting.carries(pair[0])]
     if asked.offload != "none":
         pairs = [pair for pair in pairs if pair[1] in (asked.offload, "parameters")]
     elif room.device == "cpu":

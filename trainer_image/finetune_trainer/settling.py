@@ -27,7 +27,7 @@ def settle(
     if asked.strategy == "auto" and saved is not None and saved.strategy:
         asked = replace(asked, strategy=saved.strategy, offload=saved.offload, before=True)
     model.check(paths.model)
-    size = model_size.read(paths.model, run.lora if run.method == "lora" else None)
+    size = model_size.read(paths.model, run.lora if run.method == "lora" else None, run.full)
     room = free_memory.room(world)
     try:
         found = scale.choose(asked, size, scale.setting(run, half=half), room)

@@ -20,6 +20,8 @@ class Split:
 
     tokens: Tokens
     index: NDArray[np.int64]
+    pairs: bool = False  # an example is a prompt and the answer chosen (`source` tokens), then the one rejected
+    reference: NDArray[np.float64] | None = None  # of pairs, see `preference`
 
     def __len__(self) -> int:
         return len(self.index)
@@ -30,6 +32,9 @@ class Split:
 
     @cached_property
     def label_counts(self) -> NDArray[np.int64]:
+        """What an example weighs: its learnt tokens; a pair counts once."""
+        if self.pairs:
+            return np.ones(len(self), dtype=np.int64)
         return self.tokens.label_counts[self.index]
 
     @cached_property

@@ -34,7 +34,7 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
     data = read(run, paths, world, reporter)
     assembly.check_same_data(saved, data)
     reporter.phase("loading")
-    t, loaded, start = assembly.build(run, paths, world, reporter, data, saved)
+    t, loaded, start, data = assembly.build(run, paths, world, reporter, data, saved)
     if run.merge:
         merge.check(paths.model, (name for name, p in loaded.model.named_parameters() if p.requires_grad))
     base = measure.base(t, data, start)

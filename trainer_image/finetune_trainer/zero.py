@@ -76,6 +76,19 @@ def split_while_loading(stage: Stage | None, offload: Offload = "none") -> Itera
         del config
 
 
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """A model that one rank loads in here is its own: Accelerate makes Transformers split whatever is loaded later."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
 def whole(parameter: Any) -> AbstractContextManager[Any]:
     """Inside, a weight that was split is whole and may be written (rank 0's copy counts)."""
     if not hasattr(parameter, "ds_id"):

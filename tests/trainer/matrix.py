@@ -1,0 +1,296 @@
+"""Family x method x strategy: each cell is run on two ranks, or refused with its reason. `make matrix` writes what came
+of it to docs/families.md; test_families runs a slice.
+
+A cell holds if it gives ddp's losses, and if what it wrote loads by Transformers and PEFT alone, on the base as it was,
+with the loss that the run told of the test rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api import errors, events
+from finetune_api.resource import FullSpec, parse
+from testkit import tiny_models
+from trainer import many, reload
+from trainer.ranks import Ended, Job, Ranks, pairs, prepare
+
+_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+_HELD_OUT = pairs(3, 1)
+_CLOSE = 2e-4  # of a loss: float32, summed in another order
+
+
+@dataclass(frozen=True)
+class Family:
+    """`targets` are the layers that LoRA adapts; `embedding` and `biased` are names that a method needs."""
+
+    title: str
+    build: Callable[[Path], Path]
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    embedding: str = "embed_tokens"
+    layer: str = "*layers.1.*"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama, SmolLM2 (tied)", tiny_models.tiny_llama),
+    "llama3": Family("Llama 3", tiny_models.tiny_llama3),
+    "mistral": Family("Mistral", tiny_models.tiny_mistral),
+    "phi3": Family("Phi-3", tiny_models.tiny_phi3, ("qkv_proj",)),
+    "qwen2": Family("Qwen 2", tiny_models.tiny_qwen2),
+    "qwen3": Family("Qwen 3", tiny_models.tiny_qwen3),
+    "gemma": Family("Gemma", tiny_models.tiny_gemma),
+    "gemma2": Family("Gemma 2", tiny_models.tiny_gemma2),
+    "gemma3": Family("Gemma 3", tiny_models.tiny_gemma3),
+    "gpt2": Family("GPT-2", tiny_models.tiny_gpt2, ("c_attn",), "wte", "*h.1.*"),
+    "t5": Family("T5", tiny_models.tiny_t5, ("q", "v"), "shared", "*block.1.*"),
+    "flan-t5": Family("Flan-T5, T5 1.1", tiny_models.tiny_flan_t5, ("q", "v"), "shared", "*block.1.*"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """`lora` and `full` as in spec.method, with {targets}, {embedding} and {layer} of the family."""
+
+    lora: dict[str, Any] | None = None
+    full: dict[str, Any] | None = None
+    quantization: str = "none"
+
+
+METHODS: dict[str, Method] = {
+    "LoRA": Method({}),
+    "all-linear": Method({"targetModules": ["all-linear"]}),
+    "rsLoRA": Method({"rankStabilized": True}),
+    "DoRA": Method({"dora": True}),
+    "LoRA+": Method({"plusRatio": 16}),
+    "biases": Method({"bias": "all"}),
+    "modulesToSave": Method({"modulesToSave": ["{embedding}"]}),
+    "addedTokens": Method({"addedTokens": ["<tool>"]}),
+    "PiSSA": Method({"init": "pissa"}),
+    "OLoRA": Method({"init": "olora"}),
+    "nf4": Method({}, quantization="nf4"),
+    "int8": Method({}, quantization="int8"),
+    "full": Method(full={}),
+    "freezing": Method(full={"trainable": ["{layer}"]}),
+}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+
+
+@dataclass(frozen=True)
+class Cell:
+    family: str
+    method: str
+    strategy: str
+
+
+@dataclass
+class Outcome:
+    """`why` it was refused, or `wrong` in what it did; both empty where the cell holds."""
+
+    why: str = ""
+    wrong: str = ""
+    ended: Ended | None = field(default=None, repr=False)
+
+    @property
+    def holds(self) -> bool:
+        return not self.why and not self.wrong
+
+
+def run(root: Path, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
+    """Runs them, a group of processes for each family and strategy."""
+    wanted = list(cells)
+    bases = {name: _base(root / "bases" / name, FAMILIES[name]) for name in {cell.family for cell in wanted}}
+    found: dict[Cell, Outcome] = {}
+    jobs: dict[Cell, Job] = {}
+    for at, cell in enumerate(wanted):
+        try:
+            jobs[cell] = _job(root / str(at), bases[cell.family], cell)
+        except ValidationError as error:
+            found[cell] = Outcome(why=_refused_by_the_api(error))
+    for group in {(cell.family, cell.strategy): 0 for cell in jobs}:
+        own = {cell: job for cell, job in jobs.items() if (cell.family, cell.strategy) == group}
+        found.update(_together(own))
+    for cell in [cell for cell in wanted if cell in found and found[cell].ended]:
+        _judge(cell, found, root / f"tokens-{cell.family}")
+    return {cell: found[cell] for cell in wanted}
+
+
+def _base(folder: Path, family: Family) -> Path:
+    """Without the dropout that some families bring along, so that runs can be compared."""
+    path = family.build(folder) / "config.json"
+    config = json.loads(path.read_text())
+    still = {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}
+    path.write_text(json.dumps({**config, **still}))
+    return folder
+
+
+def _job(folder: Path, base: Path, cell: Cell) -> Job:
+    """Raises ValidationError where the API refuses what the cell asks for."""
+    method, spec = METHODS[cell.method], _spec(cell)
+    job = prepare(
+        folder,
+        base,
+        [{**row, "prompt": f"<tool> {row['prompt']}"} for row in pairs(6)],
+        world=2,
+        strategy=cell.strategy,
+        lora=spec.method.lora.model_dump() if spec.method.lora else None,
+        full=False if method.lora is not None else spec.method.full or FullSpec(),
+        quantization=method.quantization,
+        training={"max_steps": 2, "global_batch_size": 4},
+        test=_HELD_OUT,
+    )
+    (folder / many.MAY_BE_REFUSED).touch()
+    return job
+
+
+def _spec(cell: Cell) -> Any:
+    family, method = FAMILIES[cell.family], METHODS[cell.method]
+    names = {"{embedding}": family.embedding, "{layer}": family.layer}
+
+    def own(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: [names.get(item, item) for item in value] if isinstance(value, list) else value
+            for key, value in settings.items()
+        }
+
+    small = {"rank": 4, "alpha": 8, "dropout": 0, "targetModules": list(family.targets)}
+    chosen = (
+        {"type": "lora", "lora": {**small, **own(method.lora)}}
+        if method.lora is not None
+        else {"type": "full", "full": own(method.full or {})}
+    )
+    return parse(
+        {
+            "apiVersion": "finetune-operator.io/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "cell"},
+            "spec": {
+                "model": {"uri": "hf://tiny/model", "quantization": method.quantization},
+                "dataset": {"uri": "s3://data/train.jsonl"},
+                "method": chosen,
+                "distribution": {"strategy": cell.strategy, "processesPerNode": 2},
+                "output": {"uri": "s3://models/cell"},
+            },
+        }
+    ).spec
+
+
+def _refused_by_the_api(error: ValidationError) -> str:
+    return "; ".join(errors.describe(error)).removeprefix("spec.")
+
+
+def _together(jobs: Mapping[Cell, Job]) -> dict[Cell, Outcome]:
+    """In the same two processes; what they didn't come to, or died of, is tried once more by itself."""
+    first = next(iter(jobs.values()))
+    group = Ranks(first, [job.scratch for job in jobs.values()]).wait(60 + 20 * len(jobs))
+    found: dict[Cell, Outcome] = {}
+    for cell, job in jobs.items():
+        codes = group.codes
+        if not _is_over(job):
+            (job.scratch / "events.again").touch()
+            codes = job.finish().codes
+        found[cell] = _outcome(Ended(job.paths, codes, ""))
+    return found
+
+
+def _is_over(job: Job) -> bool:
+    told = Ended(job.paths, (), "").events(events.PhaseEvent)
+    return bool(Ended(job.paths, (), "").events(events.ErrorEvent)) or any(event.phase == "done" for event in told)
+
+
+def _outcome(ended: Ended) -> Outcome:
+    refused = ended.events(events.ErrorEvent)
+    if refused:
+        last = refused[-1]
+        expected = last.reason in ("InvalidConfig", "ModelInvalid") and not last.traceback
+        return Outcome(why=last.message) if expected else Outcome(wrong=f"{last.reason}: {last.message}")
+    if not ended.events(events.SavedEvent):
+        return Outcome(wrong=f"ended with {ended.codes}")
+    return Outcome(ended=ended)
+
+
+def _judge(cell: Cell, found: dict[Cell, Outcome], cache: Path) -> None:
+    mine = found[cell].ended
+    assert mine is not None
+    by_ddp = found.get(Cell(cell.family, cell.method, "ddp"))
+    if by_ddp is not None and by_ddp.ended is not None:
+        apart = max(abs(a - b) for a, b in zip(mine.losses, by_ddp.ended.losses, strict=True))
+        if apart > _CLOSE:
+            found[cell].wrong = f"losses {mine.losses} aren't ddp's {by_ddp.ended.losses}"
+    told = mine.evals("test")[2]
+    loaded = reload.loss(reload.result(mine, **reload.quantized(METHODS[cell.method].quantization)), mine, cache)
+    if abs(told - loaded) > _CLOSE:
+        found[cell].wrong = f"told a test loss of {told:.6f}, but what was written gives {loaded:.6f}"
+    if told >= mine.evals("test")[0]:
+        found[cell].wrong = f"learnt nothing: test loss {mine.evals('test')[0]:.6f} before, {told:.6f} after"
+
+
+def page(found: Mapping[Cell, Outcome]) -> str:
+    """docs/families.md. Pure."""
+    reasons: list[str] = []
+    lines = [
+        "<!-- Written by `make matrix`, which runs every cell; don't edit. -->",
+        "# Families, methods, strategies",
+        "",
+        "Each cell was run with a small model of the family's real class on two processes, by each of "
+        f"{', '.join(STRATEGIES)}. ✓ says: all strategies gave ddp's losses, the test loss fell, and what was written",
+        "gives the reported test loss when Transformers and PEFT load it on the base as it was. A number says what is",
+        "refused, before anything is trained, and why. Not run on a GPU yet.",
+        "",
+        f"| family | {' | '.join(METHODS)} |",
+        f"| --- |{' --- |' * len(METHODS)}",
+    ]
+    for key, family in FAMILIES.items():
+        cells = [_cell({s: found[Cell(key, method, s)] for s in STRATEGIES}, reasons) for method in METHODS]
+        lines.append(f"| {family.title} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
+    return "\n".join(lines)
+
+
+def _cell(by_strategy: Mapping[str, Outcome], reasons: list[str]) -> str:
+    parts = ["✓"] if any(outcome.holds for outcome in by_strategy.values()) else []
+    grouped: dict[str, list[str]] = {}
+    for strategy, outcome in by_strategy.items():
+        if not outcome.holds:
+            grouped.setdefault(outcome.why or f"**wrong**: {outcome.wrong}", []).append(strategy)
+    for reason, strategies in grouped.items():
+        if reason not in reasons:
+            reasons.append(reason)
+        where = "" if len(strategies) == len(by_strategy) else f"{', '.join(strategies)}: "
+        parts.append(f"{where}[{reasons.index(reason) + 1}]")
+    return ", ".join(parts)
+
+
+def main(arguments: list[str]) -> int:
+    """`--families a,b --methods c --strategies d`: a part, printed and not written."""
+    chosen = dict(zip((a.removeprefix("--") for a in arguments[::2]), arguments[1::2], strict=True))
+    families, methods, strategies = (
+        chosen[name].split(",") if name in chosen else list(everything)
+        for name, everything in (("families", FAMILIES), ("methods", METHODS), ("strategies", STRATEGIES))
+    )
+    found: dict[Cell, Outcome] = {}
+    for family in families:
+        with tempfile.TemporaryDirectory() as root:
+            found |= run(Path(root), [Cell(family, method, s) for method in methods for s in strategies])
+        held = sum(outcome.holds for cell, outcome in found.items() if cell.family == family)
+        print(f"{family}: {held} of {len(methods) * len(strategies)} cells run", flush=True)
+        for cell, outcome in found.items():
+            if cell.family == family and outcome.wrong:
+                print(f"  WRONG {cell}: {outcome.wrong}", flush=True)
+    if chosen:
+        for cell, outcome in found.items():
+            print(cell, outcome.why or outcome.wrong or "runs")
+    else:
+        _PAGE.write_text(page(found))
+    return 1 if any(outcome.wrong for outcome in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

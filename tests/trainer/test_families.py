@@ -1,0 +1,106 @@
+"""Every family trains with LoRA on two ranks, and what is written loads on its base. `make matrix` runs all cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import matrix, naive
+from trainer.matrix import FAMILIES, METHODS, Cell, Outcome
+from trainer.ranks import Job, finish_all, pairs, prepare
+
+_SLICE = [Cell(family, "all-linear", "ddp") for family in FAMILIES]
+_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Outcome]:
+    return matrix.run(tmp_path_factory.mktemp("families"), _SLICE)
+
+
+@pytest.mark.parametrize("cell", _SLICE, ids=lambda cell: cell.family)
+def test_a_family_trains_and_its_adapter_loads(cell: Cell, found: dict[Cell, Outcome]) -> None:
+    assert found[cell].holds, found[cell]
+
+
+def test_the_page_tells_of_every_family_and_method_and_of_nothing_wrong() -> None:
+    page = _PAGE.read_text()
+    for family in FAMILIES.values():
+        assert f"| {family.title} |" in page
+    assert f"| family | {' | '.join(METHODS)} |" in page
+    assert "**wrong**" not in page
+    assert "✓" in page
+
+
+def test_a_cell_that_differs_or_is_refused_isnt_shown_as_run() -> None:
+    found = {
+        Cell(family, method, strategy): Outcome(wrong="losses differ")
+        if strategy == "fsdp"
+        else Outcome(why="not with zero3")
+        if strategy == "zero3"
+        else Outcome()
+        for family in FAMILIES
+        for method in METHODS
+        for strategy in matrix.STRATEGIES
+    }
+    page = matrix.page(found)
+    assert "| ✓, zero3: [1], fsdp: [2] |" in page
+    assert "1. not with zero3\n2. **wrong**: losses differ" in page
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_stock_trainers_t5_loss_is_wrong_by_accumulation_and_ours_is_right(
+    accumulation: int, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
+) -> None:
+    """T5's forward takes a mean over its micro-batch; only with one micro-batch a step is that the batch's mean."""
+    root = tmp_path_factory.mktemp("t5")
+    training = {"max_steps": 1, "micro_batch_size": 8 // accumulation, "max_grad_norm": 0.0}
+    job = prepare(root / "job", models["t5"], pairs(8), full=True, data={"packing": False}, training=training)
+    exact, slopes = naive.gradients(job, root / "tokens")
+    (ours,) = finish_all([job])
+    assert ours.losses == pytest.approx([exact], abs=1e-6)
+    theirs = _stock_gradient(job, root, accumulation)
+    name = "decoder.block.0.layer.0.SelfAttention.q.weight"
+    off = float((theirs[name] - slopes[name]).norm() / slopes[name].norm())
+    assert off < 1e-5 if accumulation == 1 else off > 0.02
+
+
+def _stock_gradient(job: Job, folder: Path, accumulation: int) -> dict[str, Tensor]:
+    """Of Transformers' Trainer, before its first optimizer step."""
+    from transformers import AutoModelForSeq2SeqLM, Trainer, TrainerCallback, TrainingArguments
+
+    rows = naive.examples(job, folder / "tokens")
+    listed = []
+    for index in naive.schedule_of(job, rows).step(1).examples:
+        ids, source = rows.example(index)[0].tolist(), int(rows.sources[index])
+        listed.append({"input_ids": ids[:source], "attention_mask": [1] * source, "labels": ids[source:]})
+    network = AutoModelForSeq2SeqLM.from_pretrained(job.paths.model)
+    seen: dict[str, Tensor] = {}
+
+    class Look(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            seen.update({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+
+    def collate(some: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        def padded(key: str, value: int) -> Tensor:
+            longest = max(len(row[key]) for row in some)
+            return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in some])
+
+        return {key: padded(key, -100 if key == "labels" else 0) for key in some[0]}
+
+    Trainer(
+        model=network,
+        args=TrainingArguments(
+            output_dir=str(folder / "theirs"), max_steps=1, per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation, max_grad_norm=0.0, use_cpu=True, report_to="none",
+            save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
+        ),
+        train_dataset=listed,
+        data_collator=collate,
+        callbacks=[Look()],
+    ).train()  # fmt: skip
+    return seen
