@@ -65,6 +65,10 @@ generate: venv ## Write crds/, the chart's copy and docs/reference.md from finet
 matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes)
 	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.matrix
 
+.PHONY: check-dpo
+check-dpo: venv ## Compare the loss and gradients of DPO with TRL's on the same batch
+	PYTHONPATH=operator:trainer_image:hack:tests:. $(PY) -m benchmarks.trainer.check_dpo
+
 .PHONY: images
 images: venv ## Build the operator and trainer images
 	python3 -m images build operator

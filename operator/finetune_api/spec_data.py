@@ -11,7 +11,9 @@ from finetune_api.model import Model, Rule
 from finetune_api.spec_inputs import SecretRef
 from finetune_api.spec_rules import REMOTE, clean_uri, not_yet
 
-DataFormat = Literal["auto", "prompt-completion", "messages", "text", "alpaca", "sharegpt", "label-studio", "snorkel"]
+DataFormat = Literal[
+    "auto", "prompt-completion", "messages", "preference", "text", "alpaca", "sharegpt", "label-studio", "snorkel"
+]  # fmt: skip
 _Column = Annotated[str, Field(min_length=1, max_length=128)]
 _FORMATS = "; ".join(
     (
@@ -19,7 +21,7 @@ _FORMATS = "; ".join(
         "messages: turns with role and content, and tools",
         "text: all of it is learnt",
         "alpaca: instruction, input, output",
-        "sharegpt: conversations of from and value",
+        "sharegpt: conversations of from and value; preference: chosen and rejected, for objective dpo",
         "label-studio: its exports JSON, JSON-MIN and CSV",
         "snorkel: a text with its label or its probabilities",
     )

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from finetune_api import scalars as s
 from finetune_api.model import Model, Rule
-from finetune_api.spec_rules import not_yet
 
 
 class LoraSpec(Model):
@@ -238,8 +237,6 @@ class TrainingSpec(Model):
     rules = (
         Rule("maxSteps", "give either epochs or maxSteps, not both",
              "!(has(self.epochs) && has(self.maxSteps))", lambda m: m.epochs is None or m.max_steps is None),
-        not_yet("objective", "self.objective == 'supervised'", lambda m: m.objective == "supervised",
-                "preference tuning", "use supervised"),
         Rule("dpo", "has no meaning with objective supervised; remove it",
              "!has(self.dpo) || self.objective == 'dpo'", lambda m: m.dpo is None or m.objective == "dpo"),
         Rule("adam", "has no meaning with optimizer adafactor; remove it",

@@ -163,8 +163,8 @@ CASES: tuple[Case, ...] = (
     bad("a Secret's namespace", "spec.model.credentialsRef.namespace",
         ("model.credentialsRef", {"name": "hf-token", "namespace": "other"})),
     # The data.
-    *one("dataset.format", "auto", "prompt-completion", "messages", "text", "alpaca", "sharegpt", "label-studio",
-         "snorkel"),
+    *one("dataset.format", "auto", "prompt-completion", "messages", "preference", "text", "alpaca", "sharegpt",
+         "label-studio", "snorkel"),
     *none_of("dataset.format", "csv", "jsonl", "Alpaca", ""),
     *one("dataset.uri", "s3://data/train/", "s3://data/train/*.jsonl.gz", "pvc://claim/rows/**/part-*.parquet"),
     bad("neither a place nor places", "spec.dataset.uri", ("dataset", {})),
@@ -248,8 +248,16 @@ CASES: tuple[Case, ...] = (
     *one("method.lora.plusRatio", 1, 16, 2.5),
     *none_of("method.lora.plusRatio", 0, 0.5, 1000.5, "16"),
     # The recipe.
-    *none_of("training.objective", "dpo", "ppo", ""),
+    *one("training.objective", "supervised", "dpo"),
+    *none_of("training.objective", "ppo", ""),
+    ok("dpo with its settings", ("training", {"objective": "dpo", "dpo": {"beta": 0.3}})),
     bad("dpo's settings without it", "spec.training.dpo", ("training.dpo", {"beta": 0.3})),
+    *none_of("training.dpo.beta", 0, -0.1, 101, "0.1", also=(("training.objective", "dpo"),)),
+    bad("dpo of a whole model", "spec.training.objective",
+        ("training.objective", "dpo"), ("method", {"type": "full"})),
+    *(bad(f"dpo with {field} {value}", "spec.training.objective",
+          ("training.objective", "dpo"), (f"method.lora.{field}", value))
+      for field, value in (("init", "pissa"), ("init", "olora"), ("bias", "all"))),
     ok("epochs alone", ("training.epochs", 0.5)),
     ok("maxSteps alone", ("training.maxSteps", 100)),
     bad("both epochs and maxSteps", "spec.training.maxSteps", ("training", {"epochs": 3, "maxSteps": 100})),

@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from trainer import many, reload
 from trainer.ranks import Ended, Job, Ranks, pairs, prepare
 
 _PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-_HELD_OUT = pairs(3, 1)
 _CLOSE = 2e-4  # of a loss: float32, summed in another order
 
 
@@ -62,6 +61,7 @@ class Method:
     lora: dict[str, Any] | None = None
     full: dict[str, Any] | None = None
     quantization: str = "none"
+    objective: str = "supervised"
 
 
 METHODS: dict[str, Method] = {
@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     "OLoRA": Method({"init": "olora"}),
     "nf4": Method({}, quantization="nf4"),
     "int8": Method({}, quantization="int8"),
+    "DPO": Method({}, objective="dpo"),
     "full": Method(full={}),
     "freezing": Method(full={"trainable": ["{layer}"]}),
 }
@@ -96,6 +97,7 @@ class Outcome:
 
     why: str = ""
     wrong: str = ""
+    losses: tuple[float, ...] = ()
     ended: Ended | None = field(default=None, repr=False)
 
     @property
@@ -103,8 +105,11 @@ class Outcome:
         return not self.why and not self.wrong
 
 
-def run(root: Path, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
-    """Runs them, a group of processes for each family and strategy."""
+_UNKNOWN = Outcome(why="Not run yet.")
+
+
+def run(root: Path, cells: Iterable[Cell], known: Mapping[Cell, Outcome] | None = None) -> dict[Cell, Outcome]:
+    """Runs them, a group of processes for each family and strategy. `known`: others, to compare with."""
     wanted = list(cells)
     bases = {name: _base(root / "bases" / name, FAMILIES[name]) for name in {cell.family for cell in wanted}}
     found: dict[Cell, Outcome] = {}
@@ -118,7 +123,7 @@ def run(root: Path, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
         own = {cell: job for cell, job in jobs.items() if (cell.family, cell.strategy) == group}
         found.update(_together(own))
     for cell in [cell for cell in wanted if cell in found and found[cell].ended]:
-        _judge(cell, found, root / f"tokens-{cell.family}")
+        _judge(cell, {**(known or {}), **found}, root / f"tokens-{cell.family}-{cell.method}")
     return {cell: found[cell] for cell in wanted}
 
 
@@ -137,17 +142,28 @@ def _job(folder: Path, base: Path, cell: Cell) -> Job:
     job = prepare(
         folder,
         base,
-        [{**row, "prompt": f"<tool> {row['prompt']}"} for row in pairs(6)],
+        _rows(method, 6, 0),
         world=2,
         strategy=cell.strategy,
         lora=spec.method.lora.model_dump() if spec.method.lora else None,
         full=False if method.lora is not None else spec.method.full or FullSpec(),
         quantization=method.quantization,
-        training={"max_steps": 2, "global_batch_size": 4},
-        test=_HELD_OUT,
+        training={"max_steps": 2, "global_batch_size": 4, "objective": method.objective},
+        test=_rows(method, 3, 1),
     )
     (folder / many.MAY_BE_REFUSED).touch()
     return job
+
+
+def _rows(method: Method, count: int, seed: int) -> list[dict[str, str]]:
+    made = [{**row, "prompt": f"<tool> {row['prompt']}"} for row in pairs(count, seed)]
+    if method.objective == "supervised":
+        return made
+    others = pairs(count, seed + 50)
+    return [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{other['completion']} no"}
+        for row, other in zip(made, others, strict=True)
+    ]
 
 
 def _spec(cell: Cell) -> Any:
@@ -175,6 +191,7 @@ def _spec(cell: Cell) -> Any:
                 "model": {"uri": "hf://tiny/model", "quantization": method.quantization},
                 "dataset": {"uri": "s3://data/train.jsonl"},
                 "method": chosen,
+                "training": {"objective": method.objective},
                 "distribution": {"strategy": cell.strategy, "processesPerNode": 2},
                 "output": {"uri": "s3://models/cell"},
             },
@@ -213,23 +230,25 @@ def _outcome(ended: Ended) -> Outcome:
         return Outcome(why=last.message) if expected else Outcome(wrong=f"{last.reason}: {last.message}")
     if not ended.events(events.SavedEvent):
         return Outcome(wrong=f"ended with {ended.codes}")
-    return Outcome(ended=ended)
+    return Outcome(losses=tuple(ended.losses), ended=ended)
 
 
-def _judge(cell: Cell, found: dict[Cell, Outcome], cache: Path) -> None:
+def _judge(cell: Cell, found: Mapping[Cell, Outcome], cache: Path) -> None:
     mine = found[cell].ended
     assert mine is not None
     by_ddp = found.get(Cell(cell.family, cell.method, "ddp"))
-    if by_ddp is not None and by_ddp.ended is not None:
-        apart = max(abs(a - b) for a, b in zip(mine.losses, by_ddp.ended.losses, strict=True))
+    if by_ddp is not None and by_ddp.losses:
+        apart = max(abs(a - b) for a, b in zip(mine.losses, by_ddp.losses, strict=True))
         if apart > _CLOSE:
-            found[cell].wrong = f"losses {mine.losses} aren't ddp's {by_ddp.ended.losses}"
+            found[cell].wrong = f"losses {mine.losses} aren't ddp's {by_ddp.losses}"
     told = mine.evals("test")[2]
+    if told >= mine.evals("test")[0]:
+        found[cell].wrong = f"learnt nothing: test loss {mine.evals('test')[0]:.6f} before, {told:.6f} after"
+    if METHODS[cell.method].objective == "dpo":  # the run itself compared the logits of what it wrote
+        return
     loaded = reload.loss(reload.result(mine, **reload.quantized(METHODS[cell.method].quantization)), mine, cache)
     if abs(told - loaded) > _CLOSE:
         found[cell].wrong = f"told a test loss of {told:.6f}, but what was written gives {loaded:.6f}"
-    if told >= mine.evals("test")[0]:
-        found[cell].wrong = f"learnt nothing: test loss {mine.evals('test')[0]:.6f} before, {told:.6f} after"
 
 
 def page(found: Mapping[Cell, Outcome]) -> str:
@@ -248,7 +267,9 @@ def page(found: Mapping[Cell, Outcome]) -> str:
         f"| --- |{' --- |' * len(METHODS)}",
     ]
     for key, family in FAMILIES.items():
-        cells = [_cell({s: found[Cell(key, method, s)] for s in STRATEGIES}, reasons) for method in METHODS]
+        cells = [
+            _cell({s: found.get(Cell(key, method, s), _UNKNOWN) for s in STRATEGIES}, reasons) for method in METHODS
+        ]
         lines.append(f"| {family.title} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
     return "\n".join(lines)
@@ -269,27 +290,41 @@ def _cell(by_strategy: Mapping[str, Outcome], reasons: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`--families a,b --methods c --strategies d`: a part, printed and not written."""
+    """`--families a,b --methods c --strategies d`: a part, printed. `--results FILE`: cells found there aren't run
+    again, others are added to it. The page is written with all results that are known."""
     chosen = dict(zip((a.removeprefix("--") for a in arguments[::2]), arguments[1::2], strict=True))
     families, methods, strategies = (
         chosen[name].split(",") if name in chosen else list(everything)
         for name, everything in (("families", FAMILIES), ("methods", METHODS), ("strategies", STRATEGIES))
     )
-    found: dict[Cell, Outcome] = {}
+    kept = Path(chosen["results"]) if "results" in chosen else None
+    found = _read(kept)
     for family in families:
+        missing = [Cell(family, m, s) for m in methods for s in strategies if Cell(family, m, s) not in found]
+        if not missing:
+            continue
         with tempfile.TemporaryDirectory() as root:
-            found |= run(Path(root), [Cell(family, method, s) for method in methods for s in strategies])
-        held = sum(outcome.holds for cell, outcome in found.items() if cell.family == family)
-        print(f"{family}: {held} of {len(methods) * len(strategies)} cells run", flush=True)
-        for cell, outcome in found.items():
-            if cell.family == family and outcome.wrong:
+            new = run(Path(root), missing, found)
+        found |= new
+        if kept:
+            with kept.open("a") as file:
+                file.writelines(json.dumps([*astuple(c), o.why, o.wrong, o.losses]) + "\n" for c, o in new.items())
+        print(f"{family}: {sum(outcome.holds for outcome in new.values())} of {len(new)} cells run", flush=True)
+        for cell, outcome in new.items():
+            if outcome.wrong:
                 print(f"  WRONG {cell}: {outcome.wrong}", flush=True)
-    if chosen:
-        for cell, outcome in found.items():
-            print(cell, outcome.why or outcome.wrong or "runs")
-    else:
+    if kept or not chosen:
         _PAGE.write_text(page(found))
+    else:
+        print("\n".join(f"{cell}: {outcome.why or outcome.wrong or 'runs'}" for cell, outcome in found.items()))
     return 1 if any(outcome.wrong for outcome in found.values()) else 0
+
+
+def _read(kept: Path | None) -> dict[Cell, Outcome]:
+    if kept is None or not kept.is_file():
+        return {}
+    lines = (json.loads(line) for line in kept.read_text().splitlines())
+    return {Cell(*names): Outcome(why, wrong, tuple(losses)) for *names, why, wrong, losses in lines}
 
 
 if __name__ == "__main__":

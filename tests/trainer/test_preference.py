@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune_api.resource import LoraSpec
+from finetune_api import events
+from finetune_api.resource import DpoSpec, LoraSpec
 from finetune_trainer import adapters, model, preference, split
 from finetune_trainer.batch import Collator
 from finetune_trainer.learner import trained
 from finetune_trainer.loss import LossSum
 from finetune_trainer.preference import PreferenceSum
 from testkit import tiny_models
+from trainer.ranks import Ended, Job, finish_all, prepare
+from trainer.ranks import pairs as drawn
 
 _BETA = 0.7
 _BUILDERS: dict[str, Callable[[Path], Path]] = {
@@ -150,3 +153,77 @@ def test_the_loss_of_a_pair_is_its_formula_in_numbers() -> None:
     chosen, rejected = torch.tensor([1.5, -2.0]), torch.tensor([0.5, 1.0])
     told = preference.loss_of(chosen, rejected, 0.1)
     assert told.tolist() == pytest.approx([float(np.log1p(np.exp(-0.1))), float(np.log1p(np.exp(0.3)))])
+
+
+def _rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    both = zip(drawn(count, seed), drawn(count, seed + 50), strict=True)
+    return [
+        {"prompt": one["prompt"], "chosen": one["completion"], "rejected": f"{other['completion']} no"}
+        for one, other in both
+    ]
+
+
+def _job(folder: Path, base: Path, **how: Any) -> Job:
+    training = {"objective": "dpo", "dpo": DpoSpec(beta=0.5), "max_steps": 4}
+    return prepare(
+        folder, base, _rows(12), test=_rows(5, 1), validation=_rows(5, 2), every=2,
+        **{**how, "training": {**training, **how.get("training", {})}},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
+    root = tmp_path_factory.mktemp("preference")
+    ways: dict[str, dict[str, Any]] = {
+        "one": {},
+        "padded": {"data": {"packing": False}, "training": {"micro_batch_size": 3}},
+        "dropout": {"lora": {"dropout": 0.2}},
+        **{f"two, {name}": {"world": 2, "strategy": name} for name in ("ddp", "zero2", "zero3", "fsdp")},
+    }
+    jobs = {name: _job(root / name.replace(", ", "-"), models["llama"], **how) for name, how in ways.items()}
+    done: dict[str, Ended] = {}
+    for world in (1, 2):
+        own = [name for name, job in jobs.items() if job.run.world.size == world]
+        done.update(zip(own, finish_all([jobs[name] for name in own]), strict=True))
+    resume = done["dropout"].paths.checkpoints / "step-2"
+    (done["resumed"],) = finish_all([_job(root / "again", models["llama"], resume=resume, **ways["dropout"])])
+    return done
+
+
+def test_training_begins_at_log_two_and_prefers_more_and_more(runs: dict[str, Ended]) -> None:
+    one = runs["one"]
+    assert one.losses[0] == pytest.approx(float(np.log(2)), abs=1e-6)
+    assert one.losses[-1] < 0.95 * one.losses[0]
+    assert one.evals("test")[0] == pytest.approx(float(np.log(2)), abs=1e-6)
+    assert one.events(events.StepEvent)[0].label_tokens == 8  # pairs
+    assert one.decision("packing").choice == "on"
+    assert one.decision("head").choice == "chunked"
+
+
+@pytest.mark.parametrize("way", ["padded", "two, ddp", "two, zero2", "two, zero3", "two, fsdp"])
+def test_pairs_weigh_alike_however_they_are_split(way: str, runs: dict[str, Ended]) -> None:
+    assert runs[way].losses == pytest.approx(runs["one"].losses, abs=2e-5)
+    assert runs[way].evals("validation") == pytest.approx(runs["one"].evals("validation"), abs=2e-5)
+
+
+def test_a_resumed_run_goes_on_to_the_bit(runs: dict[str, Ended]) -> None:
+    assert runs["resumed"].losses == runs["dropout"].losses[2:]
+    written = [(runs[name].paths.export / "adapter_model.safetensors").read_bytes() for name in ("dropout", "resumed")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "objective", "message"),
+    [
+        (_rows(4), "supervised", "the rows have chosen and rejected answers; set training.objective: dpo"),
+        (drawn(4), "dpo", "objective dpo needs rows with prompt, chosen and rejected"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " b"}], "dpo", "row 1: chosen and rejected are the same"),
+        ([{"prompt": "a", "chosen": " b", "rejected": 7}], "dpo", "row 1: rejected isn't a string"),
+    ],
+    ids=["supervised", "no pairs", "the same answer", "no text"],
+)
+def test_rows_that_dont_go_with_the_objective_are_refused(
+    rows: Any, objective: str, message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    job = prepare(tmp_path, models["llama"], rows, training={"objective": objective, "global_batch_size": 2})
+    assert message in job.finish().failure.message

@@ -122,9 +122,9 @@ def _preferring(
     trial.reporter.decision("objective", "dpo", f"beta {beta:g}; the base without adapters is the reference")
     trial.reporter.phase("evaluating")
     key = f"{preference.content(paths.model)} {loss_sum.autocast} {run.model.quantization} {run.added_tokens}"
-    reference = preference.Reference(
-        trial.learner, made.whole.shape, made.collate, loss_sum, world, trial.reporter.alive
-    )
+    # Without its adapters the model takes its own output layer again, and not the copy that the head stands before.
+    plain = loss_sum.plain if run.lora and run.lora.modules_to_save else loss_sum
+    reference = preference.Reference(trial.learner, made.whole.shape, made.collate, plain, world, trial.reporter.alive)
     told = reference.beside(data, paths.token_cache, key)
     trial.reporter.phase("loading")
     return told, preference.PreferenceSum.over(loss_sum, beta)

@@ -27,10 +27,10 @@ from finetune_trainer.data import Data
 from finetune_trainer.failure import Failed
 from finetune_trainer.learner import Learner
 from finetune_trainer.loss import LossSum
+from finetune_trainer.pairs import FORMAT
 from finetune_trainer.split import Split
 from finetune_trainer.world import World
 
-FORMAT = "preference"
 _TOGETHER = 4096  # pairs that are spread over ranks at once
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import vocabulary
+from finetune_trainer import pairs, vocabulary
 from finetune_trainer.failure import Failed
 from finetune_trainer.rows import Problem, Row
 
@@ -109,9 +109,7 @@ class Renderer:
         self._first = [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
 
     @classmethod
-    def load(
-        cls, folder: Path, max_length: int, template: str | None = None, added: tuple[str, ...] = ()
-    ) -> Renderer:
+    def load(cls, folder: Path, max_length: int, template: str | None = None, added: tuple[str, ...] = ()) -> Renderer:
         """`template` is dataset.chatTemplate: a Jinja text or the name of a file in the folder."""
         tokenizer = load_tokenizer(folder, added)
         given = chat_template(folder, template)
@@ -171,6 +169,8 @@ class Renderer:
         return self._rendered(row, sys.maxsize)
 
     def _rendered(self, row: Row, most: int) -> Example | Problem:
+        if row.rejected:
+            return pairs.example(row, lambda one: self._rendered(one, most))
         if row.is_text and self._encoder_decoder:
             return Problem(row.number, "a text has no prompt for the encoder; give prompt and completion")
         if not self._chat and not row.plain:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import containers, exports
+from finetune_trainer import containers, exports, pairs
 from finetune_trainer.containers import Container, Record, Unreadable
 from finetune_trainer.failure import Failed
 from finetune_trainer.shapes import ROLES, SHAPES, Row, Turn, Values
@@ -116,7 +116,8 @@ def parse(lines: Iterable[bytes], format: str = "auto") -> Rows:
 
 def digest(row: Row) -> bytes:
     """16 bytes that stand for a row's content, whichever file it is in. Never changes: splits are chosen by it."""
-    return _hashed([*_said(row.turns), ["tools", row.tools]] if row.tools else _said(row.turns))
+    said = [*_said(row.turns), *([["rejected"], *_said(row.rejected)] if row.rejected else [])]
+    return _hashed([*said, ["tools", row.tools]] if row.tools else said)
 
 
 def prompt_digest(row: Row) -> bytes:
@@ -140,8 +141,8 @@ def detect(value: Values) -> str:
         return "messages"
     if "conversations" in value:
         return "sharegpt"
-    if "chosen" in value and "rejected" in value:
-        raise ValueError("has chosen and rejected: preference data isn't supported yet; give prompt and completion")
+    if pairs.is_pair(value):
+        return pairs.FORMAT
     if "prompt" in value or "completion" in value:
         return "prompt-completion"
     if "instruction" in value and "output" in value:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune_trainer import pairs
+
 ROLES = ("system", "user", "assistant", "tool")
 _SPOKEN = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -50,6 +52,7 @@ class Row:
     plain: bool = False  # may be rendered without a chat template
     file: int = 0
     tools: str = ""  # JSON of a list of functions, for the chat template
+    rejected: tuple[Turn, ...] = ()  # preference: the turns with the other answer
     bare: str = ""  # what stands for the prompt where there is no chat template; empty: the prompt itself
 
     @property
@@ -138,6 +141,7 @@ SHAPES: dict[str, Shape] = {
     "text": plain_text,
     "alpaca": alpaca,
     "sharegpt": sharegpt,
+    pairs.FORMAT: lambda number, value: pairs.row(number, value, prompt_completion, messages),
 }
 
 
