@@ -37,7 +37,8 @@ def _epsilon(module: Any) -> float:
 
 
 def _is_gated(module: Any) -> bool:
-    return all(isinstance(getattr(module, part, None), nn.Module) for part in _GATED)
+    whole = all(isinstance(getattr(module, part, None), nn.Module) for part in _GATED)
+    return whole and all(weight.is_floating_point() for weight in module.parameters())  # and not quantised
 
 
 def _norm_replaced(module: Any) -> bool:
