@@ -91,7 +91,7 @@ def _apiece(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted)
     parts = [
         checkpoint(some, hidden[wanted.chosen[part]], weight, bias, wanted.targets[part], use_reentrant=False,
                    preserve_rng_state=False)
-        for part in slices(len(wanted.chosen), len(weight))
+        for part in slices(len(wanted.chosen), len(weight), hidden.device.type)
     ]  # fmt: skip
     return torch.cat(parts)
 
