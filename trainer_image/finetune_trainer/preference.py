@@ -44,13 +44,16 @@ class PreferenceSum(LossSum):
     def over(cls, inner: LossSum, beta: float) -> PreferenceSum:
         return cls(inner.keeps_logits, inner.autocast, inner.device, inner.head, beta)
 
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Call it inside `room(batch)`."""
+    def __call__(self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None) -> Tensor:
+        """Call it inside `room(batch)`. A pair weighs one, so `each` gets a pair's loss, and zeros behind the last."""
         log_p = log_probabilities(self, model, batch)
         if batch.reference is None:  # nothing to do but to take part
             return log_p.sum() * 0.0
         gains = log_p - batch.reference.to(log_p.dtype)
-        return loss_of(gains[:, 0], gains[:, 1], self.beta).sum()
+        losses = loss_of(gains[:, 0], gains[:, 1], self.beta)
+        if each is not None:
+            each.zero_()[: len(losses)] = losses.detach()
+        return losses.sum()
 
 
 def loss_of(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
