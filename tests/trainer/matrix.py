@@ -258,8 +258,8 @@ def page(found: Mapping[Cell, Outcome]) -> str:
         "<!-- Written by `make matrix`, which runs every cell; don't edit. -->",
         "# Families, methods, strategies",
         "",
-        "Each cell was run with a small model of the family's real class on two processes, by each of "
-        f"{', '.join(STRATEGIES)}. ✓ says: all strategies gave ddp's losses, the test loss fell, and what was written",
+        f"Run with a small model of the family's real class on two processes, by each of {', '.join(STRATEGIES)}.",
+        "✓ says: the strategies that the cell doesn't name gave ddp's losses, the test loss fell, and what was written",
         "gives the reported test loss when Transformers and PEFT load it on the base as it was. A number says what is",
         "refused, before anything is trained, and why. Not run on a GPU yet.",
         "",
