@@ -255,7 +255,7 @@ def page(found: Mapping[Cell, Outcome]) -> str:
     """docs/families.md. Pure."""
     reasons: list[str] = []
     lines = [
-        "<!-- Written by `make matrix`, which runs every cell; don't edit. -->",
+        "<!-- Written by `make matrix`, which runs every cell that isn't marked \"Not run yet\"; don't edit. -->",
         "# Families, methods, strategies",
         "",
         f"Run with a small model of the family's real class on two processes, by each of {', '.join(STRATEGIES)}.",
