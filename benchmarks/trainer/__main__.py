@@ -187,7 +187,7 @@ class Bench:
 
     def _trl(self, dataset: str) -> None:
         task, (short, whole) = self.task(dataset), self._times
-        default = search.default(self._fast_bfloat16, whole)
+        default = search.default(self._fast_bfloat16, replace(whole, least=1))
         self._peer("trl", "default", dataset, task, default)
         known = data.statistics(dataset)
         formats = search.formats(search.dtypes(self._fast_bfloat16), short)

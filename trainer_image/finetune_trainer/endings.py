@@ -1,12 +1,16 @@
-"""The last words of a pod: what happened → Result. Pure; called by the supervisor, one function an ending."""
+"""The last words of a pod: what happened → Result. Called by the supervisor, one function an ending."""
 
 from __future__ import annotations
+
+import errno
+import traceback
 
 from finetune_api.evaluation import Evaluation
 from finetune_api.manifest import Manifest
 from finetune_api.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, EvaluationStatus, ModelStatus
 from finetune_trainer.failure import Failed
+from finetune_trainer.log import Log
 from finetune_trainer.state import TrainingState
 
 
@@ -62,3 +66,11 @@ def failed(why: Failed, state: TrainingState, checkpoint: CheckpointStatus | Non
         checkpoint=checkpoint,
         model=model,
     )
+
+
+def own_failure(error: Exception, log: Log) -> Failed:
+    """The supervisor's own error, which nobody foresaw."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failed("DiskFull", f"resources.scratch: {error.filename}: {error.strerror}; raise it")
+    log.error("the supervisor itself failed", traceback=traceback.format_exc())
+    return Failed("TrainingError", f"{type(error).__name__}: {error}", log_tail=traceback.format_exc())

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from finetune_api.model import LenientModel
 from finetune_api.names import CHECKPOINTS_DIR
 from finetune_api.run import JobRef
+from finetune_trainer.failure import Failed
+from finetune_trainer.log import Log
 from finetune_trainer.place import Place
 
 PATH = f"{CHECKPOINTS_DIR}/memory.json"
@@ -32,9 +34,17 @@ def read(place: Place, job: JobRef) -> int:
     return lesson.halvings if lesson is not None and lesson.uid == job.uid else 0
 
 
-def leave(place: Place, job: JobRef, halvings: int) -> None:
-    """Replaces what an earlier attempt left."""
-    place.write(PATH, Lesson(uid=job.uid, halvings=min(halvings, MOST)).model_dump_json(by_alias=True).encode())
+def leave(place: Place | None, job: JobRef, halvings: int, log: Log) -> None:
+    """Replaces what an earlier attempt left. A store that doesn't answer is told, and loses only this."""
+    if place is None:
+        return
+    told = Lesson(uid=job.uid, halvings=min(halvings, MOST))
+    try:
+        place.write(PATH, told.model_dump_json(by_alias=True).encode())
+    except Failed as lost:
+        log.warning("the next attempt isn't told to take less memory", detail=lost.message)
+    else:
+        log.info("the next attempt halves its micro-batches", times=halvings)
 
 
 def forget(place: Place) -> None:

@@ -15,6 +15,7 @@ from finetune_api import events as e
 from finetune_api.run import JobRef
 from finetune_trainer.gpu import Gpus
 from finetune_trainer.guards import Reason
+from finetune_trainer.log import Log
 
 _LABELS = ("namespace", "job", "attempt")
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
@@ -72,9 +73,14 @@ class Metrics:
         )
         self._total_steps = 0
 
-    def serve(self, port: int) -> None:
-        """Serves /metrics in a thread. Raises OSError when the port is taken."""
-        start_http_server(port, registry=self.registry)
+    def serve(self, port: int, log: Log) -> None:
+        """Serves /metrics in a thread; port 0: nothing. A port that is taken costs the metrics, not the training."""
+        if port == 0:
+            return
+        try:
+            start_http_server(port, registry=self.registry)
+        except OSError as error:
+            log.warning("metrics can't be served; training goes on", port=port, detail=str(error))
 
     def observe(self, event: e.Event) -> None:
         """Takes one of rank 0's events."""

@@ -6,7 +6,12 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -38,3 +43,19 @@ class StopRequest:
         if self.count > 1:
             return 0.0
         return max(0.0, self._first + self._grace - time.monotonic())
+
+
+def in_thread(work: Callable[[], T], waiting: Callable[[], None], tick: float) -> T:
+    """Does something slow; meanwhile `waiting` is called every `tick` seconds, and may raise to leave it alone."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    try:
+        while True:
+            try:
+                return future.result(timeout=tick)
+            except TimeoutError:
+                if future.done():
+                    raise  # the work's own
+            waiting()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -5,12 +5,9 @@ PID 1 of the pod. Never imports torch: it has to outlive a rank that was killed 
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +26,7 @@ from finetune_trainer.node import Node
 from finetune_trainer.place import Place
 from finetune_trainer.progress import Poster, progress_of
 from finetune_trainer.recording import Recording
-from finetune_trainer.stopping import StopRequest
+from finetune_trainer.stopping import StopRequest, in_thread
 from finetune_trainer.tracker import Ending, small_files
 from finetune_trainer.watch import Watch
 
@@ -77,14 +74,14 @@ class Supervisor:
     def run(self) -> Result:
         """Trains, or finds that it is done already. Never raises what was foreseen: that is the Result."""
         try:
-            self._serve_metrics()
+            self._metrics.serve(self._node.run.metrics_port, self._log)
             return self._story()
         except Asked:
             return self._preempted()
         except Failed as failed:
             return self._failed(failed)
         except Exception as error:
-            return self._failed(self._own_failure(error))
+            return self._failed(endings.own_failure(error, self._log))
         finally:
             self._enter(self._phase, self._message)
             self._poster.close()
@@ -272,7 +269,8 @@ class Supervisor:
         """A checkpoint that is still on its way arrives first: the next attempt goes on from it."""
         self._log.error(failed.message, reason=failed.reason, rank=failed.rank, exit_code=failed.exit_code)
         if failed.reason == "OutOfMemory" and failed.rank is not None:
-            self._leave_lesson()
+            halvings = max(self._halvings, self._state.halvings) + 1
+            lesson.leave(self._place, self._node.run.job, halvings, self._log)
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_patience, self._stop.left))
         ending = Ending(how="failed", message=f"{failed.reason}: {failed.message}")
@@ -283,49 +281,17 @@ class Supervisor:
             report_file.write_failure(place, run, self._state, self._history.lines, result, self._spent, now, log)
         return result
 
-    def _leave_lesson(self) -> None:
-        """The next attempt computes half as much at once."""
-        halvings = max(self._halvings, self._state.halvings) + 1
-        try:
-            if self._place is not None:
-                lesson.leave(self._place, self._node.run.job, halvings)
-                self._log.info("the next attempt halves its micro-batches", times=halvings)
-        except Failed as lost:
-            self._log.warning("the next attempt isn't told to take less memory", detail=lost.message)
-
-    def _own_failure(self, error: Exception) -> Failed:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return Failed("DiskFull", f"resources.scratch: {error.filename}: {error.strerror}; raise it")
-        self._log.error("the supervisor itself failed", traceback=traceback.format_exc())
-        return Failed("TrainingError", f"{type(error).__name__}: {error}", log_tail=traceback.format_exc())
-
     # ---- throughout
 
     def _in_thread(self, work: Callable[[], T]) -> T:
         """Does something slow while requests to stop are heard. Raises Asked when time ran out first."""
-        with_time = ThreadPoolExecutor(1)
-        future = with_time.submit(work)
-        try:
-            while True:
-                try:
-                    return future.result(timeout=self._node.timing.tick)
-                except TimeoutError:
-                    if future.done():
-                        raise  # the work's own
-                    self._report()
-                if self._stop.asked and (self._phase != "uploading" or self._stop.left <= 0):
-                    raise Asked
-        finally:
-            with_time.shutdown(wait=False, cancel_futures=True)
 
-    def _serve_metrics(self) -> None:
-        port = self._node.run.metrics_port
-        if port == 0:
-            return
-        try:
-            self._metrics.serve(port)
-        except OSError as error:
-            self._log.warning("metrics can't be served; training goes on", port=port, detail=str(error))
+        def waiting() -> None:
+            self._report()
+            if self._stop.asked and (self._phase != "uploading" or self._stop.left <= 0):
+                raise Asked
+
+        return in_thread(work, waiting, self._node.timing.tick)
 
     def _told(self, sentence: str) -> None:
         self._message = sentence

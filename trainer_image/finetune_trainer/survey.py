@@ -1,4 +1,4 @@
-"""What the rows turned out to be: splits → DataReport. Pure but for decoding samples; no torch.
+"""What the rows turned out to be: splits → DataReport. Pure; no torch.
 
 Called before anything is trained: by `data` on rank 0, by preflight, and by `finetune validate --data`. It reads the
 token cache's arrays, never the files again, so it costs a second or two a million rows.
@@ -6,17 +6,15 @@ token cache's arrays, never the files again, so it costs a second or two a milli
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_api import data_report as r
 from finetune_api.status import DataStatus
-from finetune_trainer import split
+from finetune_trainer import split, survey_samples
 from finetune_trainer.examples import Examples
 from finetune_trainer.render import Renderer
 from finetune_trainer.rows import Problem
@@ -24,8 +22,6 @@ from finetune_trainer.tokens import Tokens
 
 _BINS = 20
 _PADDED_TOGETHER = 8
-_SAMPLES = {"train": 3, "validation": 1, "test": 1}
-_SHOWN_TOKENS = 512
 _NUMBERS_A_GROUP = 10
 
 
@@ -111,7 +107,12 @@ def report(
         splits=splits,
         leaks=leaks,
         warnings=tuple(_warnings(splits, leaks)),
-        samples=tuple(_samples(parts, renderer)) if renderer else (),
+        samples=tuple(
+            shown
+            for name, one in parts.items()
+            if renderer and one.rows.tokens is not None
+            for shown in survey_samples.of(name, one.rows.tokens, np.unique(one.index), renderer.tokenizer)
+        ),
     )
 
 
@@ -245,40 +246,6 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
             if count:
                 found.append(r.Warning(reason=reason, message=f"{count} {one.split} rows {what}"))
     return found
-
-
-def _samples(parts: Mapping[r.SplitName, Part], renderer: Renderer) -> list[r.RenderedSample]:
-    found = []
-    for name, one in parts.items():
-        tokens = one.rows.tokens
-        if tokens is None:
-            continue
-        for row in np.unique(one.index)[: _SAMPLES[name]].tolist():
-            ids, learnt = tokens.example(row)
-            whole = int(tokens.whole[row])
-            shown = min(len(ids), _SHOWN_TOKENS)
-            origin = int(tokens.origins[row])
-            found.append(
-                r.RenderedSample(
-                    split=name,
-                    row=int(tokens.numbers[row]),
-                    file=tokens.facts.files[origin].name if len(tokens.facts.files) > 1 else "",
-                    tokens=len(ids),
-                    cut=whole > shown,
-                    pieces=pieces(renderer.tokenizer, ids[:shown], learnt[:shown]),
-                )
-            )
-    return found
-
-
-def pieces(tokenizer: Any, ids: NDArray[np.int32], learnt: NDArray[np.bool_]) -> tuple[r.Piece, ...]:
-    """Runs of tokens that are learnt, or are not."""
-    borders = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
-    return tuple(
-        r.Piece(text=str(tokenizer.decode(ids[begin:end].tolist())), learnt=bool(learnt[begin]))
-        for begin, end in itertools.pairwise(borders)
-        if end > begin
-    )
 
 
 def _histogram(lengths: NDArray[np.int64]) -> r.Histogram:
