@@ -64,7 +64,7 @@ class GenerationSpec(Model):
         description="Draw from the likeliest tokens that have this probability together. 1 is all of them.",
     )  # fmt: skip
     repetition_penalty: float = Field(
-        default=1.0, ge=0.1, le=10, description="Above 1 makes a token that was there less likely. 1 changes nothing."
+        default=1.0, gt=0, le=10, description="Above 1 makes a token that was there less likely. 1 changes nothing."
     )
 
     rules = (

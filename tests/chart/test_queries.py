@@ -99,6 +99,7 @@ def test_the_dashboard_uses_nearly_all_series_of_the_trainer() -> None:
     """A new series deserves a panel, or a reason here why it has none."""
     elsewhere = {
         "finetune_train_learning_rate", "finetune_learning_rate", "finetune_grad_norm",  # the operator re-exports them
+        "finetune_eval_score",
         "finetune_train_tokens_total", "finetune_train_progress_ratio", "finetune_train_last_step_timestamp_seconds",
         "finetune_checkpoint_bytes_total", "finetune_checkpoint_last_success_timestamp_seconds",
     }  # fmt: skip

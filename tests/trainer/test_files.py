@@ -311,7 +311,6 @@ def test_a_turn_of_weight_0_is_not_learnt_and_tool_calls_are_kept() -> None:
 
 
 _REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "preference data isn't supported yet"),
     ("nothing known", {"a": 1}, {}, "its keys: a); say with dataset.columns which key is which"),
     ("image",
      {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}, "content[0] is of type 'image_url'"),

@@ -117,7 +117,7 @@ def test_a_result_that_isnt_the_trained_one_is_no_success(harm: str, done: dict[
     trained = (
         reload._model(export, torch.float32, seen)
         if harm == "full"
-        else reload._adapted(paths.model, export, torch.float32, seen)
+        else reload._adapted(run, paths.model, export, torch.float32, seen)
     )
     seen = replace(seen, logits=reload._logits(trained, seen, _CPU))
     reporter = Reporter(tmp_path / "events" / "rank-0.jsonl", 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from finetune_api import events
 from finetune_api.data_report import SplitName
@@ -16,7 +17,9 @@ from finetune_trainer.paths import Paths
 from finetune_trainer.render import Renderer, chat_template
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.split import Split
-from finetune_trainer.world import World
+
+if TYPE_CHECKING:  # preflight computes the data report without torch
+    from finetune_trainer.world import World
 
 
 @dataclass(frozen=True)
