@@ -241,6 +241,7 @@ BUSY = CALM | {
     },
     f"finetune_train_loss{{{_POD}}}": "2-0.01x90",
     f'finetune_eval_loss{{{_POD}, split="validation"}}': "2x90",
+    f'finetune_job_eval_score{{{JOB}, metric="rougeL", model="tuned"}}': "0.3x90",
     f"finetune_train_steps_total{{{_POD}}}": "0+5x90",
     f"finetune_train_samples_total{{{_POD}}}": "0+80x90",
     f"finetune_train_padding_ratio{{{_POD}}}": "0.1x90",
