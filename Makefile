@@ -88,5 +88,5 @@ bench: venv ## All benchmarks; figures go to benchmarks/results/
 	$(PY) benchmarks/overhead.py
 
 .PHONY: bench-trainer
-bench-trainer: venv ## The trainer beside TRL and LLaMA-Factory, about 25 minutes; BENCH="--help" shows what can be chosen
+bench-trainer: venv ## The trainer beside TRL and LLaMA-Factory, about 45 minutes; BENCH="--help" shows what can be chosen
 	$(PY) benchmarks/trainer $(BENCH)

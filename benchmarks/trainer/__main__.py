@@ -1,6 +1,6 @@
 """Our trainer beside TRL (as it comes, and its searched best) and LLaMA-Factory, on four data sets, in one run.
 
-Prints one table and the aims, writes benchmarks/results/trainer.json. Takes about 25 minutes on a quiet machine with 2
+Prints one table and the aims, writes benchmarks/results/trainer.json. Takes about 45 minutes on a quiet machine with 2
 cores; nothing else should run on it. A configuration that fails becomes a row with its error.
 """
 
