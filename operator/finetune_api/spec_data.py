@@ -9,7 +9,7 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.model import Model, Rule
 from finetune_api.spec_inputs import SecretRef
-from finetune_api.spec_rules import REMOTE, clean_uri, not_yet
+from finetune_api.spec_rules import clean_uri, fraction_or_uri, reachable
 
 DataFormat = Literal[
     "auto", "prompt-completion", "messages", "preference", "text", "alpaca", "sharegpt", "label-studio", "snorkel"
@@ -26,11 +26,6 @@ _FORMATS = "; ".join(
         "snorkel: a text with its label or its probabilities",
     )
 )
-
-
-def _reachable(field: str = "uri") -> Rule:
-    return not_yet(field, "!has(self.uri) || !self.uri.matches('^(gs|az)://')",
-                   lambda m: m.uri is None or not m.uri.startswith(("gs://", "az://")), *REMOTE)  # fmt: skip
 
 
 class ColumnsSpec(Model):
@@ -68,7 +63,7 @@ class SourceSpec(Model):
     format: DataFormat | None = Field(default=None, description="Of its rows. Empty means dataset.format.")
     columns: ColumnsSpec | None = Field(default=None, description="Of its files. Empty means dataset.columns.")
 
-    rules = (clean_uri(), _reachable())
+    rules = (clean_uri(), reachable())
 
 
 class ValidationSpec(Model):
@@ -81,12 +76,7 @@ class ValidationSpec(Model):
     )  # fmt: skip
     uri: s.DataUri | None = Field(default=None, description="Held-out rows, read like dataset.uri.")
 
-    rules = (
-        Rule("fraction", "give either fraction or uri, exactly one", "has(self.fraction) != has(self.uri)",
-             lambda m: (m.fraction is None) != (m.uri is None)),
-        clean_uri(),
-        _reachable(),
-    )  # fmt: skip
+    rules = (fraction_or_uri(), clean_uri(), reachable())
 
 
 class TestSpec(Model):
@@ -101,12 +91,7 @@ class TestSpec(Model):
     )  # fmt: skip
     uri: s.DataUri | None = Field(default=None, description="Test rows, read like dataset.uri.")
 
-    rules = (
-        Rule("fraction", "give either fraction or uri, exactly one", "has(self.fraction) != has(self.uri)",
-             lambda m: (m.fraction is None) != (m.uri is None)),
-        clean_uri(),
-        _reachable(),
-    )  # fmt: skip
+    rules = (fraction_or_uri(), clean_uri(), reachable())
 
 
 class DatasetSpec(Model):
@@ -166,7 +151,7 @@ class DatasetSpec(Model):
         Rule("uri", "give either uri or sources, exactly one", "has(self.uri) != (self.sources.size() > 0)",
              lambda m: (m.uri is None) != (not m.sources)),
         clean_uri(),
-        _reachable(),
+        reachable(),
         Rule("chatTemplate", "must be the text of a Jinja template, or the name of a .jinja file",
              "!has(self.chatTemplate) || self.chatTemplate.contains('{')"
              " || self.chatTemplate.matches('^[A-Za-z0-9][A-Za-z0-9._-]*[.]jinja$')",

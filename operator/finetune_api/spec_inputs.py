@@ -8,7 +8,7 @@ from pydantic import Field
 
 from finetune_api import scalars as s
 from finetune_api.model import Model, Rule
-from finetune_api.spec_rules import REMOTE, clean_uri, not_yet
+from finetune_api.spec_rules import clean_uri, not_yet, reachable
 
 
 class SecretRef(Model):
@@ -61,8 +61,7 @@ class BaseModelSpec(Model):
 
     rules = (
         clean_uri(),
-        not_yet("uri", "!self.uri.matches('^(gs|az)://')",
-                 lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
+        reachable(),
         not_yet("dtype", "self.dtype != 'float16'", lambda m: m.dtype != "float16",
                  "float16", "use auto, bfloat16 or float32"),
         not_yet("trustRemoteCode", "!self.trustRemoteCode", lambda m: not m.trust_remote_code,

@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.model import Model, Rule
 from finetune_api.spec_inputs import SecretRef
-from finetune_api.spec_rules import REMOTE, clean_uri, not_yet
+from finetune_api.spec_rules import clean_uri, not_yet, reachable
 
 
 class CheckpointSpec(Model):
@@ -46,8 +46,7 @@ class OutputSpec(Model):
 
     rules = (
         clean_uri(),
-        not_yet("uri", "!self.uri.matches('^(gs|az)://')",
-                 lambda m: not m.uri.startswith(("gs://", "az://")), *REMOTE),
+        reachable(),
     )  # fmt: skip
 
 

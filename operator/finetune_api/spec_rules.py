@@ -21,7 +21,21 @@ def clean_uri() -> Rule:
     )
 
 
-REMOTE = (
-    "gs:// and az://",
-    "use s3://, hf:// or pvc://",
-)
+def reachable() -> Rule:
+    return not_yet(
+        "uri",
+        "!has(self.uri) || !self.uri.matches('^(gs|az)://')",
+        lambda m: m.uri is None or not m.uri.startswith(("gs://", "az://")),
+        "gs:// and az://",
+        "use s3://, hf:// or pvc://",
+    )
+
+
+def fraction_or_uri() -> Rule:
+    """Of held-out rows: a share of the training rows, or a place of their own."""
+    return Rule(
+        field="fraction",
+        message="give either fraction or uri, exactly one",
+        cel="has(self.fraction) != has(self.uri)",
+        holds=lambda m: (m.fraction is None) != (m.uri is None),
+    )

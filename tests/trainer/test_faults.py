@@ -61,9 +61,9 @@ def test_a_loss_that_isnt_finite_stops_all_ranks_before_the_step_and_names_the_r
 
 
 def _ids(base: Path, text: str) -> int:
-    from finetune_trainer.render import load_tokenizer
+    from finetune_trainer import tokenizer_files
 
-    return int(load_tokenizer(base)(text, add_special_tokens=False).input_ids[0])
+    return int(tokenizer_files.load(base)(text, add_special_tokens=False).input_ids[0])
 
 
 def test_an_unknown_target_module_is_told_with_those_that_exist(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune_api import events
 from finetune_api.run import JobRef
-from finetune_trainer import checkpoint, guards, manifest_io, plan, stored
+from finetune_trainer import checkpoint, guards, manifest_io, plan, stored, tokenizer_files
 from finetune_trainer.checkpoint import State
 from finetune_trainer.guards import Skipped, Spike
-from finetune_trainer.render import load_tokenizer
 from trainer.faults import Fault
 from trainer.forked import ended_in_a_fork
 from trainer.ranks import Ended, Job, Ranks, finish_all, pairs, prepare
@@ -31,7 +30,7 @@ def _poisoned(base: Path, folder: Path) -> Path:
     """A base in which the embedding of one token, @, is infinite: only rows that hold it are poisoned."""
     shutil.copytree(base, folder)
     weights = load_file(folder / "model.safetensors")
-    token = load_tokenizer(folder)("@", add_special_tokens=False).input_ids[0]
+    token = tokenizer_files.load(folder)("@", add_special_tokens=False).input_ids[0]
     weights["model.embed_tokens.weight"][token] = float("inf")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -110,7 +109,7 @@ def test_a_step_whose_loss_isnt_finite_changes_neither_weights_nor_moments(
 def test_a_gradient_that_isnt_finite_is_refused_too(tmp_path: Path, models: dict[str, Path]) -> None:
     """The loss is finite, the gradient of one micro-batch on rank 1 isn't."""
     rows = _rows_with_poison()
-    token = load_tokenizer(models["qwen2"])("@", add_special_tokens=False).input_ids[0]
+    token = tokenizer_files.load(models["qwen2"])("@", add_special_tokens=False).input_ids[0]
     jobs = [
         prepare(tmp_path / name, models["qwen2"], rows, training={"max_steps": _STEPS}, **way)
         for name, way in _WAYS.items()

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_api import events
-from finetune_trainer import adapters, checkpoint, model, seeds, split, tokens
+from finetune_trainer import adapters, checkpoint, model, seeds, split, tokenizer_files, tokens
 from finetune_trainer.batch import Collator
 from finetune_trainer.loss import LossSum
-from finetune_trainer.render import Example, Renderer, load_tokenizer
+from finetune_trainer.render import Example, Renderer
 from finetune_trainer.rows import Row, Turn
 from trainer.ranks import Ended, finish_all, pairs, prepare
 
@@ -64,7 +64,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
 
 def test_an_end_token_of_number_0(models: dict[str, Path]) -> None:
     """Bug 4: `if end_token` is false for it, and the mask runs on to the end of the chat."""
-    tokenizer = load_tokenizer(models["llama"])
+    tokenizer = tokenizer_files.load(models["llama"])
     tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_end|>", "<pad>")
     tokenizer.eos_token = "<pad>"
     assert tokenizer.eos_token_id == 0
@@ -98,7 +98,7 @@ def _collator(*, packed: bool, pad: int = 0) -> Collator:
 def test_an_end_token_that_is_the_padding_token(packed: bool, models: dict[str, Path], tmp_path: Path) -> None:
     """Bug 7: labels that are compared with the padding token lose the end token."""
     rows = _rows(tmp_path / "job", models["llama"])
-    stop = int(load_tokenizer(models["llama"]).eos_token_id)
+    stop = int(tokenizer_files.load(models["llama"]).eos_token_id)
     batch = _collator(packed=packed, pad=stop)(rows, (0, 1, 2))
     assert int((batch.targets == stop).sum()) == 3
 
@@ -204,7 +204,7 @@ def test_a_token_that_the_model_has_no_embedding_for(models: dict[str, Path], tm
     """Bug 20: a tokenizer that has grown; an adapter alone couldn't carry the new embeddings, so it's refused."""
     base = tmp_path / "base"
     shutil.copytree(models["llama"], base)
-    tokenizer = load_tokenizer(base)
+    tokenizer = tokenizer_files.load(base)
     tokenizer.add_tokens(["<grown>"])
     tokenizer.save_pretrained(base)
     rows = [*pairs(8), {"prompt": "what is <grown>?", "completion": " new."}]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from finetune_trainer import examples
+from finetune_trainer import examples, tokenizer_files
 from finetune_trainer.failure import Failed
-from finetune_trainer.render import Example, Renderer, load_tokenizer
+from finetune_trainer.render import Example, Renderer
 from finetune_trainer.rows import Problem, Row, Turn
 
 # Templates as models ship them: Llama 2's (with a beginning token in the text), one that strips earlier reasoning, one
@@ -47,7 +47,7 @@ _ONE = Row(1, (Turn("user", "Define: fox"), Turn("assistant", "a quick dog")), p
 def _renderer(
     models: dict[str, Path], family: str = "llama", *, max_length: int = 200, template: str | None = None, **more: Any
 ) -> Renderer:
-    tokenizer = load_tokenizer(models[family])
+    tokenizer = tokenizer_files.load(models[family])
     for name, value in more.items():
         setattr(tokenizer, name, value)
     if template is not None:
@@ -211,14 +211,14 @@ def test_a_template_whose_prompt_is_no_prefix_of_the_whole_is_refused(models: di
 
 def test_the_light_tokenizer_agrees_with_transformers_own(models: dict[str, Path]) -> None:
     for family in ("llama", "qwen2", "gpt2", "t5"):
-        own, auto = load_tokenizer(models[family]), AutoTokenizer.from_pretrained(models[family])
+        own, auto = tokenizer_files.load(models[family]), AutoTokenizer.from_pretrained(models[family])
         text = "Define the noun: fox <|im_end|> a quick, lazy dog"
         assert own(text).input_ids == auto(text).input_ids
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Failed, match="no tokenizer can be loaded"):
-        load_tokenizer(tmp_path)
+        tokenizer_files.load(tmp_path)
 
 
 def _prepare(models: dict[str, Path], folder: Path, lines: list[Any], **options: Any) -> examples.Examples:

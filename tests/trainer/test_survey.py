@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.data_report import DataReport
-from finetune_trainer import certify, examples, split, survey, survey_text, tokens
+from finetune_trainer import certify, examples, split, survey, survey_text, tokenizer_files, tokens
 from finetune_trainer.failure import Failed
-from finetune_trainer.render import Example, Renderer, load_tokenizer
+from finetune_trainer.render import Example, Renderer
 from finetune_trainer.rows import Input, Problem, Row, Turn
 
 _CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}" + (
@@ -174,7 +174,7 @@ def test_the_mixture_of_files_is_read_with_each_ones_columns(models: dict[str, P
 
 
 def _renderer(models: dict[str, Path], template: str, first: list[int] | None = None) -> Renderer:
-    tokenizer = load_tokenizer(models["llama"])
+    tokenizer = tokenizer_files.load(models["llama"])
     tokenizer.chat_template = template
     made = Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), max_length=64)
     made._first = made._first if first is None else first
@@ -237,7 +237,7 @@ def test_every_token_of_a_text_is_learnt_but_the_first(models: dict[str, Path]) 
     rendered = _renderer(models, _CHATML).render(Row(1, (Turn("text", "A tower with a light."),), plain=True))
     assert isinstance(rendered, Example)
     assert rendered.learnt == (False, *[True] * (len(rendered.ids) - 1))
-    assert rendered.ids[-1] == load_tokenizer(models["llama"]).eos_token_id
+    assert rendered.ids[-1] == tokenizer_files.load(models["llama"]).eos_token_id
 
 
 _PIECES = st.sampled_from([

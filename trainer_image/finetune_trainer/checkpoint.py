@@ -66,6 +66,10 @@ class State(LenientModel):
         """How often the optimizer stepped."""
         return self.step - guards.steps(self.skipped)
 
+    def written(self, *, keep_best: bool) -> int:
+        """The step whose weights are the result."""
+        return self.best.step if keep_best and self.best else self.step
+
     @property
     def chosen(self) -> Best | None:
         return Best(self.best.step, self.best.loss, self.best.worse_since) if self.best else None

@@ -14,9 +14,10 @@ from finetune_api.data_report import SplitName
 from finetune_api.run import RunConfig
 from finetune_trainer import certify, examples, inputs, rows, survey, tokens
 from finetune_trainer.paths import Paths
-from finetune_trainer.render import Renderer, chat_template
+from finetune_trainer.render import Renderer
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.split import Split
+from finetune_trainer.tokenizer_files import chat_template
 
 if TYPE_CHECKING:  # preflight computes the data report without torch
     from finetune_trainer.world import World

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from finetune_api.run import RunConfig
-from finetune_trainer import adapters, merge, render, zero
+from finetune_trainer import adapters, merge, tokenizer_files, zero
 from finetune_trainer.failure import Failed
 from finetune_trainer.model import Loaded, load
-from finetune_trainer.render import chat_template
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -46,8 +45,8 @@ def write(
         if (model / name).is_file():
             shutil.copyfile(model / name, aside / name)
     if run.added_tokens:
-        render.load_tokenizer(model, run.added_tokens).save_pretrained(str(aside))
-    template = chat_template(model, run.data.chat_template)
+        tokenizer_files.load(model, run.added_tokens).save_pretrained(str(aside))
+    template = tokenizer_files.chat_template(model, run.data.chat_template)
     if template is not None:  # it counts before the one in tokenizer_config.json
         (aside / "chat_template.jinja").write_text(template)
     (aside / "README.md").write_text(card)

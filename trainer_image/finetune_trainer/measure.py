@@ -56,8 +56,7 @@ def result(t: Training, data: Data, state: State) -> Found | None:
     """Reports samples and scores. None where all agreed to stop meanwhile."""
     if data.test is None:
         return Found()
-    chosen = state.best.step if t.run.training.keep_best and state.best else state.step
-    found = _loss(t, data.test, chosen)
+    found = _loss(t, data.test, state.written(keep_best=t.run.training.keep_best))
     said = _answers(t, data, "tuned-" + answers.weights_digest(t.learner, t.world))
     if said is None:
         return None

@@ -1,7 +1,8 @@
-"""Node: everything that the supervisor of one pod was told, read once at the door. Types and parsing only."""
+"""Node: everything that the supervisor of one pod was told, read once at the door."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,15 @@ class Node:
     def leads(self) -> bool:
         """Whether this node writes to the destination and reports progress."""
         return self.rank == 0
+
+    def begin(self) -> None:
+        """Takes away what an earlier attempt left on this node's disk, but not what it fetched."""
+        for old in (self.paths.events, self.paths.checkpoints, self.paths.export, self.paths.resume):
+            shutil.rmtree(old, ignore_errors=True)
+        self.paths.stop.unlink(missing_ok=True)
+        for new in (self.paths.events, self.paths.checkpoints, self.paths.model):
+            new.mkdir(parents=True, exist_ok=True)
+        self.paths.run_config.write_text(self.run.model_dump_json(by_alias=True, exclude_none=True))
 
     @property
     def access(self) -> Access:

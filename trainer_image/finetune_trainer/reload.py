@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune_api.run import RunConfig
-from finetune_trainer import export, merge, render, vocabulary
+from finetune_trainer import export, merge, tokenizer_files, vocabulary
 from finetune_trainer.failure import Failed
 from finetune_trainer.free_memory import free_bytes
 from finetune_trainer.model import Quantized, keep_packed
@@ -128,7 +128,7 @@ def _adapted(run: RunConfig, base: Path, adapter: Path, dtype: torch.dtype, seen
     few = None if kind == "none" else Quantized(kind, torch.device("cpu"))
     model = _model(base, dtype, seen, few)
     if run.added_tokens:
-        tokenizer = render.load_tokenizer(base, run.added_tokens)
+        tokenizer = tokenizer_files.load(base, run.added_tokens)
         vocabulary.grow(model, vocabulary.ids(tokenizer, run.added_tokens))
     return PeftModel.from_pretrained(model, str(adapter))
 

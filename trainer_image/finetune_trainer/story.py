@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from finetune_api import events
 from finetune_api.run import RunConfig
 from finetune_trainer import (
@@ -23,8 +21,6 @@ from finetune_trainer.failure import Failed
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.world import World
-
-_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None:
@@ -64,8 +60,8 @@ def tell(run: RunConfig, paths: Paths, world: World, reporter: Reporter) -> None
             whole = card.card(run, export.base_name(run), figures, license=license, merged=True)
             export.write_merged(paths.export, paths.model, card=whole, alive=reporter.alive)
         reload.check(paths.export, run, paths.model, seen, reporter, world.device)
-        chosen = state.best.step if run.training.keep_best and state.best else state.step
-        reporter.report(events.SavedEvent, path=str(paths.export), step=chosen)
+        step = state.written(keep_best=run.training.keep_best)
+        reporter.report(events.SavedEvent, path=str(paths.export), step=step)
     reporter.phase("done")
 
 

@@ -5,7 +5,6 @@ PID 1 of the pod. Never imports torch: it has to outlive a rank that was killed 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,12 +109,7 @@ class Supervisor:
         """Runs in a thread, so that a request to stop is heard meanwhile."""
         node, run = self._node, self._node.run
         self._enter("fetching", f"looking at {run.output.display}")
-        for old in (node.paths.events, node.paths.checkpoints, node.paths.export, node.paths.resume):
-            shutil.rmtree(old, ignore_errors=True)
-        node.paths.stop.unlink(missing_ok=True)
-        for new in (node.paths.events, node.paths.checkpoints, node.paths.model):
-            new.mkdir(parents=True, exist_ok=True)
-        node.paths.run_config.write_text(run.model_dump_json(by_alias=True, exclude_none=True))
+        node.begin()
         place, there = preflight.check_destination(run, node.access, write=node.leads)
         if there.finished is not None:
             return Inputs(place, there)
