@@ -86,6 +86,7 @@ cluster-down: ## Remove the local cluster
 bench: venv ## All benchmarks; figures go to benchmarks/results/
 	$(PY) benchmarks/operator_latency.py
 	$(PY) benchmarks/overhead.py
+	PYTHONPATH=operator:trainer_image:hack:. $(PY) benchmarks/data_memory.py
 
 .PHONY: bench-trainer
 bench-trainer: venv ## The trainer beside TRL and LLaMA-Factory, about 45 minutes; BENCH="--help" shows what can be chosen

@@ -100,8 +100,15 @@ class SplitReport(LenientModel):
     read: int = Field(description="Rows in the files; 0 where held out.")
     left_out: int = Field(default=0, description="Usable rows that a weight below 1 leaves out of every epoch.")
     dropped: int = 0
+    unlabelled: int = Field(
+        default=0, description="Of `dropped`: without a label, or without one that is sure enough. They refuse nothing."
+    )
     dropped_rows: tuple[DroppedRow, ...] = ()
     duplicates: Duplicates = Field(default_factory=Duplicates)
+    near_duplicates: Duplicates = Field(
+        default_factory=Duplicates,
+        description="Rows that differ from an earlier one only in case, spaces, punctuation or numbers.",
+    )
     same_prompts: int = Field(default=0, description="Rows whose prompt came before with another answer.")
     characters: int = 0
     tokens: int | None = None
@@ -123,13 +130,17 @@ class Leak(LenientModel):
     second: SplitName
     rows: int = Field(description="Rows of `second` whose whole content is in `first`.")
     prompts: int = Field(default=0, description="Rows of `second` whose prompt is in `first`; `rows` are among them.")
+    near: int = Field(default=0, description="Other rows of `second` that are nearly a row of `first`.")
     examples: tuple[tuple[int, int], ...] = Field(default=(), description="Pairs of row numbers, whole rows only.")
+    near_examples: tuple[tuple[int, int], ...] = Field(default=(), description="Pairs of those that are nearly alike.")
 
 
 class Warning(LenientModel):
     """What a person should look at; nothing is refused for it."""
 
-    reason: str = Field(description="FewExamples, Leaks, Duplicates, Truncated, RowsDropped or FilesIgnored.")
+    reason: str = Field(
+        description="FewExamples, Leaks, NearLeaks, Duplicates, NearDuplicates, Truncated, RowsDropped or Unlabelled."
+    )
     message: str
 
 

@@ -72,6 +72,7 @@ class DataConfig(Model):
     format: DataFormat = "auto"
     columns: ColumnsSpec | None = None
     labels: tuple[str, ...] = ()
+    min_label_probability: float = 0.0
     chat_template: str | None = None
     max_sequence_length: int = 2048
     packing: bool = True

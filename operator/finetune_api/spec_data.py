@@ -119,6 +119,11 @@ class DatasetSpec(Model):
     labels: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=1000)] = Field(
         default=(), description="Snorkel: the words for its classes 0, 1, … which are what is learnt."
     )
+    min_label_probability: float = Field(
+        default=0.0, ge=0, le=1,
+        description="Snorkel: a row whose likeliest class is less probable than this is left out and counted, as one "
+        "where the label model abstains (-1, a tie). 0.7 keeps what is sure.",
+    )  # fmt: skip
     chat_template: str | None = Field(
         default=None, min_length=1, max_length=32768,
         description="Chat template (Jinja) instead of the tokenizer's: its text, or the name of a .jinja file in the "

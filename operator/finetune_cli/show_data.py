@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,8 +52,9 @@ def show(job: FineTuneJob, options: argparse.Namespace) -> int:
     if options.output == "json":
         print(report.model_dump_json(by_alias=True, exclude_none=True, indent=1))
     else:
-        print("\n".join(survey_text.lines(report)))
-    dropped = sum(split.dropped for split in report.splits)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(survey_text.lines(report, width=width)))
+    dropped = sum(split.dropped - split.unlabelled for split in report.splits)
     if dropped and config.on_invalid == "fail":
         if options.output == "text":
             print(f"refused: {dropped} rows can't be used; mend them, or set dataset.onInvalid: drop")
@@ -75,6 +78,7 @@ def _inputs(config: DataConfig, options: argparse.Namespace) -> dict[SplitName, 
                 place.format,
                 place.columns.named() if place.columns else {},
                 config.labels,
+                config.min_label_probability,
                 place.weight,
             )
             for file in _files("--data", path)
@@ -85,7 +89,7 @@ def _inputs(config: DataConfig, options: argparse.Namespace) -> dict[SplitName, 
         if path:
             columns = config.columns.named() if config.columns else {}
             found[name] = tuple(
-                Input(file, str(file), path, config.format, columns, config.labels)
+                Input(file, str(file), path, config.format, columns, config.labels, config.min_label_probability)
                 for file in _files(f"--{name}", path)
             )
     return found

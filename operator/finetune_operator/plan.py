@@ -148,6 +148,7 @@ def _data(spec: Spec) -> DataConfig:
         format=dataset.format,
         columns=dataset.columns,
         labels=dataset.labels,
+        min_label_probability=dataset.min_label_probability,
         chat_template=dataset.chat_template,
         max_sequence_length=dataset.max_sequence_length,
         packing=dataset.packing,

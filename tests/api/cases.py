@@ -182,6 +182,8 @@ CASES: tuple[Case, ...] = (
     bad("a column that we don't have", "spec.dataset.columns.query", ("dataset.columns", {"query": "q"})),
     *one("dataset.labels", [], ["ham", "spam"]),
     *none_of("dataset.labels", "spam", {}),
+    *one("dataset.minLabelProbability", 0, 0.7, 1),
+    *none_of("dataset.minLabelProbability", -0.1, 1.5, "sure"),
     *one("dataset.chatTemplate", "{% for m in messages %}{{ m.content }}{% endfor %}", "chat_template.jinja"),
     *none_of("dataset.chatTemplate", "", "chatml", "../x.jinja", "a/b.jinja", 7),
     *one("dataset.maxSequenceLength", 8, 1048576),

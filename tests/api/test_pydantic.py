@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from api.cases import ABSENT, CASES, MINIMAL, TRANSITIONS, Case, changed
@@ -13,6 +15,8 @@ from finetune_api import generate, scalars
 from finetune_api.errors import describe
 from finetune_api.resource import FineTuneJob, parse
 from finetune_api.transitions import transition_errors
+from finetune_operator.plan import PlanError, plan
+from finetune_operator.settings import Settings
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -36,6 +40,38 @@ def test_a_transition_is_refused_by_the_name_of_the_field(
     errors = transition_errors(parse(old).spec, parse(new).spec)
     assert bool(errors) is (field is not None)
     assert field is None or any(error.startswith(f"{field} ") for error in errors)
+
+
+_CHANGES = [change for case in CASES for change in case.changes]
+_STRANGE = st.sampled_from([
+    None, True, -1, 0, 2**70, 1e308, -0.0, "", " ", "\x00", "é" * 300, [], [[]], {}, {"": ""}, [None], {"a": [1]},
+])  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([path for path, _ in _CHANGES]),
+            _STRANGE | st.sampled_from([value for _, value in _CHANGES]),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=400, deadline=None)
+def test_no_value_in_any_field_fails_otherwise_than_told(changes: list[tuple[str, Any]]) -> None:
+    try:
+        body = changed(MINIMAL, *changes)
+    except (TypeError, KeyError, AttributeError):
+        return  # a change that goes below a value of another
+    try:
+        plan(parse(body), Settings())
+    except ValidationError as refusal:
+        assert all(  # noqa: PT017
+            line.split(":")[0].startswith(("spec", "metadata", "kind", "apiVersion")) for line in describe(refusal)
+        )
+    except PlanError as refusal:
+        assert str(refusal)  # noqa: PT017
 
 
 def test_ids_are_unique() -> None:

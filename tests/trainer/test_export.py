@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_api import events
-from finetune_trainer import export
+from finetune_trainer import card, export
 from finetune_trainer.model import Loaded
 from finetune_trainer.render import Renderer
 from trainer.ranks import Ended, finish_all, pairs, prepare
@@ -157,6 +157,27 @@ def test_the_card_tells_base_data_recipe_and_losses(done: dict[str, Ended]) -> N
     )
     for told in ("train.jsonl", "rank 4, alpha 8", "30 optimizer steps", "| test, base model |", "| validation |"):
         assert told in card
+
+
+def test_the_card_names_every_place_that_rows_came_from(done: dict[str, Ended]) -> None:
+    from finetune_api.run import DataSource, Location, parse
+
+    run = parse(done["lora"].paths.run_config.read_bytes())
+    uris = ("hf://org/set/a.jsonl", "s3://data/b|c/", "hf://org/set/d.csv")
+    sources = tuple(
+        DataSource(location=Location(uri=uri, display=uri), weight=weight)
+        for uri, weight in zip(uris, (2, 0.25, 1), strict=True)
+    )
+    data = run.data.model_copy(update={"sources": sources, "validation": None, "validation_fraction": 0.05})
+    text = card.card(run.model_copy(update={"data": data}), "base", card.Figures(3, 70, None, None, None))
+    assert 'datasets: ["org/set"]' in text
+    for line in (
+        "| train | `hf://org/set/a.jsonl` | 2 |",
+        "| train | `s3://data/b%7Cc/` | 0.25 |",
+        "| train | `hf://org/set/d.csv` | 1 |",
+        "| validation | 0.05 of the train rows, chosen by content | |",
+    ):
+        assert line in text.splitlines()
 
 
 def test_empty_tensors_are_never_written(tmp_path: Path, done: dict[str, Ended]) -> None:

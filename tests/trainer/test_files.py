@@ -11,6 +11,8 @@ import lzma
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -192,23 +194,38 @@ def test_what_would_fill_the_memory_is_told_instead(kind: str, tmp_path: Path) -
     assert expected in out.stdout
 
 
+_TYPED = (
+    b"a\xff",
+    Decimal("0.5"),
+    datetime(2026, 1, 2, tzinfo=UTC),
+    timedelta(1),
+    ("a", "b"),
+    10**400,
+    "[0.2 0.8",
+    "-1",
+)
+"""Parquet holds more than JSON does."""
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
+    lambda inner: st.lists(inner, max_size=4) | st.sampled_from(_TYPED) | st.dictionaries(st.sampled_from(
         ["prompt", "completion", "messages", "role", "content", "from", "value", "conversations", "text", "instruction",
          "input", "output", "history", "system", "tools", "tool_calls", "weight", "data", "annotations", "result",
          "annotation_id", "annotator", "label", "probs", "prob_0", "prob_1", "from_name", "to_name", "choices",
-         "function", "arguments"]), inner, max_size=5),
+         "function", "arguments", "chosen", "rejected", "preds"]), inner, max_size=5),
     max_leaves=20,
+)  # fmt: skip
+_COLUMNS = st.dictionaries(
+    st.sampled_from(["prompt", "completion", "messages", "role", "content", "probabilities", "text", "tools"]),
+    st.sampled_from(["label", "probs", "text", "messages", "from", "value", "input", "data", "nothing"]), max_size=3,
 )  # fmt: skip
 
 
-@given(st.lists(_JSON, max_size=4), st.sampled_from(rows.FORMATS))
-@settings(max_examples=400, deadline=None)
-def test_no_value_makes_a_reader_fail_and_none_is_lost(values: list[Any], format: str) -> None:
+@given(st.lists(_JSON, max_size=4), st.sampled_from(rows.FORMATS), st.just({}) | _COLUMNS)
+@settings(max_examples=600, deadline=None)
+def test_no_value_makes_a_reader_fail_and_none_is_lost(values: list[Any], format: str, columns: dict[str, str]) -> None:
     stream = rows.Stream(
         ((number, value if isinstance(value, dict) else "no object") for number, value in enumerate(values, 1)),
-        rows.Input(Path(), format=format, labels=("a", "b")),
+        rows.Input(Path(), format=format, columns=columns, labels=("a", "b"), sure=0.6),
     )
     assert [one.number for one in stream] == list(range(1, len(values) + 1))
 
@@ -225,6 +242,30 @@ def test_no_bytes_make_a_file_fail_otherwise_than_told(data: bytes, name: str) -
             assert told.reason == "DatasetInvalid"  # noqa: PT017
         else:
             assert len(read.rows) + len(read.problems) <= len(data)
+
+
+_SHARDS = st.sampled_from([
+    b'{"prompt": "a", "completion": "b"}', b'{"text": "\\ud800"}', b"[", b"]", b",", b'"', b"\n", b"\n\n", b"{", b"}",
+    b"a,b", b"\xff", b"\xef\xbb\xbf", b"prompt,completion\n", b"text;label\n", b"\r\n", b"\x00", b" ", b'{"text": NaN}',
+    b'{"text": "a", "text": "b"}', b"\x1f\x8b", b"7", b"PAR1", b"[" * 3000,
+])  # fmt: skip
+
+
+@given(st.lists(_SHARDS, max_size=12).map(b"".join), st.sampled_from(["a.jsonl", "a.json", "a.csv", "rows"]))
+@settings(max_examples=400, deadline=None)
+def test_a_file_put_together_of_shards_is_read_or_refused_and_no_line_is_lost(data: bytes, name: str) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        try:
+            read = rows.read(path)
+        except Failed as told:
+            assert told.reason == "DatasetInvalid"  # noqa: PT017
+            return
+    assert all(problem.message for problem in read.problems)
+    if name == "a.jsonl" and not data.startswith((b"PAR1", b"\x1f\x8b")):
+        numbers = [number for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+        assert sorted([*(row.number for row in read.rows), *(one.number for one in read.problems)]) == numbers
 
 
 def _row(value: Any, format: str = "auto", **more: Any) -> rows.Row | rows.Problem:

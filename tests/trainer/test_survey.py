@@ -260,3 +260,38 @@ def test_no_template_makes_it_fail_otherwise_than_told(pieces: list[str], models
         assert told.reason in ("InvalidConfig", "ModelInvalid")  # noqa: PT017
     else:
         assert isinstance(rendered, Example | Problem)
+
+
+def test_rows_that_are_nearly_the_same_are_warned_of_by_number(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [_pair("A fox?", "a dog"), _pair("a  fox", "A dog!"), _pair("a fox", "a cat"), _pair("A fox?", "a dog")]
+    report = _report(tmp_path, models["llama"], rows, test=[_pair("a fox", "A DOG"), _pair("A fox?", "a dog")])
+    train = report.splits[0]
+    assert (train.duplicates.rows, train.duplicates.groups) == (1, ((1, 4),))
+    assert (train.near_duplicates.rows, train.near_duplicates.groups) == (1, ((1, 2),))
+    (leak,) = report.leaks
+    assert (leak.rows, leak.examples, leak.near, leak.near_examples) == (1, ((1, 2),), 1, ((1, 1),))
+    assert {"NearDuplicates", "NearLeaks"} <= {warning.reason for warning in report.warnings}
+    told = "\n".join(survey_text.lines(report))
+    assert "nearly the same: 1 (rows 1≈2)" in told
+    assert (
+        "test rows that train has too: 1 the same row (rows 1=2); 1 nearly the same row (rows 1≈1); 2 the same" in told
+    )
+
+
+def test_rows_without_a_sure_label_are_left_out_and_refuse_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "weak.jsonl"
+    weak = [[0.1, 0.9], [0.4, 0.6], [0.5, 0.5], [0.0, 0.0], [0.8, 0.2]]
+    path.write_text("".join(json.dumps({"text": f"mail {i}", "probs": p}) + "\n" for i, p in enumerate(weak)))
+    given = Input(path, path.name, labels=("ham", "spam"), sure=0.7)
+    found = examples.prepare([given], "dataset.uri", renderer=None, on_invalid="fail")
+    assert (len(found), found.dropped, found.unlabelled) == (2, 3, 3)
+    measured = survey.Measured.of_examples(found)
+    report = survey.report(survey.parts_of({"train": measured}, None, None), longest=64, renderer=None)
+    train = report.splits[0]
+    assert (train.rows, train.dropped, train.unlabelled) == (2, 3, 3)
+    assert [row.row for row in train.dropped_rows] == [2, 3, 4]
+    assert "is 0.6 probable, less than dataset.minLabelProbability 0.7" in train.dropped_rows[0].reason
+    assert {warning.reason for warning in report.warnings} == {"FewExamples", "Unlabelled"}
+    path.write_text(path.read_text() + '{"text": "mail", "probs": [7, 1]}\n')
+    with pytest.raises(Failed, match=r"1 row can't be used: row 6: probabilities are \[7, 1\]"):
+        examples.prepare([given], "dataset.uri", renderer=None, on_invalid="fail")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune_api.resource import LoraSpec
-from finetune_api.run import RunConfig
+from finetune_api.run import DataConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ def card(run: RunConfig, base: str, figures: Figures, *, license: str = "", merg
     front = ["---"]
     if run.model.location.uri.startswith("hf://"):
         front += [f"base_model: {json.dumps(base)}", f"base_model_relation: {'adapter' if lora else 'finetune'}"]
+    if sets := _datasets(run.data):
+        front += [f"datasets: {json.dumps(sets)}"]
     if license:
         front += [f"license: {json.dumps(license)}"]
     front += [f"library_name: {'peft' if lora else 'transformers'}", "tags: [finetune-operator]", "---"]
@@ -64,7 +66,8 @@ def card(run: RunConfig, base: str, figures: Figures, *, license: str = "", merg
         f"{kind} `{base}`, made by the FineTuneJob `{run.job.namespace}/{run.job.name}`.",
         f"Licence of the base model: {license or 'unknown'}. What was learnt from it is bound by it, too.",
         "## Data",
-        f"`{run.data.train.display}`, {figures.rows} rows.",
+        f"{figures.rows} rows an epoch. Their licences aren't looked up; what was learnt is bound by those, too.",
+        "\n".join(["| rows | from | as often |", "| --- | --- | --- |", *_places(run.data)]),
         "## Recipe",
         "\n".join(recipe),
     ]
@@ -83,6 +86,29 @@ def origin(model: Mapping[str, str | None], data: Mapping[str, str], image: str,
         *(f"| {name} | sha256:{digest} |" for name, digest in files.items()),
     ]
     return "\n".join(["", "## Origin", "", "| what | digest |", "| --- | --- |", *rows]) + "\n"
+
+
+def _places(data: DataConfig) -> list[str]:
+    """A line for each place that rows come from, and for each split."""
+    found = [
+        f"| {split} | `{place.location.display.replace('|', '%7C')}` | {often} |"
+        for split in ("train", "validation", "test")
+        for place in data.places(split)
+        for often in (f"{place.weight:g}" if split == "train" else "",)
+    ]
+    own: tuple[tuple[str, float | None], ...] = (
+        ("validation", data.validation_fraction),
+        ("test", data.test_fraction),
+    )
+    return found + [
+        f"| {name} | {fraction:.3g} of the train rows, chosen by content | |" for name, fraction in own if fraction
+    ]
+
+
+def _datasets(data: DataConfig) -> list[str]:
+    """Of a hub: owner/name."""
+    uris = [place.location.uri for split in ("train", "validation", "test") for place in data.places(split)]
+    return list(dict.fromkeys("/".join(uri[5:].split("/")[:2]) for uri in uris if uri.startswith("hf://")))
 
 
 def _adapter(lora: LoraSpec | None) -> str:

@@ -27,10 +27,15 @@ _NUMBERED = ("prob_", "probs_", "proba_", "probability_", "p_")
 
 @dataclass(frozen=True)
 class Options:
-    """`columns` as in the spec; `labels[i]` is the word for Snorkel's class i."""
+    """`columns` as in the spec; `labels[i]` is the word for Snorkel's class i, `sure` the least probability of one."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    sure: float = 0.0
+
+
+class Unlabelled(ValueError):
+    """There is no label, or none that is sure enough: nobody's mistake, so the row is left out and counted."""
 
 
 def is_label_studio(value: Values) -> bool:
@@ -56,9 +61,9 @@ def label_studio(number: int, value: Values, options: Options) -> Row:
 
 
 def snorkel(number: int, value: Values, options: Options) -> Row:
-    """The class that the label model gives, as a word. -1 abstains."""
+    """The class that the label model gives, as a word. -1, a tie, or too small a probability: Unlabelled."""
     prompt = text(value, _only(value, _PROMPTS, "prompt"))
-    word = _class(value, options.labels)
+    word = _class(value, options)
     return Row(number, (Turn("user", prompt), Turn("assistant", word)), plain=True)
 
 
@@ -71,7 +76,7 @@ SHAPES: dict[str, Callable[[int, Values, Options], Row]] = {"label-studio": labe
 def _task(value: Values, options: Options) -> tuple[str, str]:
     annotations = [a for a in value.get("annotations") or [] if isinstance(a, Mapping) and not a.get("was_cancelled")]
     if not annotations:
-        raise ValueError("has no annotation (not labelled yet, or skipped)")
+        raise Unlabelled("has no annotation (not labelled yet, or skipped)")
     chosen = max(annotations, key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or "")))
     results = [r for r in chosen.get("result") or [] if isinstance(r, Mapping) and "value" in r]
     names = sorted({str(r.get("from_name")) for r in results})
@@ -111,7 +116,7 @@ def _flat(value: Values, options: Options) -> tuple[str, str]:
             "completion)"
         )
     if answer not in value or value[answer] in ("", None):
-        raise ValueError(f"has no annotation {answer!r} (not labelled yet, or skipped)")
+        raise Unlabelled(f"has no annotation {answer!r} (not labelled yet, or skipped)")
     return text(value, prompt), _value(_unpacked(value[answer]), answer)
 
 
@@ -147,13 +152,17 @@ def _unpacked(value: Any) -> Any:
 # ---- Snorkel
 
 
-def _class(value: Values, labels: tuple[str, ...]) -> str:
+def _class(value: Values, options: Options) -> str:
     chances = _chances(value)
     if chances is not None:
         best = max(chances)
         if best <= 0 or chances.count(best) > 1:
-            raise ValueError("the classes are equally probable: the label model abstains")
-        return _word(chances.index(best), labels)
+            raise Unlabelled("the classes are equally probable: the label model abstains")
+        if best < options.sure:
+            raise Unlabelled(
+                f"its likeliest class is {best:.3g} probable, less than dataset.minLabelProbability {options.sure:g}"
+            )
+        return _word(chances.index(best), options.labels)
     name = "completion" if "completion" in value else _only(value, _LABELS, "completion")
     label = value[name]
     if isinstance(label, str) and label.lstrip("-").isdecimal():
@@ -168,8 +177,8 @@ def _class(value: Values, labels: tuple[str, ...]) -> str:
     if not isinstance(label, int) or isinstance(label, bool):
         raise ValueError(f"{name} is {shown(label)}; it must be a class's number or word")
     if label == -1:
-        raise ValueError(f"{name} is -1: every labelling function abstains")
-    return _word(label, labels)
+        raise Unlabelled(f"{name} is -1: every labelling function abstains")
+    return _word(label, options.labels)
 
 
 def _word(index: int, labels: tuple[str, ...]) -> str:

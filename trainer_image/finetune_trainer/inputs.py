@@ -42,6 +42,7 @@ def of(data: DataConfig, paths: Paths, split: str) -> tuple[Input, ...]:
             "format": source.format,
             "columns": source.columns.named() if source.columns else {},
             "labels": data.labels,
+            "sure": data.min_label_probability,
             "weight": source.weight,
         }
         if len(places) == 1 and not is_several(source):

@@ -48,11 +48,17 @@ def _one(
         raise ValueError(said if said.startswith((key, "prompt")) else f"{key}: {said}") from None
 
 
-def example(pair: Row, render: Callable[[Row], Example | Problem]) -> Example | Problem:
+def sides(pair: Row) -> tuple[Row, ...]:
+    """The row itself, or a pair as two: with the chosen answer, and with the rejected one."""
+    if not pair.rejected:
+        return (pair,)
+    return tuple(replace(pair, turns=turns, rejected=()) for turns in (pair.turns, pair.rejected))
+
+
+def example(pair: Row, chosen: Example | Problem, rejected: Example | Problem) -> Example | Problem:
     """The prompt and the chosen answer (`source` tokens), then what the rejected one has of its own."""
     from finetune_trainer.rows import Problem
 
-    chosen, rejected = (render(replace(pair, turns=turns, rejected=())) for turns in (pair.turns, pair.rejected))
     if isinstance(chosen, Problem):
         return chosen
     if isinstance(rejected, Problem):

@@ -18,6 +18,8 @@ from finetune_trainer.paths import Paths
 from finetune_trainer.place import Place
 from finetune_trainer.store import Access, open_folder
 
+_KEPT = 10_000  # unusable rows; all are counted
+
 
 def check(run: RunConfig, paths: Paths, access: Access, told: Told) -> Result:
     """Everything but the weights. Raises Failed with the field, the value and the remedy."""
@@ -56,26 +58,37 @@ def check_positions(config: bytes, longest: int, field: str) -> None:
 
 def check_rows(run: RunConfig, paths: Paths, told: Told) -> None:
     """Every row has the shape it should, and one is left. Raises Failed(DatasetInvalid) with row numbers."""
+    import numpy as np
+
+    from finetune_trainer import alike
+
     for split in inputs.splits(run.data):
         where = inputs.field(run.data, split)
-        count, problems, seen, formats = 0, [], set(), []
+        count, unusable, unlabelled, formats = 0, 0, 0, []
+        problems: list[rows.Problem] = []
+        seen = bytearray()
         files = inputs.of(run.data, paths, split)
         for index, file in enumerate(files):
             stream, _ = rows.stream(file, where, file=index, named=len(files) > 1)
             for row in stream:
-                if isinstance(row, rows.Problem):
-                    problems.append(row)
-                else:
+                if not isinstance(row, rows.Problem):
                     count += 1
-                    seen.add(rows.digest(row))
+                    seen += rows.digest(row)
+                elif row.unlabelled:
+                    unlabelled += 1
+                else:
+                    unusable += 1
+                    problems += [row] if unusable <= _KEPT else []
             formats.append(stream.format or "no readable row")
-        said = ", ".join(dict.fromkeys(formats))
-        told(f"{where}: {count} rows of {said}, {len(problems)} unusable, {count - len(seen)} duplicates")
-        if not count or (problems and run.data.on_invalid == "fail"):
-            listed = rows.listing(problems) or "it is empty"
+        first = alike.first(np.frombuffer(bytes(seen), np.uint8).reshape(-1, 16))
+        said = f"{count} rows of {', '.join(dict.fromkeys(formats))}, {unusable} unusable"
+        said += f", {unlabelled} without a sure label" if unlabelled else ""
+        told(f"{where}: {said}, {(first != np.arange(count)).sum()} duplicates")
+        if not count or (unusable and run.data.on_invalid == "fail"):
+            listed = rows.listing(problems) or (f"{unlabelled} have no sure label" if unlabelled else "it is empty")
             remedy = "" if run.data.on_invalid == "drop" else "; mend them, or set dataset.onInvalid: drop"
             left = "" if count else ", and no usable one is left"
-            raise Failed("DatasetInvalid", f"{where}: {len(problems)} rows can't be used{left}: {listed}{remedy}")
+            raise Failed("DatasetInvalid", f"{where}: {unusable} rows can't be used{left}: {listed}{remedy}")
 
 
 def check_tokens(run: RunConfig, paths: Paths, told: Told) -> tuple[str, DataStatus]:

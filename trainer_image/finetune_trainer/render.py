@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class Example:
     learnt: tuple[bool, ...]
     source: int = 0
     whole: int = 0  # tokens before it was cut
+
+
+Texts = list[tuple[str, str]]
+"""(what comes before, the answer) of each answer of a row; a text has nothing before it."""
 
 
 class Renderer:
@@ -101,15 +106,27 @@ class Renderer:
 
     def render(self, row: Row) -> Example | Problem:
         """The row's tokens, cut to the longest length, or why nothing is left to learn."""
-        return self._rendered(row, self._max_length)
+        return self._rendered([row], self._max_length)[0]
+
+    def render_all(self, rows: Sequence[Row]) -> list[Example | Problem]:
+        """As `render`, but tokenized together: on all cores, and a call costs more than a short text."""
+        return self._rendered(rows, self._max_length)
 
     def whole(self, row: Row) -> Example | Problem:
         """As `render`, however long it is."""
-        return self._rendered(row, sys.maxsize)
+        return self._rendered([row], sys.maxsize)[0]
 
-    def _rendered(self, row: Row, most: int) -> Example | Problem:
-        if row.rejected:
-            return pairs.example(row, lambda one: self._rendered(one, most))
+    def _rendered(self, rows: Sequence[Row], most: int) -> list[Example | Problem]:
+        sides = [side for row in rows for side in pairs.sides(row)]
+        texts = [self._texts(side) for side in sides]
+        known = self._tokenized(pair for one in texts if not isinstance(one, Problem) for pair in one)
+        done = (
+            one if isinstance(one, Problem) else self._example(side, one, known, most)
+            for side, one in zip(sides, texts, strict=True)
+        )
+        return [pairs.example(row, next(done), next(done)) if row.rejected else next(done) for row in rows]
+
+    def _texts(self, row: Row) -> Texts | Problem:
         if row.is_text and self._encoder_decoder:
             return Problem(row.number, "a text has no prompt for the encoder; give prompt and completion")
         if not self._chat and not row.plain:
@@ -117,12 +134,30 @@ class Renderer:
                 row.number,
                 "messages need a chat template, which this tokenizer doesn't have; give one in dataset.chatTemplate",
             )
+        if row.is_text:
+            return [("", row.turns[0].content)]
+        for turn in row.turns:
+            held = next((text for text in self._stop_texts if text in turn.content), None)
+            if held is not None and turn.role == "assistant" and turn.learnt:
+                return Problem(row.number, f"an answer holds the text {held!r}, which would end it there; take it out")
+        if not self._chat:
+            return [(row.bare or row.turns[0].content, row.turns[1].content)]
         try:
-            pieces = self._pieces_of(row)
+            return self._answers(row)
         except TemplateRefusal as refusal:
             return Problem(row.number, f"the chat template refuses it: {refusal}")
-        except EndsEarly as early:
-            return Problem(row.number, str(early))
+
+    def _tokenized(self, texts: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+        """Each text that the pairs are made of, once."""
+        wanted: dict[str, None] = {}
+        for before, answer in texts:
+            wanted |= dict.fromkeys((answer,) if self._encoder_decoder else (before, before + answer))
+        wanted.pop("", None)
+        ids = self._tokenizer(list(wanted), add_special_tokens=False).input_ids if wanted else ()
+        return {"": [], **dict(zip(wanted, ids, strict=True))}
+
+    def _example(self, row: Row, texts: Texts, known: dict[str, list[int]], most: int) -> Example | Problem:
+        pieces = self._pieces(row, texts, known)
         ids = [token for piece, _ in pieces for token in piece]
         learnt = [flag for piece, flag in pieces for _ in piece]
         source = len(pieces[0][0]) if self._encoder_decoder else 0
@@ -147,38 +182,23 @@ class Renderer:
             return self._first_once(self._ids(row.bare or row.turns[0].content))
         return self._ids(self._template(row, len(row.turns) - 1, answer=True))
 
-    def _pieces_of(self, row: Row) -> list[tuple[list[int], bool]]:
+    def _pieces(self, row: Row, texts: Texts, known: dict[str, list[int]]) -> list[tuple[list[int], bool]]:
         if row.is_text:
-            ids = self._first_once(self._ids(row.turns[0].content))
+            ids = self._first_once(known[texts[0][1]])
             return [(ids if ids[-1:] == [self._stop] else [*ids, self._stop], True)]
-        for turn in row.turns:
-            held = next((text for text in self._stop_texts if text in turn.content), None)
-            if held is not None and turn.role == "assistant" and turn.learnt:
-                raise EndsEarly(f"an answer holds the text {held!r}, which would end it there; take it out")
-        return self._turns(row) if self._chat else self._plain(row)
-
-    def _plain(self, row: Row) -> list[tuple[list[int], bool]]:
-        prompt, completion = row.bare or row.turns[0].content, row.turns[1].content
+        if self._chat:
+            return self._turns(texts, known)
+        ((prompt, completion),) = texts
         if self._encoder_decoder:
-            return [(self._source(prompt), False), ([*self._ids(completion), self._stop], True)]
-        before, answer = self._split(prompt, prompt + completion)
+            return [(self._source(prompt), False), ([*known[completion], self._stop], True)]
+        before, answer = self._split(prompt, prompt + completion, known)
         return [(self._first_once(before), False), ([*answer, self._stop], True)]
 
-    def _turns(self, row: Row) -> list[tuple[list[int], bool]]:
+    def _turns(self, texts: Texts, known: dict[str, list[int]]) -> list[tuple[list[int], bool]]:
         """Alternating prompt and answer pieces; every answer ends with a stop token, the last one at the very end."""
-        answers = [index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.learnt]
-        # Some templates render an earlier answer differently once another follows (they drop its reasoning): then
-        # the last answer alone is learnt, seen after exactly what inference would show.
-        pieces = self._pieces(row, answers) or self._pieces(row, answers[-1:])
-        if pieces is None:
-            raise Failed(
-                "ModelInvalid",
-                "model.uri: the chat template renders a prompt alone differently from the same prompt with its answer, "
-                "so what is learnt can't be told apart; mend chat_template, or give one in dataset.chatTemplate",
-            )
         rendered: list[tuple[list[int], bool]] = []
-        for before, answer in pieces:
-            prompt_ids, answer_ids = self._split(before, before + answer)
+        for before, answer in texts:
+            prompt_ids, answer_ids = self._split(before, before + answer, known)
             stop = next((i for i, token in enumerate(answer_ids) if token in self._stops), len(answer_ids) - 1)
             rendered += [(prompt_ids, False), (answer_ids[: stop + 1], True), (answer_ids[stop + 1 :], False)]
         last = rendered[-2][0]
@@ -186,18 +206,31 @@ class Renderer:
             last.append(self._stop)
         return rendered[:-1]  # nothing follows the last stop token
 
-    def _pieces(self, row: Row, answers: list[int]) -> list[tuple[str, str]] | None:
-        """(what comes before, the answer) of each answer, or None where one rendering is no prefix of the next."""
-        pieces: list[tuple[str, str]] = []
+    def _answers(self, row: Row) -> Texts:
+        answers = [index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.learnt]
+        # Some templates render an earlier answer differently once another follows (they drop its reasoning): then
+        # the last answer alone is learnt, seen after exactly what inference would show.
+        texts = self._prefixes(row, answers) or self._prefixes(row, answers[-1:])
+        if texts is None:
+            raise Failed(
+                "ModelInvalid",
+                "model.uri: the chat template renders a prompt alone differently from the same prompt with its answer, "
+                "so what is learnt can't be told apart; mend chat_template, or give one in dataset.chatTemplate",
+            )
+        return texts
+
+    def _prefixes(self, row: Row, answers: list[int]) -> Texts | None:
+        """None where one rendering is no prefix of the next."""
+        texts: Texts = []
         done = ""
         for index in answers:
             before = self._template(row, index, answer=True)
             whole = self._template(row, index + 1)
             if not before.startswith(done) or not whole.startswith(before):
                 return None
-            pieces.append((before[len(done) :], whole[len(before) :]))
+            texts.append((before[len(done) :], whole[len(before) :]))
             done = whole
-        return pieces
+        return texts
 
     def _template(self, row: Row, end: int, *, answer: bool = False) -> str:
         """The first `end` turns, and with `answer` what begins the next one."""
@@ -214,9 +247,9 @@ class Renderer:
         except Exception as error:  # a template is a program: it may raise anything
             raise TemplateRefusal(f"{type(error).__name__}: {error}" if not _says_why(error) else error) from None
 
-    def _split(self, before: str, whole: str) -> tuple[list[int], list[int]]:
+    def _split(self, before: str, whole: str, known: dict[str, list[int]]) -> tuple[list[int], list[int]]:
         """Tokens of the prompt exactly as at inference, and those that follow it."""
-        prompt, both = self._ids(before), self._ids(whole)
+        prompt, both = known[before], known[whole]
         if both[: len(prompt)] == prompt:
             return prompt, both[len(prompt) :]
         return prompt, self._ids(whole[len(before) :])  # a token would reach over the border
@@ -233,10 +266,6 @@ class Renderer:
 
 class TemplateRefusal(Exception):
     """A chat template's own raise_exception, such as roles that must alternate."""
-
-
-class EndsEarly(Exception):
-    """An answer that holds the text of a stop token."""
 
 
 def _says_why(error: Exception) -> bool:

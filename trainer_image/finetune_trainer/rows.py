@@ -34,16 +34,18 @@ class Input:
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    sure: float = 0.0  # dataset.minLabelProbability
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row can't be used. `file` is empty where there is only one."""
+    """Why a row can't be used. `file` is empty where there is only one. `unlabelled` is no mistake, see `exports`."""
 
     number: int
     message: str
     file: str = ""
+    unlabelled: bool = False
 
     def __str__(self) -> str:
         return f"{f'{self.file} ' if self.file else ''}row {self.number}: {self.message}"
@@ -77,7 +79,7 @@ class Stream:
             try:
                 yield replace(self._row(number, renamed(value, self._given.columns)), file=self._file)
             except ValueError as error:
-                yield Problem(number, str(error), self._name)
+                yield Problem(number, str(error), self._name, isinstance(error, exports.Unlabelled))
             except RecursionError:
                 yield Problem(number, "isn't a row (nested too deeply)", self._name)
 
@@ -87,7 +89,7 @@ class Stream:
         if self.format in SHAPES:
             return SHAPES[self.format](number, value)
         return exports.SHAPES[self.format](
-            number, value, exports.Options(dict(self._given.columns), self._given.labels)
+            number, value, exports.Options(dict(self._given.columns), self._given.labels, self._given.sure)
         )
 
 

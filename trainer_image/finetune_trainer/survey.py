@@ -6,6 +6,7 @@ token cache's arrays, never the files again, so it costs a second or two a milli
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from finetune_api import data_report as r
 from finetune_api.status import DataStatus
-from finetune_trainer import split, survey_samples
+from finetune_trainer import alike, split, survey_samples
 from finetune_trainer.examples import Examples
 from finetune_trainer.render import Renderer
 from finetune_trainer.rows import Problem
@@ -23,6 +24,7 @@ from finetune_trainer.tokens import Tokens
 _BINS = 20
 _PADDED_TOGETHER = 8
 _NUMBERS_A_GROUP = 10
+_NEARLY = "only in case, spaces, punctuation or numbers"
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,26 @@ class Measured:
     characters: NDArray[np.int64]
     digests: NDArray[np.uint8]
     prompts: NDArray[np.uint8]
+    folded: NDArray[np.uint8]
     files: tuple[r.FileReport, ...]
     problems: tuple[Problem, ...]
     dropped: int
+    unlabelled: int
     tokens: Tokens | None = None
 
     @classmethod
     def of_tokens(cls, t: Tokens) -> Measured:
         return cls(
             t.numbers, t.origins, t.lengths, t.label_counts, t.whole, t.characters, t.digests, t.prompts,
-            t.facts.files, t.facts.problems, t.facts.dropped, t,
+            t.folded, t.facts.files, t.facts.problems, t.facts.dropped, t.facts.unlabelled, t,
         )  # fmt: skip
 
     @classmethod
     def of_examples(cls, found: Examples) -> Measured:
         a = found.arrays
         return cls(
-            a["numbers"], a["origins"], a["lengths"], a["answers"], a["whole"], a["characters"], a["digests"],
-            a["prompts"], found.files, found.problems, found.dropped,
+            a["numbers"], a["origins"], found.lengths, a["answers"], a["whole"], a["characters"], a["digests"],
+            a["prompts"], a["folded"], found.files, found.problems, found.dropped, found.unlabelled,
         )  # fmt: skip
 
 
@@ -140,9 +144,9 @@ def _split(name: r.SplitName, one: Part) -> r.SplitReport:
     lengths, answers = rows.lengths[index], rows.answers[index]
     tokens = int(lengths.sum()) if rows.tokens is not None else None
     labels = int(answers.sum()) if rows.tokens is not None else None
-    digests = _texts(rows.digests[index])
     numbers = rows.numbers[index]
-    unique = len(set(digests))
+    same, near = alike.first(rows.digests[index]), alike.first(rows.folded[index])
+    mine = np.arange(len(index))
     cut = index[rows.whole[index] > lengths]
     return r.SplitReport(
         split=name,
@@ -153,12 +157,14 @@ def _split(name: r.SplitName, one: Part) -> r.SplitReport:
         read=0 if one.held_out else len(rows.numbers) + rows.dropped,
         left_out=one.left_out,
         dropped=0 if one.held_out else rows.dropped,
+        unlabelled=0 if one.held_out else rows.unlabelled,
         dropped_rows=() if one.held_out else tuple(
             r.DroppedRow(row=problem.number, file=problem.file, reason=problem.message)
             for problem in rows.problems[: r.LISTED]
         ),
-        duplicates=_duplicates(digests, numbers),
-        same_prompts=unique - len(set(_texts(rows.prompts[index]))),
+        duplicates=_groups(same, np.flatnonzero(same != mine), numbers),
+        near_duplicates=_groups(near, np.flatnonzero((same == mine) & (near != mine)), numbers),
+        same_prompts=int((same == mine).sum() - (alike.first(rows.prompts[index]) == mine).sum()),
         characters=int(rows.characters[index].sum()),
         tokens=tokens,
         label_tokens=labels,
@@ -175,46 +181,49 @@ def _split(name: r.SplitName, one: Part) -> r.SplitReport:
     )  # fmt: skip
 
 
-def _duplicates(digests: list[bytes], numbers: NDArray[np.int64]) -> r.Duplicates:
-    first: dict[bytes, int] = {}
-    groups: dict[bytes, list[int]] = {}
-    again = 0
-    for digest, number in zip(digests, numbers.tolist(), strict=True):
-        if digest not in first:
-            first[digest] = number
-            continue
-        again += 1
-        if digest in groups or len(groups) < r.LISTED:
-            groups.setdefault(digest, [first[digest]]).append(number)
-    return r.Duplicates(rows=again, groups=tuple(tuple(group[:_NUMBERS_A_GROUP]) for group in groups.values()))
+def _groups(first: NDArray[np.int64], again: NDArray[np.int64], numbers: NDArray[np.int64]) -> r.Duplicates:
+    """`again` are the rows that came before, at `first`."""
+    groups: dict[int, list[int]] = {}
+    for place in again.tolist():
+        begin = int(first[place])
+        if begin in groups or len(groups) < r.LISTED:
+            group = groups.setdefault(begin, [int(numbers[begin])])
+            if len(group) < _NUMBERS_A_GROUP:
+                group.append(int(numbers[place]))
+    return r.Duplicates(rows=len(again), groups=tuple(map(tuple, groups.values())))
 
 
 def _leaks(parts: Mapping[r.SplitName, Part]) -> list[r.Leak]:
     """Train against validation and test, validation against test."""
-    found = []
-    names = list(parts)
-    for place, first in enumerate(names):
-        one = parts[first].rows
-        index = np.unique(parts[first].index)
-        there = dict(zip(_texts(one.digests[index])[::-1], one.numbers[index].tolist()[::-1], strict=True))
-        prompts = set(_texts(one.prompts[index]))
-        for second in names[place + 1 :]:
-            other = parts[second].rows
-            index = np.unique(parts[second].index)
-            numbers = other.numbers[index].tolist()
-            pairs = [
-                (there[digest], number)
-                for digest, number in zip(_texts(other.digests[index]), numbers, strict=True)
-                if digest in there
-            ]
-            asked = sum(prompt in prompts for prompt in _texts(other.prompts[index]))
-            if pairs or asked:
-                found.append(
-                    r.Leak(
-                        first=first, second=second, rows=len(pairs), prompts=asked, examples=tuple(pairs[: r.LISTED])
-                    )
-                )
-    return found
+    found = (_leak(one, other, parts) for one, other in itertools.combinations(parts, 2))
+    return [leak for leak in found if leak.rows or leak.prompts or leak.near]
+
+
+def _leak(first: r.SplitName, second: r.SplitName, parts: Mapping[r.SplitName, Part]) -> r.Leak:
+    here, there = parts[first].rows, parts[second].rows
+    mine, others = np.unique(parts[first].index), np.unique(parts[second].index)
+    same, near, asked = (
+        alike.among(theirs[others], ours[mine])
+        for theirs, ours in (
+            (there.digests, here.digests), (there.folded, here.folded), (there.prompts, here.prompts)
+        )
+    )  # fmt: skip
+
+    def pairs(at: NDArray[np.int64], chosen: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+        places = np.flatnonzero(chosen)[: r.LISTED]
+        firsts, seconds = here.numbers[mine[at[places]]], there.numbers[others[places]]
+        return tuple(zip(firsts.tolist(), seconds.tolist(), strict=True))
+
+    nearly = (same < 0) & (near >= 0)
+    return r.Leak(
+        first=first,
+        second=second,
+        rows=int((same >= 0).sum()),
+        prompts=int((asked >= 0).sum()),
+        near=int(nearly.sum()),
+        examples=pairs(same, same >= 0),
+        near_examples=pairs(near, nearly),
+    )
 
 
 def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> list[r.Warning]:
@@ -228,24 +237,29 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                 "can already show something",
             )
         )
-    found += [
-        r.Warning(
-            reason="Leaks",
-            message=f"{leak.rows} {leak.second} rows are {leak.first} rows too, so the {leak.second} loss looks better "
-            "than it is",
-        )
-        for leak in leaks
-        if leak.rows
-    ]
-    for one in splits:
+    for leak in leaks:
         for count, reason, what in (
-            (one.duplicates.rows, "Duplicates", "came before, and are learnt from again"),
-            (one.truncated.rows, "Truncated", "are longer than dataset.maxSequenceLength, and cut"),
-            (one.dropped, "RowsDropped", "can't be used, and are left out"),
+            (leak.rows, "Leaks", f"that {leak.first} holds too"),
+            (leak.near, "NearLeaks", f"different from a {leak.first} row {_NEARLY}"),
         ):
             if count:
-                found.append(r.Warning(reason=reason, message=f"{count} {one.split} rows {what}"))
+                better = f"so the {leak.second} loss looks better than it is"
+                found.append(r.Warning(reason=reason, message=f"{_rows(count, leak.second)} {what}, {better}"))
+    for one in splits:
+        for count, reason, what in (
+            (one.duplicates.rows, "Duplicates", "that came before, learnt from again"),
+            (one.near_duplicates.rows, "NearDuplicates", f"different from an earlier one {_NEARLY}"),
+            (one.truncated.rows, "Truncated", "longer than dataset.maxSequenceLength, cut at the end"),
+            (one.dropped - one.unlabelled, "RowsDropped", "that can't be used, left out"),
+            (one.unlabelled, "Unlabelled", "without a label that is sure enough, left out"),
+        ):
+            if count:
+                found.append(r.Warning(reason=reason, message=f"{_rows(count, one.split)} {what}"))
     return found
+
+
+def _rows(count: int, split: r.SplitName) -> str:
+    return f"{count:,} {split} row{'s' if count != 1 else ''}"
 
 
 def _histogram(lengths: NDArray[np.int64]) -> r.Histogram:
@@ -281,11 +295,5 @@ def _shared(tokens: Tokens | None, index: NDArray[np.int64], total: int) -> r.Sh
     """Neighbours in the order of content; see `prefixes`."""
     if tokens is None or not total:
         return r.Shared()
-    prefixes = tokens.prefixes
-    saved = sum(prefixes.shared(prefixes.sorted(index.tolist()), tokens.lengths))
+    saved = tokens.prefixes.saved(index, tokens.lengths)
     return r.Shared(tokens=saved, share=saved / total)
-
-
-def _texts(digests: NDArray[np.uint8]) -> list[bytes]:
-    whole = np.ascontiguousarray(digests).tobytes()
-    return [whole[at : at + 16] for at in range(0, len(whole), 16)]

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 from finetune_api.data_report import DataReport, Histogram, RenderedSample, SplitReport
 
 _BAR = 40
 _ROWS_SHOWN = 10
+_GROUPS_SHOWN = 5
+_NUMBERS_SHOWN = 3
 
 
-def lines(report: DataReport, *, samples: bool = True) -> list[str]:
-    """Trained tokens of samples stand between ⟦ and ⟧."""
+def lines(report: DataReport, *, samples: bool = True, width: int | None = None) -> list[str]:
+    """Trained tokens of samples stand between ⟦ and ⟧. With a width, of a terminal, nothing is longer, and parts stand
+    apart."""
+    parts = [_split(split, report.unit) for split in report.splits]
     found: list[str] = []
-    for split in report.splits:
-        found += _split(split, report.unit)
     for leak in report.leaks:
-        pairs = ", ".join(f"{one}={other}" for one, other in leak.examples[:_ROWS_SHOWN])
-        found.append(
-            f"leaks: {leak.rows} {leak.second} rows are {leak.first} rows too"
-            + (f" (rows {pairs})" if pairs else "")
-            + f"; {leak.prompts} have a prompt that is there"
+        kinds = (
+            (leak.rows, "the same row", _rows(leak.examples, "=")),
+            (leak.near, "nearly the same row", _rows(leak.near_examples, "≈")),
+            (leak.prompts, "the same prompt", ""),
         )
+        said = "; ".join(f"{count:,} {what}{which}" for count, what, which in kinds if count)
+        found.append(f"{leak.second} rows that {leak.first} has too: {said}")
     if not report.leaks and len(report.splits) > 1:
-        found.append("leaks: none between the splits")
+        found.append("no split has rows of another")
     if report.template:
         found.append(f"rendering: {report.template.choice} ({report.template.reason})")
         found += [f"  checked: {check}" for check in report.template.checks]
     else:
         found.append("no tokenizer: lengths are characters; with --model DIR they are tokens, and rows are rendered")
     found += [f"warning: {warning.reason}: {warning.message}" for warning in report.warnings]
+    parts.append(found)
     if samples:
-        for sample in report.samples:
-            found += _sample(sample)
-    return found
+        parts += [_sample(sample) for sample in report.samples]
+    if width is None:
+        return [line for part in parts for line in part]
+    return [short for part in parts for line in ("", *part) for short in _wrapped(line, width)][1:]
 
 
 def _split(split: SplitReport, unit: str) -> list[str]:
@@ -51,34 +59,56 @@ def _split(split: SplitReport, unit: str) -> list[str]:
     if split.left_out:
         found.append(f"  left out by weight: {split.left_out:,} rows")
     if split.dropped:
-        found.append(f"  dropped: {split.dropped:,} of {split.read:,} rows read")
+        unsure = f", {split.unlabelled:,} of them without a label that is sure enough" if split.unlabelled else ""
+        found.append(f"  dropped: {split.dropped:,} of {split.read:,} rows read{unsure}")
         found += [
             f"    {f'{row.file} ' if row.file else ''}row {row.row}: {row.reason}"
             for row in split.dropped_rows[:_ROWS_SHOWN]
         ]
         if split.dropped > _ROWS_SHOWN:
             found.append(f"    and {split.dropped - _ROWS_SHOWN:,} more")
-    again = "; ".join("=".join(map(str, group)) for group in split.duplicates.groups[:_ROWS_SHOWN])
-    found.append(
-        f"  duplicates: {split.duplicates.rows:,}"
-        + (f" (rows {again})" if again else "")
-        + f"; same prompt, other answer: {split.same_prompts:,}"
-    )
+    found += [
+        f"  duplicates: {split.duplicates.rows:,}{_rows(split.duplicates.groups, '=')}",
+        f"  nearly the same: {split.near_duplicates.rows:,}{_rows(split.near_duplicates.groups, '≈')}",
+        f"  same prompt, other answer: {split.same_prompts:,}",
+    ]
     if split.tokens is not None and split.label_tokens is not None:
         found.append(
             f"  tokens: {split.tokens:,}, of which {split.label_tokens:,} are learnt ({split.label_share or 0:.1%})"
         )
         found.append(
-            f"  padding: {split.padding_share or 0:.1%} were rows padded 8 at a time, none with packing; rows share "
-            f"{split.shared.tokens:,} beginning tokens ({split.shared.share:.1%}), which need be computed once"
+            f"  shared beginnings: {split.shared.tokens:,} tokens ({split.shared.share:.1%}) that need be computed once"
         )
+        found.append(f"  padding: none with packing, else {split.padding_share or 0:.1%} (8 rows at a time)")
         cut = ", ".join(map(str, split.truncated.numbers[:_ROWS_SHOWN]))
         found.append(
-            f"  cut: {split.truncated.rows:,} rows, {split.truncated.tokens:,} tokens"
+            f"  cut: {split.truncated.rows:,} too long, {split.truncated.tokens:,} tokens in all"
             + (f" (rows {cut})" if cut else "")
         )
     found += _histogram(split.lengths, unit)
     return found
+
+
+def _rows(groups: Sequence[Sequence[int]], sign: str) -> str:
+    """Numbers of the first of them."""
+    shown = [
+        sign.join(map(str, group[:_NUMBERS_SHOWN])) + ("…" if len(group) > _NUMBERS_SHOWN else "")
+        for group in groups[:_GROUPS_SHOWN]
+    ]
+    more = ", …" if len(groups) > _GROUPS_SHOWN else ""
+    return f" (rows {', '.join(shown)}{more})" if shown else ""
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """What follows a line's beginning stands under it, a sample's text as it is."""
+    if len(line) <= width:
+        return [line]
+    sample = line.startswith("  | ")
+    lead = "  | " if sample else " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(
+        line, width, subsequent_indent=lead, break_on_hyphens=False, drop_whitespace=not sample,
+        replace_whitespace=False, tabsize=4,
+    )  # fmt: skip
 
 
 def _held(container: str, compression: str) -> str:

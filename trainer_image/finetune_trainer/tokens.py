@@ -24,7 +24,7 @@ from finetune_trainer.prefixes import Prefixes
 from finetune_trainer.render import Renderer
 from finetune_trainer.rows import Input, Problem
 
-_VERSION = 3
+_VERSION = 4
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",
@@ -43,8 +43,10 @@ class Tokens:
     sources: NDArray[np.int32]  # encoder tokens of each example; 0 for a decoder-only model
     rank: NDArray[np.int64]  # see `prefixes`
     common: NDArray[np.int64]
-    digests: NDArray[np.uint8]  # 16 bytes a row, of its content
-    prompts: NDArray[np.uint8]  # and of all but its answer
+    answers: NDArray[np.int64]  # learnt tokens of each example
+    digests: NDArray[np.uint8]  # 16 bytes a row, of its content,
+    prompts: NDArray[np.uint8]  # of all but its answer,
+    folded: NDArray[np.uint8]  # and of what nearly equal rows have in common, see `alike`
     whole: NDArray[np.int64]  # tokens before it was cut
     characters: NDArray[np.int64]
     facts: Facts
@@ -58,8 +60,7 @@ class Tokens:
 
     @property
     def label_counts(self) -> NDArray[np.int64]:
-        sums = np.concatenate([[0], np.cumsum(self.learnt, dtype=np.int64)])
-        return np.asarray(sums[self.offsets[1:]] - sums[self.offsets[:-1]], dtype=np.int64)
+        return np.asarray(self.answers)
 
     @property
     def prefixes(self) -> Prefixes:
@@ -77,6 +78,7 @@ class Facts:
     key: str
     format: str
     dropped: int
+    unlabelled: int  # of those
     duplicates: int
     truncated: int
     files: tuple[FileReport, ...]
@@ -85,7 +87,7 @@ class Facts:
 
 def key(data: Sequence[Input], model: Path, **settings: Any) -> str:
     """Names a cache by everything that its content depends on."""
-    read = [[one.name, one.format, dict(one.columns), one.labels] for one in data]
+    read = [[one.name, one.format, dict(one.columns), one.labels, one.sure] for one in data]
     whole = hashlib.sha256(json.dumps([_VERSION, settings, read], sort_keys=True).encode())
     for path in (*(one.path for one in data), *(model / name for name in _TOKENIZER_FILES)):
         if path.is_file():
@@ -107,8 +109,19 @@ def build(
     """Renders a split unless the cache holds it. Raises Failed for rows that can't be used."""
     folder = root / name
     if not folder.is_dir():
-        prepared = examples.prepare(data, field, format=format, on_invalid=on_invalid, renderer=renderer, alive=alive)
-        _write(folder, name, prepared)
+        aside = root / f"{name}.{os.getpid()}.tmp"
+        for left in (aside, *root.glob(f"{name}.*.tmp")):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            prepared = examples.prepare(
+                data, field, format=format, on_invalid=on_invalid, renderer=renderer, alive=alive, folder=aside
+            )
+            _complete(aside, name, prepared, alive)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        os.replace(aside, folder)
     return load(root, name)
 
 
@@ -122,28 +135,22 @@ def load(root: Path, name: str) -> Tokens:
     return Tokens(**arrays, facts=Facts(**told, files=files, problems=problems))
 
 
-_PARTS = (
-    "ids", "learnt", "offsets", "numbers", "origins", "sources", "rank", "common", "digests", "prompts", "whole",
-    "characters",
-)  # fmt: skip
+_PARTS = (*examples.COLUMNS, "rank", "common")
 
 
-def _write(folder: Path, name: str, prepared: examples.Examples) -> None:
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    arrays = dict(prepared.arrays)
-    arrays["rank"], arrays["common"] = prefixes.find(arrays["ids"], arrays["offsets"])
-    for part in _PARTS:
-        np.save(aside / f"{part}.npy", arrays[part])
+def _complete(folder: Path, name: str, prepared: examples.Examples, alive: Callable[[], None]) -> None:
+    """What follows from all rows, beside their arrays."""
+    ranks = prefixes.find(prepared.arrays["ids"], prepared.arrays["offsets"], alive=alive)
+    for part, found in zip(("rank", "common"), ranks, strict=True):
+        np.save(folder / f"{part}.npy", found)
     facts = {
         "key": name,
         "format": prepared.format,
         "dropped": prepared.dropped,
+        "unlabelled": prepared.unlabelled,
         "duplicates": prepared.duplicates,
         "truncated": prepared.truncated,
         "files": [file.to_json() for file in prepared.files],
-        "problems": [[one.number, one.message, one.file] for one in prepared.problems],
+        "problems": [[one.number, one.message, one.file, one.unlabelled] for one in prepared.problems],
     }
-    (aside / "facts.json").write_text(json.dumps(facts))
-    os.replace(aside, folder)
+    (folder / "facts.json").write_text(json.dumps(facts))
