@@ -81,10 +81,12 @@ def _split(split: SplitReport, unit: str) -> list[str]:
         )
         found.append(f"  padding: none with packing, else {split.padding_share or 0:.1%} (8 rows at a time)")
         cut = ", ".join(map(str, split.truncated.numbers[:_ROWS_SHOWN]))
-        found.append(
-            f"  cut: {split.truncated.rows:,} too long, {split.truncated.tokens:,} tokens in all"
-            + (f" (rows {cut})" if cut else "")
-        )
+        if cut:
+            found.append(
+                f"  cut: {split.truncated.rows:,} too long, {split.truncated.tokens:,} tokens in all (rows {cut})"
+            )
+        else:
+            found.append("  cut: none")
     found += _histogram(split.lengths, unit)
     return found
 
