@@ -65,6 +65,10 @@ generate: venv ## Write crds/, the chart's copy and docs/reference.md from finet
 matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes)
 	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.matrix
 
+.PHONY: broken
+broken: venv ## Put each of the 28 known bugs back and see its tests fail (a quarter of an hour; BUGS="16 17" for some)
+	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.broken $(BUGS)
+
 .PHONY: check-dpo
 check-dpo: venv ## Compare the loss and gradients of DPO with TRL's on the same batch
 	PYTHONPATH=operator:trainer_image:hack:tests:. $(PY) -m benchmarks.trainer.check_dpo

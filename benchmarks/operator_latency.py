@@ -18,12 +18,13 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "hack"), str(ROOT / "tests"), str(ROOT / "operator")]
+
+from latency_figures import WARM_UP, Asked, Raw, Side, finetunejob_ended, job_ended, plain_job, report_of, show  # noqa: E402
 
 import localcluster  # noqa: E402
 from api.server import Server  # noqa: E402
@@ -31,25 +32,7 @@ from controller.operator_process import Operator  # noqa: E402
 from controller.world import job_body  # noqa: E402
 from finetune_api import names  # noqa: E402
 
-Raw = dict[str, Any]
 _WARM_UP = 3
-_WRITES = ("create", "update", "patch", "delete", "deletecollection")
-
-
-@dataclass
-class Side:
-    """One way of making jobs, and what was seen of it."""
-
-    name: str
-    namespace: str
-    pods: int  # of a job
-    created: dict[str, float] = field(default_factory=dict)  # by job: when the POST was sent
-    complete: dict[str, float] = field(default_factory=dict)  # by job: when the last pod was seen
-    cpu: dict[str, float] = field(default_factory=dict)  # seconds, by process
-
-    def latencies(self) -> list[float]:
-        measured = [name for name in self.created if not name.startswith("warm")]
-        return sorted(self.complete[name] - self.created[name] for name in measured)
 
 
 class PodWatch(threading.Thread):
@@ -75,23 +58,6 @@ class PodWatch(threading.Thread):
         self._seen[job].add(event["object"]["metadata"]["uid"])
         if len(self._seen[job]) == self._side.pods:
             self._side.complete.setdefault(job, now)
-
-
-def plain_job(name: str, pods: int) -> Raw:
-    """What the operator would create, without an operator."""
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": name},
-        "spec": {
-            "completionMode": "Indexed",
-            "completions": pods,
-            "parallelism": pods,
-            "backoffLimit": 0,
-            "podReplacementPolicy": "Failed",
-            "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "trainer", "image": "i"}]}},
-        },
-    }
 
 
 def offer(server: Server, side: Side, path: str, make: Any, count: int, rate: float, prefix: str) -> None:
@@ -152,35 +118,10 @@ def _program(words: list[str]) -> str:
     return Path(words[0]).name
 
 
-def writes(audit_log: Path, namespace: str) -> Counter[str]:
-    """Requests that changed something in a namespace, by who sent them; warm-up included."""
-    found: Counter[str] = Counter()
-    for line in audit_log.read_text().splitlines():
-        event = json.loads(line)
-        if event["verb"] in _WRITES and event.get("objectRef", {}).get("namespace") == namespace:
-            found[event.get("userAgent", "").split("/")[0]] += 1
-    return found
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Nearest rank."""
-    return values[min(len(values) - 1, int(share * len(values)))]
-
-
-def _job_ended(job: Raw) -> bool:
-    return any(
-        c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in job["status"].get("conditions", ())
-    )
-
-
-def _finetunejob_ended(job: Raw) -> bool:
-    return job.get("status", {}).get("phase") in ("Succeeded", "Failed")
-
-
 def measure(server: Server, kubeconfig: Path, side: Side, path: str, make: Any, ended: Any, arguments: Any) -> None:
     """One side, from its first job to its last job's end."""
     PodWatch(kubeconfig, side).start()
-    offer(server, side, path, make, _WARM_UP, arguments.rate, "warm")
+    offer(server, side, path, make, _WARM_UP, arguments.rate, WARM_UP)
     wait_until_done(server, path, ended)
     before = cpu_seconds(arguments.mark) | cpu_seconds(arguments.operator_mark)
     offer(server, side, path, make, arguments.jobs, arguments.rate, "job")
@@ -228,12 +169,19 @@ def run(cluster: Any, arguments: Any) -> Raw:
             prefer((arguments.mark, folder))
         try:
             jobs = "/apis/batch/v1/namespaces/plain/jobs"
-            measure(server, kubeconfig, sides[0], jobs, plain_job, _job_ended, arguments)
+            measure(server, kubeconfig, sides[0], jobs, plain_job, job_ended, arguments)
             path = f"/apis/{names.API_VERSION}/namespaces/finetune/{names.PLURAL}"
-            measure(server, kubeconfig, sides[1], path, _finetunejob, _finetunejob_ended, arguments)
+            measure(server, kubeconfig, sides[1], path, _finetunejob, finetunejob_ended, arguments)
         finally:
             operator.stop()
-    return report_of(sides, Path(cluster.audit_log), arguments)
+    asked = Asked(arguments.jobs, arguments.rate, arguments.nodes)
+    machine = {
+        "cpus": os.cpu_count(),
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+        "preferred": arguments.prefer,
+    }
+    return report_of(sides, Path(cluster.audit_log).read_text().splitlines(), asked, machine)
 
 
 def _is_established(server: Server) -> bool:
@@ -245,58 +193,6 @@ def _is_established(server: Server) -> bool:
 def _finetunejob(name: str, nodes: int) -> Raw:
     small = {"cpu": "1", "memory": "2Gi"}
     return job_body(name, distribution={"nodes": nodes}, resources=small)
-
-
-def report_of(sides: list[Side], audit_log: Path, arguments: Any) -> Raw:
-    """What is kept: figures, and what they were taken on."""
-    rows = []
-    for side in sides:
-        values = side.latencies()
-        sent = writes(audit_log, side.namespace)
-        made = len(side.created)
-        rows.append(
-            {
-                "side": side.name,
-                "p50_seconds": round(percentile(values, 0.50), 4),
-                "p99_seconds": round(percentile(values, 0.99), 4),
-                "writes_per_job": round(sum(sent.values()) / made, 1),
-                "writes_per_job_by": {who: round(count / made, 1) for who, count in sent.most_common()},
-                "cpu_seconds_per_100_jobs": {
-                    who: round(100 * spent / arguments.jobs, 1) for who, spent in sorted(side.cpu.items()) if spent
-                },
-            }
-        )
-    plain, ours = rows
-    aim = 1.5 * plain["p99_seconds"] + 0.2
-    return {
-        "benchmark": "operator_latency",
-        "jobs": arguments.jobs,
-        "rate_per_second": arguments.rate,
-        "pods_per_job": arguments.nodes,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "system": platform.platform(),
-            "load": os.getloadavg()[0],
-            "preferred": arguments.prefer,
-        },
-        "rows": rows,
-        "aim_p99_seconds": round(aim, 4),
-        "within_aim": ours["p99_seconds"] <= aim,
-    }
-
-
-def show(report: Raw) -> None:
-    print(
-        f"{report['jobs']} jobs of {report['pods_per_job']} pods at {report['rate_per_second']:g}/s: create → all pods"
-    )
-    print(f"{'':20} {'p50 ms':>8} {'p99 ms':>8} {'writes/job':>11}  CPU s per 100 jobs")
-    for row in report["rows"]:
-        spent = ", ".join(f"{who} {seconds}" for who, seconds in row["cpu_seconds_per_100_jobs"].items())
-        p50, p99 = 1000 * row["p50_seconds"], 1000 * row["p99_seconds"]
-        print(f"{row['side']:20} {p50:8.0f} {p99:8.0f} {row['writes_per_job']:11.1f}  {spent}")
-        print(f"{'':20} writes/job by {row['writes_per_job_by']}")
-    verdict = "within" if report["within_aim"] else "BEYOND"
-    print(f"{verdict} the aim: p99 at most 1.5 x the plain Job's + 200 ms = {1000 * report['aim_p99_seconds']:.0f} ms")
 
 
 if __name__ == "__main__":

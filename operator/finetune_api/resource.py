@@ -106,7 +106,8 @@ class Spec(Model):
         Rule("training.globalBatchSize", "must be at least distribution.nodes * distribution.processesPerNode",
              "self.training.globalBatchSize >= self.distribution.nodes * self.distribution.processesPerNode",
              lambda m: m.training.global_batch_size >= m.distribution.nodes * m.distribution.processes_per_node),
-        Rule("training.optimizer", "needs distribution.strategy auto or ddp; the others can only split adamw",
+        Rule("training.optimizer", "all but adamw need distribution.strategy auto or ddp: they compute with whole "
+             "matrices, which the other strategies cut; use one of these, or adamw",
              "self.training.optimizer == 'adamw' || self.distribution.strategy in ['auto', 'ddp']",
              lambda m: m.training.optimizer == "adamw" or m.distribution.strategy in ("auto", "ddp")),
         Rule("output.merge", "needs method.type lora; what full training writes is a whole model already",

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import forkserver, get_context
+from multiprocessing import connection, forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from trainer.faults import Fault
@@ -31,6 +32,8 @@ _AT_IMPORT = {
     "DS_ACCELERATOR": "cpu",
 }
 _server: ForkServerContext | None = None
+_starting = Lock()
+_lock = Lock()  # multiprocessing reads a process's end once; threads that ask for it at once would disturb each other
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Forked:
         """`scratches`: do these runs one after the other (many.py) instead of the environment's one."""
         arguments = (dict(environment), str(log), [str(scratch) for scratch in scratches], die, fault)
         self._process = _context().Process(target=_rank, args=arguments, daemon=True)
-        self._process.start()
+        with _lock:
+            self._process.start()
 
     @property
     def pid(self) -> int:
@@ -64,10 +68,11 @@ class Forked:
         return self._process.pid
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        with _lock:
+            return self._process.exitcode
 
     def wait(self, timeout: float) -> int:
-        self._process.join(timeout)
+        connection.wait([self._process.sentinel], timeout)
         code = self.poll()
         if code is None:
             raise TimeoutError(f"rank with pid {self.pid} still runs after {timeout:.0f} s")
@@ -85,9 +90,11 @@ class Forked:
 def ended_in_a_fork(what: Callable[..., None], *arguments: Any) -> int | None:
     """How a process of its own ends that does something else than a rank."""
     process = _context().Process(target=what, args=arguments)
-    process.start()
-    process.join(60)
-    return process.exitcode
+    with _lock:
+        process.start()
+    connection.wait([process.sentinel], 60)
+    with _lock:
+        return process.exitcode
 
 
 def begin() -> None:
@@ -107,9 +114,14 @@ def begin() -> None:
         os.environ.update(before)
 
 
-@cache
 def _context() -> ForkServerContext:
     """The server, once it has imported; started if need be, in an environment of its own."""
+    with _starting:
+        return _started()
+
+
+@cache
+def _started() -> ForkServerContext:
     begin()
     assert _server is not None
     first = _server.Process(target=_check_imports)

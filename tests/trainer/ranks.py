@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,10 +18,14 @@ from finetune_api import events
 from finetune_api.resource import EvaluationSpec, FullSpec, LoraSpec, TrainingSpec
 from finetune_api.run import CheckpointSpec, DataConfig, JobRef, Location, ModelConfig, RunConfig, WorldConfig
 from finetune_trainer.paths import Paths
+from trainer import forked
 from trainer.faults import Fault
 from trainer.forked import Die, Forked
 
 E = TypeVar("E")
+K = TypeVar("K")
+V = TypeVar("V")
+_AT_ONCE = 3  # ranks wait for disks and for each other, so that more than one group has its turn on two cores
 
 
 _WORDS = "define the noun wander tower light ship fox quick lazy dog again aim move about".split()  # noqa: SIM905
@@ -179,8 +185,37 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]] | str) -> None:
 
 def finish_all(jobs: Sequence[Job], timeout: float = 600, faults: Mapping[int, Fault] | None = None) -> list[Ended]:
     """Several jobs of one world size, one after the other in the same processes; all must end well."""
-    ended = Ranks(jobs[0], [job.scratch for job in jobs], faults=faults).wait(timeout).check()
+    return [ended.check() for ended in _one_after_the_other(jobs, timeout, faults)]
+
+
+def _one_after_the_other(
+    jobs: Sequence[Job], timeout: float = 600, faults: Mapping[int, Fault] | None = None
+) -> list[Ended]:
+    ended = Ranks(jobs[0], [job.scratch for job in jobs], faults=faults).wait(timeout)
     return [Ended(job.paths, ended.codes, ended.logs) for job in jobs]
+
+
+class Checked(dict[K, Ended]):
+    """Runs that a test asks for must have ended well; so what went wrong is told by the test, and not by a fixture."""
+
+    def __getitem__(self, key: K) -> Ended:
+        return super().__getitem__(key).check()
+
+
+def finish_each(jobs: Mapping[K, Job]) -> Checked[K]:
+    """Jobs of any world sizes: those of one size as `finish_all`, the sizes at the same time."""
+    sizes = sorted({job.run.world.size for job in jobs.values()})
+    groups = [{name: job for name, job in jobs.items() if job.run.world.size == size} for size in sizes]
+    ended = at_once([partial(_one_after_the_other, list(group.values())) for group in groups])
+    done = {name: one for group, some in zip(groups, ended, strict=True) for name, one in zip(group, some, strict=True)}
+    return Checked((name, done[name]) for name in jobs)
+
+
+def at_once(tasks: Sequence[Callable[[], V]]) -> list[V]:
+    """Things that mostly wait for processes, a few at a time."""
+    forked.begin()  # changes the environment for a moment
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 
 class Ranks:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from finetune_api import events
 from finetune_trainer import compiling
-from trainer.ranks import finish_all, pairs, prepare
+from trainer.ranks import Job, finish_all, pairs, prepare
 
 _RUN = compiling.Run(device="cpu", half=True, alone=True, recompute=False, packed=True)
 
@@ -43,18 +44,23 @@ def test_where_it_gains_a_run_must_be_long_enough() -> None:
 
 
 def test_losses_stay_and_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, models: dict[str, Path]) -> None:
-    ways = {"plain": "never", "compiled": "always", "resumed": "always"}
-    jobs = [
-        prepare(
+    """The resumed run is a process of its own, which traces everything anew. It finds the programs of the one before on
+    its disk, as in a pod that was restarted, and needs no others."""
+
+    def job(name: str, asked: str, resume: Path | None = None) -> Job:
+        return prepare(
             tmp_path / name, models["llama"], pairs(30), lora={"dropout": 0.1}, every=3, training={"compile": asked},
-            test=pairs(2, 1), samples=1,
-            resume=tmp_path / "compiled" / "checkpoints" / "step-3" if name == "resumed" else None,
-        )
-        for name, asked in ways.items()
-    ]  # fmt: skip
-    plain, compiled, resumed = finish_all(jobs)
+            resume=resume, **({} if resume else {"test": pairs(2, 1), "samples": 1}),
+        )  # fmt: skip
+
+    plain, compiled = finish_all([job("plain", "never"), job("compiled", "always")])
+    again = job("resumed", "always", compiled.paths.checkpoints / "step-3")
+    shutil.copytree(compiled.paths.compiled, again.paths.compiled)
+    resumed = again.finish().check()
     assert compiled.decision("compile").choice == "on"
-    assert list(compiled.paths.compiled.rglob("*.cpp"))
+    programs, later = ({path.name for path in run.paths.compiled.rglob("*.cpp")} for run in (compiled, resumed))
+    assert programs
+    assert later == programs
     assert plain.decision("compile").choice == "off"
     assert plain.decision("fused").choice == "on"
     assert all(event.topic != "fused" for event in compiled.events(events.DecisionEvent))

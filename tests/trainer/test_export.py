@@ -19,6 +19,7 @@ from finetune_trainer.render import Renderer
 from trainer.ranks import Ended, finish_all, pairs, prepare
 
 _HELD_OUT = pairs(9, 1)
+_STEPS = 30
 
 # Run by a fresh Python that can't reach a hub: loads bases and results, prints the mean losses of the held-out rows.
 _LOAD = """
@@ -47,7 +48,7 @@ print(json.dumps([loss(*asked) for asked in json.load(open(sys.argv[1]))]))
 def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
     """A learning rate that soon does harm, so that the best weights aren't the last ones."""
     root = tmp_path_factory.mktemp("export")
-    harmful = {"max_steps": 30, "learning_rate": 0.4, "eval_every_steps": 1, "max_grad_norm": 0.0}
+    harmful = {"max_steps": _STEPS, "learning_rate": 0.4, "eval_every_steps": 1, "max_grad_norm": 0.0}
     common: dict[str, Any] = {"validation": _HELD_OUT, "test": _HELD_OUT}
     jobs = {
         "lora": prepare(root / "lora", models["llama"], pairs(6), training=harmful, **common),
@@ -97,21 +98,21 @@ def test_the_result_loads_air_gapped_and_gives_the_reported_loss(
 def test_the_best_weights_are_written_not_the_last(done: dict[str, Ended]) -> None:
     evals = done["lora"].evals("validation")
     best = min(evals, key=lambda step: (evals[step], step))
-    assert best < 30
+    assert best < _STEPS
     assert done["lora"].events(events.SavedEvent)[0].step == best
     assert done["lora"].evals("test")[best] == pytest.approx(evals[best], abs=1e-6)  # the same rows
 
 
 def test_without_keep_best_the_last_weights_are_written(done: dict[str, Ended]) -> None:
-    assert done["last"].events(events.SavedEvent)[0].step == 30
-    assert done["last"].evals("test")[30] == pytest.approx(done["last"].evals("validation")[30], abs=1e-6)
+    assert done["last"].events(events.SavedEvent)[0].step == _STEPS
+    assert done["last"].evals("test")[_STEPS] == pytest.approx(done["last"].evals("validation")[_STEPS], abs=1e-6)
 
 
 def test_early_stopping_ends_after_its_patience_and_says_so(done: dict[str, Ended]) -> None:
     steps = done["early"].events(events.StepEvent)
     evals = done["early"].evals("validation")
     best = min(evals, key=lambda step: (evals[step], step))
-    assert len(steps) == best + 2 < 30
+    assert len(steps) == best + 2 < _STEPS
     assert "2 evaluations brought no loss below" in done["early"].decision("earlyStopping").reason
     assert done["early"].losses == done["lora"].losses[: len(steps)]
 
@@ -155,7 +156,13 @@ def test_the_card_tells_base_data_recipe_and_losses(done: dict[str, Ended]) -> N
     assert card.startswith(
         '---\nbase_model: "tiny/model"\nbase_model_relation: adapter\nlicense: "unknown"\nlibrary_name: peft\n'
     )
-    for told in ("train.jsonl", "rank 4, alpha 8", "30 optimizer steps", "| test, base model |", "| validation |"):
+    for told in (
+        "train.jsonl",
+        "rank 4, alpha 8",
+        f"{_STEPS} optimizer steps",
+        "| test, base model |",
+        "| validation |",
+    ):
         assert told in card
 
 

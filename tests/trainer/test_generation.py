@@ -18,7 +18,7 @@ from finetune_trainer import generation
 from finetune_trainer.generation import Speech
 from testkit.tiny_models import tiny_gemma3, tiny_phi3
 from trainer.forked import Die
-from trainer.ranks import Ended, finish_all, pairs, prepare
+from trainer.ranks import Ended, finish_each, pairs, prepare
 
 _WAYS: dict[str, dict[str, Any]] = {
     "1 rank": {},
@@ -106,11 +106,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
         )
         for name, way in _WAYS.items()
     }
-    done: dict[str, Ended] = {}
-    for size in (1, 2):
-        names = [name for name, job in jobs.items() if job.run.world.size == size]
-        done.update(zip(names, finish_all([jobs[name] for name in names]), strict=True))
-    return done
+    return finish_each(jobs)
 
 
 def _said(ended: Ended) -> list[tuple[int | None, str, str, str]]:

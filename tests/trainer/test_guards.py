@@ -14,16 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_api import events
+from finetune_api.reasons import REASONS
 from finetune_api.run import JobRef
 from finetune_trainer import checkpoint, guards, manifest_io, plan, stored, tokenizer_files
 from finetune_trainer.checkpoint import State
 from finetune_trainer.guards import Skipped, Spike
 from trainer.faults import Fault
 from trainer.forked import ended_in_a_fork
-from trainer.ranks import Ended, Job, Ranks, finish_all, pairs, prepare
+from trainer.ranks import Ended, Job, Ranks, at_once, finish_all, finish_each, pairs, prepare
 
 _BAD = 3  # the step that holds the poisoned row
 _STEPS = 6
+_SCARCE = Fault("memory", 110)
 
 
 def _poisoned(base: Path, folder: Path) -> Path:
@@ -55,14 +57,6 @@ _WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def _all(jobs: Mapping[str, Job]) -> dict[str, Ended]:
-    ended: dict[str, Ended] = {}
-    for size in {job.run.world.size for job in jobs.values()}:
-        some = {name: job for name, job in jobs.items() if job.run.world.size == size}
-        ended.update(zip(some, finish_all(list(some.values())), strict=True))
-    return ended
-
-
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
     """By way, and once more, as "… again", gone on with from the checkpoint before the last."""
@@ -73,9 +67,11 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) 
         training = {"max_steps": _STEPS}
         return prepare(root / name, base, _rows_with_poison(), training=training, every=1, resume=resume, **way)
 
-    whole = _all({name: job(name, way) for name, way in _WAYS.items()})
+    whole = finish_each({name: job(name, way) for name, way in _WAYS.items()})
     points = {name: whole[name].paths.checkpoints / f"step-{_STEPS - 1}" for name in _WAYS}
-    return whole | _all({f"{name} again": job(f"{name} again", way, points[name]) for name, way in _WAYS.items()})
+    return whole | finish_each(
+        {f"{name} again": job(f"{name} again", way, points[name]) for name, way in _WAYS.items()}
+    )
 
 
 @pytest.mark.parametrize("way", _WAYS)
@@ -121,17 +117,21 @@ def test_a_gradient_that_isnt_finite_is_refused_too(tmp_path: Path, models: dict
         assert (skipped.step, skipped.reason, len(skipped.rows)) == (_BAD, "NonFiniteGradient", 8)
 
 
+def _large(folder: Path, model: Path, **options: Any) -> Job:
+    """Micro-batches of more than a hundred tokens on two ranks."""
+    training = {"max_steps": _STEPS, "scheduler": "cosine"}
+    return prepare(folder, model, pairs(40), world=2, training=training, **options)
+
+
 def test_a_rank_that_runs_out_of_memory_makes_all_compute_less_at_once(tmp_path: Path, models: dict[str, Path]) -> None:
     """Bug 24: the global batch and the loss stay what they are, and nobody hangs. What is measured at the end is
     computed in smaller pieces too."""
-    ways: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"data": {"packing": False}}}
+    ways: dict[str, dict[str, Any]] = {
+        "packed": {}, "padded": {"data": {"packing": False}}, "zero1": {"strategy": "zero1"},
+    }  # fmt: skip
 
     def job(name: str, way: dict[str, Any], **options: Any) -> Job:
-        training = {"max_steps": _STEPS, "scheduler": "cosine"}
-        return prepare(
-            tmp_path / name, models["llama"], pairs(40), world=2, training=training, every=3, test=pairs(9, 1), **way,
-            **options,
-        )  # fmt: skip
+        return _large(tmp_path / name, models["llama"], every=3, test=pairs(9, 1), **way, **options)
 
     plenty = finish_all([job(name, way) for name, way in ways.items()])
     fault = {1: Fault("memory", 70)}
@@ -148,6 +148,28 @@ def test_a_rank_that_runs_out_of_memory_makes_all_compute_less_at_once(tmp_path:
         assert resumed.events(events.PlanEvent)[0].halvings == len(told)
         assert resumed.losses == after.losses[3:]
         assert "had no memory" in resumed.decision("microBatchSize").reason
+
+
+def test_where_ranks_meet_within_a_micro_batch_the_next_attempt_halves_it(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    """Bug 24: a rank that left a collective can't be waited for: all end soon, told why, and begin again with half."""
+    ways = ("zero2", "zero3", "fsdp")
+
+    def job(name: str, strategy: str) -> Job:
+        return _large(tmp_path / f"{strategy}, {name}", models["llama"], strategy=strategy)
+
+    died = at_once([Ranks(job("short", way), faults={1: _SCARCE}).wait for way in ways])
+    for ended in died:
+        assert ended.codes == (REASONS["PeerLost"].exit_code, REASONS["OutOfMemory"].exit_code), ended.logs
+        assert ended.failure.reason == "OutOfMemory"
+    again = [job("again", way) for way in ways]
+    for one in again:
+        one.paths.halvings.write_text("1")  # as the supervisor does
+    (plenty,) = finish_all([job("plenty", "ddp")])
+    for after in finish_all(again, faults={1: _SCARCE}):
+        assert after.events(events.PlanEvent)[0].halvings == 1
+        assert after.losses == pytest.approx(plenty.losses, abs=1e-5)
 
 
 def test_a_single_example_without_memory_ends_the_attempt(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from finetune_api import events
 from finetune_trainer import checkpoint, manifest_io, plan
 from trainer import naive
 from trainer.forked import Die
-from trainer.ranks import Ended, Job, finish_all, pairs, prepare
+from trainer.ranks import Ended, Job, at_once, finish_all, pairs, prepare
 
-_STEPS = 7
+_STEPS = 5
 _BEGINNING = "move the tower light ship again and aim about: "
 _WAYS: dict[str, dict[str, Any]] = {
     "ddp, 1 rank": {},
@@ -35,7 +36,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 
 
 def _job(folder: Path, model: Path, way: dict[str, Any], resume: Path | None = None) -> Job:
-    """13 rows by 4 a step: the second epoch begins within a step, and the last step is a small one."""
+    """9 rows by 4 a step: the second epoch begins within a step, and the last step is a small one."""
     training = {
         "max_steps": None,
         "epochs": 2.0,
@@ -44,7 +45,7 @@ def _job(folder: Path, model: Path, way: dict[str, Any], resume: Path | None = N
         **way.get("training", {}),
     }
     options = {key: value for key, value in way.items() if key not in ("training", "beginning")}
-    rows = [{**row, "prompt": way.get("beginning", "") + row["prompt"]} for row in pairs(13)]
+    rows = [{**row, "prompt": way.get("beginning", "") + row["prompt"]} for row in pairs(9)]
     return prepare(folder, model, rows, lora={"dropout": 0.1}, training=training, every=1, resume=resume, **options)
 
 
@@ -60,26 +61,27 @@ class Killed:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Killed]:
-    root, done = tmp_path_factory.mktemp("killed"), {}
-    for index, (name, way) in enumerate(_WAYS.items()):
-        here, points, steps = root / str(index), {}, []
-        whole = _job(here / "whole", models["llama"], way).finish().check()
-        for step in range(1, _STEPS + 1):
-            job = _job(here / f"at-{step}", models["llama"], way, points.get(step - 1))
-            if step == _STEPS:
-                last = job.finish().check()
-                steps += last.events(events.StepEvent)
-                break
-            ended = job.start(die=Die(f"/step-{step + 1}")).died()
-            assert ended.codes[0] == -9, ended.logs
-            assert set(ended.codes[1:]) <= {-9, 75}, ended.logs  # killed, or quicker in saying that its peer is lost
-            steps += [event for event in ended.events(events.StepEvent) if event.step == step]
-            assert ended.events(events.StepEvent)[-1].step == step + 1
-            newest = manifest_io.newest_complete(job.paths.checkpoints)
-            assert newest == job.paths.checkpoints / f"step-{step}"
-            points[step] = newest
-        done[name] = Killed(whole, last, steps, points)
-    return done
+    root, llama = tmp_path_factory.mktemp("killed"), models["llama"]
+    tasks = [partial(_kill_at_every_step, root / str(index), llama, way) for index, way in enumerate(_WAYS.values())]
+    return dict(zip(_WAYS, at_once(tasks), strict=True))
+
+
+def _kill_at_every_step(here: Path, model: Path, way: dict[str, Any]) -> Killed:
+    points: dict[int, Path] = {}
+    steps: list[events.StepEvent] = []
+    whole = _job(here / "whole", model, way).finish().check()
+    for step in range(1, _STEPS):
+        job = _job(here / f"at-{step}", model, way, points.get(step - 1))
+        ended = job.start(die=Die(f"/step-{step + 1}")).died()
+        assert ended.codes[0] == -9, ended.logs
+        assert set(ended.codes[1:]) <= {-9, 75}, ended.logs  # killed, or quicker in saying that its peer is lost
+        steps += [event for event in ended.events(events.StepEvent) if event.step == step]
+        assert ended.events(events.StepEvent)[-1].step == step + 1
+        newest = manifest_io.newest_complete(job.paths.checkpoints)
+        assert newest == job.paths.checkpoints / f"step-{step}"
+        points[step] = newest
+    last = _job(here / "last", model, way, points[_STEPS - 1]).finish().check()
+    return Killed(whole, last, [*steps, *last.events(events.StepEvent)], points)
 
 
 @pytest.mark.parametrize("way", _WAYS)

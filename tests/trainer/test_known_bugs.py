@@ -15,7 +15,7 @@ from finetune_trainer.batch import Collator
 from finetune_trainer.loss import LossSum
 from finetune_trainer.render import Example, Renderer
 from finetune_trainer.rows import Row, Turn
-from trainer.ranks import Ended, finish_all, pairs, prepare
+from trainer.ranks import Ended, finish_each, pairs, prepare
 
 _CPU = torch.device("cpu")
 
@@ -55,11 +55,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
         "one rank": prepare(root / "4", llama, pairs(5), training=single),
         "idle rank": prepare(root / "5", llama, pairs(5), training=single, world=2),
     }
-    done: dict[str, Ended] = {}
-    for size in (1, 2):
-        own = [name for name, job in jobs.items() if job.run.world.size == size]
-        done.update(zip(own, finish_all([jobs[name] for name in own]), strict=True))
-    return done
+    return finish_each(jobs)
 
 
 def test_an_end_token_of_number_0(models: dict[str, Path]) -> None:

@@ -17,7 +17,7 @@ from finetune_api.resource import FullSpec, LoraSpec
 from finetune_trainer import adapters, freezing, model, model_size
 from finetune_trainer.failure import Failed
 from trainer import reload
-from trainer.ranks import Ended, Job, finish_all, pairs, prepare
+from trainer.ranks import Checked, Ended, Job, finish_each, pairs, prepare
 
 _HELD_OUT = pairs(5, 1)
 
@@ -92,20 +92,12 @@ def _job(folder: Path, base: Path, way: Way, *, steps: int = 4, resume: Path | N
 def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> dict[str, Ended]:
     root = tmp_path_factory.mktemp("methods")
     jobs = {name: _job(root / str(at), models[way.family], way) for at, (name, way) in enumerate(WAYS.items())}
-    done = _finished(jobs)
+    done = finish_each(jobs)
     again = {
         name: _job(root / f"{at}-again", models[way.family], way, resume=done[name].paths.checkpoints / "step-2")
         for at, (name, way) in enumerate(WAYS.items())
     }
-    return done | {f"{name}, resumed": ended for name, ended in _finished(again).items()}
-
-
-def _finished(jobs: dict[str, Job]) -> dict[str, Ended]:
-    done: dict[str, Ended] = {}
-    for world in (1, 2):
-        own = [name for name, job in jobs.items() if job.run.world.size == world]
-        done.update(zip(own, finish_all([jobs[name] for name in own]), strict=True))
-    return done
+    return Checked({**done, **{f"{name}, resumed": ended for name, ended in finish_each(again).items()}})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune_trainer.failure import Failed
 from finetune_trainer.learner import trained
 from finetune_trainer.optimizers import Optimizer, Recipe
 from trainer.forked import Die
-from trainer.ranks import Ended, Job, pairs, prepare
+from trainer.ranks import Ended, Job, at_once, finish_each, pairs, prepare
 
 _KINDS = ["adamw", "adamw_8bit", "adafactor", "muon"]
 _LARGE = LoraSpec(
@@ -178,8 +179,15 @@ def test_a_recipe_says_why_and_what_cant_be_split_is_refused() -> None:
     assert on_cpu.betas == (0.9, 0.95)
     assert "no GPU" in optimizers.reason(training, on_cpu, "ddp")
     assert "16 times as fast" in optimizers.reason(training, on_gpu, "ddp")
-    with pytest.raises(Failed, match=r"training\.optimizer: paged_adamw_8bit can't be split.*zero2; use strategy ddp"):
-        optimizers.reason(training, on_gpu, "zero2")
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+def test_what_computes_with_whole_matrices_isnt_cut(kind: Any, strategy: str) -> None:
+    training = TrainingSpec(optimizer=kind)
+    refused = rf"training\.optimizer: {kind} \w+ .*, and distribution\.strategy {strategy} cuts .*; use strategy ddp"
+    with pytest.raises(Failed, match=refused):
+        optimizers.reason(training, optimizers.recipe(training, None, "cpu"), strategy)
 
 
 _WAYS: dict[str, dict[str, Any]] = {
@@ -202,14 +210,17 @@ def done(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> d
         way = {**_WAYS[name], "training": {"max_steps": 6, "keep_best": False, **_WAYS[name].get("training", {})}}
         return prepare(root / name / folder, models["llama"], pairs(21), every=2, resume=resume, **way)
 
-    found = {}
-    for name in _WAYS:
+    def point(name: str) -> Path:
         killed = job(name, "killed")
         assert killed.start(die=Die("/step-6")).died().codes == (-9,)
         middle = manifest_io.newest_complete(killed.paths.checkpoints)
         assert middle == killed.paths.checkpoints / "step-4"
-        found[name] = job(name, "whole").finish().check(), job(name, "resumed", middle).finish().check()
-    return found
+        return middle
+
+    points = dict(zip(_WAYS, at_once([partial(point, name) for name in _WAYS]), strict=True))
+    whole = finish_each({name: job(name, "whole") for name in _WAYS})
+    resumed = finish_each({name: job(name, "resumed", points[name]) for name in _WAYS})
+    return {name: (whole[name], resumed[name]) for name in _WAYS}
 
 
 @pytest.mark.parametrize("way", _WAYS)

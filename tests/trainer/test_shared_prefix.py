@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune_api import events
-from trainer.ranks import Ended, finish_all, pairs, prepare
+from trainer.ranks import Ended, finish_each, pairs, prepare
 
 _TEXT = "move the tower light ship again and aim about: "
 _ROWS = [{**row, "prompt": _TEXT + row["prompt"]} for row in pairs(40)]
@@ -32,11 +32,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
         for choice in ("auto", "off"):
             known = {"data": {"shared_prefix": choice, "max_sequence_length": 128}, "validation": 0.2, **options}
             jobs[way, choice] = prepare(root / str(len(jobs)), models[known.pop("family", "llama")], _ROWS, **known)
-    done: dict[tuple[str, str], Ended] = {}
-    for size in (1, 2):
-        chosen = [name for name, job in jobs.items() if job.run.world.size == size]
-        done.update(zip(chosen, finish_all([jobs[name] for name in chosen]), strict=True))
-    return done
+    return finish_each(jobs)
 
 
 @pytest.mark.parametrize("way", _WAYS)

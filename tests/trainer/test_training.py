@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune_api import events
 from trainer import naive
-from trainer.ranks import Ended, Job, finish_all, pairs, prepare
+from trainer.ranks import Ended, Job, finish_each, pairs, prepare
 
 _ANSWERING = ("1 rank", "2 ranks", "2 ranks, zero2", "2 ranks, zero3", "2 ranks, fsdp")
 _ROWS = pairs(21)  # no multiple of the batch of 8
@@ -29,21 +29,21 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, padded, accumulation": {"world": 2, "data": {"packing": False}, "training": {"micro_batch_size": 2}},
     "2 ranks, zero1": {"world": 2, "strategy": "zero1"},
     "2 ranks, zero2": {"world": 2, "strategy": "zero2"},
-    "2 ranks, zero2, accumulation": {"world": 2, "strategy": "zero2", "training": {"micro_batch_size": 1}},
     "2 ranks, zero3": {"world": 2, "strategy": "zero3"},
-    "2 ranks, zero3, accumulation": {"world": 2, "strategy": "zero3", "training": {"micro_batch_size": 1}},
     "2 ranks, zero2, optimizer offloaded": {"world": 2, "strategy": "zero2", "offload": "optimizer"},
     "2 ranks, fsdp": {"world": 2, "strategy": "fsdp"},
-    "2 ranks, fsdp, accumulation": {"world": 2, "strategy": "fsdp", "training": {"micro_batch_size": 1}},
     "2 ranks, recomputed": {"world": 2, "training": {"activation_checkpointing": "always"}},
     "2 ranks, fsdp, recomputed": {"world": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "always"}},
     "2 ranks, full, zero3, recomputed": {
         "world": 2, "strategy": "zero3", "full": True, "training": {"activation_checkpointing": "always"},
     },
     "1 rank, LoRA+": {"lora": _PLUS},
-    "2 ranks, zero2, LoRA+": {"world": 2, "strategy": "zero2", "lora": _PLUS},
-    "2 ranks, zero3, LoRA+": {"world": 2, "strategy": "zero3", "lora": _PLUS},
-    "2 ranks, fsdp, LoRA+": {"world": 2, "strategy": "fsdp", "lora": _PLUS},
+    **{
+        f"2 ranks, {strategy}, LoRA+, accumulation": {
+            "world": 2, "strategy": strategy, "lora": _PLUS, "training": {"micro_batch_size": 1},
+        }
+        for strategy in ("zero1", "zero2", "zero3", "fsdp")
+    },
     "1 rank, full": {"full": True},
     "2 ranks, full": {"world": 2, "full": True},
     "2 ranks, full, zero2": {"world": 2, "full": True, "strategy": "zero2"},
@@ -121,11 +121,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> 
         name: _job(root / str(index), models, way, samples=2 if name in _ANSWERING else 0)
         for index, (name, way) in enumerate({**_WAYS, **_HALF}.items())
     }
-    done: dict[str, Ended] = {}
-    for size in (1, 2):
-        names = [name for name, job in jobs.items() if job.run.world.size == size]
-        done.update(zip(names, finish_all([jobs[name] for name in names]), strict=True))
-    return done
+    return finish_each(jobs)
 
 
 @pytest.fixture(scope="module")

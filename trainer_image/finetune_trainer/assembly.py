@@ -25,6 +25,7 @@ from finetune_trainer import (
     resuming,
     settling,
     zero,
+    zero_config,
 )
 from finetune_trainer.arrangement import Most
 from finetune_trainer.batch import Collator
@@ -38,7 +39,7 @@ from finetune_trainer.reporter import Reporter
 from finetune_trainer.train import Training
 from finetune_trainer.world import World
 
-_STAGES: dict[str, zero.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
+_STAGES: dict[str, zero_config.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def check_same_data(saved: State | None, data: Data) -> None:
@@ -61,7 +62,7 @@ def build(
     mixed = choice == "bfloat16"
     stored = torch.bfloat16 if mixed and lora is not None else torch.float32
     run, found = settling.settle(run, paths, world, reporter, longest=data.longest, half=mixed, saved=saved)
-    with zero.split_while_loading(_STAGES.get(run.world.strategy), run.world.offload):
+    with zero_config.split_while_loading(_STAGES.get(run.world.strategy), run.world.offload):
         outline = run.world.strategy == "fsdp" and not world.is_first
         longest = min(data.longest, run.data.max_sequence_length)  # of what one token sees: a pair is two answers
         quantized = method.quantized(run, world.device, reporter)

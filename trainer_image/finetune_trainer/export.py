@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune_api.run import RunConfig
-from finetune_trainer import adapters, merge, tokenizer_files, zero
+from finetune_trainer import adapters, merge, tokenizer_files, zero_config
 from finetune_trainer.failure import Failed
 from finetune_trainer.model import Loaded, load
 
@@ -131,7 +131,7 @@ def _frozen(loaded: Loaded, weights: Mapping[str, Tensor], folder: Path, stored:
     """What didn't learn, read again from the base: where weights are split, no rank has it whole."""
     if {name for name, _ in loaded.base.named_parameters()} <= weights.keys():
         return {}
-    with zero.loading_whole():
+    with zero_config.loading_whole():
         again = load(folder, dtype=stored, longest=0).base
     return {name: parameter.detach() for name, parameter in again.named_parameters() if name not in weights}
 

@@ -17,6 +17,12 @@ from torch import Tensor
 from finetune_api.resource import LoraSpec, TrainingSpec
 from finetune_trainer.failure import Failed
 
+_WHOLE = {  # AdamW alone computes each value by itself
+    "adamw_8bit": "keeps its moments in blocks of 256 of a weight's values",
+    "paged_adamw_8bit": "keeps its moments in blocks of 256 of a weight's values",
+    "adafactor": "needs the means of whole rows and columns",
+    "muon": "makes the updates of whole matrices orthogonal",
+}
 _SHARED = ("qmap1", "qmap2")  # bitsandbytes' code books: constants that it puts into every weight's state
 
 
@@ -51,8 +57,8 @@ def reason(training: TrainingSpec, chosen: Recipe, strategy: str) -> str:
     if strategy != "ddp" and chosen.optimizer != "adamw":
         raise Failed(
             "InvalidConfig",
-            f"training.optimizer: {training.optimizer} can't be split over ranks yet, but distribution.strategy is "
-            f"{strategy}; use strategy ddp, or optimizer adamw",
+            f"training.optimizer: {training.optimizer} {_WHOLE[training.optimizer]}, and distribution.strategy "
+            f"{strategy} cuts them over the ranks; use strategy ddp, or optimizer adamw",
         )
     words = {
         "adamw": "training.optimizer says so",

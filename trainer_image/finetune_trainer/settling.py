@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from finetune_api.run import RunConfig
-from finetune_trainer import free_memory, model, model_size, scale, zero
+from finetune_trainer import free_memory, model, model_size, scale, zero_config
 from finetune_trainer.checkpoint import State
 from finetune_trainer.failure import Failed
 from finetune_trainer.footprint import gib
@@ -35,7 +35,7 @@ def settle(
         raise Failed("InvalidConfig", f"distribution.strategy {run.world.strategy}: {error}") from None
     _tell(found, run, reporter)
     if found.way.strategy.startswith("zero"):
-        zero.prepare_environment(run.world.device)
+        zero_config.prepare_environment(run.world.device)
     way = {"strategy": found.way.strategy, "offload": found.way.offload}
     return run.model_copy(update={"world": run.world.model_copy(update=way)}), found
 

@@ -25,7 +25,7 @@ def grow(base: Any, learnt: Sequence[int]) -> None:
     """The model has a row for each; new rows begin as the mean of the others, on every rank alike."""
     import torch
 
-    from finetune_trainer import zero
+    from finetune_trainer import zero_config
 
     before = int(base.get_input_embeddings().num_embeddings)
     if not learnt or max(learnt) < before:
@@ -35,7 +35,7 @@ def grow(base: Any, learnt: Sequence[int]) -> None:
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             if layer is None:
                 continue
-            with zero.whole(layer.weight):
+            with zero_config.whole(layer.weight):
                 if layer.weight.numel():
                     layer.weight[before:] = layer.weight[:before].mean(0, keepdim=True)
                 if getattr(layer, "bias", None) is not None:

@@ -1,4 +1,4 @@
-"""Sharded: a Learner on DeepSpeed's ZeRO stages 1 to 3, through Accelerate. Chosen by `rank`.
+"""Sharded: a Learner on DeepSpeed's ZeRO stages 1 to 3, through Accelerate. Chosen by `assembly`.
 
 Three things are needed together on the CPU, else Accelerate goes wrong silently: ACCELERATE_USE_DEEPSPEED, no
 `cpu=True`, and the backend named by InitProcessGroupKwargs. `assert_same_world` would notice.
@@ -7,119 +7,36 @@ Three things are needed together on the CPU, else Accelerate goes wrong silently
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune_trainer.footprint import ZERO_BUCKET
+from finetune_trainer import zero_config
 from finetune_trainer.learner import MOMENTS, Extent, Stored, assert_same_world, to_cpu, trained
 from finetune_trainer.optimizers import Recipe, adamw, set_rate, shape_of
 from finetune_trainer.world import World
 
-Stage = Literal[1, 2, 3]
-Offload = Literal["none", "optimizer", "parameters"]
-
-
-def prepare_environment(device: str) -> None:
-    """Before the first import of deepspeed."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]  # else DeepSpeed asks a program called numactl
-
-
-def configuration(stage: Stage, recipe: Recipe, offload: Offload = "none") -> dict[str, Any]:
-    """DeepSpeed's own configuration. The loop counts micro-batches itself, hence accumulation 1."""
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    away = {
-        **({"offload_optimizer": host} if offload != "none" else {}),
-        **({"offload_param": host} if offload == "parameters" else {}),
-    }
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": ZERO_BUCKET,
-            "allgather_bucket_size": ZERO_BUCKET,
-            **away,
-        },
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-
-
-@contextmanager
-def split_while_loading(stage: Stage | None, offload: Offload = "none") -> Iterator[None]:
-    """In stage 3 a weight is split over the ranks as soon as rank 0 has read it: no rank ever holds the whole model."""
-    if stage != 3:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    _without_compiling()
-    splitting = configuration(stage, Recipe(0.0, 0.0), offload)
-    config = HfDeepSpeedConfig(splitting)  # only lives as long as somebody holds it
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del config
-
-
-@contextmanager
-def loading_whole() -> Iterator[None]:
-    """A model that one rank loads in here is its own: Accelerate makes Transformers split whatever is loaded later."""
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
-
-
-def whole(parameter: Any) -> AbstractContextManager[Any]:
-    """Inside, a weight that was split is whole and may be written (rank 0's copy counts)."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-    return gathered
-
-
-def _without_compiling() -> None:
-    """On the CPU DeepSpeed would compile a shared-memory all-reduce into the home directory: half a minute
-    that a read-only pod can't spend, for something that can't reach another pod."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
 
 class Sharded:
-    """Stage 1 splits the optimizer's state over the ranks, 2 the gradients too, 3 the weights too."""
+    """Stage 1 splits the optimizer's state over the ranks, 2 the gradients too, 3 the weights too.
 
-    alone = False  # ranks meet inside forward and backward
+    In stage 1 DeepSpeed sees the gradients once a step, after all ranks have said that theirs are whole, as in ddp.
+    """
 
-    def __init__(self, model: Any, recipe: Recipe, world: World, stage: Stage, offload: Offload = "none") -> None:
+    def __init__(
+        self, model: Any, recipe: Recipe, world: World, stage: zero_config.Stage, offload: zero_config.Offload = "none"
+    ) -> None:
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
-        _without_compiling()
-        plugin = DeepSpeedPlugin(hf_ds_config=configuration(stage, recipe, offload), zero3_init_flag=False)
+        zero_config.without_compiling()
+        plugin = DeepSpeedPlugin(hf_ds_config=zero_config.configuration(stage, recipe, offload), zero3_init_flag=False)
         backend = InitProcessGroupKwargs(backend="gloo" if world.device.type == "cpu" else "nccl")
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
         assert_same_world(accelerator, world)
+        self.alone = stage == 1  # in 2 and 3 ranks meet inside forward and backward
         self._world = world
         self._stage = stage
         self._plain = model
@@ -129,7 +46,7 @@ class Sharded:
 
     @property
     def model(self) -> Any:
-        return self._engine
+        return self._plain if self.alone else self._engine
 
     @property
     def plain(self) -> Any:
@@ -141,17 +58,34 @@ class Sharded:
         yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
+        if self.alone:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, rate: float) -> float:
+        if self.alone:
+            self._meet()
         set_rate(self._engine.optimizer, rate)
         self._engine.step()
         if self._engine.optimizer.overflow:  # DeepSpeed found a gradient that isn't finite, and changed nothing
             return math.nan
         return float(self._engine.get_global_grad_norm())
 
+    def _meet(self) -> None:
+        """All ranks' gradients of a step, of every weight: one may lack some that another has."""
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._engine.set_gradient_accumulation_boundary(is_boundary=True)
+        self._engine.allreduce_gradients()
+
     def forget(self) -> None:
-        """DeepSpeed drops gradients in one way only: by a step that finds an overflow."""
+        """DeepSpeed drops gradients that met in one way only: by a step that finds an overflow."""
+        if self.alone:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+            return
         optimizer = self._engine.optimizer
         looks_for_it = "_overflow_check_and_loss_scale_update" if self._stage == 3 else "check_overflow"
 
