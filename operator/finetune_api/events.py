@@ -66,6 +66,18 @@ class PlanEvent(LenientModel):
     halvings: int = Field(default=0, description="How often micro-batches were halved for want of memory.")
 
 
+class Rewards(LenientModel):
+    """Of objective dpo, means over pairs, by TRL's names: a reward is beta times what an answer's log p gained on the
+    reference."""
+
+    chosen: float
+    rejected: float
+    margins: float = Field(description="chosen - rejected.")
+    accuracies: float = Field(description="Share of pairs whose chosen answer has the larger reward. 0 to 1.")
+    logps_chosen: float = Field(description="log p, summed over the answer's tokens.")
+    logps_rejected: float
+
+
 class StepEvent(LenientModel):
     """One optimizer step, all ranks together."""
 
@@ -80,6 +92,7 @@ class StepEvent(LenientModel):
     label_tokens: int
     samples: int
     seconds: dict[str, float] = Field(description="Wall time by part: data, forward, backward, optimizer, total.")
+    rewards: Rewards | None = None
 
 
 class EvalEvent(LenientModel):
@@ -91,6 +104,7 @@ class EvalEvent(LenientModel):
     split: Literal["validation", "test"]
     loss: float
     label_tokens: int
+    rewards: Rewards | None = None
 
 
 class CheckpointEvent(LenientModel):

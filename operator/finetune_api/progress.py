@@ -38,6 +38,12 @@ class Progress(LenientModel):
     epoch: float = 0.0
     train_loss: float | None = None
     eval_loss: float | None = None
+    reward_margin: float | None = Field(default=None, description="Of objective dpo, as of the last step.")
+    reward_accuracy: float | None = None
+    eval_reward_margin: float | None = None
+    eval_reward_accuracy: float | None = None
+    test_reward_margin: float | None = None
+    test_reward_accuracy: float | None = None
     test_loss_before: float | None = None
     test_loss_after: float | None = None
     learning_rate: float | None = None

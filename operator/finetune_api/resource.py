@@ -128,14 +128,6 @@ class Spec(Model):
         Rule("output.merge", "is not supported yet with method.lora.addedTokens; load the adapter with PEFT",
              "!self.output.merge || !has(self.method.lora) || self.method.lora.addedTokens.size() == 0",
              lambda m: not m.output.merge or not m.method.lora or not m.method.lora.added_tokens),
-        Rule("training.objective", "dpo needs method lora: the reference is the base without its adapters",
-             "self.training.objective != 'dpo' || self.method.type == 'lora'",
-             lambda m: m.training.objective != "dpo" or m.method.type == "lora"),
-        Rule("training.objective", "dpo needs method.lora.init default and bias none, which leave the base as it is",
-             "self.training.objective != 'dpo' || !has(self.method.lora) || "
-             "(self.method.lora.init == 'default' && self.method.lora.bias == 'none')",
-             lambda m: m.training.objective != "dpo" or not m.method.lora
-             or (m.method.lora.init == "default" and m.method.lora.bias == "none")),
         Rule("method.lora.bias", "must be none with model.quantization: bitsandbytes narrows biases as it computes",
              "self.model.quantization == 'none' || !has(self.method.lora) || self.method.lora.bias == 'none'",
              lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.bias == "none"),

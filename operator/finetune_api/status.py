@@ -50,6 +50,16 @@ class ProgressStatus(LenientModel):
     epoch: float = Field(default=0.0, description="Passes over the data done.")
     train_loss: float | None = Field(default=None, description="Mean loss per supervised token of the last step.")
     eval_loss: float | None = Field(default=None, description="Mean loss per supervised token of the validation rows.")
+    reward_margin: float | None = Field(
+        default=None,
+        description="Of objective dpo: how much larger the chosen answer's reward is, mean over the last step's pairs. "
+        "A reward is beta times what an answer's log-probability gained on the reference.",
+    )
+    reward_accuracy: float | None = Field(
+        default=None, description="Share of the last step's pairs whose chosen answer has the larger reward, 0 to 1."
+    )
+    eval_reward_margin: float | None = Field(default=None, description="rewardMargin of the validation pairs.")
+    eval_reward_accuracy: float | None = Field(default=None, description="rewardAccuracy of the validation pairs.")
     tokens_per_second: float | None = Field(default=None, description="Tokens a second, padding not counted.")
     eta_seconds: int | None = Field(default=None, description="Seconds of training left.")
     skipped_steps: int = Field(default=0, description="Steps that changed nothing: refused, or undone after a spike.")
@@ -97,6 +107,14 @@ class EvaluationStatus(LenientModel):
 
     train_loss: float | None = Field(default=None, description="Last step's training loss.")
     eval_loss: float | None = Field(default=None, description="Validation loss of the weights that were written.")
+    eval_reward_margin: float | None = Field(
+        default=None, description="Of objective dpo: reward margin of the validation pairs, of what was written."
+    )
+    eval_reward_accuracy: float | None = Field(
+        default=None, description="Share of the validation pairs whose chosen answer has the larger reward, 0 to 1."
+    )
+    test_reward_margin: float | None = Field(default=None, description="Reward margin of the test pairs.")
+    test_reward_accuracy: float | None = Field(default=None, description="That share of the test pairs.")
     test_loss_before: float | None = Field(default=None, description="Test loss of the base model.")
     test_loss_after: float | None = Field(default=None, description="Test loss of the result.")
     scored_rows: int | None = Field(default=None, description="Test rows whose generated answers were scored.")

@@ -39,6 +39,8 @@ def said(latest: posted.Progress) -> str:
         parts.append(f"loss {latest.train_loss:.4f}")
     if latest.eval_loss is not None:
         parts.append(f"eval {latest.eval_loss:.4f}")
+    if latest.reward_accuracy is not None and latest.reward_margin is not None:
+        parts.append(f"accuracy {latest.reward_accuracy:.3f}  margin {latest.reward_margin:.4f}")
     if latest.tokens_per_second is not None:
         parts.append(f"{latest.tokens_per_second:,.0f} tokens/s")
     if latest.eta_seconds:
@@ -127,6 +129,10 @@ def losses(metrics: dict[str, float]) -> list[str]:
         lines.append(f"test loss {before:.4f} → {after:.4f} ({100 * (after - before) / before:+.1f} %)")
     if "evalLoss" in metrics:
         lines.append(f"validation loss {metrics['evalLoss']:.4f}")
+    for split, name in (("test", "test"), ("eval", "validation")):
+        if f"{split}RewardAccuracy" in metrics:
+            share, margin = metrics[f"{split}RewardAccuracy"], metrics[f"{split}RewardMargin"]
+            lines.append(f"{name} pairs: {share:.1%} preferred as they should be, reward margin {margin:.4f}")
     if "trainLoss" in metrics:
         lines.append(f"training loss {metrics['trainLoss']:.4f} (last of {metrics.get('steps', 0):.0f} steps)")
     return lines

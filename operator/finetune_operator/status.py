@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from finetune_api.progress import Progress
 from finetune_api.result import Result
 from finetune_api.status import (
     CONDITION_COMPLETE,
@@ -208,6 +209,10 @@ def _progress(
         epoch=told.epoch,
         train_loss=_rounded(told.train_loss),
         eval_loss=_rounded(told.eval_loss),
+        reward_margin=_rounded(told.reward_margin),
+        reward_accuracy=_rounded(told.reward_accuracy),
+        eval_reward_margin=_rounded(told.eval_reward_margin),
+        eval_reward_accuracy=_rounded(told.eval_reward_accuracy),
         tokens_per_second=_rounded(told.tokens_per_second, 1),
         eta_seconds=told.eta_seconds,
         skipped_steps=told.skipped_steps,
@@ -227,14 +232,22 @@ def _finished_progress(
     if not total:
         return before
     measured = (result.evaluation if result else None) or EvaluationStatus()
-    reported_losses = (told.train_loss, told.eval_loss) if told else (None, None)
+    said = told or Progress(attempt=0)
     return ProgressStatus(
         step=step,
         total_steps=total,
         percent=100,
         epoch=told.epoch if told else last.epoch,
-        train_loss=_rounded(_first(measured.train_loss, reported_losses[0], last.train_loss)),
-        eval_loss=_rounded(_first(measured.eval_loss, reported_losses[1], last.eval_loss)),
+        train_loss=_rounded(_first(measured.train_loss, said.train_loss, last.train_loss)),
+        eval_loss=_rounded(_first(measured.eval_loss, said.eval_loss, last.eval_loss)),
+        reward_margin=_rounded(_first(said.reward_margin, last.reward_margin)),
+        reward_accuracy=_rounded(_first(said.reward_accuracy, last.reward_accuracy)),
+        eval_reward_margin=_rounded(
+            _first(measured.eval_reward_margin, said.eval_reward_margin, last.eval_reward_margin)
+        ),
+        eval_reward_accuracy=_rounded(
+            _first(measured.eval_reward_accuracy, said.eval_reward_accuracy, last.eval_reward_accuracy)
+        ),
         tokens_per_second=_rounded(told.tokens_per_second, 1) if told else last.tokens_per_second,
         eta_seconds=0,
         skipped_steps=told.skipped_steps if told else last.skipped_steps,
@@ -284,8 +297,12 @@ def _evaluation(
         overfitting=told.overfitting,
         train_loss=told.train_loss,
         eval_loss=told.eval_loss,
+        eval_reward_margin=told.eval_reward_margin,
+        eval_reward_accuracy=told.eval_reward_accuracy,
         test_loss_before=told.test_loss_before,
         test_loss_after=told.test_loss_after,
+        test_reward_margin=told.test_reward_margin,
+        test_reward_accuracy=told.test_reward_accuracy,
     )
 
 

@@ -255,11 +255,7 @@ CASES: tuple[Case, ...] = (
     ok("dpo with its settings", ("training", {"objective": "dpo", "dpo": {"beta": 0.3}})),
     bad("dpo's settings without it", "spec.training.dpo", ("training.dpo", {"beta": 0.3})),
     *none_of("training.dpo.beta", 0, -0.1, 101, "0.1", also=(("training.objective", "dpo"),)),
-    bad("dpo of a whole model", "spec.training.objective",
-        ("training.objective", "dpo"), ("method", {"type": "full"})),
-    *(bad(f"dpo with {field} {value}", "spec.training.objective",
-          ("training.objective", "dpo"), (f"method.lora.{field}", value))
-      for field, value in (("init", "pissa"), ("init", "olora"), ("bias", "all"))),
+    ok("dpo of a whole model", ("training.objective", "dpo"), ("method", {"type": "full"})),
     ok("epochs alone", ("training.epochs", 0.5)),
     ok("maxSteps alone", ("training.maxSteps", 100)),
     bad("both epochs and maxSteps", "spec.training.maxSteps", ("training", {"epochs": 3, "maxSteps": 100})),

@@ -99,7 +99,8 @@ def test_the_dashboard_uses_nearly_all_series_of_the_trainer() -> None:
     """A new series deserves a panel, or a reason here why it has none."""
     elsewhere = {
         "finetune_train_learning_rate", "finetune_learning_rate", "finetune_grad_norm",  # the operator re-exports them
-        "finetune_eval_score",
+        "finetune_eval_score", "finetune_train_reward_margin", "finetune_train_reward_accuracy_ratio",
+        "finetune_eval_reward_margin", "finetune_eval_reward_accuracy_ratio",
         "finetune_train_tokens_total", "finetune_train_progress_ratio", "finetune_train_last_step_timestamp_seconds",
         "finetune_checkpoint_bytes_total", "finetune_checkpoint_last_success_timestamp_seconds",
     }  # fmt: skip
@@ -237,11 +238,14 @@ BUSY = CALM | {
     **{
         f"finetune_job_{name}{{{JOB}}}": "0.5x90"
         for name in ("train_loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "progress_ratio",
-                     "eta_seconds")
+                     "eta_seconds", "train_reward_margin", "train_reward_accuracy_ratio", "eval_reward_margin",
+                     "eval_reward_accuracy_ratio")
     },
     f"finetune_train_loss{{{_POD}}}": "2-0.01x90",
     f'finetune_eval_loss{{{_POD}, split="validation"}}': "2x90",
     f'finetune_job_eval_score{{{JOB}, metric="rougeL", model="tuned"}}': "0.3x90",
+    f'finetune_train_reward{{{_POD}, answer="chosen"}}': "0.3x90",
+    f'finetune_train_log_probability{{{_POD}, answer="chosen"}}': "-30x90",
     f"finetune_train_steps_total{{{_POD}}}": "0+5x90",
     f"finetune_train_samples_total{{{_POD}}}": "0+80x90",
     f"finetune_train_padding_ratio{{{_POD}}}": "0.1x90",

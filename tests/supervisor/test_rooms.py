@@ -118,7 +118,8 @@ def test_the_eval_loss_that_is_reported_is_the_one_of_the_weights_that_were_writ
 
 def test_the_first_test_loss_is_the_bases_and_the_last_the_results() -> None:
     now = folded(evaluated(0, "test", 4.0), evaluated(8, "test", 2.0))
-    assert (now.test_before, now.test_after) == (4.0, 2.0)
+    assert now.evaluation is not None
+    assert (now.evaluation.test_loss_before, now.evaluation.test_loss_after) == (4.0, 2.0)
 
 
 def test_a_restored_history_counts_tokens_but_not_this_attempts_steps() -> None:

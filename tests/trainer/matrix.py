@@ -1,5 +1,6 @@
 """Family x method x strategy: each cell is run on two ranks, or refused with its reason. `make matrix` writes what came
-of it to docs/families.md; test_families runs a slice.
+of it to docs/families.md; test_families runs a slice. What came of a cell is kept outside the checkout, in a file that
+is named by the code that ran, so a run that was interrupted goes on.
 
 A cell holds if it gives ddp's losses, and if what it wrote loads by Transformers and PEFT alone, on the base as it was,
 with the loss that the run told of the test rows.
@@ -7,7 +8,9 @@ with the loss that the run told of the test rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +26,12 @@ from testkit import tiny_models
 from trainer import many, reload
 from trainer.ranks import Ended, Job, Ranks, pairs, prepare
 
-_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+_ROOT = Path(__file__).parents[2]
+_PAGE = _ROOT / "docs" / "families.md"
+_DECIDING = (
+    "uv.lock", "operator/finetune_api/*.py", "trainer_image/finetune_trainer/*.py", "tests/testkit/tiny_models.py",
+    "tests/trainer/matrix.py", "tests/trainer/many.py", "tests/trainer/ranks.py", "tests/trainer/reload.py",
+)  # fmt: skip
 _CLOSE = 2e-4  # of a loss: float32, summed in another order
 
 
@@ -80,6 +88,7 @@ METHODS: dict[str, Method] = {
     "DPO": Method({}, objective="dpo"),
     "full": Method(full={}),
     "freezing": Method(full={"trainable": ["{layer}"]}),
+    "full, DPO": Method(full={}, objective="dpo"),
 }
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
@@ -148,7 +157,12 @@ def _job(folder: Path, base: Path, cell: Cell) -> Job:
         lora=spec.method.lora.model_dump() if spec.method.lora else None,
         full=False if method.lora is not None else spec.method.full or FullSpec(),
         quantization=method.quantization,
-        training={"max_steps": 2, "global_batch_size": 4, "objective": method.objective},
+        training={
+            "max_steps": 2,
+            "global_batch_size": 4,
+            "objective": method.objective,
+            "learning_rate": 1e-2 if method.lora is not None else 1e-3,
+        },
         test=_rows(method, 3, 1),
     )
     (folder / many.MAY_BE_REFUSED).touch()
@@ -253,78 +267,98 @@ def _judge(cell: Cell, found: Mapping[Cell, Outcome], cache: Path) -> None:
 
 def page(found: Mapping[Cell, Outcome]) -> str:
     """docs/families.md. Pure."""
-    reasons: list[str] = []
+    notes: list[str] = []
     lines = [
         "<!-- Written by `make matrix`, which runs every cell that isn't marked \"Not run yet\"; don't edit. -->",
         "# Families, methods, strategies",
         "",
         f"Run with a small model of the family's real class on two processes, by each of {', '.join(STRATEGIES)}.",
-        "✓ says: the strategies that the cell doesn't name gave ddp's losses, the test loss fell, and what was written",
-        "gives the reported test loss when Transformers and PEFT load it on the base as it was. A number says what is",
-        "refused, before anything is trained, and why. Not run on a GPU yet.",
+        "✓ says: every strategy gave ddp's losses, the test loss fell, and what was written gives the reported test",
+        "loss when Transformers and PEFT load it on the base as it was (of DPO: the logits that were trained). A",
+        "number is a note: which strategies are refused there, before anything is trained, and why. – is refused by all.",
+        "Not run on a GPU yet.",
         "",
         f"| family | {' | '.join(METHODS)} |",
         f"| --- |{' --- |' * len(METHODS)}",
     ]
     for key, family in FAMILIES.items():
-        cells = [
-            _cell({s: found.get(Cell(key, method, s), _UNKNOWN) for s in STRATEGIES}, reasons) for method in METHODS
-        ]
+        cells = [_cell({s: found.get(Cell(key, method, s), _UNKNOWN) for s in STRATEGIES}, notes) for method in METHODS]
         lines.append(f"| {family.title} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
     return "\n".join(lines)
 
 
-def _cell(by_strategy: Mapping[str, Outcome], reasons: list[str]) -> str:
-    parts = ["✓"] if any(outcome.holds for outcome in by_strategy.values()) else []
+def _cell(by_strategy: Mapping[str, Outcome], notes: list[str]) -> str:
+    """✓, or the strategies that hold where they are fewer than those that don't, and the numbers of notes."""
+    holding = [strategy for strategy, outcome in by_strategy.items() if outcome.holds]
     grouped: dict[str, list[str]] = {}
     for strategy, outcome in by_strategy.items():
         if not outcome.holds:
             grouped.setdefault(outcome.why or f"**wrong**: {outcome.wrong}", []).append(strategy)
+    numbers = []
     for reason, strategies in grouped.items():
-        if reason not in reasons:
-            reasons.append(reason)
-        where = "" if len(strategies) == len(by_strategy) else f"{', '.join(strategies)}: "
-        parts.append(f"{where}[{reasons.index(reason) + 1}]")
-    return ", ".join(parts)
+        note = reason if len(strategies) == len(by_strategy) else f"{', '.join(strategies)}: {reason}"
+        if note not in notes:
+            notes.append(note)
+        numbers.append(f"[{notes.index(note) + 1}]")
+    many = 2 * len(holding) > len(by_strategy)
+    return " ".join(["✓" if many else ", ".join(holding) or "–", *numbers])
 
 
 def main(arguments: list[str]) -> int:
-    """`--families a,b --methods c --strategies d`: a part, printed. `--results FILE`: cells found there aren't run
-    again, others are added to it. The page is written with all results that are known."""
+    """`--families a,b --methods c --strategies d`: a part; the page isn't written then. `--results FILE`: where what
+    came of cells is kept, instead of the cache's file of this very code. What holds or was refused isn't run again."""
     chosen = dict(zip((a.removeprefix("--") for a in arguments[::2]), arguments[1::2], strict=True))
     families, methods, strategies = (
         chosen[name].split(",") if name in chosen else list(everything)
         for name, everything in (("families", FAMILIES), ("methods", METHODS), ("strategies", STRATEGIES))
     )
-    kept = Path(chosen["results"]) if "results" in chosen else None
+    kept = Path(chosen["results"]) if "results" in chosen else _kept()
     found = _read(kept)
     for family in families:
-        missing = [Cell(family, m, s) for m in methods for s in strategies if Cell(family, m, s) not in found]
-        if not missing:
-            continue
-        with tempfile.TemporaryDirectory() as root:
-            new = run(Path(root), missing, found)
-        found |= new
-        if kept:
-            with kept.open("a") as file:
-                file.writelines(json.dumps([*astuple(c), o.why, o.wrong, o.losses]) + "\n" for c, o in new.items())
-        print(f"{family}: {sum(outcome.holds for outcome in new.values())} of {len(new)} cells run", flush=True)
-        for cell, outcome in new.items():
-            if outcome.wrong:
-                print(f"  WRONG {cell}: {outcome.wrong}", flush=True)
-    if kept or not chosen:
+        for strategy in strategies:  # ddp comes first: the others are compared with it
+            wanted = [Cell(family, method, strategy) for method in methods]
+            missing = [cell for cell in wanted if cell not in found or found[cell].wrong]
+            if missing:
+                found |= _run_and_keep(missing, found, kept)
+        told = [found[Cell(family, method, strategy)] for method in methods for strategy in strategies]
+        print(f"{family}: {sum(outcome.holds for outcome in told)} of {len(told)} cells run", flush=True)
+    asked = {Cell(family, m, s) for family in families for m in methods for s in strategies}
+    if not chosen.keys() - {"results"}:
         _PAGE.write_text(page(found))
-    else:
-        print("\n".join(f"{cell}: {outcome.why or outcome.wrong or 'runs'}" for cell, outcome in found.items()))
-    return 1 if any(outcome.wrong for outcome in found.values()) else 0
+    return 1 if any(found[cell].wrong for cell in asked) else 0
 
 
-def _read(kept: Path | None) -> dict[Cell, Outcome]:
-    if kept is None or not kept.is_file():
-        return {}
-    lines = (json.loads(line) for line in kept.read_text().splitlines())
-    return {Cell(*names): Outcome(why, wrong, tuple(losses)) for *names, why, wrong, losses in lines}
+def _run_and_keep(cells: list[Cell], found: Mapping[Cell, Outcome], kept: Path) -> dict[Cell, Outcome]:
+    with tempfile.TemporaryDirectory() as root:
+        new = run(Path(root), cells, found)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a") as file:
+        file.writelines(json.dumps([*astuple(c), o.why, o.wrong, o.losses]) + "\n" for c, o in new.items())
+    for cell, outcome in new.items():
+        if outcome.wrong:
+            print(f"  WRONG {cell}: {outcome.wrong}", flush=True)
+    return new
+
+
+def _kept() -> Path:
+    """Outside the checkout, named by all that decides what comes of a cell."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("FINETUNE_CACHE") or Path(home) / "finetune-operator")
+    whole = hashlib.sha256()
+    for path in sorted(path for pattern in _DECIDING for path in _ROOT.glob(pattern)):
+        whole.update(f"{path.relative_to(_ROOT)} ".encode() + path.read_bytes())
+    return cache / "matrix" / f"{whole.hexdigest()[:32]}.jsonl"
+
+
+def _read(kept: Path) -> dict[Cell, Outcome]:
+    """A cell's last line counts; a line that was cut off doesn't."""
+    found = {}
+    for line in kept.read_text().splitlines(keepends=True) if kept.is_file() else ():
+        if line.endswith("\n"):
+            *names, why, wrong, losses = json.loads(line)
+            found[Cell(*names)] = Outcome(why, wrong, tuple(losses))
+    return found
 
 
 if __name__ == "__main__":

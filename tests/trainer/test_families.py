@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from trainer import matrix, naive
 from trainer.matrix import FAMILIES, METHODS, Cell, Outcome
 from trainer.ranks import Job, finish_all, pairs, prepare
 
-_SLICE = [Cell(family, "all-linear", "ddp") for family in FAMILIES]
+_SLICE = [*(Cell(family, "all-linear", "ddp") for family in FAMILIES), Cell("llama", "modulesToSave", "fsdp")]
 _PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
@@ -22,7 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Outcome]:
     return matrix.run(tmp_path_factory.mktemp("families"), _SLICE)
 
 
-@pytest.mark.parametrize("cell", _SLICE, ids=lambda cell: cell.family)
+@pytest.mark.parametrize("cell", _SLICE, ids=lambda cell: "-".join(astuple(cell)))
 def test_a_family_trains_and_its_adapter_loads(cell: Cell, found: dict[Cell, Outcome]) -> None:
     assert found[cell].holds, found[cell]
 
@@ -48,8 +50,28 @@ def test_a_cell_that_differs_or_is_refused_isnt_shown_as_run() -> None:
         for strategy in matrix.STRATEGIES
     }
     page = matrix.page(found)
-    assert "| ✓, zero3: [1], fsdp: [2] |" in page
-    assert "1. not with zero3\n2. **wrong**: losses differ" in page
+    assert "| ✓ [1] [2] |" in page
+    assert "1. zero3: not with zero3\n2. fsdp: **wrong**: losses differ" in page
+
+
+def test_a_cell_says_which_strategies_hold_where_most_dont() -> None:
+    refused = Outcome(why="no")
+    notes: list[str] = []
+    of = dict.fromkeys(matrix.STRATEGIES, refused)
+    assert matrix._cell({**of, "ddp": Outcome()}, notes) == "ddp [1]"
+    assert matrix._cell(of, notes) == "– [2]"
+    assert notes == ["zero1, zero2, zero3, fsdp: no", "no"]
+
+
+def test_what_was_kept_of_an_interrupted_run_isnt_run_again(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl"
+    lines = [["llama", "LoRA", "ddp", "", "", [1.5]], ["llama", "LoRA", "zero3", "no", "", []]]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines) + '["llama", "LoRA", "fs')
+    assert matrix._read(kept) == {
+        Cell("llama", "LoRA", "ddp"): Outcome(losses=(1.5,)), Cell("llama", "LoRA", "zero3"): Outcome(why="no"),
+    }  # fmt: skip
+    asked = ["--families", "llama", "--methods", "LoRA", "--strategies", "ddp,zero3", "--results", str(kept)]
+    assert matrix.main(asked) == 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -16,10 +16,11 @@ from finetune_trainer.world import World
 
 @dataclass(frozen=True)
 class Micros:
-    """A rank's micro-batches: their summed losses, or why one of them had no memory."""
+    """A rank's micro-batches: their summed losses and figures, or why one of them had no memory."""
 
     nll: tuple[float, ...]
     short: str = ""
+    figures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Agreed:
     due: bool
     short: str = ""
     bad_rows: tuple[int, ...] = ()
+    figures: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -41,13 +43,14 @@ def agree(world: World, step: Step, rows: Split, own: Micros, *, stop: bool, due
     """`stop` counts from any rank, `due` (a checkpoint) too: only rank 0 looks at its clock."""
     total = sum(own.nll)
     bad = not math.isfinite(total)
-    loss, any_bad, any_stop, any_due, any_short = world.total(
-        0.0 if bad else total, float(bad), float(stop), float(due), float(bool(own.short))
+    told = [0.0] * len(own.figures) if bad else own.figures
+    loss, any_bad, any_stop, any_due, any_short, *figures = world.total(
+        0.0 if bad else total, float(bad), float(stop), float(due), float(bool(own.short)), *told
     )
     if any_short:
         return Agreed(0.0, any_stop > 0, any_due > 0, short=_first_short(world, own.short))
     lines = _bad_rows(world, step.micros[world.rank], rows, own.nll) if any_bad else ()
-    return Agreed(loss / step.label_tokens, any_stop > 0, any_due > 0, bad_rows=lines)
+    return Agreed(loss / step.label_tokens, any_stop > 0, any_due > 0, bad_rows=lines, figures=tuple(figures))
 
 
 def _first_short(world: World, own: str) -> str:

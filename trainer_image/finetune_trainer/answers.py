@@ -72,7 +72,8 @@ def weights_digest(learner: Learner, world: World) -> str:
         part = getattr(parameter, "ds_tensor", parameter)
         part = part.to_local() if hasattr(part, "to_local") else part
         digest.update(name.encode())
-        digest.update(part.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+        copied = part.detach().to("cpu", copy=True).contiguous()  # FSDP can't free a storage that numpy() has seen
+        digest.update(copied.view(torch.uint8).numpy().tobytes())
     return hashlib.sha256("".join(world.everyones(digest.hexdigest())).encode()).hexdigest()[:32]
 
 

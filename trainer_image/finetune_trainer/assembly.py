@@ -72,8 +72,6 @@ def build(
         model.recompute(loaded)
     parameters, trainable = loaded.parameters, loaded.trainable
     learner = _learner(run, loaded, world, reporter)
-    if saved is not None:
-        resuming.put_weights(learner, trained(loaded.model), paths)
     sharding = resuming.sharding(run, learner, world, reporter, trainable)
     trial = packing.Trial(learner, data.train, reporter, _collator(loaded, data, world))
     loss_sum = packing.head(trial, LossSum.of(loaded.base, torch.bfloat16 if mixed else None, world.device.type))
@@ -83,6 +81,8 @@ def build(
     made = arrangement.arrange(run, trial, loss_sum, most, why_not=loaded.why_not)
     if run.training.objective == "dpo":
         data, loss_sum = _preferring(run, paths, trial, made, loss_sum, data, world)
+    if saved is not None:  # only now: the reference is the model as it begins
+        resuming.put_weights(learner, trained(loaded.model), paths)
     compiled = _compile(
         run, loaded, paths, world, reporter, made.whole, saved, half=mixed, recompute=found.way.recompute
     )
@@ -120,12 +120,19 @@ def _preferring(
 ) -> tuple[Data, preference.PreferenceSum]:
     """Pairs with what the base says of them, and the loss that needs it."""
     beta = run.training.dpo.beta if run.training.dpo else DpoSpec().beta
-    trial.reporter.decision("objective", "dpo", f"beta {beta:g}; the base without adapters is the reference")
+    lora = run.lora if run.method == "lora" else None
+    aside = lora is not None and lora.init == "default" and lora.bias == "none"
+    who = "the base without adapters" if aside else "the model before its first step"
+    trial.reporter.decision("objective", "dpo", f"beta {beta:g}; {who} is the reference")
     trial.reporter.phase("evaluating")
     key = f"{preference.content(paths.model)} {loss_sum.autocast} {run.model.quantization} {run.added_tokens}"
+    if lora is not None and not aside:
+        key += f" {lora} {run.training.seed}"
     # Without its adapters the model takes its own output layer again, and not the copy that the head stands before.
-    plain = loss_sum.plain if run.lora and run.lora.modules_to_save else loss_sum
-    reference = preference.Reference(trial.learner, made.whole.shape, made.collate, plain, world, trial.reporter.alive)
+    plain = loss_sum.plain if aside and lora and lora.modules_to_save else loss_sum
+    reference = preference.Reference(
+        trial.learner, made.whole.shape, made.collate, plain, world, trial.reporter.alive, aside
+    )
     told = reference.beside(data, paths.token_cache, key)
     trial.reporter.phase("loading")
     return told, preference.PreferenceSum.over(loss_sum, beta)

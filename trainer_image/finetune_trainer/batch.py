@@ -66,17 +66,22 @@ class Collator:
         for (ids, learnt, source), same in zip(examples, common, strict=True):
             prompt = int(np.argmax(learnt))
             rejected = np.concatenate([ids[:prompt], ids[source:]]), np.concatenate([learnt[:prompt], learnt[source:]])
-            rows += [(ids[:source], learnt[:source]), rejected]
+            rows += [(ids[:source], learnt[:source], prompt), (*rejected, prompt)]
             shared += [min(same, before, source - 1), prompt]
             before = prompt
-        batch = self._packed(rows, tuple(shared)) if self.packed else self._padded(rows)
-        answer = np.repeat(np.arange(len(rows)), [int(np.count_nonzero(learnt)) for _, learnt in rows])
+        batch = self._of_answers(rows, tuple(shared))
+        answer = np.repeat(np.arange(len(rows)), [int(np.count_nonzero(learnt)) for _, learnt, _ in rows])
         told = None if split.reference is None else split.reference[list(micro)]
         return replace(
             batch,
             answer=self._tensor(answer),
             reference=None if told is None else torch.as_tensor(told, device=self.device),
         )
+
+    def _of_answers(self, rows: list[Any], shared: tuple[int, ...]) -> Batch:
+        if self.encoder_decoder:
+            return self._sequence_to_sequence(rows)
+        return self._packed(rows, shared) if self.packed else self._padded(rows)
 
     def _packed(self, rows: list[Any], shared: tuple[int, ...]) -> Batch:
         """End to end, beginnings that are shared laid down once: a token's target is its own example's next one."""

@@ -32,8 +32,12 @@ def finished_before(manifest: Manifest, artifact: ArtifactStatus, scored: Evalua
     evaluation = EvaluationStatus(
         train_loss=figures.get("trainLoss"),
         eval_loss=figures.get("evalLoss"),
+        eval_reward_margin=figures.get("evalRewardMargin"),
+        eval_reward_accuracy=figures.get("evalRewardAccuracy"),
         test_loss_before=figures.get("testLossBefore"),
         test_loss_after=figures.get("testLossAfter"),
+        test_reward_margin=figures.get("testRewardMargin"),
+        test_reward_accuracy=figures.get("testRewardAccuracy"),
         scored_rows=scored.answered or None if scored else None,
         scores=tuple(score.short for score in scored.scores) if scored else (),
     )

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune_trainer import plan
+from finetune_api.events import Rewards
+from finetune_trainer import plan, preference
 from finetune_trainer.batch import Collator
 from finetune_trainer.learner import Learner
 from finetune_trainer.loss import LossSum
@@ -26,11 +27,13 @@ _TOGETHER = 4096  # examples that are spread over ranks at once
 
 @dataclass(frozen=True)
 class Measured:
-    """`loss` is the mean per learnt token; `rows` has each example's sum, on every rank, where that was asked for."""
+    """`loss` is the mean per learnt token, or pair; `rows` has -log p of each example's answer (of a pair, the chosen
+    one), on every rank, where that was asked for."""
 
     loss: float
     labels: int
     rows: NDArray[np.float64] | None = None
+    rewards: Rewards | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Evaluator:
         lengths, labels = split.lengths, int(split.label_counts.sum())
         prefixes = split.prefixes if self.shape.shared else None
         own = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        tally = self.loss_sum.tally()
         rows: dict[int, float] = {}
         with self._evaluating():
             for begin in range(0, len(split), _TOGETHER):
@@ -56,12 +60,13 @@ class Evaluator:
                     batch = self.collate(split, micro)
                     each = torch.empty(batch.targets.shape, device=self.world.device) if by_row and micro else None
                     with self.loss_sum.room(batch):
-                        own += self.loss_sum(self.learner.model, batch, each)
+                        own += self.loss_sum(self.learner.model, batch, each, tally)
                     if each is not None:
                         rows.update(_by_row(split, micro, each))
                     self.alive()
-        (total,) = self.world.total(float(own))
-        return Measured(total / labels, labels, self._everyones(rows, len(split)) if by_row else None)
+        total, *sums = self.world.total(float(own), *tally.tolist())
+        told = self._everyones(rows, len(split)) if by_row else None
+        return Measured(total / labels, labels, told, preference.rewards(sums, labels))
 
     def logits(self, inputs: dict[str, Any]) -> torch.Tensor:
         """What the model says to whole rows, the same on every rank; float32 on the CPU."""

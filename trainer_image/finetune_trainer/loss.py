@@ -47,7 +47,13 @@ class LossSum:
         with documents.apart(batch.layout):
             yield
 
-    def __call__(self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None) -> Tensor:
+    def tally(self) -> Tensor:
+        """Zeros to which calls add the figures of what they computed. Here there are none."""
+        return torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None, tally: Tensor | None = None
+    ) -> Tensor:
         """A float32 scalar; call it inside `room(batch)`. `each` gets every target's own loss, in their order."""
         return self._of(model, batch, each, apiece=False)
 

@@ -66,11 +66,11 @@ def result(t: Training, data: Data, state: State) -> Found | None:
 
 
 def parts(found: Measured, test: Split) -> tuple[tuple[float, float], ...]:
-    """(loss, learnt tokens) row by row; neighbours together where there are many."""
+    """(-log p of the answer, its tokens) row by row; neighbours together where there are many."""
     if found.rows is None:
         return ()
     count = min(len(test), _MOST_PARTS)
-    losses, tokens = (np.array_split(values, count) for values in (found.rows, test.label_counts))
+    losses, tokens = (np.array_split(values, count) for values in (found.rows, test.answer_counts))
     return tuple((float(some.sum()), float(of.sum())) for some, of in zip(losses, tokens, strict=True))
 
 
@@ -109,7 +109,14 @@ def _report(t: Training, data: Data, state: State, found: Measured, said: tuple[
 def _loss(t: Training, test: Split, step: int) -> Measured:
     t.reporter.phase("evaluating")
     found = t.evaluator.measure(test, by_row=True)
-    t.reporter.report(events.EvalEvent, step=step, split="test", loss=found.loss, label_tokens=found.labels)
+    t.reporter.report(
+        events.EvalEvent,
+        step=step,
+        split="test",
+        loss=found.loss,
+        label_tokens=found.labels,
+        rewards=found.rewards,
+    )
     return found
 
 

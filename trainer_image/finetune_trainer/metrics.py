@@ -32,6 +32,18 @@ class Metrics:
         self._eval_loss = self._gauge(
             "finetune_eval_loss", "Mean loss per supervised token of a held-out split.", "split"
         )
+        self._reward = self._gauge(
+            "finetune_train_reward", "Of dpo: beta times what log p gained on the reference, last step.", "answer"
+        )
+        self._log_p = self._gauge("finetune_train_log_probability", "Of dpo: of a whole answer, last step.", "answer")
+        self._margin = self._gauge("finetune_train_reward_margin", "Of dpo: chosen less rejected reward, last step.")
+        self._accuracy = self._gauge(
+            "finetune_train_reward_accuracy_ratio", "Of dpo: share of pairs with the larger chosen reward, last step."
+        )
+        self._eval_margin = self._gauge("finetune_eval_reward_margin", "The same of a held-out split.", "split")
+        self._eval_accuracy = self._gauge(
+            "finetune_eval_reward_accuracy_ratio", "The same of a held-out split, 0 to 1.", "split"
+        )
         self._score = self._gauge(
             "finetune_eval_score", "Score on the test rows of the base model and of the result.", "metric", "model"
         )
@@ -95,6 +107,7 @@ class Metrics:
             case e.StepEvent():
                 self._set(self._train_loss, event.loss)
                 self._set(self._learning_rate, event.learning_rate)
+                self._prefer(event.rewards)
                 self._set(self._grad_norm, event.grad_norm)
                 self._set(self._last_step, event.time)
                 self._steps.labels(**self._job).inc()
@@ -112,6 +125,9 @@ class Metrics:
                 self._set(self._halvings, event.halvings)
             case e.EvalEvent():
                 self._set(self._eval_loss, event.loss, split=event.split)
+                if event.rewards is not None:
+                    self._set(self._eval_margin, event.rewards.margins, split=event.split)
+                    self._set(self._eval_accuracy, event.rewards.accuracies, split=event.split)
             case e.ScoresEvent():
                 for score in event.evaluation.scores:
                     self._set(self._score, score.base, metric=score.name, model="base")
@@ -121,6 +137,16 @@ class Metrics:
                 self._checkpoint_stall.labels(**self._job).inc(event.stall_seconds)
             case _:
                 return
+
+    def _prefer(self, told: e.Rewards | None) -> None:
+        if told is None:
+            return
+        self._set(self._margin, told.margins)
+        self._set(self._accuracy, told.accuracies)
+        self._set(self._reward, told.chosen, answer="chosen")
+        self._set(self._reward, told.rejected, answer="rejected")
+        self._set(self._log_p, told.logps_chosen, answer="chosen")
+        self._set(self._log_p, told.logps_rejected, answer="rejected")
 
     def _reached(self, step: int) -> None:
         if self._total_steps:

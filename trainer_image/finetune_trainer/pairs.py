@@ -1,7 +1,7 @@
 """Preference pairs: a record with a chosen and a rejected answer → a row → one example. No torch.
 
-Called by `rows` and `render`. Tokens that both answers begin with are part of the prompt: they count alike on both
-sides of the difference that is learnt, so they cancel out.
+Called by `rows` and `render`. The prompt, of which an example has one, ends where the answer begins in which the two
+differ.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ def sides(pair: Row) -> tuple[Row, ...]:
 
 
 def example(pair: Row, chosen: Example | Problem, rejected: Example | Problem) -> Example | Problem:
-    """The prompt and the chosen answer (`source` tokens), then what the rejected one has of its own."""
+    """The prompt and the chosen answer (`source` tokens), then the rejected one. For an encoder-decoder too, whose
+    encoder gets the prompt."""
     from finetune_trainer.rows import Problem
 
     if isinstance(chosen, Problem):
         return chosen
     if isinstance(rejected, Problem):
         return replace(rejected, message=f"rejected: {rejected.message}")
-    if chosen.source:
-        return Problem(pair.number, "chosen and rejected answers need a decoder-only model")
     both = min(len(chosen.ids), len(rejected.ids))
     same = next((at for at in range(both) if chosen.ids[at] != rejected.ids[at]), both)
     if same == both:
         return Problem(pair.number, "chosen and rejected are the same, as far as dataset.maxSequenceLength reaches")
     if not chosen.learnt[same] or not rejected.learnt[same]:
         return Problem(pair.number, "chosen and rejected differ before the answer begins")
+    prompt = next((at for at in range(same, 0, -1) if not chosen.learnt[at - 1]), 0)
     return replace(
         chosen,
-        ids=chosen.ids + rejected.ids[same:],
-        learnt=(False,) * same + chosen.learnt[same:] + rejected.learnt[same:],
+        ids=chosen.ids + rejected.ids[prompt:],
+        learnt=(False,) * prompt + chosen.learnt[prompt:] + rejected.learnt[prompt:],
         source=len(chosen.ids),
     )

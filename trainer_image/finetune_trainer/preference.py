@@ -2,15 +2,16 @@
 
 The loss of a pair is -log sigmoid(beta * ((log p_chosen - log ref_chosen) - (log p_rejected - log ref_rejected))), with
 log p summed over an answer's tokens. A pair is one example: its prompt is computed once (`batch`). What the reference
-says, which is the base without its adapters, is computed once before the first step. Called by `assembly`; the loop
-takes `PreferenceSum` for a `LossSum`.
+says, which is the model as it begins, is computed once before the first step. Called by `assembly`; the loop takes
+`PreferenceSum` for a `LossSum`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from finetune_api.events import Rewards
 from finetune_trainer import plan
 from finetune_trainer.batch import Batch, Collator
 from finetune_trainer.data import Data
@@ -44,21 +46,45 @@ class PreferenceSum(LossSum):
     def over(cls, inner: LossSum, beta: float) -> PreferenceSum:
         return cls(inner.keeps_logits, inner.autocast, inner.device, inner.head, beta)
 
-    def __call__(self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None) -> Tensor:
-        """Call it inside `room(batch)`. A pair weighs one, so `each` gets a pair's loss, and zeros behind the last."""
+    def tally(self) -> Tensor:
+        """The sums that `rewards` divides."""
+        return torch.zeros(len(Rewards.model_fields), dtype=torch.float64, device=self.device)
+
+    def __call__(
+        self, model: Callable[..., Any], batch: Batch, each: Tensor | None = None, tally: Tensor | None = None
+    ) -> Tensor:
+        """Call it inside `room(batch)`. A pair weighs one. `each` gets -log p of each chosen answer, and zeros behind
+        the last: perplexity is that of the chosen answers."""
         log_p = log_probabilities(self, model, batch)
         if batch.reference is None:  # nothing to do but to take part
             return log_p.sum() * 0.0
         gains = log_p - batch.reference.to(log_p.dtype)
         losses = loss_of(gains[:, 0], gains[:, 1], self.beta)
         if each is not None:
-            each.zero_()[: len(losses)] = losses.detach()
+            each.zero_()[: len(losses)] = -log_p[:, 0].detach()
+        if tally is not None:
+            tally += _figures(log_p.detach(), self.beta * gains.detach())
         return losses.sum()
 
 
 def loss_of(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """By pair; `chosen` and `rejected` say how much log p gained on the reference."""
     return -functional.logsigmoid(beta * (chosen - rejected))
+
+
+def rewards(sums: Sequence[float], pairs: int) -> Rewards | None:
+    """Of so many pairs, from what a `tally` came to. None where the objective has none."""
+    if not sums:
+        return None
+    means = (value / pairs for value in sums)
+    return Rewards(**dict(zip(Rewards.model_fields, means, strict=True)))
+
+
+def _figures(log_p: Tensor, gained: Tensor) -> Tensor:
+    """Sums over the pairs, in the order of Rewards' fields; both are (pairs, 2)."""
+    margins = gained[:, 0] - gained[:, 1]
+    parts = (*gained.unbind(1), margins, (margins > 0).to(gained.dtype), *log_p.unbind(1))
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 
 def log_probabilities(loss_sum: LossSum, model: Callable[..., Any], batch: Batch) -> Tensor:
@@ -72,7 +98,8 @@ def log_probabilities(loss_sum: LossSum, model: Callable[..., Any], batch: Batch
 
 @dataclass(frozen=True)
 class Reference:
-    """Says what the base without its adapters gives for each answer of a split; the same on every rank."""
+    """Says what the model gives for each answer of a split, before anything was learnt; the same on every rank.
+    `aside`: adapters are switched off, which leave the base as it was."""
 
     learner: Learner
     shape: plan.Shape
@@ -80,6 +107,7 @@ class Reference:
     loss_sum: LossSum
     world: World
     alive: Callable[[], None]
+    aside: bool
 
     def beside(self, data: Data, cache: Path, key: str) -> Data:
         """Every split with its reference. `key`: of what the numbers depend on beside the rows."""
@@ -94,7 +122,7 @@ class Reference:
         """From the cache of this node where every node has it."""
         path = cache / f"reference-{_name(key, split)}.npy"
         if all(self.world.everyones(path.is_file())):
-            return replace(split, reference=np.load(path))
+            return replace(split, reference=np.load(path, mmap_mode="r"))
         found = self._computed(split)
         if self.world.is_first_of_node:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +137,8 @@ class Reference:
         own = torch.zeros(len(split), 2, dtype=torch.float64, device=self.world.device)
         model = self.learner.model
         model.eval()
-        with torch.no_grad(), self.learner.plain.disable_adapter():
+        without = self.learner.plain.disable_adapter() if self.aside else nullcontext()
+        with torch.no_grad(), without:
             for begin in range(0, len(split), _TOGETHER):
                 some = range(begin, min(begin + _TOGETHER, len(split)))
                 for micro in plan.cut(some, split.lengths, self.shape, prefixes)[self.world.rank]:

@@ -17,7 +17,7 @@ from finetune_api.run import ProgressConfig
 from finetune_api.status import CheckpointStatus, ModelStatus
 from finetune_trainer.gpu import Gpus
 from finetune_trainer.log import Log
-from finetune_trainer.state import TrainingState
+from finetune_trainer.state import TrainingState, accuracy, loss, margin
 
 _REDIRECTS = 3
 
@@ -39,10 +39,16 @@ def progress_of(
         step=state.step,
         total_steps=state.total_steps,
         epoch=state.last.epoch if state.last else 0.0,
-        train_loss=state.last.loss if state.last else None,
-        eval_loss=state.eval_loss,
-        test_loss_before=state.test_before,
-        test_loss_after=state.test_after,
+        train_loss=loss(state.last),
+        eval_loss=loss(state.evaluated),
+        reward_margin=margin(state.last),
+        reward_accuracy=accuracy(state.last),
+        eval_reward_margin=margin(state.evaluated),
+        eval_reward_accuracy=accuracy(state.evaluated),
+        test_loss_before=loss(state.test_before),
+        test_loss_after=loss(state.test_after),
+        test_reward_margin=margin(state.test_after),
+        test_reward_accuracy=accuracy(state.test_after),
         learning_rate=state.last.learning_rate if state.last else None,
         grad_norm=state.last.grad_norm if state.last else None,
         tokens_per_second=state.tokens_per_second,

@@ -66,8 +66,12 @@ def metrics(state: TrainingState) -> dict[str, float]:
     values: dict[str, float | None] = {
         "trainLoss": evaluation.train_loss if evaluation else None,
         "evalLoss": evaluation.eval_loss if evaluation else None,
+        "evalRewardMargin": evaluation.eval_reward_margin if evaluation else None,
+        "evalRewardAccuracy": evaluation.eval_reward_accuracy if evaluation else None,
         "testLossBefore": evaluation.test_loss_before if evaluation else None,
         "testLossAfter": evaluation.test_loss_after if evaluation else None,
+        "testRewardMargin": evaluation.test_reward_margin if evaluation else None,
+        "testRewardAccuracy": evaluation.test_reward_accuracy if evaluation else None,
         "steps": float(state.step),
         "tokens": float(state.tokens),
         "samples": float(state.samples),

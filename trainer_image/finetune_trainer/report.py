@@ -60,6 +60,8 @@ class Curves:
     overfitting: str = ""
     seconds: float = 0.0
     tokens: int = 0
+    rewards: Chart | None = None
+    told: tuple[tuple[str, int, events.Rewards], ...] = ()  # of pairs: which, after which step, what
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,9 @@ def _view(facts: Facts) -> _View:
 def _curves(facts: Facts) -> Curves:
     """Of steps that were undone, the last time they were done counts."""
     steps = {line.step: line for line in facts.history if isinstance(line, events.StepEvent)}
+    evals = {(line.split, line.step): line for line in facts.history if isinstance(line, events.EvalEvent)}
     train = [(float(step), line.loss) for step, line in sorted(steps.items())]
-    validation = {
-        line.step: line.loss
-        for line in facts.history
-        if isinstance(line, events.EvalEvent) and line.split == "validation"
-    }
+    validation = {step: line.loss for (split, step), line in evals.items() if split == "validation"}
     series = [("train", train), ("smooth", curves.smoothed(train))]
     series.append(("validation", [(float(step), loss) for step, loss in sorted(validation.items())]))
     drawn = curves.chart([one for one in series if one[1]], None if facts.failure else facts.step)
@@ -187,7 +186,23 @@ def _curves(facts: Facts) -> Curves:
         said,
         sum(line.seconds.get("total", 0.0) for line in facts.history if isinstance(line, events.StepEvent)),
         sum(line.tokens for line in steps.values()),
+        *_rewards(steps, evals, None if facts.failure else facts.step),
     )
+
+
+def _rewards(
+    steps: Mapping[int, events.StepEvent], evals: Mapping[tuple[str, int], events.EvalEvent], written: int | None
+) -> tuple[Chart | None, tuple[tuple[str, int, events.Rewards], ...]]:
+    """The margins' curve, and the last figures of each kind; of the validation rows those of what was written."""
+    train = [(float(step), line.rewards.margins) for step, line in sorted(steps.items()) if line.rewards]
+    held_out = [(step, split, line.rewards) for (split, step), line in sorted(evals.items()) if line.rewards]
+    validation = [(float(step), told.margins) for step, split, told in held_out if split == "validation"]
+    series = [("train", train), ("smooth", curves.smoothed(train)), ("validation", validation)]
+    last = [("training", step, line.rewards) for step, line in sorted(steps.items()) if line.rewards][-1:]
+    for name in ("validation", "test"):
+        found = [(name, step, told) for step, split, told in held_out if split == name]
+        last += [one for one in found if one[1] == written] or found[-1:]
+    return curves.chart([one for one in series if one[1]], written), tuple(last)
 
 
 def _points(train: list[curves.Point], validation: Mapping[int, float]) -> list[Point]:

@@ -29,10 +29,22 @@ def point(event: events.Event) -> Point | None:
             }
             if total > 0:
                 values["train/tokens_per_second"] = event.tokens / total
-            return Point(event.step, event.time, values)
+            return Point(event.step, event.time, values | _rewards("train", event.rewards))
         case events.EvalEvent():
-            return Point(event.step, event.time, {f"{event.split}/loss": event.loss})
+            values = {f"{event.split}/loss": event.loss} | _rewards(event.split, event.rewards)
+            return Point(event.step, event.time, values)
         case events.SkippedEvent():
             return Point(event.step, event.time, {"train/skipped": float(event.step - event.first + 1)})
         case _:
             return None
+
+
+def _rewards(split: str, told: events.Rewards | None) -> dict[str, float]:
+    """By TRL's names: rewards/chosen, logps/chosen, …"""
+    if told is None:
+        return {}
+    values = told.model_dump()
+    return {
+        f"{split}/{'logps/' + name.removeprefix('logps_') if name.startswith('logps_') else 'rewards/' + name}": value
+        for name, value in values.items()
+    }

@@ -38,6 +38,15 @@ class Split:
         return self.tokens.label_counts[self.index]
 
     @cached_property
+    def answer_counts(self) -> NDArray[np.int64]:
+        """Learnt tokens; of a pair, those of the chosen answer."""
+        if not self.pairs:
+            return self.label_counts
+        sums = np.concatenate([[0], np.cumsum(self.tokens.learnt, dtype=np.int64)])
+        begin = self.tokens.offsets[self.index]
+        return np.asarray(sums[begin + self.tokens.sources[self.index]] - sums[begin], dtype=np.int64)
+
+    @cached_property
     def prefixes(self) -> Prefixes:
         return self.tokens.prefixes.of(self.index)
 

@@ -36,10 +36,10 @@ class TrainingState:
     last: e.StepEvent | None = None
     tokens: int = 0
     samples: int = 0
-    evals: dict[int, float] = field(default_factory=dict)
-    eval_loss: float | None = None
-    test_before: float | None = None
-    test_after: float | None = None
+    evals: dict[int, e.EvalEvent] = field(default_factory=dict)
+    evaluated: e.EvalEvent | None = None
+    test_before: e.EvalEvent | None = None
+    test_after: e.EvalEvent | None = None
     checkpoint: Checkpoint | None = None
     saved: e.SavedEvent | None = None
     preempted: e.PreemptedEvent | None = None
@@ -83,21 +83,37 @@ class TrainingState:
     @property
     def evaluation(self) -> EvaluationStatus | None:
         """The losses of what was written: the eval loss is the one of the saved step."""
-        eval_loss = self.evals.get(self.saved.step, self.eval_loss) if self.saved else self.eval_loss
-        train_loss = self.last.loss if self.last else None
-        values = (train_loss, eval_loss, self.test_before, self.test_after)
-        if all(value is None for value in values):
+        written = self.evals.get(self.saved.step, self.evaluated) if self.saved else self.evaluated
+        if all(told is None for told in (self.last, written, self.test_before, self.test_after)):
             return None
         scored = self.scored or Evaluation()
         return EvaluationStatus(
             scored_rows=scored.answered or None,
             scores=tuple(score.short for score in scored.scores),
             overfitting=self.overfitting,
-            train_loss=train_loss,
-            eval_loss=eval_loss,
-            test_loss_before=self.test_before,
-            test_loss_after=self.test_after,
+            train_loss=loss(self.last),
+            eval_loss=loss(written),
+            eval_reward_margin=margin(written),
+            eval_reward_accuracy=accuracy(written),
+            test_loss_before=loss(self.test_before),
+            test_loss_after=loss(self.test_after),
+            test_reward_margin=margin(self.test_after),
+            test_reward_accuracy=accuracy(self.test_after),
         )
+
+
+def loss(told: e.StepEvent | e.EvalEvent | None) -> float | None:
+    return told.loss if told else None
+
+
+def margin(told: e.StepEvent | e.EvalEvent | None) -> float | None:
+    """None but for objective dpo."""
+    return told.rewards.margins if told and told.rewards else None
+
+
+def accuracy(told: e.StepEvent | e.EvalEvent | None) -> float | None:
+    """None but for objective dpo."""
+    return told.rewards.accuracies if told and told.rewards else None
 
 
 def after(state: TrainingState, event: e.Event, *, restored: bool = False) -> TrainingState:
@@ -168,11 +184,11 @@ def _evaluated(state: TrainingState, event: e.EvalEvent) -> TrainingState:
         point = Point(event.step, event.loss, total / count if count else math.inf)
         return replace(
             state,
-            eval_loss=event.loss,
-            evals={**state.evals, event.step: event.loss},
+            evaluated=event,
+            evals={**state.evals, event.step: event},
             since_eval=(0.0, 0),
             points=(*earlier, point),
         )
     if event.step == 0 and state.test_before is None:
-        return replace(state, test_before=event.loss)
-    return replace(state, test_after=event.loss)
+        return replace(state, test_before=event)
+    return replace(state, test_after=event)

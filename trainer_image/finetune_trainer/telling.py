@@ -15,6 +15,12 @@ def tell(log: Log, event: e.Event) -> None:
         case e.DataEvent():
             for warning in event.data.warnings:
                 log.warning(f"data: {warning}")
+        case e.EvalEvent() if event.rewards is not None:
+            told = event.rewards
+            log.info(
+                f"{event.split} after step {event.step}: loss {event.loss:.4f}, rewards/accuracies "
+                f"{told.accuracies:.3f}, rewards/margins {told.margins:.4f}"
+            )
         case e.SkippedEvent():
             one = event.first == event.step
             said = f"step {event.step} changes" if one else f"steps {event.first} to {event.step} change"

@@ -24,7 +24,7 @@ from finetune_trainer.prefixes import Prefixes
 from finetune_trainer.render import Renderer
 from finetune_trainer.rows import Input, Problem
 
-_VERSION = 4
+_VERSION = 5
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",
@@ -40,7 +40,7 @@ class Tokens:
     offsets: NDArray[np.int64]
     numbers: NDArray[np.int64]  # of the records in their files, see `containers`
     origins: NDArray[np.int32]  # which of the files
-    sources: NDArray[np.int32]  # encoder tokens of each example; 0 for a decoder-only model
+    sources: NDArray[np.int32]  # encoder tokens of each example; 0 for a decoder-only model; of pairs, see `pairs`
     rank: NDArray[np.int64]  # see `prefixes`
     common: NDArray[np.int64]
     answers: NDArray[np.int64]  # learnt tokens of each example

@@ -14,7 +14,7 @@ import torch
 
 from finetune_api import events
 from finetune_api.run import RunConfig
-from finetune_trainer import checkpoint, guards, schedule, seeds, selection, undo
+from finetune_trainer import checkpoint, guards, preference, schedule, seeds, selection, undo
 from finetune_trainer.agreement import Agreed, Micros, agree
 from finetune_trainer.batch import Collator
 from finetune_trainer.best import BestWeights
@@ -101,7 +101,7 @@ def train(t: Training, state: State) -> tuple[Training, State, bool]:
             clock.lap("optimizer")
             state, undone = state.model_copy(update={"step": step.number}), False
             if math.isfinite(norm):
-                _report(t, step, agreed.loss, rate, norm, clock.seconds())
+                _report(t, step, agreed, rate, norm, clock.seconds())
                 state, undone = undo.after_spike(t, saver, state, agreed.loss)
             else:
                 state = _skip(t, state, step, agreed)
@@ -119,7 +119,7 @@ def train(t: Training, state: State) -> tuple[Training, State, bool]:
 def _learn(t: Training, step: Step, clock: _Clock) -> Micros:
     """Gradients of this rank's micro-batches. Where one has no memory, the rest is left out."""
     micros = step.micros[t.world.rank]
-    sums = []
+    sums, tally = [], t.loss_sum.tally()
     for index, micro in enumerate(micros):
         t.reporter.alive()
         last = index == len(micros) - 1
@@ -128,7 +128,7 @@ def _learn(t: Training, step: Step, clock: _Clock) -> Micros:
             clock.lap("data")
             torch.manual_seed(seeds.mix(t.run.training.seed, "dropout", step.number, index, t.world.rank))
             with t.learner.accumulate(last), t.loss_sum.room(batch):
-                loss = t.loss_sum(t.learner.model, batch)
+                loss = t.loss_sum(t.learner.model, batch, tally=tally)
                 clock.lap("forward")
                 # Ranks' gradients are averaged, but the loss is a mean over the tokens of all of them: so, the factor.
                 t.learner.backward(loss * (t.world.size / step.label_tokens), last)
@@ -137,9 +137,9 @@ def _learn(t: Training, step: Step, clock: _Clock) -> Micros:
             why = failed_from(error)
             if why.reason != "OutOfMemory" or not t.learner.alone or len(micro) < 2:
                 raise
-            return Micros((), short=why.message)
+            return Micros((), short=why.message, figures=(0.0,) * len(tally))
         sums.append(loss.detach())
-    return Micros(tuple(float(value) for value in sums))
+    return Micros(tuple(float(value) for value in sums), figures=tuple(tally.tolist()))
 
 
 def _with_smaller_micros(t: Training, state: State, why: str) -> tuple[Training, State]:
@@ -185,7 +185,14 @@ def _evaluate(t: Training, validation: Split, state: State) -> State:
     t.reporter.phase("evaluating")
     found = t.evaluator.measure(validation)
     loss = found.loss
-    t.reporter.report(events.EvalEvent, step=state.step, split="validation", loss=loss, label_tokens=found.labels)
+    t.reporter.report(
+        events.EvalEvent,
+        step=state.step,
+        split="validation",
+        loss=loss,
+        label_tokens=found.labels,
+        rewards=found.rewards,
+    )
     best = selection.after_eval(state.chosen, state.step, loss)
     if recipe.keep_best and best.step == state.step:
         t.best.keep()
@@ -201,18 +208,19 @@ def _evaluate(t: Training, validation: Split, state: State) -> State:
     return state.with_best(best).model_copy(update={"eval_due": False, "stopped_early": stopped})
 
 
-def _report(t: Training, step: Step, loss: float, rate: float, norm: float, seconds: dict[str, float]) -> None:
+def _report(t: Training, step: Step, agreed: Agreed, rate: float, norm: float, seconds: dict[str, float]) -> None:
     t.reporter.report(
         events.StepEvent,
         step=step.number,
         epoch=step.epoch,
-        loss=loss,
+        loss=agreed.loss,
         learning_rate=rate,
         grad_norm=norm,
         tokens=step.tokens,
         label_tokens=step.label_tokens,
         samples=len(step.examples),
         seconds=seconds,
+        rewards=preference.rewards(agreed.figures, step.label_tokens),
     )
 
 
