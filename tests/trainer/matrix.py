@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
     "DPO": Method({}, objective="dpo"),
     "full": Method(full={}),
     "freezing": Method(full={"trainable": ["{layer}"]}),
-    "full, DPO": Method(full={}, objective="dpo"),
+    "full DPO": Method(full={}, objective="dpo"),
 }
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
@@ -275,8 +275,8 @@ def page(found: Mapping[Cell, Outcome]) -> str:
         f"Run with a small model of the family's real class on two processes, by each of {', '.join(STRATEGIES)}.",
         "✓ says: every strategy gave ddp's losses, the test loss fell, and what was written gives the reported test",
         "loss when Transformers and PEFT load it on the base as it was (of DPO: the logits that were trained). A",
-        "number is a note: which strategies are refused there, before anything is trained, and why. – is refused by all.",
-        "Not run on a GPU yet.",
+        "number is a note: which strategies are refused there, before anything is trained, and why. – is refused by",
+        "all. Not run on a GPU yet.",
         "",
         f"| family | {' | '.join(METHODS)} |",
         f"| --- |{' --- |' * len(METHODS)}",
