@@ -1,4 +1,4 @@
-"""TRL's DPO loss and gradients of one batch of pairs. Run by `check_dpo` in TRL's own environment: request, answer."""
+"""TRL's DPO loss, figures and gradients of one batch of pairs. Run by `check_dpo` in TRL's own environment."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,26 +18,41 @@ from trl import DPOConfig, DPOTrainer
 
 def main(request: Path, answer: Path) -> None:
     asked = json.loads(request.read_text())
-    config = LoraConfig.from_pretrained(asked["adapter"])
-    config.inference_mode = False
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32),
-            args=DPOConfig(
-                output_dir=folder, per_device_train_batch_size=len(asked["rows"]), beta=asked["beta"], use_cpu=True,
-                max_length=None, gradient_checkpointing=False, bf16=False, report_to="none",
-            ),
-            train_dataset=Dataset.from_list(asked["rows"]),
-            processing_class=AutoTokenizer.from_pretrained(asked["model"]),
-            peft_config=config,
-        )  # fmt: skip
-        set_peft_model_state_dict(trainer.model, load_file(Path(asked["adapter"]) / "adapter_model.safetensors"))
+        trainer = _trainer(asked, folder)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         slopes = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+        figures = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     save_file(slopes, answer.with_suffix(".safetensors"))
-    answer.write_text(json.dumps({"loss": float(loss.detach()), "tokens": int(batch["completion_mask"].sum())}))
+    told = {"loss": float(loss.detach()), "tokens": int(batch["completion_mask"].sum()), "figures": figures}
+    answer.write_text(json.dumps(told))
+
+
+def _trainer(asked: dict[str, Any], folder: str) -> DPOTrainer:
+    """With its reference made from the base, and the tuned weights put in after that."""
+    lora = asked["method"] == "lora"
+    config = None
+    if lora:
+        config = LoraConfig.from_pretrained(asked["tuned"])
+        config.inference_mode = False
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=folder, per_device_train_batch_size=len(asked["rows"]), beta=asked["beta"], use_cpu=True,
+            max_length=None, gradient_checkpointing=False, bf16=False, report_to="none",
+        ),
+        train_dataset=Dataset.from_list(asked["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(asked["model"]),
+        peft_config=config,
+    )  # fmt: skip
+    if lora:
+        set_peft_model_state_dict(trainer.model, load_file(Path(asked["tuned"]) / "adapter_model.safetensors"))
+    else:
+        tuned = AutoModelForCausalLM.from_pretrained(asked["tuned"], dtype=torch.float32)
+        trainer.model.load_state_dict(tuned.state_dict())
+    return trainer
 
 
 if __name__ == "__main__":

@@ -89,12 +89,19 @@ class Forked:
 
 def ended_in_a_fork(what: Callable[..., None], *arguments: Any) -> int | None:
     """How a process of its own ends that does something else than a rank."""
-    process = _context().Process(target=what, args=arguments)
+    return ended_in_forks(what, [arguments])[0]
+
+
+def ended_in_forks(what: Callable[..., None], arguments: Sequence[Sequence[Any]]) -> list[int | None]:
+    """How several end that run at the same time."""
+    processes = [_context().Process(target=what, args=tuple(own), daemon=True) for own in arguments]
+    for process in processes:
+        with _lock:
+            process.start()
+    for process in processes:
+        connection.wait([process.sentinel], 60)
     with _lock:
-        process.start()
-    connection.wait([process.sentinel], 60)
-    with _lock:
-        return process.exitcode
+        return [process.exitcode for process in processes]
 
 
 def begin() -> None:

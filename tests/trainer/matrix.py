@@ -70,6 +70,7 @@ class Method:
     full: dict[str, Any] | None = None
     quantization: str = "none"
     objective: str = "supervised"
+    rate: float = 1e-2  # two steps shall do good, not harm
 
 
 METHODS: dict[str, Method] = {
@@ -77,7 +78,7 @@ METHODS: dict[str, Method] = {
     "all-linear": Method({"targetModules": ["all-linear"]}),
     "rsLoRA": Method({"rankStabilized": True}),
     "DoRA": Method({"dora": True}),
-    "LoRA+": Method({"plusRatio": 16}),
+    "LoRA+": Method({"plusRatio": 16}, rate=1e-3),
     "biases": Method({"bias": "all"}),
     "modulesToSave": Method({"modulesToSave": ["{embedding}"]}),
     "addedTokens": Method({"addedTokens": ["<tool>"]}),
@@ -86,9 +87,9 @@ METHODS: dict[str, Method] = {
     "nf4": Method({}, quantization="nf4"),
     "int8": Method({}, quantization="int8"),
     "DPO": Method({}, objective="dpo"),
-    "full": Method(full={}),
-    "freezing": Method(full={"trainable": ["{layer}"]}),
-    "full DPO": Method(full={}, objective="dpo"),
+    "full": Method(full={}, rate=1e-3),
+    "freezing": Method(full={"trainable": ["{layer}"]}, rate=1e-3),
+    "full DPO": Method(full={}, objective="dpo", rate=1e-3),
 }
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
@@ -161,7 +162,7 @@ def _job(folder: Path, base: Path, cell: Cell) -> Job:
             "max_steps": 2,
             "global_batch_size": 4,
             "objective": method.objective,
-            "learning_rate": 1e-2 if method.lora is not None else 1e-3,
+            "learning_rate": method.rate,
         },
         test=_rows(method, 3, 1),
     )

@@ -259,6 +259,7 @@ def test_every_step_and_evaluation_tells_the_rewards(way: str, runs: dict[str, E
 def test_perplexity_is_that_of_the_chosen_answers(runs: dict[str, Ended], tmp_path: Path) -> None:
     run = runs["one"]
     (told,) = (score for score in run.events(events.ScoresEvent)[0].evaluation.scores if score.name == "perplexity")
+    assert told.how == "exp(mean loss per token of the chosen answers of all test rows)"
     chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in _rows(5, 1)]
     run.paths.data("test").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     assert told.tuned == pytest.approx(float(np.exp(reload.loss(reload.result(run), run, tmp_path))), rel=1e-4)

@@ -92,7 +92,7 @@ def _report(t: Training, data: Data, state: State, found: Measured, said: tuple[
     all_scores = scores.scores(spec.metrics, texts, seed)
     if state.test_parts_before:
         before_parts, after_parts = np.array(state.test_parts_before), np.array(parts(found, data.test))
-        all_scores = (*all_scores, scores.perplexity(before_parts, after_parts, seed))
+        all_scores = (*all_scores, scores.perplexity(before_parts, after_parts, seed, pairs=data.test.pairs))
     evaluation = Evaluation(
         scores=all_scores,
         answered=len(said),

@@ -168,7 +168,9 @@ def _view(facts: Facts) -> _View:
 def _curves(facts: Facts) -> Curves:
     """Of steps that were undone, the last time they were done counts."""
     steps = {line.step: line for line in facts.history if isinstance(line, events.StepEvent)}
-    evals = {(line.split, line.step): line for line in facts.history if isinstance(line, events.EvalEvent)}
+    evals: dict[tuple[str, int], events.EvalEvent] = {
+        (line.split, line.step): line for line in facts.history if isinstance(line, events.EvalEvent)
+    }
     train = [(float(step), line.loss) for step, line in sorted(steps.items())]
     validation = {step: line.loss for (split, step), line in evals.items() if split == "validation"}
     series = [("train", train), ("smooth", curves.smoothed(train))]

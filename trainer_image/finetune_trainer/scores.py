@@ -61,9 +61,11 @@ def scores(metrics: Sequence[str], texts: Texts, seed: int) -> tuple[Score, ...]
     return tuple(with_interval(part, seed) for part in parts)
 
 
-def perplexity(base: Numbers, tuned: Numbers, seed: int) -> Score:
-    """exp of the mean loss per token. (rows or blocks of rows, 2) each: the sum of losses, and how many they are."""
-    how = "exp(mean loss per learnt token of all test rows)"
+def perplexity(base: Numbers, tuned: Numbers, seed: int, *, pairs: bool = False) -> Score:
+    """exp of the mean loss per token. (rows or blocks of rows, 2) each: the sum of losses, and how many they are.
+    `pairs`: of the chosen answers."""
+    what = "token of the chosen answers" if pairs else "learnt token"
+    how = f"exp(mean loss per {what} of all test rows)"
     return with_interval(Parts("perplexity", base, tuned, _perplexity, "lower", how), seed)
 
 

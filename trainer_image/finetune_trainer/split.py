@@ -42,9 +42,8 @@ class Split:
         """Learnt tokens; of a pair, those of the chosen answer."""
         if not self.pairs:
             return self.label_counts
-        sums = np.concatenate([[0], np.cumsum(self.tokens.learnt, dtype=np.int64)])
-        begin = self.tokens.offsets[self.index]
-        return np.asarray(sums[begin + self.tokens.sources[self.index]] - sums[begin], dtype=np.int64)
+        chosen = (learnt[:source] for _, learnt, source in map(self.example, range(len(self))))
+        return np.fromiter(map(np.count_nonzero, chosen), np.int64, len(self))
 
     @cached_property
     def prefixes(self) -> Prefixes:
