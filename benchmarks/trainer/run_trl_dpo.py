@@ -24,7 +24,8 @@ def main(request: Path, answer: Path) -> None:
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         slopes = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-        figures = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+        logged = next(values for values in trainer._metrics.values() if values)  # of the mode that it was in
+        figures = {name: values[-1] for name, values in logged.items()}
     save_file(slopes, answer.with_suffix(".safetensors"))
     told = {"loss": float(loss.detach()), "tokens": int(batch["completion_mask"].sum()), "figures": figures}
     answer.write_text(json.dumps(told))
