@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
     "OLoRA": Method({"init": "olora"}),
     "nf4": Method({}, quantization="nf4"),
     "int8": Method({}, quantization="int8"),
-    "DPO": Method({}, objective="dpo"),
+    "DPO": Method({}, objective="dpo", rate=2e-3),
     "full": Method(full={}, rate=1e-3),
     "freezing": Method(full={"trainable": ["{layer}"]}, rate=1e-3),
     "full DPO": Method(full={}, objective="dpo", rate=1e-3),
