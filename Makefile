@@ -62,7 +62,7 @@ generate: venv ## Write crds/, the chart's copy and docs/reference.md from finet
 	$(PY) -m finetune_api.generate
 
 .PHONY: matrix
-matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes)
+matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes; goes on after a stop)
 	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.matrix
 
 .PHONY: broken
@@ -70,7 +70,7 @@ broken: venv ## Put each of the 28 known bugs back and see its tests fail (a qua
 	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.broken $(BUGS)
 
 .PHONY: check-dpo
-check-dpo: venv ## Compare the loss and gradients of DPO with TRL's on the same batch
+check-dpo: venv ## Compare the loss, rewards and gradients of DPO with TRL's on the same batch
 	PYTHONPATH=operator:trainer_image:hack:tests:. $(PY) -m benchmarks.trainer.check_dpo
 
 .PHONY: images

@@ -277,7 +277,7 @@ def page(found: Mapping[Cell, Outcome]) -> str:
         "✓ says: every strategy gave ddp's losses, the test loss fell, and what was written gives the reported test",
         "loss when Transformers and PEFT load it on the base as it was (of DPO: the logits that were trained). A",
         "number is a note: which strategies are refused there, before anything is trained, and why. – is refused by",
-        "all. Not run on a GPU yet.",
+        f"all. {sum(outcome.holds for outcome in found.values())} of {len(found)} cells ran. Not run on a GPU yet.",
         "",
         f"| family | {' | '.join(METHODS)} |",
         f"| --- |{' --- |' * len(METHODS)}",
