@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -159,7 +160,9 @@ def main() -> None:
         "ours": [sys.executable, __file__, "--child"],
         "datasets": [str(peers.python("trl")), "-c", _DATASETS],
     }
-    found: dict[str, Any] = {"file_bytes": path.stat().st_size}
+    found: dict[str, Any] = {
+        "file_bytes": path.stat().st_size, "cores": len(os.sched_getaffinity(0)), "load_at_start": os.getloadavg()[0],
+    }  # fmt: skip
     for name, command in commands.items():
         if options.only in (None, name):
             with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".bench-data-") as scratch:
