@@ -28,6 +28,7 @@ class Place:
     s3_secret_key: str
     s3_region: str
     prometheus_url: str
+    mlflow_url: str = ""
 
     def kubectl_run(self, *args: str, stdin: str | None = None, check: bool = True) -> str:
         """kubectl's standard output; raises CalledProcessError with its standard error in the message."""
@@ -62,13 +63,14 @@ def build_images() -> tuple[str, str]:
     return operator, trainer
 
 
-def up(name: str, *options: str) -> Place:
-    """A local cluster with object storage and Prometheus. Raises RuntimeError when a part didn't come up."""
+def up(name: str, *options: str, mlflow: bool = False) -> Place:
+    """A local cluster with object storage, Prometheus and, if asked, MLflow. Raises RuntimeError when a part fails."""
     if docker_answers():
         from demo import kind
 
-        return kind.up(name)
-    tool("localcluster", "up", "--name", name, "--addons", "s3,prometheus", *options)
+        return kind.up(name, mlflow=mlflow)
+    addons = "s3,prometheus,mlflow" if mlflow else "s3,prometheus"
+    tool("localcluster", "up", "--name", name, "--addons", addons, *options)
     return place(name)
 
 
@@ -86,6 +88,7 @@ def place(name: str) -> Place:
         s3_secret_key=s3["secretAccessKey"],
         s3_region=s3.get("region", "us-east-1"),
         prometheus_url=state["prometheus"]["url"],
+        mlflow_url=(state["mlflow"] or {}).get("url", ""),
     )
 
 

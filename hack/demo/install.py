@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import obstore
 from obstore.store import S3Store
@@ -63,7 +65,7 @@ def operator(place: Place, operator_image: str, trainer_image: str, *settings: s
 
 
 def namespace(place: Place, name: str) -> None:
-    """A namespace that admits restricted pods only, with the Secret `s3`."""
+    """A namespace that admits restricted pods only, with the Secret `s3` and, where there is MLflow, a Service for it."""
     objects = {
         "apiVersion": "v1",
         "kind": "List",
@@ -82,6 +84,30 @@ def namespace(place: Place, name: str) -> None:
                     "AWS_SECRET_ACCESS_KEY": place.s3_secret_key,
                 },
             },
+            *(_service("mlflow", name, place.mlflow_url) if place.mlflow_url else ()),
         ],
     }
     place.kubectl_run("apply", "-f", "-", stdin=json.dumps(objects))
+
+
+def _service(name: str, namespace: str, url: str) -> list[dict[str, Any]]:
+    """Pods reach the server at `url`, which is outside the cluster, as http://NAME:PORT."""
+    where = urllib.parse.urlsplit(url)
+    metadata = {"name": name, "namespace": namespace}
+    port = {"name": "http", "port": 5000}
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {"ports": [{**port, "targetPort": where.port}]},
+        },
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {**metadata, "labels": {"kubernetes.io/service-name": name}},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": [where.hostname]}],
+            "ports": [{"name": "http", "port": where.port}],
+        },
+    ]

@@ -1,5 +1,5 @@
-"""The demo's cluster on kind, where a Docker engine answers: kind-config.yaml, and S3 and Prometheus as processes of
-this machine. S3 listens on the Docker network's gateway, so that pods reach it; Prometheus scrapes pods through the
+"""The demo's cluster on kind, where a Docker engine answers: kind-config.yaml, and S3, Prometheus and MLflow as processes
+of this machine. S3 and MLflow listen on the Docker network's gateway, so that pods reach them; Prometheus scrapes pods through the
 API server's proxy.
 
 Called by demo.clusters alone.
@@ -22,6 +22,7 @@ from demo.clusters import ROOT, Place, tool
 
 S3_PORT = 7480
 PROMETHEUS_PORT = 9480
+MLFLOW_PORT = 5480
 BUCKETS = ("models", "data", "outputs")
 
 
@@ -37,8 +38,8 @@ def _run(*command: str) -> str:
     return done.stdout.strip()
 
 
-def up(name: str) -> Place:
-    """Creates the cluster unless it is there; starts S3 and Prometheus unless they run."""
+def up(name: str, *, mlflow: bool = False) -> Place:
+    """Creates the cluster unless it is there; starts S3, Prometheus and, if asked, MLflow unless they run."""
     state = _state(name)
     state.mkdir(parents=True, exist_ok=True)
     kubeconfig = state / "kubeconfig"
@@ -70,9 +71,12 @@ def up(name: str) -> Place:
         s3_secret_key=_secret(state),
         s3_region="us-east-1",
         prometheus_url=f"http://127.0.0.1:{PROMETHEUS_PORT}",
+        mlflow_url=f"http://{gateway}:{MLFLOW_PORT}" if mlflow else "",
     )
     _start_s3(state, place, gateway)
     _start_prometheus(state, place)
+    if mlflow:
+        _start_mlflow(state, place, gateway)
     return place
 
 
@@ -107,6 +111,15 @@ def _start_s3(state: Path, place: Place, gateway: str) -> None:
     environment = {**os.environ, "ROOT_ACCESS_KEY": place.s3_access_key, "ROOT_SECRET_KEY": place.s3_secret_key}
     command = [tool("localcluster", "tool", "versitygw"), "--port", f"{gateway}:{S3_PORT}", "posix", str(state / "s3")]
     _spawn(state, "s3", command, environment, place.s3_endpoint)
+
+
+def _start_mlflow(state: Path, place: Place, gateway: str) -> None:
+    from localcluster import mlflow
+
+    folder = state / "mlflow"
+    folder.mkdir(exist_ok=True)
+    command = mlflow.command(mlflow.programs(), folder, gateway, MLFLOW_PORT, ("mlflow",))
+    _spawn(state, "mlflow", list(command), {**os.environ, **dict(mlflow.ENVIRONMENT)}, f"{place.mlflow_url}/health")
 
 
 def _start_prometheus(state: Path, place: Place) -> None:
@@ -178,7 +191,7 @@ def _spawn(state: Path, name: str, command: list[str], environment: dict[str, st
     with (state / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     pid_file.write_text(str(process.pid))
-    end = time.monotonic() + 30
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         try:
             urllib.request.urlopen(url, timeout=1).close()

@@ -26,7 +26,7 @@ from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
 from finetune_api.yaml import load_all
 
 NAMESPACE = "ml-team"
-LIMIT_SECONDS = 1800.0
+LIMIT_SECONDS = 3600.0
 
 console = Console(highlight=False, record=True)
 
@@ -48,11 +48,13 @@ def tell(name: str, file: str, picture: str = "") -> int:
     job_name = document["metadata"]["name"]
     with step("images (first time: some minutes)"):
         operator_image, trainer_image = clusters.build_images()
-    with step("a cluster with S3 and Prometheus (first time: builds Kubernetes)"):
-        place = clusters.up(name)
+    mlflow = bool(document["spec"].get("tracking", {}).get("mlflow"))
+    servers = "S3, Prometheus and MLflow" if mlflow else "S3 and Prometheus"
+    with step(f"a cluster with {servers} (first time: builds Kubernetes)"):
+        place = clusters.up(name, mlflow=mlflow)
     with step("images into the cluster"):
         clusters.load(name, operator_image, trainer_image)
-    with step("SmolLM2-135M-Instruct and the data set into S3"):
+    with step("SmolLM2-135M-Instruct and the data sets into S3"):
         put_assets(place)
     with step("the operator, by Helm"):
         install.operator(place, operator_image, trainer_image)
@@ -83,9 +85,10 @@ def draw(picture: Path, title: str) -> None:
 
 
 def put_assets(place: Place) -> None:
-    """The base model and the data set, made once and cached outside the checkout."""
+    """The base model and the data sets, made once and cached outside the checkout."""
     install.put_folder(install.s3_store(place, "models"), model.folder(), "smollm2-135m-instruct")
-    install.put_folder(install.s3_store(place, "data"), dataset.folder(), "wordnet")
+    for name in dataset.SELECTIONS:
+        install.put_folder(install.s3_store(place, "data"), dataset.folder(name), name)
 
 
 def clear_output(place: Place, uri: str) -> None:

@@ -1,4 +1,4 @@
-"""1,200 + 120 dictionary definitions as JSONL, from Debian's WordNet. Used by the demo, tests and benchmarks.
+"""Dictionary definitions as JSONL, from Debian's WordNet. Used by the demo, the showcase, tests and benchmarks.
 
 `folder()` is all that others need: train.jsonl, test.jsonl, LICENSE, README.md. The same bytes every time.
 """
@@ -9,7 +9,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from demo_assets import wordnet
@@ -17,26 +19,39 @@ from demo_assets.package import debian_files, write_once
 from demo_assets.wordnet import Definition
 
 PACKAGE = "wordnet-base"
-SIZES = {"train": 1200, "test": 120}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of each file, and how many words a definition may have."""
+
+    sizes: Mapping[str, int]
+    longest: int
+
+
+SELECTIONS = {
+    "wordnet": Selection({"train": 1200, "test": 120}, wordnet.LONGEST),
+    "definitions": Selection({"train": 1600, "validation": 100, "test": 200}, 16),
+}
 NOTE = """# Definitions from WordNet 3.0
 
-Prompt/completion pairs for a small fine-tuning job: 1,200 in train.jsonl, 120 held out in test.jsonl. Every pair
+Prompt/completion pairs for a small fine-tuning job: {sizes}. Every pair
 asks for the definition of a noun ("Define the noun: lighthouse") and answers as WordNet does, in a phrase.
-No word and no definition stands twice, within a file or across the two. Made from Debian's package wordnet-base.
+No word and no definition stands twice, within a file or across files. Made from Debian's package wordnet-base.
 
 WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved; use, copying, modification and
 distribution for any purpose and without fee are granted on the terms in LICENSE.
 """
 
 
-def folder() -> Path:
-    """The cached folder; made in some seconds the first time."""
+def folder(name: str = "wordnet") -> Path:
+    """The cached folder of a selection; made in some seconds the first time."""
     source = Path(wordnet.__file__).read_bytes() + Path(__file__).read_bytes()
-    return write_once(f"wordnet-{hashlib.sha256(source).hexdigest()[:12]}", _make)
+    return write_once(f"{name}-{hashlib.sha256(source).hexdigest()[:12]}", partial(_make, SELECTIONS[name]))
 
 
 def copy_to(target: Path) -> Path:
-    """The data in a folder of the caller's own."""
+    """The demo's data in a folder of the caller's own."""
     shutil.copytree(folder(), target, dirs_exist_ok=True)
     return target
 
@@ -46,13 +61,15 @@ def lines(definitions: Iterable[Definition]) -> str:
     return "".join(json.dumps({"prompt": each.prompt, "completion": each.gloss}) + "\n" for each in definitions)
 
 
-def _make(target: Path) -> None:
+def _make(selection: Selection, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         share = debian_files(PACKAGE, Path(scratch)) / "usr/share"
         words = share / "wordnet"
         with (words / "index.noun").open() as index, (words / "data.noun").open() as data:
-            parts = wordnet.split(wordnet.definitions(index, data), SIZES)
+            every = wordnet.definitions(index, data, selection.longest)
+        parts = wordnet.split(every, selection.sizes)
         shutil.copy(share / "doc" / PACKAGE / "copyright", target / "LICENSE")
     for name, definitions in parts.items():
         (target / f"{name}.jsonl").write_text(lines(definitions))
-    (target / "README.md").write_text(NOTE)
+    sizes = ", ".join(f"{size:,} in {name}.jsonl" for name, size in selection.sizes.items())
+    (target / "README.md").write_text(NOTE.format(sizes=sizes))

@@ -47,8 +47,9 @@ def first_senses(index: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield fields[0], offset
 
 
-def glosses(data: Iterable[str]) -> dict[str, str]:
-    """Offset of a thing's sense → its definition, without examples, second meanings and labels, where it is fit."""
+def glosses(data: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
+    """Offset of a thing's sense → its definition, without examples, second meanings and labels, where it is fit:
+    at most `longest` words."""
     found: dict[str, str] = {}
     for line in data:
         if line.startswith(" "):
@@ -56,14 +57,14 @@ def glosses(data: Iterable[str]) -> dict[str, str]:
         synset, _, gloss = line.partition(" | ")
         offset, category, *_ = synset.split()
         meaning = LABEL.sub("", gloss.split(";")[0].strip())
-        if category in THINGS and GLOSS.match(meaning) and SHORTEST <= len(meaning.split()) <= LONGEST:
+        if category in THINGS and GLOSS.match(meaning) and SHORTEST <= len(meaning.split()) <= longest:
             found[offset] = meaning
     return found
 
 
-def definitions(index: Iterable[str], data: Iterable[str]) -> list[Definition]:
+def definitions(index: Iterable[str], data: Iterable[str], longest: int = LONGEST) -> list[Definition]:
     """Every noun that has a fit definition which does not use the word itself."""
-    meaning = glosses(data)
+    meaning = glosses(data, longest)
     return [
         Definition(word, meaning[offset])
         for word, offset in first_senses(index)

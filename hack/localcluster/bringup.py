@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from localcluster import components, configs, node, packages, sandbox
+from localcluster import components, configs, mlflow, node, packages, sandbox
 from localcluster.api import Api, http_ok
 from localcluster.builds import tool
 from localcluster.components import Layout
@@ -64,6 +64,8 @@ def build_tools(spec: ClusterSpec) -> dict[str, Path]:
         tools["versitygw"] = tool("versitygw")
     if spec.kwok:
         tools["kwok"] = tool("kwok")
+    if "mlflow" in spec.addons:
+        tools["mlflow"] = mlflow.programs()
     return tools
 
 
@@ -99,7 +101,7 @@ def finish_control_plane(layout: Layout, tools: dict[str, Path]) -> None:
 
 
 def start_addons(layout: Layout, tools: dict[str, Path]) -> S3 | None:
-    """Object storage and Prometheus, which need no Kubernetes to start."""
+    """Object storage, Prometheus and MLflow, which need no Kubernetes to start."""
     paths, addons = layout.paths, layout.spec.addons
     access = None
     if "s3" in addons:
@@ -112,6 +114,9 @@ def start_addons(layout: Layout, tools: dict[str, Path]) -> S3 | None:
         (paths.etc / "prometheus.yaml").write_text(configs.prometheus(paths.targets))
         sandbox.launch(paths, components.discovery(layout))
         sandbox.launch(paths, components.prometheus(layout))
+    if "mlflow" in addons:
+        (paths.data / "mlflow").mkdir(exist_ok=True)
+        sandbox.launch(paths, components.mlflow(layout, tools["mlflow"]))
     return access
 
 
@@ -121,6 +126,9 @@ def wait_for_addons(layout: Layout) -> None:
         wait(lambda: http_ok(f"http://{address}:9000/"), "s3", layout.paths)
     if "prometheus" in layout.spec.addons:
         wait(lambda: http_ok(f"http://{address}:9090/-/ready"), "prometheus", layout.paths)
+    if "mlflow" in layout.spec.addons:
+        health = f"http://{address}:{components.MLFLOW_PORT}/health"
+        wait(lambda: http_ok(health), "mlflow", layout.paths, seconds=180)
 
 
 def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]:

@@ -104,6 +104,8 @@ def _up(options: argparse.Namespace) -> None:
         print(f"  S3          {made.s3.endpoint} (keys: status --json)")
     if made.prometheus_url:
         print(f"  Prometheus  {made.prometheus_url}")
+    if made.mlflow_url:
+        print(f"  MLflow      {made.mlflow_url}")
 
 
 def _down(options: argparse.Namespace) -> None:
@@ -147,6 +149,7 @@ def describe(name: str) -> dict[str, Any]:
             "region": found.s3.region,
         },
         "prometheus": found.prometheus_url and {"url": found.prometheus_url},
+        "mlflow": found.mlflow_url and {"url": found.mlflow_url},
         "auditLog": found.audit_log and str(found.audit_log),
         "logs": str(paths.logs),
         "components": components,

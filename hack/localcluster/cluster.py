@@ -15,7 +15,7 @@ from localcluster import bringup, node, sandbox
 from localcluster.api import Api
 from localcluster.bringup import wait
 from localcluster.builds import tool
-from localcluster.components import Layout
+from localcluster.components import MLFLOW_PORT, Layout
 from localcluster.errors import LocalClusterError
 from localcluster.locks import exclusive
 from localcluster.paths import ClusterPaths, cluster_paths
@@ -33,6 +33,7 @@ class Cluster:
     host_address: str
     s3: S3 | None = None
     prometheus_url: str | None = None
+    mlflow_url: str | None = None
     audit_log: Path | None = None
 
     @property
@@ -169,6 +170,7 @@ def _described(layout: Layout, access: S3 | None) -> Cluster:
         host_address=layout.network.host_address,
         s3=access,
         prometheus_url=f"http://{address}:9090" if "prometheus" in spec.addons else None,
+        mlflow_url=f"http://{address}:{MLFLOW_PORT}" if "mlflow" in spec.addons else None,
         audit_log=paths.audit_log if spec.audit else None,
     )
 
@@ -192,6 +194,7 @@ def _recalled(document: dict[str, Any]) -> Cluster:
         host_address=document["host_address"],
         s3=S3(**document["s3"]) if document["s3"] else None,
         prometheus_url=document["prometheus_url"],
+        mlflow_url=document.get("mlflow_url"),
         audit_log=Path(document["audit_log"]) if document["audit_log"] else None,
     )
 

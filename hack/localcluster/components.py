@@ -6,9 +6,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from localcluster import mlflow as mlflow_server
 from localcluster.network import Network
 from localcluster.paths import PACKAGE, ClusterPaths
 from localcluster.spec import S3, S3_REGION, ClusterSpec
+
+MLFLOW_PORT = 5000
 
 
 @dataclass(frozen=True)
@@ -223,3 +226,11 @@ def prometheus(layout: Layout) -> Component:
             "--web.enable-lifecycle",
         ),
     )
+
+
+def mlflow(layout: Layout, programs: Path) -> Component:
+    """Answers to its address and, for pods whose namespace has a Service of that name, to `mlflow`."""
+    command = mlflow_server.command(
+        programs, layout.paths.data / "mlflow", layout.network.node_address, MLFLOW_PORT, ("mlflow",)
+    )
+    return Component("mlflow", command, mlflow_server.ENVIRONMENT)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from localcluster.errors import LocalClusterError
 
-ADDONS = ("s3", "prometheus")
+ADDONS = ("s3", "prometheus", "mlflow")
 BUCKETS = ("models", "data", "outputs")
 S3_REGION = "us-east-1"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?")

@@ -14,7 +14,7 @@ import yaml
 
 from finetune_cli import serving
 from finetune_cli.main import main
-from testkit.environments import environment
+from localcluster.environments import environment
 
 ADAPTER = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "bias": "none", "use_dora": False,

@@ -22,24 +22,15 @@ from finetune_api.status import ArtifactStatus
 from finetune_trainer.scalars import Point
 from finetune_trainer.tracker import Ending, Subject
 from finetune_trainer.tracker_mlflow import Mlflow
+from localcluster import mlflow as mlflow_server
 from supervisor import world
 from supervisor.outage import Wire
 from supervisor.world import Ended, Setup
-from testkit.environments import environment
-
-# What an MLflow server needs and its client doesn't, with TensorBoard's own reader. An environment of its own: it would
-# weigh much in the lock file.
-_SERVER = (
-    "mlflow-skinny==3.17.2", "flask", "flask-cors", "sqlalchemy", "alembic", "graphene", "huey", "gunicorn", "aiohttp",
-    "prometheus-flask-exporter", "tensorboard==2.21.0", "numpy", "pandas",
-)  # fmt: skip
-_NO_DEPENDENCIES = ("mlflow==3.17.2", "mlflow-tracing==3.17.2")
-
 
 @pytest.fixture(scope="module")
 def programs() -> Path:
     """bin/ of an environment with MLflow's server."""
-    return environment("mlflow-3.17.2", *_SERVER, alone=_NO_DEPENDENCIES) / "bin"
+    return mlflow_server.programs()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,11 +38,8 @@ def starting(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """MLflow's server takes long to start: meanwhile the tests that don't need it run."""
     folder = tmp_path_factory.mktemp("mlflow")
     port = _free_port()
-    command = [
-        str(programs / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = mlflow_server.command(programs, folder, "127.0.0.1", port)
+    environment = {**os.environ, **dict(mlflow_server.ENVIRONMENT)}
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder, env=environment)
     yield f"http://127.0.0.1:{port}", folder / "log"
