@@ -28,8 +28,12 @@ venv: .venv/.ready ## Make the Python environment (.venv) from uv.lock
 demo: venv ## A throw-away cluster, S3 and Prometheus; the quickstart trained on 2 pods x 2 ranks; what came out
 	$(PY) -m demo up
 
+.PHONY: showcase
+showcase: venv ## A real run from data to report on 2 pods, with MLflow (about 15 minutes); what there is to see goes to showcase/
+	$(PY) -m demo up --file examples/definitions.yaml --keep showcase
+
 .PHONY: demo-down
-demo-down: ## Remove what `make demo` made
+demo-down: ## Remove what `make demo` or `make showcase` made
 	python3 -m demo down
 
 .PHONY: test

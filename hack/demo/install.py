@@ -65,7 +65,7 @@ def operator(place: Place, operator_image: str, trainer_image: str, *settings: s
 
 
 def namespace(place: Place, name: str) -> None:
-    """A namespace that admits restricted pods only, with the Secret `s3` and, where there is MLflow, a Service for it."""
+    """A namespace that admits restricted pods only, with the Secret `s3` and, where MLflow runs, its Service."""
     objects = {
         "apiVersion": "v1",
         "kind": "List",

@@ -1,6 +1,6 @@
-"""The demo's cluster on kind, where a Docker engine answers: kind-config.yaml, and S3, Prometheus and MLflow as processes
-of this machine. S3 and MLflow listen on the Docker network's gateway, so that pods reach them; Prometheus scrapes pods through the
-API server's proxy.
+"""The demo's cluster on kind, where a Docker engine answers: kind-config.yaml, and S3, Prometheus and MLflow as
+processes of this machine. S3 and MLflow listen on the Docker network's gateway, so that pods reach them; Prometheus
+scrapes pods through the API server's proxy.
 
 Called by demo.clusters alone.
 """

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from demo import clusters, install, watch
 from demo.clusters import ROOT, Place
+from demo.keep import Record
 from demo_assets import dataset, model
 from finetune_api.names import MANIFEST_PATH, SAMPLES_PATH
 from finetune_api.yaml import load_all
@@ -40,8 +41,9 @@ def step(title: str) -> Iterator[None]:
     console.print(f"  [green]done[/green] in {time.monotonic() - begin:.1f} s")
 
 
-def tell(name: str, file: str, picture: str = "") -> int:
-    """Returns the exit code: 0 when the job succeeded. `picture` is where what was said goes as SVG."""
+def tell(name: str, file: str, picture: str = "", keep: str = "") -> int:
+    """Returns the exit code: 0 when the job succeeded. `picture` is where what was said goes as SVG, `keep` a folder
+    for all that there is to see of the job."""
     begin = time.monotonic()
     manifest = (ROOT / file).read_text()
     (document,) = load_all(manifest)
@@ -64,7 +66,8 @@ def tell(name: str, file: str, picture: str = "") -> int:
     clear_output(place, document["spec"]["output"]["uri"])
     place.kubectl_run("-n", NAMESPACE, "apply", "-f", "-", stdin=manifest)
     applied = time.time()
-    last = follow(place, job_name)
+    record = Record(place, NAMESPACE, job_name, Path(keep)) if keep else None
+    last = follow(place, job_name, record)
     console.print()
     console.print(place.kubectl_run("-n", NAMESPACE, "get", "ftj", job_name))
     if last.phase != "Succeeded":
@@ -72,9 +75,20 @@ def tell(name: str, file: str, picture: str = "") -> int:
         console.print_json(json.dumps(last.status.get("failure") or {}))
         return 1
     show(place, job_name, document["spec"]["output"]["uri"], applied)
+    if record:
+        with step("what there is to see of it"):
+            console.print("\n".join(record.settle(document["spec"]["output"]["uri"])))
     if picture:
         draw(Path(picture), f"kubectl apply -f {file}")
     go_on(place, job_name, document["spec"]["output"]["uri"], time.monotonic() - begin)
+    return 0
+
+
+def keep_finished(name: str, file: str, folder: str) -> int:
+    """What there is to see of a job that is over, on a cluster that is up."""
+    (document,) = load_all((ROOT / file).read_text())
+    record = Record(clusters.place(name), NAMESPACE, document["metadata"]["name"], Path(folder))
+    console.print("\n".join(record.settle(document["spec"]["output"]["uri"])))
     return 0
 
 
@@ -100,8 +114,8 @@ def clear_output(place: Place, uri: str) -> None:
         obstore.delete(store, old)
 
 
-def follow(place: Place, job_name: str) -> watch.Sight:
-    """A live line until the job is over."""
+def follow(place: Place, job_name: str, record: Record | None = None) -> watch.Sight:
+    """A live line until the job is over; `record` glances at it meanwhile."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -115,6 +129,8 @@ def follow(place: Place, job_name: str) -> watch.Sight:
         task = bar.add_task("Pending", total=1, loss="")
         for now in watch.follow(place, NAMESPACE, job_name, LIMIT_SECONDS):
             loss = f"loss {now.train_loss:.3f}" if now.train_loss is not None else ""
+            if record:
+                record.glance()
             bar.update(task, description=now.phase, completed=now.step, total=max(now.total_steps, 1), loss=loss)
             line = f"{now.phase}: {now.message}" if now.message else now.phase
             if line != said:

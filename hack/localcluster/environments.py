@@ -1,7 +1,7 @@
-"""Python packages that a server of the demo or a test needs and nothing else: environments of their own, made once and kept.
+"""Environments of their own for Python packages that a server of the demo or a test needs and nothing else.
 
-They would weigh on the lock file (a server, a cloud's client) or can't live beside what we run on. Called by mlflow
-and by tests.
+Made once and kept. In ours they would weigh on the lock file (a server, a cloud's client), or can't live beside what
+we run on. Called by mlflow and by tests.
 """
 
 from __future__ import annotations

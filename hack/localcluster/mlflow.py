@@ -29,6 +29,7 @@ def command(bin_folder: Path, folder: Path, host: str, port: int, names: Sequenc
         str(bin_folder / "mlflow"),
         "server",
         *("--host", host, "--port", str(port), "--workers", "1", "--allowed-hosts", hosts),
+        *("--cors-allowed-origins", f"http://{host}:{port}"),  # of its own page
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
         *("--artifacts-destination", str(folder / "artifacts")),
     )

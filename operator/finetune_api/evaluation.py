@@ -45,6 +45,7 @@ class Score(LenientModel):
 class Evaluation(LenientModel):
     """All scores, and how they came about."""
 
+    step: int = Field(default=0, description="Optimizer step of the weights that were scored.")
     scores: tuple[Score, ...] = ()
     answered: int = Field(default=0, description="Test rows that were answered.")
     unfinished_base: int = Field(default=0, description="Base model's answers that maxNewTokens cut off.")

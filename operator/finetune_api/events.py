@@ -22,6 +22,7 @@ class PhaseEvent(LenientModel):
     type: Literal["phase"] = "phase"
     time: float
     phase: Literal["loading", "tokenizing", "training", "evaluating", "saving", "done"]
+    detail: str = Field(default="", description="For people, e.g. how many test rows are answered.")
 
 
 class DecisionEvent(LenientModel):

@@ -123,6 +123,18 @@ class EvaluationStatus(LenientModel):
         default=None, description="Set where the validation loss rises while the training loss falls."
     )
 
+    @property
+    def headline(self) -> str:
+        """The figure that people ask for first, in a clause; empty where nothing was measured on test rows."""
+        known = {score.name: score for score in self.scores}
+        first = next((known[name] for name in ("rougeL", "f1", "bleu", "exactMatch") if name in known), None)
+        if first is not None:
+            between = f"{first.low:+.3g} to {first.high:+.3g}"
+            return f"{first.name} {first.base:.3g} before, {first.tuned:.3g} after ({between})"
+        if self.test_loss_before is not None and self.test_loss_after is not None:
+            return f"test loss {self.test_loss_before:.4g} before, {self.test_loss_after:.4g} after"
+        return ""
+
 
 class ModelStatus(LenientModel):
     """What the base model turned out to be."""

@@ -269,8 +269,10 @@ def _starting_phase(number: int) -> Phase:
 
 
 def _success(found: Verdict) -> str:
-    artifact = found.result.artifact if found.result else None
-    return f"the result is in {artifact.uri}" if artifact else "trained"
+    if found.result is None or found.result.artifact is None:
+        return "trained"
+    measured = found.result.evaluation.headline if found.result.evaluation else ""
+    return f"the result is in {found.result.artifact.uri}{measured and f'; {measured}'}"
 
 
 def _earlier(one: float | None, other: float | None) -> float | None:

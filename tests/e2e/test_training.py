@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load
 
 from demo import watch
 from e2e.world import NAMESPACE, World, fine_tune_job
+from finetune_api.data_report import DataReport
 
 LORA = {"type": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0}}
 RECIPE = {"maxSteps": 12, "globalBatchSize": 8, "learningRate": 1e-3}
@@ -30,9 +32,11 @@ def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def lora_ddp(world: World) -> dict[str, torch.Tensor]:
-    """LoRA, ddp, 2 pods x 2 ranks."""
+    """LoRA, ddp, 2 pods x 2 ranks; scored, with curves in files and an MLflow server that is down."""
     return _trained(
         world, "lora-ddp", method=LORA, training=RECIPE,
+        evaluation={"metrics": ["rouge"], "rows": 8, "maxNewTokens": 8},
+        tracking={"tensorboard": True, "mlflow": {"uri": "http://127.0.0.1:9", "experiment": "e2e"}},
         distribution={"nodes": 2, "processesPerNode": 2, "strategy": "ddp"},
         resources={"cpu": "600m", "memory": "3Gi", "scratch": "2Gi", "sharedMemory": "128Mi"},
     )  # fmt: skip
@@ -67,6 +71,45 @@ def test_the_manifest_lists_every_file_and_its_origin(world: World, lora_ddp: di
     assert status["artifact"]["uri"] == "s3://outputs/lora-ddp"
     assert status["artifact"]["manifestDigest"].startswith("sha256:")
     assert status["evaluation"]["testLossAfter"] < status["evaluation"]["testLossBefore"]
+
+
+def test_the_data_report_lies_beside_the_result_and_few_examples_are_an_event(
+    world: World, lora_ddp: dict[str, torch.Tensor]
+) -> None:
+    told = world.status("lora-ddp")["data"]
+    report = DataReport.model_validate_json(world.download("lora-ddp", "finetune/data-report.json"))
+    rows = {split.split: split.rows for split in report.splits}
+    assert (told["rows"], told["validationRows"], told["testRows"]) == (rows["train"], rows["validation"], 20)
+    assert rows["train"] + rows["validation"] == 200
+    assert (told["dropped"], told["duplicates"], told["leaks"]) == (0, 0, 0)
+    chosen = "involvedObject.name=lora-ddp,reason=DataWarning"
+    (event,) = json.loads(world.kubectl("get", "events", "--field-selector", chosen, "-o", "json"))["items"]
+    assert event["message"].startswith(f"FewExamples: {rows['train']} training rows")
+
+
+def test_scores_are_in_status_and_in_what_kubectl_shows(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:
+    status = world.status("lora-ddp")
+    scores = {score["name"]: score for score in status["evaluation"]["scores"]}
+    assert {"rouge1", "rouge2", "rougeL", "perplexity"} == set(scores)
+    assert scores["perplexity"]["high"] < 0  # the result's is lower, whichever rows are drawn
+    head, row = world.kubectl("get", "ftj", "lora-ddp", "-o", "wide").splitlines()
+    for column, value in (
+        ("TEST-LOSS", status["evaluation"]["testLossAfter"]),
+        ("ROUGE-L", scores["rougeL"]["tuned"]),
+    ):
+        at = head.index(column)
+        assert float(row[at:].split()[0]) == pytest.approx(value, abs=1e-6)
+    assert "the result is in s3://outputs/lora-ddp; rougeL" in status["message"]
+
+
+def test_curves_lie_beside_the_result_though_mlflow_is_down(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:
+    (file,) = (path for path in world.files("lora-ddp") if path.startswith("finetune/tensorboard/events.out.tfevents."))
+    curves = world.download("lora-ddp", file)
+    assert all(name in curves for name in (b"train/loss", b"validation/loss", b"test/loss", b"test/rougeL"))
+    (first,) = (pod["metadata"]["name"] for pod in world.pods("lora-ddp") if "-1-0-" in pod["metadata"]["name"])
+    said = world.kubectl("logs", first)
+    assert said.count("mlflow doesn't record; training goes on") == 1
+    assert said.count("mlflow didn't take everything") == 1
 
 
 def test_the_final_loss_is_in_prometheus_after_the_pods_are_gone(

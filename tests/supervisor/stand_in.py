@@ -93,7 +93,7 @@ def main() -> int:
     say(e.EvalEvent(time=now(), step=behaviour.steps, split="test", loss=1.5, label_tokens=40))
     say(e.SampleEvent(time=now(), index=0, prompt="p", reference="r", before="b", after="a"))
     score = Score(name="rougeL", base=0.1, tuned=0.3, low=0.12345678, high=0.25, rows=1)
-    say(e.ScoresEvent(time=now(), evaluation=Evaluation(scores=(score,), answered=1)))
+    say(e.ScoresEvent(time=now(), evaluation=Evaluation(step=behaviour.steps, scores=(score,), answered=1)))
     if rank == 0:
         paths.export.mkdir(parents=True)
         (paths.export / "adapter_model.safetensors").write_bytes(b"weights after %d" % behaviour.steps)

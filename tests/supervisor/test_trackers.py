@@ -27,6 +27,7 @@ from supervisor import world
 from supervisor.outage import Wire
 from supervisor.world import Ended, Setup
 
+
 @pytest.fixture(scope="module")
 def programs() -> Path:
     """bin/ of an environment with MLflow's server."""
@@ -97,6 +98,7 @@ def test_tensorboard_reads_the_curves_that_lie_beside_the_result(setup: Setup, p
     assert scalars["train/loss"] == [[1, 3.0], [2, 1.5], [3, 1.0], [4, 0.75]]
     assert scalars["validation/loss"] == [[4, 0.9]]
     assert scalars["test/loss"] == [[0, 4.0], [4, 1.5]]
+    assert scalars["test/rougeL"] == [[0, 0.1], [4, 0.3]]
     assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_second"} <= set(scalars)
 
 
@@ -222,12 +224,15 @@ def test_mlflow_gets_everything_though_it_was_out_for_a_while(setup: Setup, mlfl
     assert (parameters["method"], parameters["lora.rank"], parameters["training.maxSteps"]) == ("lora", "16", "4")
     metrics = {item["key"]: item["value"] for item in run["data"]["metrics"]}
     assert (metrics["train/loss"], metrics["validation/loss"], metrics["test/loss"]) == (0.75, 0.9, 1.5)
+    assert metrics["test/rougeL"] == 0.3
     identity = run["info"]["run_id"]
     history = ask(mlflow, f"metrics/get-history?run_id={identity}&metric_key=train/loss")["metrics"]
     assert [(item["step"], item["value"]) for item in history] == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
     tags = {item["key"]: item["value"] for item in run["data"]["tags"]}
     assert ended.last.artifact is not None
     assert tags["finetune.manifest_digest"] == ended.last.artifact.manifest_digest
+    assert "| rougeL | 0.1 | 0.3 |" in tags["mlflow.note.content"]
+    assert not [key for key in parameters if key.endswith(".display")]
     files = {item["path"] for item in ask(mlflow, f"artifacts/list?run_id={identity}&path=finetune")["files"]}
     assert {"finetune/history.jsonl", "finetune/adapter_config.json"} <= files
     assert identity in world.manifest(setup.output).provenance["tracking"]["mlflow"]

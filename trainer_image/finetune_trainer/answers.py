@@ -28,7 +28,7 @@ _VERSION = 1
 @dataclass(frozen=True)
 class Answering:
     """What all ranks need. `tokens`: computed at once by a rank. `stopped` is any rank's word that it was asked to end;
-    `key` names what the answers are made from, without the prompts."""
+    `key` names what the answers are made from, without the prompts; `told` hears how many there are."""
 
     learner: Learner
     world: World
@@ -39,6 +39,7 @@ class Answering:
     key: str
     seed: int
     alive: Callable[[], None]
+    told: Callable[[int], None]
     stopped: Callable[[], bool]
 
 
@@ -60,6 +61,7 @@ def answer(a: Answering, prompts: Sequence[Sequence[int]]) -> tuple[Answer, ...]
         known.update(new)
         if a.world.is_first:
             store.add(new)
+        a.told(sum(name in known for name in names))
         if stop and first + a.world.size < len(batches):
             return None
     return tuple(known[name] for name in names)

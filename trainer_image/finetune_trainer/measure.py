@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def base(t: Training, data: Data, state: State) -> State | None:
     if state.step > 0 or data.test is None or state.test_loss_before is not None:
         return state
     found = _loss(t, data.test, 0)
-    said = _answers(t, data, f"base-{_digest(t.paths.model)}")
+    said = _answers(t, data, "base", _digest(t.paths.model))
     if said is None:
         return None
     return state.model_copy(
@@ -57,7 +58,7 @@ def result(t: Training, data: Data, state: State) -> Found | None:
     if data.test is None:
         return Found()
     found = _loss(t, data.test, state.written(keep_best=t.run.training.keep_best))
-    said = _answers(t, data, "tuned-" + answers.weights_digest(t.learner, t.world))
+    said = _answers(t, data, "tuned", answers.weights_digest(t.learner, t.world))
     if said is None:
         return None
     if t.world.is_first:
@@ -94,6 +95,7 @@ def _report(t: Training, data: Data, state: State, found: Measured, said: tuple[
         before_parts, after_parts = np.array(state.test_parts_before), np.array(parts(found, data.test))
         all_scores = (*all_scores, scores.perplexity(before_parts, after_parts, seed, pairs=data.test.pairs))
     evaluation = Evaluation(
+        step=state.written(keep_best=t.run.training.keep_best),
         scores=all_scores,
         answered=len(said),
         unfinished_base=state.unfinished_before,
@@ -120,7 +122,7 @@ def _loss(t: Training, test: Split, step: int) -> Measured:
     return found
 
 
-def _answers(t: Training, data: Data, key: str) -> tuple[Answer, ...] | None:
+def _answers(t: Training, data: Data, who: Literal["base", "tuned"], digest: str) -> tuple[Answer, ...] | None:
     renderer, spec, shape = data.renderer, t.run.evaluation, t.plan.shape
     config = t.learner.plain.config
     speech = Speech(
@@ -140,9 +142,12 @@ def _answers(t: Training, data: Data, key: str) -> tuple[Answer, ...] | None:
         tokens=shape.tokens if shape.packed else shape.rows * data.longest,
         autocast=half,
         folder=t.paths.answers,
-        key=key if half is None else f"{key}-half",
+        key=f"{who}-{digest}" if half is None else f"{who}-{digest}-half",
         seed=t.run.training.seed,
         alive=t.reporter.alive,
+        told=lambda count: t.reporter.phase(
+            "evaluating", f"{count} of {len(data.samples)} test rows answered by the {who} model"
+        ),
         stopped=t.paths.stop.exists,
     )
     return answers.answer(a, [renderer.prompt(row) for row in data.samples])

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 from finetune_api import names
+from finetune_api.evaluation import Evaluation
+from finetune_api.events import ScoresEvent
 from finetune_trainer import tensorboard
 from finetune_trainer.failure import Failed
 from finetune_trainer.history import History
@@ -55,14 +57,16 @@ class Recording:
         except Failed as failed:
             self._log.warning("TensorBoard's file isn't up to date", detail=failed.message)
 
-    def add_files(self, export: Path, history: History, figures: dict[str, float]) -> None:
+    def add_files(self, export: Path, history: History, scored: Evaluation | None, figures: dict[str, float]) -> None:
         """Before the upload: what is recorded in files becomes part of the result."""
         self._publishing = True
         config = self._node.run.tracking
         if config.tensorboard:
             file = export / names.TENSORBOARD_DIR / _curves_name(self._node, history)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(tensorboard.content(history.until(_ALL)))
+            lines = history.until(_ALL)
+            scores = [ScoresEvent(time=lines[-1].time, evaluation=scored)] if scored is not None and lines else []
+            file.write_bytes(tensorboard.content([*lines, *scores]))
         self.end(Ending(how="trained", metrics=figures), self._node.timing.tracking_patience, until=("wandb",))
         found = sorted((self._node.paths.tracking / "wandb").glob("offline-run-*"))
         if config.wandb is not None and config.wandb.mode == "offline" and found:

@@ -30,7 +30,7 @@ class Reporter:
         self._beaten = 0.0
         self._rank = rank
         self._clock = clock
-        self._phase = ""
+        self._phase = self._detail = ""
         self._last = 0.0
 
     def report(self, kind: type[Any], **fields: Any) -> None:
@@ -42,10 +42,10 @@ class Reporter:
         """An event that one rank of each node speaks of, whoever calls."""
         self._write(kind(time=self._clock(), **fields))
 
-    def phase(self, phase: str) -> None:
-        self._phase = phase
+    def phase(self, phase: str, detail: str = "") -> None:
+        self._phase, self._detail = phase, detail
         self._beats.write_text(phase)
-        self.report(events.PhaseEvent, phase=phase)
+        self.report(events.PhaseEvent, phase=phase, detail=detail)
 
     def alive(self) -> None:
         """Says the phase again when nothing was said for a while: long work isn't a stall. Cheap; call it often."""
@@ -54,7 +54,7 @@ class Reporter:
             os.utime(self._beats)
             self._beaten = now
         if self._rank == 0 and now - self._last > _SILENCE_SECONDS:
-            self.phase(self._phase)
+            self.phase(self._phase, self._detail)
 
     def decision(self, topic: str, choice: str, reason: str) -> None:
         """A choice that all ranks made alike."""

@@ -16,8 +16,8 @@ class Point:
     values: dict[str, float]
 
 
-def point(event: events.Event) -> Point | None:
-    """None for what isn't plotted."""
+def points(event: events.Event) -> tuple[Point, ...]:
+    """Nothing for what isn't plotted. What the base model reaches on the test rows stands at step 0."""
     match event:
         case events.StepEvent():
             total = event.seconds.get("total", 0.0)
@@ -29,14 +29,20 @@ def point(event: events.Event) -> Point | None:
             }
             if total > 0:
                 values["train/tokens_per_second"] = event.tokens / total
-            return Point(event.step, event.time, values | _rewards("train", event.rewards))
+            return (Point(event.step, event.time, values | _rewards("train", event.rewards)),)
         case events.EvalEvent():
             values = {f"{event.split}/loss": event.loss} | _rewards(event.split, event.rewards)
-            return Point(event.step, event.time, values)
+            return (Point(event.step, event.time, values),)
         case events.SkippedEvent():
-            return Point(event.step, event.time, {"train/skipped": float(event.step - event.first + 1)})
+            return (Point(event.step, event.time, {"train/skipped": float(event.step - event.first + 1)}),)
+        case events.ScoresEvent():
+            scores = event.evaluation.scores
+            return (
+                Point(0, event.time, {f"test/{score.name}": score.base for score in scores}),
+                Point(event.evaluation.step, event.time, {f"test/{score.name}": score.tuned for score in scores}),
+            )
         case _:
-            return None
+            return ()
 
 
 def _rewards(split: str, told: events.Rewards | None) -> dict[str, float]:

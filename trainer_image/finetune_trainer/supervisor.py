@@ -160,7 +160,7 @@ class Supervisor:
         self._history.add(event)
         self._metrics.observe(event)
         if isinstance(event, events.PhaseEvent) and event.phase != "done":  # the result isn't uploaded yet
-            self._enter(event.phase)
+            self._enter(event.phase, event.detail)
         if isinstance(event, events.PlanEvent) and self._model is not None:
             counted = {"parameters": event.parameters, "trainable_parameters": event.trainable_parameters}
             self._model = self._model.model_copy(update=counted)
@@ -205,7 +205,7 @@ class Supervisor:
         shown, scored = self._state.samples_shown, self._state.scored
         history.write_beside(export, self._history.text(), shown, scored, node.paths.data_report)
         figures = provenance.metrics(self._state)
-        self._recording.add_files(export, self._history, figures)
+        self._recording.add_files(export, self._history, scored, figures)
         origin = provenance.provenance(run, inputs.model, inputs.data, self._state)
         provenance.add_to_cards(export, origin)
         origin = {**origin, "cost": report_file.cost(self._spent), "tracking": self._recording.where}

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable
 
 from finetune_api import events
-from finetune_trainer.scalars import point
+from finetune_trainer.scalars import points
 
 _DOUBLE, _VARINT, _BYTES, _FLOAT = 1, 0, 2, 5  # wire types, 1 being 64 bits and 5 being 32
 
@@ -22,10 +22,10 @@ def file_name(started: float, job: str) -> str:
 
 def content(history: Iterable[events.Event]) -> bytes:
     """The whole file."""
-    points = [found for event in history if (found := point(event)) is not None]
-    started = points[0].time if points else 0.0
+    plotted = [found for event in history for found in points(event)]
+    started = plotted[0].time if plotted else 0.0
     records = [_record(_field(1, _DOUBLE, struct.pack("<d", started)) + _field(3, _BYTES, b"brain.Event:2"))]
-    for at in points:
+    for at in plotted:
         summary = b"".join(_field(1, _BYTES, _value(name, value)) for name, value in at.values.items())
         time, step = _field(1, _DOUBLE, struct.pack("<d", at.time)), _field(2, _VARINT, _varint(at.step))
         records.append(_record(time + step + _field(5, _BYTES, summary)))

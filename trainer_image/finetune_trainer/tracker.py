@@ -19,7 +19,7 @@ from finetune_api.model import LenientModel
 from finetune_api.run import RunConfig
 from finetune_api.status import ArtifactStatus
 from finetune_trainer import history
-from finetune_trainer.scalars import Point, point
+from finetune_trainer.scalars import Point, points
 from finetune_trainer.tail import Tail
 
 State = Literal["recording", "failing", "done"]
@@ -92,7 +92,7 @@ class Worker(threading.Thread):
         self._tell = tell
         self._hide = hide
         self._tick = tick
-        self._waiting = [found for line in history.parse(earlier, 2**62) if (found := point(line)) is not None]
+        self._waiting = [found for line in history.parse(earlier, 2**62) for found in points(line)]
         self._failing = False
         self._held = -1
 
@@ -105,7 +105,7 @@ class Worker(threading.Thread):
         opened, tries = False, 0
         while True:
             ending = self._ending()  # before the last events are read
-            self._waiting += [found for event in self._tail.read() if (found := point(event)) is not None]
+            self._waiting += [found for event in self._tail.read() for found in points(event)]
             try:
                 tracker = tracker or self._make()
                 if not opened:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from finetune_api.run import MlflowConfig
+from finetune_api.run import MlflowConfig, RunConfig
 from finetune_trainer.scalars import Point
 from finetune_trainer.tracker import Ending, Subject
 
 _UID = "finetune.job_uid"
 _PARAMETERS = "finetune.parameters"
+_KIND = "mlflow.experimentKind"
 _MOST_METRICS = 1000  # of one request, says the REST API
 _MOST_PARAMETERS = 100
 _LONGEST_VALUE = 500
+_UNTOLD = re.compile(r"credentials|\.display$")
 
 
 class Mlflow:
@@ -44,6 +47,7 @@ class Mlflow:
             self._client.update_run(self._run, status="RUNNING")
         else:
             tags = {_UID: job.uid, "finetune.job": f"{job.namespace}/{job.name}"}
+            tags |= {"mlflow.source.type": "JOB", "mlflow.source.name": f"FineTuneJob {job.namespace}/{job.name}"}
             self._run = self._client.create_run(experiment, run_name=job.name, tags=tags).info.run_id
         if not found or _PARAMETERS not in found[0].data.tags:
             self._log_parameters()
@@ -66,10 +70,12 @@ class Mlflow:
             self._client.set_tag(self._run, "finetune.message", ending.message[:_LONGEST_VALUE])
         said = []
         if ending.artifact is not None:
+            note = _note(self._subject.run, ending)
+            self._client.set_tag(self._run, "mlflow.note.content", note)  # what the page shows as description
             self._client.set_tag(self._run, "finetune.output", ending.artifact.uri)
             self._client.set_tag(self._run, "finetune.manifest_digest", ending.artifact.manifest_digest)
             said += self._log_files(ending)
-            said += self._register(ending.artifact.uri, ending.artifact.manifest_digest)
+            said += self._register(ending.artifact.uri, ending.artifact.manifest_digest, note)
         self._client.set_terminated(self._run, status=status)
         return "; ".join(said) or status
 
@@ -77,7 +83,8 @@ class Mlflow:
         known = self._client.get_experiment_by_name(self._config.experiment)
         if known is not None:
             return str(known.experiment_id)
-        return str(self._client.create_experiment(self._config.experiment))
+        # MLflow's page begins with chats and prompts unless an experiment says that it trains models.
+        return str(self._client.create_experiment(self._config.experiment, tags={_KIND: "custom_model_development"}))
 
     def _log_parameters(self) -> None:
         from mlflow.entities import Param
@@ -88,7 +95,7 @@ class Mlflow:
             exclude_none=True,
             include={"model", "data", "method", "lora", "training", "world"},
         )
-        flat = {key: str(value)[:_LONGEST_VALUE] for key, value in _flat(plain).items() if "credentials" not in key}
+        flat = {key: str(value)[:_LONGEST_VALUE] for key, value in _flat(plain).items() if not _UNTOLD.search(key)}
         parameters = [Param(key, value) for key, value in flat.items() if value != ""]
         for begin in range(0, len(parameters), _MOST_PARAMETERS):
             self._client.log_batch(self._run, params=parameters[begin : begin + _MOST_PARAMETERS])
@@ -105,7 +112,7 @@ class Mlflow:
             return [f"its files weren't taken ({type(error).__name__}: {str(error)[:150]})"]
         return []
 
-    def _register(self, uri: str, digest: str) -> list[str]:
+    def _register(self, uri: str, digest: str, note: str) -> list[str]:
         from mlflow.exceptions import MlflowException
 
         name = self._config.registered_model
@@ -121,13 +128,23 @@ class Mlflow:
                 return [f"version {version.version} of {name}"]
         try:
             made = self._client.create_model_version(
-                name, uri, run_id=self._run, tags={"finetune.manifest_digest": digest}
+                name, uri, run_id=self._run, tags={"finetune.manifest_digest": digest}, description=note
             )
         except MlflowException as error:
             if _is_passing(error):
                 raise
             return [f"the registry refused {uri} as {name} ({str(error)[:150]})"]
         return [f"version {made.version} of {name}"]
+
+
+def _note(run: RunConfig, ending: Ending) -> str:
+    """Markdown: what was made of what, and how good it is."""
+    where = ending.artifact.uri if ending.artifact else ""
+    said = f"`{run.model.location.display}` tuned on `{run.data.train.display}`; the result is in `{where}`."
+    names = [name.removesuffix("Tuned") for name in ending.metrics if name.endswith("Tuned")]
+    figures = [(name, ending.metrics[f"{name}Base"], ending.metrics[f"{name}Tuned"]) for name in names]
+    rows = [f"| {name} | {base:.4g} | {tuned:.4g} |" for name, base, tuned in figures]
+    return "\n".join([said, "", "| test rows | base | tuned |", "|---|---|---|", *rows]) if rows else said
 
 
 def _is_passing(error: Exception) -> bool:

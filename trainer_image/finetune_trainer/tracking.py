@@ -19,6 +19,7 @@ from finetune_trainer.node import Node
 from finetune_trainer.tail import Tail
 from finetune_trainer.tracker import Ending
 
+_SILENT_SECONDS = 5.0  # at the end, for a server that doesn't answer
 _COMMAND = (sys.executable, "-m", "finetune_trainer.trackers")
 
 
@@ -34,6 +35,7 @@ class Tracking:
         self._where: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._gone = False
+        self._failing: dict[str, float] = {}  # since when, by time.monotonic
         if not self._names or not node.leads:
             return
         self._paths.tracking_ending.unlink(missing_ok=True)
@@ -62,11 +64,13 @@ class Tracking:
             if not isinstance(event, events.TrackingEvent):
                 continue
             if event.state == "failing":
+                self._failing[event.tracker] = time.monotonic()
                 self._log.warning(
                     f"{event.tracker} doesn't record; training goes on, and what is missing is sent later",
                     detail=event.message,
                 )
                 continue
+            self._failing.pop(event.tracker, None)
             self._log.info(f"{event.tracker}: {event.state}", detail=event.message or None)
             if event.state == "recording":
                 self._where.setdefault(event.tracker, event.message)
@@ -82,7 +86,8 @@ class Tracking:
                 )
 
     def end(self, ending: Ending, patience: float, *, until: tuple[str, ...] | None = None) -> None:
-        """Tells how it ended and waits, at most `patience` seconds, until the trackers (or those of `until`) are done.
+        """Tells how it ended and waits, at most `patience` seconds, until the trackers (or those of `until`) are done;
+        for those that don't answer, some seconds.
 
         Without `until` it is over then: what hasn't been sent is told, once.
         """
@@ -91,23 +96,26 @@ class Tracking:
         aside = self._paths.tracking_ending.with_suffix(".tmp")
         aside.write_text(ending.model_dump_json(by_alias=True, exclude_none=True))
         os.replace(aside, self._paths.tracking_ending)
-        deadline = time.monotonic() + patience
-        while self._waits_for(until) and time.monotonic() < deadline:
+        begun = time.monotonic()
+        while self._waits_for(until, begun) and time.monotonic() < begun + patience:
             time.sleep(0.1)
             self.listen()
         self.listen()
         if until is not None:
             return
         if self._names and not self._gone:
+            waited = f"{time.monotonic() - begun:.0f} s"
             self._log.warning(
-                f"{' and '.join(self._names)} didn't take everything in {patience:.0f} s; the result has all of it in "
+                f"{' and '.join(self._names)} didn't take everything in {waited}; the result has all of it in "
                 "finetune/history.jsonl",
             )
         self._kill()
 
-    def _waits_for(self, until: tuple[str, ...] | None) -> bool:
+    def _waits_for(self, until: tuple[str, ...] | None, begun: float) -> bool:
         left = self._names if until is None else [name for name in self._names if name in until]
-        return bool(left) and not self._gone
+        now = time.monotonic()
+        silent = [name for name in left if now - max(begun, self._failing.get(name, now)) > _SILENT_SECONDS]
+        return len(left) > len(silent) and not self._gone
 
     def _kill(self) -> None:
         self._gone = True
