@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -41,6 +42,13 @@ def free_bytes(device: torch.device, ranks: int) -> int:
         except OSError:
             continue
     return max(0, free) // ranks
+
+
+def give_back() -> None:
+    """To the kernel, what the C library keeps for later (see `allocator`): it counts as taken."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _number(path: Path, name: str, unit: int = 1) -> int:

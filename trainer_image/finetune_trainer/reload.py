@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune_api.run import RunConfig
 from finetune_trainer import export, merge, tokenizer_files, vocabulary
 from finetune_trainer.failure import Failed
-from finetune_trainer.free_memory import free_bytes
+from finetune_trainer.free_memory import free_bytes, give_back
 from finetune_trainer.model import Quantized, keep_packed
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.train import Training
@@ -67,6 +67,7 @@ def check(folder: Path, run: RunConfig, base: Path, seen: Probe, reporter: Repor
         merged = folder / merge.FOLDER
         todo.append(("merged model", lambda dtype: _model(merged, dtype, seen), export.stored_dtype(merged)))
     for what, load, dtype in todo:
+        give_back()
         topic = "reload" if what != "merged model" else "reloadMerged"
         place, reason = where(_bytes(base, dtype), free_bytes(torch.device("cpu"), 1), _gpu_bytes(device))
         if place == "nowhere":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +32,8 @@ from finetune_trainer.overfitting import Point, signal
 _SHOWN = 20  # samples, where the job doesn't say how many
 _HERE = Path(__file__).parent
 _EVERY_STEP = 1 << 62
+_LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "exactMatch": "Exact match",
+           "f1": "F1", "perplexity": "Perplexity"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _template() -> Any:
     environment.filters["bytes"] = _bytes
     environment.filters["duration"] = _duration
     environment.filters["pretty"] = _pretty
+    environment.filters["label"] = lambda name: _LABELS.get(name, name)
+    environment.filters["moment"] = lambda text: re.sub(r"T(\d\d:\d\d).*Z$", r" \1 UTC", text)
     return environment.get_template("report.html.j2")
 
 
