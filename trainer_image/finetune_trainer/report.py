@@ -32,8 +32,15 @@ from finetune_trainer.overfitting import Point, signal
 _SHOWN = 20  # samples, where the job doesn't say how many
 _HERE = Path(__file__).parent
 _EVERY_STEP = 1 << 62
-_LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU (of 100)", "exactMatch": "Exact match",
-           "f1": "F1", "perplexity": "Perplexity"}  # fmt: skip
+_LABELS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU (of 100)",
+    "exactMatch": "Exact match",
+    "f1": "F1",
+    "perplexity": "Perplexity",
+}
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def _histogram(lengths: NDArray[np.int64]) -> r.Histogram:
         return r.Histogram()
     least, most = int(lengths.min()), int(lengths.max())
     step = next(s * 10**e for e in range(12) for s in (1, 2, 5) if s * 10**e * _BINS >= most - least)
-    edges = np.arange(least // step * step, most + step, step) if most > least else np.array([least, least + 1])
+    edges = np.arange(least // step * step, most + step + 1, step)
     counts, _ = np.histogram(lengths, edges)
     median, p95, p99 = (round(float(value), 1) for value in np.percentile(lengths, (50, 95, 99)))
     return r.Histogram(
