@@ -246,9 +246,12 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                 better = f"so the {leak.second} loss looks better than it is"
                 found.append(r.Warning(reason=reason, message=f"{_rows(count, leak.second)} {what}, {better}"))
     for one in splits:
-        again = "learnt from again" if one.split == "train" else "counted again"
         for count, reason, what in (
-            (one.duplicates.rows, "Duplicates", f"that came before, {again}"),
+            (
+                one.duplicates.rows,
+                "Duplicates",
+                f"that came before, {'learnt from' if one.split == 'train' else 'counted'} again",
+            ),
             (one.near_duplicates.rows, "NearDuplicates", f"different from an earlier one {_NEARLY}"),
             (one.truncated.rows, "Truncated", "longer than dataset.maxSequenceLength, cut at the end"),
             (one.dropped - one.unlabelled, "RowsDropped", "that can't be used, left out"),
