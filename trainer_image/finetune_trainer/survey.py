@@ -247,11 +247,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                 found.append(r.Warning(reason=reason, message=f"{_rows(count, leak.second)} {what}, {better}"))
     for one in splits:
         for count, reason, what in (
-            (
-                one.duplicates.rows,
-                "Duplicates",
-                f"that came before, {'learnt from' if one.split == 'train' else 'counted'} again",
-            ),
+            (one.duplicates.rows, "Duplicates", "that came before, seen again"),
             (one.near_duplicates.rows, "NearDuplicates", f"different from an earlier one {_NEARLY}"),
             (one.truncated.rows, "Truncated", "longer than dataset.maxSequenceLength, cut at the end"),
             (one.dropped - one.unlabelled, "RowsDropped", "that can't be used, left out"),
