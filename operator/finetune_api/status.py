@@ -124,6 +124,11 @@ class EvaluationStatus(LenientModel):
     )
 
     @property
+    def legible(self) -> EvaluationStatus:
+        """As a person reads it in `kubectl get`; the exact values are in the metrics and the result."""
+        return self.model_copy(update={name: round(value, 4) for name, value in self if isinstance(value, float)})
+
+    @property
     def headline(self) -> str:
         """The figure that people ask for first, in a clause; empty where nothing was measured on test rows."""
         known = {score.name: score for score in self.scores}

@@ -36,16 +36,7 @@ SETTLE_SECONDS = 2.0
 ANSWER_SECONDS = 0.2  # the answer to a new spec comes after its pods, which under load would wait for it
 WORDS_SETTLE_SECONDS = 60.0  # for other words about the same trouble: a kubelet repeats itself with other port numbers
 
-_MEASURED = (
-    "train_loss",
-    "eval_loss",
-    "test_loss_before",
-    "test_loss_after",
-    "eval_reward_margin",
-    "eval_reward_accuracy",
-    "test_reward_margin",
-    "test_reward_accuracy",
-)
+_SHARED = EvaluationStatus.model_fields.keys() & Progress.model_fields.keys()
 _URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
 
 
@@ -297,17 +288,13 @@ def _evaluation(
     before: EvaluationStatus | None, reported: Report | None, result: Result | None
 ) -> EvaluationStatus | None:
     if result and result.evaluation:
-        return _legible(result.evaluation)
+        return result.evaluation.legible
     if reported is None:
         return before
     told = reported.progress
     if told.test_loss_before is None and told.eval_loss is None:
         return before
-    return _legible(EvaluationStatus(overfitting=told.overfitting, **{name: getattr(told, name) for name in _MEASURED}))
-
-
-def _legible(of: EvaluationStatus) -> EvaluationStatus:
-    return of.model_copy(update={name: _rounded(getattr(of, name)) for name in _MEASURED})
+    return EvaluationStatus(**{name: getattr(told, name) for name in _SHARED}).legible
 
 
 def _first(*values: float | None) -> float | None:
