@@ -115,7 +115,7 @@ class Record:
         (self.folder / "mlflow-run.json").write_text(json.dumps(runs[0], indent=2) + "\n")
         info = runs[0]["info"]
         address = f"{url}/#/experiments/{info['experiment_id']}/runs/{info['run_id']}"
-        pages = {"mlflow-run": (address, "Parameters"), "mlflow-curves": (f"{address}/model-metrics", "learning_rate")}
+        pages = {"mlflow-run": (address, "Parameters"), "mlflow-curves": (f"{address}/model-metrics", "Auto-refresh")}
         found = _ask(url, f"model-versions/search?filter={urllib.parse.quote(_of_run(info['run_id']))}")
         for version in found.get("model_versions", []):
             name = urllib.parse.quote(version["name"])

@@ -83,7 +83,6 @@ class Mlflow:
         known = self._client.get_experiment_by_name(self._config.experiment)
         if known is not None:
             return str(known.experiment_id)
-        # MLflow's page begins with chats and prompts unless an experiment says that it trains models.
         return str(self._client.create_experiment(self._config.experiment, tags={_KIND: "custom_model_development"}))
 
     def _log_parameters(self) -> None:
