@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune_trainer import freezing, model, split, tokens
+from finetune_trainer import freezing, layout, model, split, tokens
 from finetune_trainer.batch import Collator
 from finetune_trainer.learner import trained
 from finetune_trainer.loss import LossSum
@@ -87,7 +87,7 @@ class Case:
         packed, ordered = replace(self.collate, packed=True), self.rows.prefixes.sorted(range(len(self.rows)))
         shared = replace(packed, shared=True)
         halves = [tuple(ordered[:5]), tuple(ordered[5:])]
-        assert shared(self.rows, together[0]).inputs["input_ids"].numel() <= int(self.rows.lengths.sum())
+        assert shared(self.rows, together[0]).inputs["input_ids"].numel() <= layout.filled(int(self.rows.lengths.sum()))
         assert shared(self.rows, tuple(ordered)).inputs["input_ids"].numel() < 0.9 * int(self.rows.lengths.sum())
         return found | {
             "packed": self.told(packed, together),

@@ -133,7 +133,7 @@ def test_rows_with_shared_beginnings_come_once_and_fit_and_are_as_many_on_every_
     for micro in filter(None, micros):
         work = plan.positions(micro, lengths, shape, found)
         row = layout.lay([len(rows[e]) for e in micro], found.shared(micro, lengths))
-        assert work == row.layout.size
+        assert layout.filled(work) == row.layout.size
         assert work <= max(budget, max(len(row) for row in rows))
 
 
@@ -148,9 +148,11 @@ def test_a_last_batch_that_is_filled_up_with_rows_again(world: int, packed: bool
         assert seen == dict.fromkeys(range(rows), 2)
 
 
-def test_packing_computes_no_padding() -> None:
+def test_packing_computes_no_padding_but_what_fills_a_row_up() -> None:
     shape = plan.Shape(world=2, rows=1, tokens=128, packed=True)
-    assert _plan(_all_but_one_learnt([5, 9, 33, 60, 2, 17]), shape, 6, max_steps=4).padding_share() == 0
+    packed = _plan(_all_but_one_learnt([5, 9, 33, 60, 2, 17]), shape, 6, max_steps=4)
+    assert packed.padding_share() == pytest.approx(1 - 126 / 128)  # two rows of 63
+    assert packed.computed_share() == 1.0
 
 
 @pytest.mark.parametrize(

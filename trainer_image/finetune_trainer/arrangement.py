@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from finetune_api.run import RunConfig
-from finetune_trainer import packing, plan
+from finetune_trainer import attention_native, packing, plan
 from finetune_trainer.batch import Collator
 from finetune_trainer.loss import LossSum
 from finetune_trainer.packing import Trial
@@ -39,6 +39,8 @@ class Arrangement:
 def arrange(run: RunConfig, trial: Trial, loss_sum: LossSum, most: Most, *, why_not: str) -> Arrangement:
     """Tells each choice. `why_not`: why the model's examples can't share a row, or nothing."""
     packed = packing.packs(trial, loss_sum, wanted=run.data.packing, why_not=why_not)
+    if packed and trial.padded.device.type == "cpu":
+        trial.reporter.decision("attention", *attention_native.choice(loss_sum.autocast))
     micro = run.training.micro_batch_size
     shape = plan.shape(run.world.size, micro, most.tokens, packed, most.longest, shared=packed)
     whole = plan.make(

@@ -1,4 +1,5 @@
-"""Attention over a laid-out row on the CPU: batched matrix products over stacks of pieces, and over blocks.
+"""Attention over a laid-out row on the CPU: in bfloat16 by the compiled kernel where there is one, else by batched
+matrix products over stacks of pieces, and over blocks.
 
 A token's attention is a softmax over everything it sees. Pieces and blocks are computed apart, each with the logarithm
 of its sum of exponentials, and put together by them; the backward pass then gets the sums of the whole, so every
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune_trainer import attention_native as native
 from finetune_trainer import attention_products as products
 from finetune_trainer.layout import Block, Layout
 from finetune_trainer.stacking import Stack, stacks
@@ -50,6 +52,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
     Keys and values may have fewer heads (grouped-query attention).
     """
     row = _row()
+    if native.serves(query, key):
+        out, sums = row.native.forward(*_seen_by_token(query, key, value), scale)
+        return out[None], sums
     q, k, v = (_by_token(tensor) for tensor in (query, key, value))
     laid = row.laid(q.shape[1], k.shape[1])
     queries, keys, values = laid.queries(q), laid.keys(k), laid.keys(v)
@@ -74,6 +79,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are."""
     row = _row()
+    if native.serves(query, key):
+        found = row.native.backward(gradient[0], *_seen_by_token(query, key, value), out[0], sums, scale)
+        return tuple(tensor.transpose(0, 1)[None] for tensor in found)  # type: ignore[return-value]
     q, k, v = (_by_token(tensor) for tensor in (query, key, value))
     g = gradient[0].contiguous()
     inner = (g.to(sums.dtype) * out[0]).sum(-1)
@@ -107,12 +115,12 @@ class _Row:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._stacks = stacks(layout.pieces)
+        self.native = native.Row(layout)
         self._laid: dict[tuple[int, int], _Laid] = {}
 
     def laid(self, heads: int, kv: int) -> _Laid:
         if (heads, kv) not in self._laid:
-            self._laid[heads, kv] = _Laid(self._stacks, self.layout.size, heads, kv)
+            self._laid[heads, kv] = _Laid(stacks(self.layout.pieces), self.layout.size, heads, kv)
         return self._laid[heads, kv]
 
 
@@ -189,6 +197,10 @@ def _row() -> _Row:
     if _now is None:
         raise RuntimeError("attention over a packed row outside of documents.apart")
     return _now
+
+
+def _seen_by_token(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
 
 
 def _by_token(tensor: Tensor) -> Tensor:

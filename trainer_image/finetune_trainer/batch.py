@@ -1,4 +1,4 @@
-"""Micro-batch → tensors: packed end to end, or padded on the right. Called by the loop and by evaluation.
+"""Micro-batch → tensors: packed end to end, or each row padded on the right. Called by the loop and by evaluation.
 
 Positions whose token isn't learnt never reach the output head (`keep`). Labels come from the examples' own marks,
 never from comparing tokens with the padding token.
@@ -88,6 +88,8 @@ class Collator:
         row = layout.lay([len(ids) for ids, *_ in rows], shared)
         ids = np.concatenate([ids[common:] for (ids, *_), common in zip(rows, shared, strict=True)])
         positions = np.concatenate([np.arange(s, len(ids)) for (ids, *_), s in zip(rows, shared, strict=True)])
+        padding = np.arange(row.layout.size - len(ids))
+        ids, positions = np.append(ids, np.full_like(padding, self.pad)), np.append(positions, padding)
         learnt = [np.flatnonzero(flags) for _, flags, *_ in rows]
         before = np.concatenate([places[at - 1] for places, at in zip(row.places, learnt, strict=True)])
         keep, chosen = np.unique(before, return_inverse=True)

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Of float32 logits. On the CPU smaller chunks are as fast, and the peak is lower; a GPU needs larger products.
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
+from finetune_trainer import layout
+
+# Of logits, in the products' format: large enough for them. Their softmax is taken of fewer at a time, in float32.
+_CHUNK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**25}
+_SOFTMAX_BYTES = {"cpu": 2**22, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ def fits(base: Any) -> bool:
     return type(layer_of(base)) is torch.nn.Linear
 
 
-def slices(positions: int, vocabulary: int, device: str) -> list[slice]:
-    """Positions a chunk, equal ones."""
-    count = max(1, -(-positions * vocabulary * 4 // _CHUNK_BYTES[device]))
-    size = max(1, -(-positions // count))
+def slices(positions: int, each: int, most: int, grain: int = 1) -> list[slice]:
+    """Few equal parts, about `most` bytes each, `each` bytes a position; all but the last are a multiple of `grain`."""
+    count = max(1, -(-positions * each // most))
+    size = max(1, -(-positions // (count * grain))) * grain
     return [slice(begin, min(begin + size, positions)) for begin in range(0, positions, size)]
 
 
@@ -91,7 +94,7 @@ def _apiece(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted)
     parts = [
         checkpoint(some, hidden[wanted.chosen[part]], weight, bias, wanted.targets[part], use_reentrant=False,
                    preserve_rng_state=False)
-        for part in slices(len(wanted.chosen), len(weight), hidden.device.type)
+        for part in slices(len(wanted.chosen), 4 * len(weight), _CHUNK_BYTES[hidden.device.type])
     ]  # fmt: skip
     return torch.cat(parts)
 
@@ -105,36 +108,39 @@ class _LossSum(torch.autograd.Function):
         inputs, matrix = hidden.to(kind), weight.to(kind)
         exact = torch.float64 if kind == torch.float64 else torch.float32
         by_hidden, by_weight, by_bias = (ctx.needs_input_grad[place] for place in range(3))
-        d_hidden = torch.empty_like(inputs) if by_hidden else None
         d_weight = torch.zeros_like(weight, dtype=exact) if by_weight else None
         d_bias = torch.zeros_like(bias, dtype=exact) if by_bias and bias is not None else None
+        missing = layout.filled(len(inputs)) - len(inputs)
+        if missing and by_hidden:
+            inputs = functional.pad(inputs, (0, 0, 0, missing))
+        d_hidden = torch.empty_like(inputs) if by_hidden else None
         counts = torch.bincount(wanted.chosen, minlength=len(inputs)).to(exact)
         total = torch.zeros((), dtype=exact, device=hidden.device)
+        most, softmax = _CHUNK_BYTES[hidden.device.type], _SOFTMAX_BYTES[hidden.device.type]
         order = torch.argsort(wanted.chosen, stable=True)
         chosen, targets = wanted.chosen[order], wanted.targets[order]
-        for part in slices(len(inputs), len(matrix), hidden.device.type):
-            first, last = torch.searchsorted(
-                chosen, torch.tensor([part.start, part.stop], device=chosen.device)
-            ).tolist()
-            at, target = chosen[first:last] - part.start, targets[first:last]
-            logits = functional.linear(inputs[part], matrix, None if bias is None else bias.to(kind))
-            log_p = torch.log_softmax(logits, -1, dtype=exact)
-            total -= log_p[at, target].sum()
-            if wanted.each is not None:
-                wanted.each[order[first:last]] = -log_p[at, target].to(wanted.each.dtype)
-            if d_hidden is None and d_weight is None and d_bias is None:
-                continue
-            slope = log_p.exp_().mul_(counts[part, None])
-            slope.index_put_((at, target), slope.new_full((1,), -1.0), accumulate=True)
+        for part in slices(len(inputs), len(matrix) * matrix.itemsize, most, layout.GRAIN):
+            slope = functional.linear(inputs[part], matrix, None if bias is None else bias.to(kind))  # logits, so far
+            for few in slices(len(slope), len(matrix) * exact.itemsize, softmax):
+                bounds = torch.tensor([part.start + few.start, part.start + few.stop], device=chosen.device)
+                first, last = torch.searchsorted(chosen, bounds).tolist()
+                at, target = chosen[first:last] - bounds[0], targets[first:last]
+                log_p = torch.log_softmax(slope[few], -1, dtype=exact)
+                total -= log_p[at, target].sum()
+                if wanted.each is not None:
+                    wanted.each[order[first:last]] = -log_p[at, target].to(wanted.each.dtype)
+                if by_hidden or by_weight or by_bias:
+                    p = log_p.exp_().mul_(counts[part][few, None])
+                    p.index_put_((at, target), p.new_full((1,), -1.0), accumulate=True)
+                    slope[few] = p
             if d_bias is not None:
-                d_bias += slope.sum(0)
-            slope = slope.to(kind)
+                d_bias += slope.sum(0, dtype=exact)
             if d_hidden is not None:
                 torch.mm(slope, matrix, out=d_hidden[part])
             if d_weight is not None:
                 d_weight += slope.t() @ inputs[part]
         ctx.kinds = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(None if d_hidden is None else d_hidden[: len(hidden)], d_weight, d_bias)
         return total.to(torch.float32) if exact == torch.float32 else total
 
     @staticmethod

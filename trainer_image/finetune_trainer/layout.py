@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 # Sharing a shorter beginning costs more in small attention calls than it saves.
 LEAST_SHARED = 16
 
+# Rows are filled up to a multiple of so many tokens: a CPU keeps a program for each size of a matrix product, and each
+# new size costs time and memory; a GPU's products like such sizes too.
+GRAIN = 32
+
 
 @dataclass(frozen=True)
 class Block:
@@ -47,8 +51,14 @@ class Row:
     places: tuple[NDArray[np.int64], ...]
 
 
+def filled(tokens: int) -> int:
+    """The next multiple of GRAIN."""
+    return -(-tokens // GRAIN) * GRAIN
+
+
 def lay(lengths: Sequence[int], shared: Sequence[int]) -> Row:
-    """`shared[i]` tokens of example i are its predecessor's first ones too (0 for the first example)."""
+    """`shared[i]` tokens of example i are its predecessor's first ones too (0 for the first example). Padding is a
+    piece of its own at the end."""
     pieces: list[tuple[int, int]] = []
     places: list[NDArray[np.int64]] = []
     path = _Path()
@@ -62,7 +72,9 @@ def lay(lengths: Sequence[int], shared: Sequence[int]) -> Row:
         path.extend(size, own)
         size += own
     path.cut(0, size)
-    return Row(Layout(size, tuple(pieces), tuple(path.blocks)), tuple(places))
+    if filled(size) > size:
+        pieces.append((size, filled(size)))
+    return Row(Layout(filled(size), tuple(pieces), tuple(path.blocks)), tuple(places))
 
 
 def keep(common: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_trainer import bins
+from finetune_trainer import bins, layout
 from finetune_trainer.prefixes import Prefixes
 
 DEFAULT_EPOCHS = 3.0
@@ -83,7 +83,7 @@ class Plan:
         if times == 0:
             return self
         micros = [m for n in self._first_steps() for rank in self.step(n).micros for m in rank]
-        tokens = max(positions(micro, self.lengths, self.shape, self.prefixes) for micro in micros)
+        tokens = max(self._positions)
         rows = max(len(micro) for micro in micros)
         return replace(self, shape=replace(self.shape, tokens=max(1, tokens >> times), rows=max(1, rows >> times)))
 
@@ -110,10 +110,10 @@ class Plan:
     def padding_share(self) -> float:
         """Share of computed positions that hold no token."""
         seen, computed = self.work()
-        return 0.0 if self.shape.packed else 1 - seen / computed
+        return 1 - computed / self._filled if self.shape.packed else 1 - seen / computed
 
     def computed_share(self) -> float:
-        """Tokens that are computed for each token of the examples; below 1 where beginnings are shared."""
+        """Tokens that are computed for each one of the examples, padding aside; below 1 where beginnings are shared."""
         seen, computed = self.work()
         return computed / seen if self.shape.packed else 1.0
 
@@ -123,13 +123,17 @@ class Plan:
 
     @cached_property
     def _work(self) -> tuple[int, int]:
-        seen = computed = 0
-        for number in self._first_steps():
-            step = self.step(number)
-            seen += step.tokens
-            micros = (micro for rank in step.micros for micro in rank)
-            computed += sum(positions(micro, self.lengths, self.shape, self.prefixes) for micro in micros)
-        return seen, computed
+        return sum(self.step(number).tokens for number in self._first_steps()), sum(self._positions)
+
+    @cached_property
+    def _positions(self) -> list[int]:
+        """Of each micro-batch of the first steps."""
+        micros = (m for number in self._first_steps() for rank in self.step(number).micros for m in rank)
+        return [positions(micro, self.lengths, self.shape, self.prefixes) for micro in micros]
+
+    @property
+    def _filled(self) -> int:
+        return sum(map(layout.filled, self._positions))
 
     def _first_steps(self, most: int = 200) -> range:
         return range(1, min(self.total_steps, most) + 1)
@@ -216,7 +220,7 @@ def cut(
 
 
 def positions(micro: Micro, lengths: NDArray[np.int64], shape: Shape, prefixes: Prefixes | None = None) -> int:
-    """Computed token positions; a rank that only keeps step computes one."""
+    """Computed token positions, without what fills a packed row up; a rank that only keeps step computes one."""
     if not micro:
         return 1
     own = lengths[list(micro)]
