@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_trainer import kernel_build
 from images.cli import REPOSITORY, files_of
 from images.errors import ImagesError
 from images.recipe import LABEL_KEY, RECIPES, content_key, order
@@ -41,6 +42,12 @@ def test_a_recipe_names_what_its_dockerfile_copies(name: str) -> None:
         if line.startswith("COPY ") and "--from" not in line and "/src/" not in line
     ]
     assert sorted(copied) == sorted(recipe.sources)
+
+
+def test_the_attention_kernel_is_compiled_and_named_as_the_trainer_does() -> None:
+    dockerfile = (REPOSITORY / "trainer_image/Dockerfile").read_text()
+    assert f"g++ {' '.join(kernel_build.FLAGS)} /src/{kernel_build.SOURCE.name}" in dockerfile
+    assert f'-o "/opt/finetune/attention-$(sha256sum /src/{kernel_build.SOURCE.name} | cut -c1-16).so"' in dockerfile
 
 
 @pytest.mark.parametrize("name", RECIPES)
