@@ -164,7 +164,7 @@ def _job(folder: Path, base: Path, cell: Cell) -> Job:
             "objective": method.objective,
             "learning_rate": method.rate,
         },
-        test=_rows(method, 3, 1),
+        test=_rows(method, 3, 1) if method.objective == "supervised" else _rows(method, 6, 0),
     )
     (folder / many.MAY_BE_REFUSED).touch()
     return job
@@ -274,10 +274,11 @@ def page(found: Mapping[Cell, Outcome]) -> str:
         "# Families, methods, strategies",
         "",
         f"Run with a small model of the family's real class on two processes, by each of {', '.join(STRATEGIES)}.",
-        "✓ says: every strategy gave ddp's losses, the test loss fell, and what was written gives the reported test",
-        "loss when Transformers and PEFT load it on the base as it was (of DPO: the logits that were trained). A",
-        "number is a note: which strategies are refused there, before anything is trained, and why. – is refused by",
-        f"all. {sum(outcome.holds for outcome in found.values())} of {len(found)} cells ran. Not run on a GPU yet.",
+        "✓ says: every strategy gave ddp's losses, the test loss fell (of DPO: that of the pairs it learnt from), and",
+        "what was written gives the reported test loss when Transformers and PEFT load it on the base as it was (of DPO:",
+        "the logits that were trained). A number is a note: which strategies are refused there, before anything is",
+        f"trained, and why. – is refused by all. {sum(outcome.holds for outcome in found.values())} of {len(found)} cells"
+        " ran. Not run on a GPU yet.",
         "",
         f"| family | {' | '.join(METHODS)} |",
         f"| --- |{' --- |' * len(METHODS)}",
