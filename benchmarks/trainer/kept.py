@@ -26,8 +26,9 @@ class Kept:
         theirs = [
             here / f"{name}.py" for name in ("data", "dictd", "texts", "peers", "recorder", "search", "processes")
         ]
-        theirs += [*here.glob("run_*.py"), *here.glob("requirements/*.txt")]
-        every = [*(root / "trainer_image").rglob("*.py"), *here.glob("*.py")]
+        theirs += [here / "run_trl.py", here / "run_llamafactory.py", *here.glob("requirements/*.txt")]
+        ours = (path for kind in ("*.py", "*.cpp") for path in (root / "trainer_image").rglob(kind))
+        every = [*ours, *here.glob("*.py")]
         self._folders = {peer: _folder(asked, sources) for peer, sources in ((True, theirs), (False, every))}
         self._wanted = options.keep_going
 

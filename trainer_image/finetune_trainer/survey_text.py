@@ -79,7 +79,7 @@ def _split(split: SplitReport, unit: str) -> list[str]:
         found.append(
             f"  shared beginnings: {split.shared.tokens:,} tokens ({split.shared.share:.1%}) that need be computed once"
         )
-        found.append(f"  padding: none with packing, else {split.padding_share or 0:.1%} (8 rows at a time)")
+        found.append(f"  padding: hardly any with packing, else {split.padding_share or 0:.1%} (8 rows at a time)")
         cut = ", ".join(map(str, split.truncated.numbers[:_ROWS_SHOWN]))
         if cut:
             found.append(
