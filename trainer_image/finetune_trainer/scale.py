@@ -13,8 +13,8 @@ from finetune_api.run import RunConfig
 from finetune_trainer.footprint import Footprint, Offload, Setting, Strategy, Way, footprint, gib
 from finetune_trainer.model_size import ModelSize
 
-# Beyond about a thousand tokens a CPU's matrix products get no faster, and on GPUs some thousands fill them.
-_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Beyond some hundred tokens a CPU's matrix products hardly get faster while memory grows; GPUs are filled by thousands.
+_ENOUGH_TOKENS = {"cpu": 768, "cuda": 16384}
 _COMFORT_TOKENS = {"cpu": 256, "cuda": 4096}  # with less, something is worth splitting or recomputing
 _USABLE = 0.85  # of what is free: fragments, libraries, and what the estimate doesn't know
 _MOST_RANKS = 1024
