@@ -49,7 +49,7 @@ def changed(body: dict[str, Any], *changes: tuple[str, Any]) -> dict[str, Any]:
         if value is ABSENT:
             at.pop(last, None)
         else:
-            at[last] = value
+            at[last] = copy.deepcopy(value)
     return new
 
 

@@ -139,8 +139,8 @@ def test_a_preemption_costs_no_budget(world: World, operator: Operator) -> None:
     checkpoint = CheckpointStatus(step=7, uri="s3://outputs/result/checkpoints/step-7", time="2026-01-01T00:00:00Z")
     world.end_deleted_pods("moved-1", 143, Result(outcome="preempted", reason="Preempted", checkpoint=checkpoint))
     (pod,) = world.run_pods("moved-2")
+    world.wait(lambda: world.status("moved")["restarts"]["preemption"] == 1, 15, lambda: f"{world.status('moved')}")
     status = world.wait_phase("moved", "Running")
-    assert status["restarts"]["preemption"] == 1
     assert status["checkpoint"]["step"] == 7
     world.end_pod(pod, 0, _DONE)
     assert world.wait_phase("moved", "Succeeded")["attempt"] == 2

@@ -55,7 +55,7 @@ def test_a_run_leaves_the_result_its_history_and_a_manifest_that_proves_every_fi
     assert (score.name, score.base, score.tuned, score.low, score.high) == ("rougeL", 0.1, 0.3, 0.1235, 0.25)
     assert last.evaluation.scored_rows == 1
     page = (setup.output / "finetune" / "report.html").read_text()
-    assert "rougeL" in page
+    assert "ROUGE-L" in page
     assert set(manifest.provenance["cost"]["phases"]) <= {"starting", "fetching", "checking", "loading", "training"}
     assert last.model is not None
     assert last.model.trainable_parameters == 10

@@ -25,7 +25,7 @@ from trainer.ranks import Ended, Job, Ranks, at_once, finish_all, finish_each, p
 
 _BAD = 3  # the step that holds the poisoned row
 _STEPS = 6
-_SCARCE = Fault("memory", 110)
+_SCARCE = Fault("memory", 128)  # tokens that can be embedded at once; halved rows have as many at most
 
 
 def _poisoned(base: Path, folder: Path) -> Path:

@@ -54,16 +54,13 @@ def test_the_lines_of_the_history_come_back_as_they_were_and_say_nothing_of_rewa
 
 
 def test_trackers_get_them_by_trls_names() -> None:
-    point = scalars.point(_eval(2, "validation"))
-    assert point is not None
+    (point,) = scalars.points(_eval(2, "validation"))
     assert point.values == {
         "validation/loss": 0.4, "validation/rewards/chosen": 0.25, "validation/rewards/rejected": -0.5,
         "validation/rewards/margins": 0.75, "validation/rewards/accuracies": 0.875, "validation/logps/chosen": -20.0,
         "validation/logps/rejected": -32.5,
     }  # fmt: skip
-    train, without = scalars.point(_step(1)), scalars.point(_step(1, None))
-    assert train is not None
-    assert without is not None
+    (train,), (without,) = scalars.points(_step(1)), scalars.points(_step(1, None))
     assert {name for name in train.values if name not in without.values} == {
         name.replace("validation", "train") for name in point.values if name != "validation/loss"
     }
