@@ -16,6 +16,7 @@ from trainer.matrix import FAMILIES, METHODS, Cell, Outcome
 from trainer.ranks import finish_all, pairs, prepare
 
 _SLICE = [*(Cell(family, "all-linear", "ddp") for family in FAMILIES), Cell("llama", "modulesToSave", "fsdp")]
+_SLICE += [Cell("gemma2", "DPO", "ddp")]
 _PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
@@ -61,6 +62,46 @@ def test_a_cell_says_which_strategies_hold_where_most_dont() -> None:
     assert matrix._cell({**of, "ddp": Outcome()}, notes) == "ddp [1]"
     assert matrix._cell(of, notes) == "– [2]"
     assert notes == ["zero1, zero2, zero3, fsdp: no", "no"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "first", "before", "after", "said"),
+    [
+        ("dpo", 0.693147, 0.693147, 0.687933, ""),
+        ("dpo", 0.693147, 0.693147, 0.693147, "learnt nothing: test loss 0.693147 before, 0.693147 after"),
+        ("dpo", 0.693147, 0.693147, 0.698436, "learnt nothing: test loss 0.693147 before, 0.698436 after"),
+        ("dpo", 0.693147, 0.693147, float("nan"), "learnt nothing: test loss 0.693147 before, nan after"),
+        ("dpo", 0.7, 0.693147, 0.6, "pairs begin at 0.693147, the first step at 0.700000, and not at log 2"),
+        ("dpo", 0.693147, 0.7, 0.6, "pairs begin at 0.700000, the first step at 0.693147, and not at log 2"),
+        ("supervised", 5.7, 5.8, 5.6, ""),
+        ("supervised", 5.7, 5.8, 5.8, "learnt nothing: test loss 5.800000 before, 5.800000 after"),
+    ],
+)
+def test_a_loss_that_didnt_fall_and_pairs_that_dont_begin_at_log_two_are_wrong(
+    objective: str, first: float, before: float, after: float, said: str
+) -> None:
+    assert matrix._unlearnt(objective, first, before, after) == said
+
+
+def test_pairs_are_measured_where_they_learn(tmp_path: Path) -> None:
+    base = matrix._base(tmp_path / "base", FAMILIES["gemma2"])
+    paths = matrix._job(tmp_path / "job", base, Cell("gemma2", "DPO", "ddp")).paths
+    assert paths.data("test").read_text() == paths.data("train").read_text()
+
+
+def test_an_older_run_of_pairs_is_told_as_such(tmp_path: Path) -> None:
+    kept, lines = tmp_path / "kept.jsonl", []
+    for strategy in matrix.STRATEGIES:
+        lines.append(["llama", "DPO", strategy, "", "", [0.7]])
+        lines.append(["gemma2", "DPO", strategy, "", "", [0.7], False])
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, notes = matrix._read(kept), list[str]()
+    cells = [
+        matrix._cell({s: found[Cell(family, "DPO", s)] for s in matrix.STRATEGIES}, notes)
+        for family in ("llama", "gemma2")
+    ]
+    assert cells == ["✓ [1]", "✓"]
+    assert notes == ["an older run: the loss that fell was that of three pairs that it didn't learn from"]
 
 
 def test_what_was_kept_of_an_interrupted_run_isnt_run_again(tmp_path: Path) -> None:
