@@ -1,4 +1,4 @@
-# finetune-operator: `make help` lists what can be done here.
+# finetune-operator: `make help` lists the targets.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -22,34 +22,42 @@ $(CACHE)/uv/bin/uv:
 	@touch $@
 
 .PHONY: venv
-venv: .venv/.ready ## Make the Python environment (.venv) from uv.lock
+venv: .venv/.ready ## Create the Python environment (.venv) from uv.lock
+
+.PHONY: try
+try: ## Fine-tune a small model on this machine in a few minutes, without root or a cluster
+	@python3 -m tryout $(TRY)
 
 .PHONY: demo
-demo: venv ## A throw-away cluster, S3 and Prometheus; the quickstart trained on 2 pods x 2 ranks; what came out
-	$(PY) -m demo up
+demo: ## Run the quickstart on a throw-away cluster with S3 and Prometheus (2 pods x 2 ranks), and show the result
+	@python3 -m demo up
 
 .PHONY: showcase
-showcase: venv ## A real run from data to report on 2 pods, with MLflow (about 15 minutes); what there is to see goes to showcase/
-	$(PY) -m demo up --file examples/definitions.yaml --keep showcase
+showcase: ## Run a complete job on 2 pods, with MLflow (about 15 minutes), and save its report and pictures in showcase/
+	@python3 -m demo up --file examples/definitions.yaml --keep showcase
 
 .PHONY: demo-down
-demo-down: ## Remove what `make demo` or `make showcase` made
+demo-down: ## Remove the cluster of `make demo` or `make showcase`
 	python3 -m demo down
 
+.PHONY: test-packages
+test-packages:
+	@[ "$$(id -u)" != 0 ] || python3 -m localcluster packages
+
 .PHONY: test
-test: lint ## Everything: lint, unit, contract, controller, trainer, chart, end to end on real pods
-	$(PY) -m pytest tests
+test: lint test-packages ## Run everything: lint, unit, contract, controller, trainer and chart tests, and end-to-end tests on real pods
+	$(PY) -m testrun
 
 .PHONY: test-fast
-test-fast: venv ## What needs neither a cluster nor an image
-	$(PY) -m pytest tests -m "not cluster and not e2e"
+test-fast: venv test-packages ## Run the tests that need neither a cluster nor an image, without the slowest modules
+	$(PY) -m testrun -m "not cluster and not e2e and not slow"
 
 .PHONY: e2e
-e2e: venv ## End to end on real pods only
+e2e: venv ## Run only the end-to-end tests on real pods
 	$(PY) -m pytest tests/e2e
 
 .PHONY: lint
-lint: venv ## ruff, mypy, import-linter, generated files
+lint: venv ## Run ruff, mypy and import-linter, and check generated files
 	.venv/bin/ruff format --check operator trainer_image hack tests benchmarks
 	.venv/bin/ruff check operator trainer_image hack tests benchmarks
 	.venv/bin/mypy
@@ -65,13 +73,17 @@ format: venv ## Format the code
 generate: venv ## Write crds/, the chart's copy and docs/reference.md from finetune_api
 	$(PY) -m finetune_api.generate
 
+.PHONY: sizing
+sizing: venv ## Write docs/sizing.md from the memory estimate
+	$(PY) -m sizing
+
 .PHONY: matrix
-matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes; goes on after a stop)
-	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.matrix
+matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes; resumes if interrupted)
+	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.support.family_matrix
 
 .PHONY: broken
-broken: venv ## Put each of the 28 known bugs back and see its tests fail (a quarter of an hour; BUGS="16 17" for some)
-	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.broken $(BUGS)
+broken: venv ## Reintroduce each of the 28 known bugs and check that its tests fail (15 minutes; BUGS="16 17" selects)
+	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.support.mutation_testing $(BUGS)
 
 .PHONY: check-dpo
 check-dpo: venv ## Compare the loss, rewards and gradients of DPO with TRL's on the same batch
@@ -82,8 +94,13 @@ images: venv ## Build the operator and trainer images
 	python3 -m images build operator
 	python3 -m images build trainer
 
+.PHONY: push
+push: ## Build and push both images, and write values-images.yaml: make push REGISTRY=registry.example.com/team
+	@[ -n "$(REGISTRY)" ] || { echo 'make push: REGISTRY is missing; set it to host and path: make push REGISTRY=registry.example.com/team' >&2; exit 2; }
+	@python3 -m images push "$(REGISTRY)"
+
 .PHONY: cluster
-cluster: ## A local cluster with S3 and Prometheus, without Docker
+cluster: ## Start a local cluster with S3 and Prometheus, without Docker
 	python3 -m localcluster up --addons s3,prometheus
 
 .PHONY: cluster-down
@@ -91,11 +108,25 @@ cluster-down: ## Remove the local cluster
 	python3 -m localcluster down
 
 .PHONY: bench
-bench: venv ## All benchmarks; figures go to benchmarks/results/
+bench: venv ## Run all benchmarks; the results are written to benchmarks/results/
 	$(PY) benchmarks/operator_latency.py
 	$(PY) benchmarks/overhead.py
 	PYTHONPATH=operator:trainer_image:hack:. $(PY) benchmarks/data_memory.py
 
 .PHONY: bench-trainer
-bench-trainer: venv ## The trainer beside TRL and LLaMA-Factory, about 45 minutes; BENCH="--help" shows what can be chosen
+bench-trainer: venv ## Compare the trainer with TRL and LLaMA-Factory (about 45 minutes; BENCH="--help" lists options)
 	$(PY) benchmarks/trainer $(BENCH)
+
+GPU_CHECK = PYTHONPATH=.:operator:trainer_image:tests UV=$(UV) $(PY) -m benchmarks.gpu
+
+.PHONY: gpu-check
+gpu-check: venv $(if $(REHEARSE),gpu-carry) ## Test and time this machine's GPU, in minutes (REHEARSE=1 on a CPU; STAGES=a,b BUDGET=SECONDS OUT=DIR)
+	$(GPU_CHECK) $(if $(REHEARSE),--rehearse) $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(OUT))
+
+.PHONY: gpu-carry
+gpu-carry: venv ## Collect the wheels that a GPU machine without network lacks in .gpu-carry (with the repository at most 64 MiB)
+	$(GPU_CHECK).carry
+
+.PHONY: gpu-references
+gpu-references: venv ## Recompute the reference losses for GPU runs (a few minutes; float32 on the CPU)
+	$(GPU_CHECK).references

@@ -1,10 +1,12 @@
-"""How fast a large file becomes tokens, and in how much memory: ours beside `datasets` in the same run.
+"""Compares the trainer with `datasets`: time and memory for turning a large file into tokens.
 
-    PYTHONPATH=operator:trainer_image:hack:. .venv/bin/python benchmarks/data_memory.py [--megabytes 300]
+    PYTHONPATH=operator:trainer_image:hack:. .venv/bin/python benchmarks/data_memory.py \\
+        [--megabytes 300]
 
-The rows are WordNet's 117,000 glosses, asked for in different words and with a few neighbours, so that no two are
-equal. Both read the file, render each row by the chat template of SmolLM2, and leave prompt and answer as tokens on
-disk. Ours also finds what rows begin with alike, and the data report. Prints a table, writes JSON.
+The rows are WordNet's 117,000 glosses, with different questions and a few neighboring glosses each,
+so that no two are equal. Both read the file, render each row with SmolLM2's chat template, and
+write the tokens of prompt and answer to disk. The trainer also finds common prefixes of rows and
+makes the data report. The benchmark prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -30,35 +32,38 @@ _QUESTIONS = (
 )  # fmt: skip
 
 
-def rows(glosses: list[tuple[str, str]], most: int) -> Iterator[str]:
-    """JSON lines of at most so many bytes together; row i of round r has r to r + 15 glosses after its own."""
+def rows(glosses: list[tuple[str, str]], size_limit: int) -> Iterator[str]:
+    """Yields JSON lines of at most `size_limit` bytes in total.
+
+    Row i of round r has r + i % 16 glosses after its own.
+    """
     size = 0
-    for turn in range(1000):
+    for round_number in range(1000):
         for index, (word, _) in enumerate(glosses):
-            more = glosses[index : index + 1 + turn + index % 16]
-            answer = " ".join(f"{other}: {gloss}." if at else gloss for at, (other, gloss) in enumerate(more))
-            prompt = _QUESTIONS[turn % len(_QUESTIONS)].format(word)
+            neighbors = glosses[index : index + 1 + round_number + index % 16]
+            answer = " ".join(f"{other}: {gloss}." if at else gloss for at, (other, gloss) in enumerate(neighbors))
+            prompt = _QUESTIONS[round_number % len(_QUESTIONS)].format(word)
             line = json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False) + "\n"
             size += len(line.encode())
-            if size > most:
+            if size > size_limit:
                 return
             yield line
 
 
 def glosses(folder: Path) -> list[tuple[str, str]]:
-    """(word, gloss) of every synset, in WordNet's order."""
-    found = []
+    """Returns (word, gloss) of every synset, in WordNet's order."""
+    samples = []
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text().splitlines():
             synset, bar, gloss = line.partition(" | ")
             if bar and not line.startswith(" "):
                 word = re.sub(r"\(.*", "", synset.split()[4]).replace("_", " ")
-                found.append((word, gloss.strip()))
-    return found
+                samples.append((word, gloss.strip()))
+    return samples
 
 
 def file(megabytes: int) -> Path:
-    """The rows in the cache."""
+    """Returns the cached file with the rows, created if it is missing."""
     from demo_assets.package import debian_files, write_once
 
     def write(target: Path) -> None:
@@ -71,20 +76,25 @@ def file(megabytes: int) -> Path:
     return write_once(f"bench-data-{megabytes}-{source}", write) / "rows.jsonl"
 
 
-# ---- what is measured: each in a process of its own, which prints its figures as one line of JSON
+# ---- The measured programs: each runs in its own process and prints its figures as one JSON line.
 
 
 def ours(path: Path, model: Path, folder: Path) -> dict[str, Any]:
-    """As preflight does it."""
-    from finetune_trainer import survey, tokens
-    from finetune_trainer.render import Renderer
+    """Reads the rows as the trainer's preflight does; returns sizes and seconds."""
+    from finetune_trainer.data import quality_report, token_cache
+    from finetune_trainer.data.chat_rendering import Renderer
+    from finetune_trainer.data.preparation import ReadOptions
+    from finetune_trainer.data.row_statistics import RowStatistics
+    from finetune_trainer.data.splits import split_rows
 
     renderer = Renderer.load(model, 2048)
     begin = time.perf_counter()
-    cache = tokens.build(folder, "cache", path, "dataset.uri", on_invalid="fail", renderer=renderer)
+    cache = token_cache.build(folder, "cache", path, ReadOptions("dataset.uri", renderer, "fail"))
     built = time.perf_counter()
-    survey.report(
-        survey.parts_of({"train": survey.Measured.of_tokens(cache)}, 0.05, None), longest=2048, renderer=renderer
+    quality_report.report(
+        split_rows({"train": RowStatistics.of_tokens(cache)}, 0.05, None),
+        max_length=2048,
+        renderer=renderer,
     )
     return {
         "rows": len(cache), "tokens": int(cache.lengths.sum()),
@@ -100,20 +110,24 @@ datasets.disable_progress_bars()
 tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 begin = time.perf_counter()
 def tokens(rows):
-    asked = [[{"role": "user", "content": p}] for p in rows["prompt"]]
-    said = [[*a, {"role": "assistant", "content": c}] for a, c in zip(asked, rows["completion"])]
-    prompts = tokenizer(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)).input_ids
-    whole = tokenizer(tokenizer.apply_chat_template(said, tokenize=False)).input_ids
-    masks = [[0] * len(p) + [1] * (len(w) - len(p)) for p, w in zip(prompts, whole)]
-    return {"input_ids": whole, "completion_mask": masks}
-found = datasets.load_dataset("json", data_files=path, cache_dir=folder, split="train")
-found = found.map(tokens, batched=True, remove_columns=["prompt", "completion"])
-print(json.dumps({"rows": len(found), "tokens_seconds": time.perf_counter() - begin}))
+    questions = [[{"role": "user", "content": p}] for p in rows["prompt"]]
+    chats = [[*q, {"role": "assistant", "content": c}] for q, c in zip(questions, rows["completion"])]
+    prompts = tokenizer(tokenizer.apply_chat_template(questions, tokenize=False, add_generation_prompt=True)).input_ids
+    ids = tokenizer(tokenizer.apply_chat_template(chats, tokenize=False)).input_ids
+    masks = [[0] * len(p) + [1] * (len(i) - len(p)) for p, i in zip(prompts, ids)]
+    return {"input_ids": ids, "completion_mask": masks}
+dataset = datasets.load_dataset("json", data_files=path, cache_dir=folder, split="train")
+dataset = dataset.map(tokens, batched=True, remove_columns=["prompt", "completion"])
+print(json.dumps({"rows": len(dataset), "tokens_seconds": time.perf_counter() - begin}))
 """
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """What the command prints, with its peaks of memory: of its own (anonymous) and with mapped files (resident)."""
+    """Runs a command and returns the figures that it prints, with its peak memory.
+
+    `anonymous_bytes` is the process's own memory; `resident_bytes` includes mapped files. Raises
+    SystemExit if the command fails.
+    """
     begin = time.perf_counter()
     peaks = {"RssAnon": 0, "VmHWM": 0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -135,7 +149,7 @@ def measured(command: list[str]) -> dict[str, Any]:
         done.set()
         watcher.join()
     if process.returncode:
-        raise SystemExit(f"{command[0]} ended with {process.returncode}")
+        raise SystemExit(f"{command[0]} ended with exit code {process.returncode}")
     return {
         **json.loads(out.splitlines()[-1]), "anonymous_bytes": peaks["RssAnon"], "resident_bytes": peaks["VmHWM"],
         "process_seconds": time.perf_counter() - begin,
@@ -144,8 +158,8 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--megabytes", type=int, default=300)
-    arguments.add_argument("--only", choices=("ours", "datasets"))
+    arguments.add_argument("--megabytes", type=int, default=300, help="size of the file (default: %(default)s)")
+    arguments.add_argument("--only", choices=("ours", "datasets"), help="measure only one of them")
     arguments.add_argument("--child", nargs=3, metavar=("ROWS", "MODEL", "FOLDER"), help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.child:
@@ -160,29 +174,30 @@ def main() -> None:
         "ours": [sys.executable, __file__, "--child"],
         "datasets": [str(peers.python("trl")), "-c", _DATASETS],
     }
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "file_bytes": path.stat().st_size, "cores": len(os.sched_getaffinity(0)), "load_at_start": os.getloadavg()[0],
     }  # fmt: skip
     for name, command in commands.items():
         if options.only in (None, name):
             with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".bench-data-") as scratch:
-                found[name] = measured([*command, str(path), str(folder), scratch])
-            told(name, found[name], found["file_bytes"])
+                document[name] = measured([*command, str(path), str(folder), scratch])
+            show(name, document[name], document["file_bytes"])
     if options.only is None:
-        speed = found["datasets"]["tokens_seconds"] / found["ours"]["tokens_seconds"]
-        memory = found["ours"]["anonymous_bytes"] / found["datasets"]["anonymous_bytes"]
-        found["speed_ratio"], found["memory_ratio"] = speed, memory
+        speed = document["datasets"]["tokens_seconds"] / document["ours"]["tokens_seconds"]
+        memory = document["ours"]["anonymous_bytes"] / document["datasets"]["anonymous_bytes"]
+        document["speed_ratio"], document["memory_ratio"] = speed, memory
         print(f"ours is {speed:.2f} times as fast, in {memory:.2f} of the memory")
-        (ROOT / "benchmarks/results/data_memory.json").write_text(json.dumps(found, indent=1) + "\n")
+        (ROOT / "benchmarks/results/data_memory.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
-def told(name: str, of: dict[str, Any], size: int) -> None:
-    seconds = of["tokens_seconds"]
+def show(name: str, figures: dict[str, Any], size: int) -> None:
+    """Prints one line of the table; `size` is the file's in bytes."""
+    seconds = figures["tokens_seconds"]
     print(
-        f"{name:9} {of['rows']:,} rows in {seconds:.0f} s: {of['rows'] / seconds:,.0f} rows/s, "
-        f"{size / seconds / 2**20:.2f} MB/s; memory {of['anonymous_bytes'] / 2**20:,.0f} MiB "
-        f"({of['resident_bytes'] / 2**20:,.0f} with mapped files)"
-        + (f"; data report {of['report_seconds']:.1f} s" if "report_seconds" in of else ""),
+        f"{name:9} {figures['rows']:,} rows in {seconds:.0f} s: {figures['rows'] / seconds:,.0f} rows/s, "
+        f"{size / seconds / 2**20:.2f} MB/s; memory {figures['anonymous_bytes'] / 2**20:,.0f} MiB "
+        f"({figures['resident_bytes'] / 2**20:,.0f} with mapped files)"
+        + (f"; data report {figures['report_seconds']:.1f} s" if "report_seconds" in figures else ""),
         flush=True,
     )
 

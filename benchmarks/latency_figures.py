@@ -1,4 +1,4 @@
-"""What operator_latency makes of what it saw: jobs, figures, report. Pure; called by operator_latency alone."""
+"""Computes the figures and the report of operator_latency from its observations. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 Raw = dict[str, Any]
 WARM_UP = "warm"
-"""Jobs whose names begin so aren't measured."""
+"""Jobs whose names begin with this prefix aren't measured."""
 _WRITES = ("create", "update", "patch", "delete", "deletecollection")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How many jobs of each kind, at how many a second, of how many pods."""
+class Load:
+    """The number of jobs of each kind, jobs created per second, and pods per job."""
 
     jobs: int
     rate: float
@@ -25,22 +25,23 @@ class Asked:
 
 @dataclass
 class Side:
-    """One way of making jobs, and what was seen of it."""
+    """One kind of job, and what was observed of its jobs."""
 
     name: str
     namespace: str
-    pods: int  # of a job
+    pods: int  # per job
     created: dict[str, float] = field(default_factory=dict)  # by job: when the POST was sent
-    complete: dict[str, float] = field(default_factory=dict)  # by job: when the last pod was seen
+    complete: dict[str, float] = field(default_factory=dict)  # by job: when the watch reported its last pod
     cpu: dict[str, float] = field(default_factory=dict)  # seconds, by process
 
     def latencies(self) -> list[float]:
+        """Returns the seconds from creation to the last pod of each measured job, sorted."""
         measured = [name for name in self.created if not name.startswith(WARM_UP)]
         return sorted(self.complete[name] - self.created[name] for name in measured)
 
 
 def plain_job(name: str, pods: int) -> Raw:
-    """What the operator would create, without an operator."""
+    """Returns a Job like the one that the operator would create."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -57,46 +58,51 @@ def plain_job(name: str, pods: int) -> Raw:
 
 
 def writes(audit_log: Iterable[str], namespace: str) -> Counter[str]:
-    """Requests that changed something in a namespace, by who sent them; warm-up included. `audit_log` is its lines."""
-    found: Counter[str] = Counter()
+    """Counts the write requests in a namespace by user agent, including those of the warm-up.
+
+    `audit_log` are the lines of the audit log.
+    """
+    counts: Counter[str] = Counter()
     for line in audit_log:
         event = json.loads(line)
         if event["verb"] in _WRITES and event.get("objectRef", {}).get("namespace") == namespace:
-            found[event.get("userAgent", "").split("/")[0]] += 1
-    return found
+            counts[event.get("userAgent", "").split("/")[0]] += 1
+    return counts
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Nearest rank."""
+    """Returns a percentile of sorted values by the nearest rank; `share` is from 0 to 1."""
     return values[min(len(values) - 1, int(share * len(values)))]
 
 
 def job_ended(job: Raw) -> bool:
+    """Whether a Job completed or failed."""
     return any(
         c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in job["status"].get("conditions", ())
     )
 
 
 def finetunejob_ended(job: Raw) -> bool:
+    """Whether a FineTuneJob succeeded or failed."""
     return job.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
-def report_of(sides: Sequence[Side], audit_log: Sequence[str], asked: Asked, machine: Raw) -> Raw:
-    """What is kept: figures, and what they were taken on."""
+def report_of(sides: Sequence[Side], audit_log: Sequence[str], load: Load, machine: Raw) -> Raw:
+    """Returns the result file's document: the figures and the machine that they are from."""
     rows = []
     for side in sides:
         values = side.latencies()
         sent = writes(audit_log, side.namespace)
-        made = len(side.created)
+        job_count = len(side.created)
         rows.append(
             {
                 "side": side.name,
                 "p50_seconds": round(percentile(values, 0.50), 4),
                 "p99_seconds": round(percentile(values, 0.99), 4),
-                "writes_per_job": round(sum(sent.values()) / made, 1),
-                "writes_per_job_by": {who: round(count / made, 1) for who, count in sent.most_common()},
+                "writes_per_job": round(sum(sent.values()) / job_count, 1),
+                "writes_per_job_by": {agent: round(count / job_count, 1) for agent, count in sent.most_common()},
                 "cpu_seconds_per_100_jobs": {
-                    who: round(100 * spent / asked.jobs, 1) for who, spent in sorted(side.cpu.items()) if spent
+                    process: round(100 * spent / load.jobs, 1) for process, spent in sorted(side.cpu.items()) if spent
                 },
             }
         )
@@ -104,9 +110,9 @@ def report_of(sides: Sequence[Side], audit_log: Sequence[str], asked: Asked, mac
     aim = 1.5 * plain["p99_seconds"] + 0.2
     return {
         "benchmark": "operator_latency",
-        "jobs": asked.jobs,
-        "rate_per_second": asked.rate,
-        "pods_per_job": asked.pods,
+        "jobs": load.jobs,
+        "rate_per_second": load.rate,
+        "pods_per_job": load.pods,
         "machine": machine,
         "rows": rows,
         "aim_p99_seconds": round(aim, 4),
@@ -115,12 +121,14 @@ def report_of(sides: Sequence[Side], audit_log: Sequence[str], asked: Asked, mac
 
 
 def show(report: Raw) -> None:
+    """Prints the report as a table."""
     print(
-        f"{report['jobs']} jobs of {report['pods_per_job']} pods at {report['rate_per_second']:g}/s: create → all pods"
+        f"{report['jobs']} jobs of {report['pods_per_job']} pods at {report['rate_per_second']:g}/s, "
+        "from creation to all pods"
     )
     print(f"{'':20} {'p50 ms':>8} {'p99 ms':>8} {'writes/job':>11}  CPU s per 100 jobs")
     for row in report["rows"]:
-        spent = ", ".join(f"{who} {seconds}" for who, seconds in row["cpu_seconds_per_100_jobs"].items())
+        spent = ", ".join(f"{process} {seconds}" for process, seconds in row["cpu_seconds_per_100_jobs"].items())
         p50, p99 = 1000 * row["p50_seconds"], 1000 * row["p99_seconds"]
         print(f"{row['side']:20} {p50:8.0f} {p99:8.0f} {row['writes_per_job']:11.1f}  {spent}")
         print(f"{'':20} writes/job by {row['writes_per_job_by']}")

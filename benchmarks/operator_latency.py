@@ -1,10 +1,12 @@
-"""How long from creating a FineTuneJob until all its pods exist, beside plain Indexed Jobs created in the same run.
+"""Measures the time from creating a FineTuneJob until all its pods exist.
 
     python benchmarks/operator_latency.py [--jobs 50] [--rate 10] [--nodes 2]
 
-Makes a control plane of its own (real etcd, API server, Job controller and scheduler; kwok pretends nodes and pods),
-runs the operator as it is, and prints p50 and p99 with what each job cost in API writes and CPU. Times are taken by one
-clock: from before the POST until a watch shows the last pod. JSON goes to benchmarks/results/operator_latency.json.
+Plain Indexed Jobs in the same run are the comparison. The benchmark starts its own control plane
+(real etcd, API server, Job controller and scheduler; kwok simulates nodes and pods), runs the
+unmodified operator, and prints p50 and p99 with each job's API writes and CPU time. One clock
+measures from before the POST until a watch reports the last pod. The results are written to
+benchmarks/results/operator_latency.json.
 """
 
 from __future__ import annotations
@@ -24,44 +26,48 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "hack"), str(ROOT / "tests"), str(ROOT / "operator")]
 
-from latency_figures import WARM_UP, Asked, Raw, Side, finetunejob_ended, job_ended, plain_job, report_of, show  # noqa: E402
+from latency_figures import WARM_UP, Load, Raw, Side, finetunejob_ended, job_ended, plain_job, report_of, show  # noqa: E402
 
 import localcluster  # noqa: E402
-from api.server import Server  # noqa: E402
-from controller.operator_process import Operator  # noqa: E402
-from controller.world import job_body  # noqa: E402
+from api.support.api_server import Server  # noqa: E402
 from finetune_api import names  # noqa: E402
+from k8s_operator.support.kubelet_stand_in import job_body  # noqa: E402
+from k8s_operator.support.operator_process import Operator  # noqa: E402
 
 _WARM_UP = 3
 
 
 class PodWatch(threading.Thread):
-    """Notes when the last pod of each job appears."""
+    """Records when the last pod of each job appears."""
 
     def __init__(self, kubeconfig: Path, side: Side) -> None:
         super().__init__(daemon=True)
         self._server = Server(kubeconfig)
         self._side = side
-        self._seen: dict[str, set[str]] = defaultdict(set)
+        self._pods_by_job: dict[str, set[str]] = defaultdict(set)
 
     def run(self) -> None:
+        """Watches pods until the server ends the watch."""
         connection = self._server._connection
         connection.request("GET", f"/api/v1/namespaces/{self._side.namespace}/pods?watch=1&timeoutSeconds=600")
         for line in connection.getresponse():
-            self._note(json.loads(line), time.monotonic())
+            self._record(json.loads(line), time.monotonic())
 
-    def _note(self, event: Raw, now: float) -> None:
+    def _record(self, event: Raw, now: float) -> None:
         if event["type"] != "ADDED":
             return
         labels = event["object"]["metadata"]["labels"]
         job = labels.get(names.LABEL_JOB_NAME) or labels["batch.kubernetes.io/job-name"]
-        self._seen[job].add(event["object"]["metadata"]["uid"])
-        if len(self._seen[job]) == self._side.pods:
+        self._pods_by_job[job].add(event["object"]["metadata"]["uid"])
+        if len(self._pods_by_job[job]) == self._side.pods:
             self._side.complete.setdefault(job, now)
 
 
 def offer(server: Server, side: Side, path: str, make: Any, count: int, rate: float, prefix: str) -> None:
-    """Creates `count` jobs at `rate` a second, whatever happens to them."""
+    """Creates `count` jobs at `rate` per second, without waiting for them.
+
+    Raises SystemExit if the API server refuses one.
+    """
     begin = time.monotonic()
     for number in range(count):
         time.sleep(max(0.0, begin + number / rate - time.monotonic()))
@@ -73,33 +79,37 @@ def offer(server: Server, side: Side, path: str, make: Any, count: int, rate: fl
 
 
 def wait_until_done(server: Server, path: str, finished: Any, seconds: float = 180) -> None:
+    """Waits until every object in `path` is `finished`. Raises SystemExit after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if all(finished(item) for item in server.request("GET", path).body["items"]):
             return
         time.sleep(0.5)
-    raise SystemExit(f"after {seconds} s not everything in {path} has ended")
+    raise SystemExit(f"not all objects in {path} ended within {seconds} s")
 
 
 def cpu_seconds(mark: str) -> dict[str, float]:
-    """User and system time of the processes whose command line holds `mark`, by program."""
-    used: Counter[str] = Counter()
+    """Returns the CPU seconds of processes whose command line contains `mark`, by program."""
+    seconds: Counter[str] = Counter()
     ticks = os.sysconf("SC_CLK_TCK")
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             stat = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if any(mark in word for word in words):
-            used[_program(words)] += (int(stat[11]) + int(stat[12])) / ticks
-    return dict(used)
+        if any(mark in word for word in arguments):
+            seconds[_program(arguments)] += (int(stat[11]) + int(stat[12])) / ticks
+    return dict(seconds)
 
 
-def prefer(marks: tuple[str, ...]) -> None:
-    """Has the kernel run these processes, and this one, before others: for a machine that isn't ours alone."""
+def raise_priority(marks: tuple[str, ...]) -> None:
+    """Raises the priority of this process and of those whose command line contains one of `marks`.
+
+    It is for a machine on which other programs run.
+    """
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -109,17 +119,17 @@ def prefer(marks: tuple[str, ...]) -> None:
                 os.setpriority(os.PRIO_PROCESS, int(entry.name), -20)
                 (entry / "autogroup").write_text("-20")
         except OSError as error:
-            print(f"process {entry.name} isn't preferred: {error}", file=sys.stderr)
+            print(f"the priority of process {entry.name} can't be raised: {error}", file=sys.stderr)
 
 
-def _program(words: list[str]) -> str:
-    if "finetune_operator" in words:
+def _program(arguments: list[str]) -> str:
+    if "finetune_operator" in arguments:
         return "finetune_operator"
-    return Path(words[0]).name
+    return Path(arguments[0]).name
 
 
 def measure(server: Server, kubeconfig: Path, side: Side, path: str, make: Any, ended: Any, arguments: Any) -> None:
-    """One side, from its first job to its last job's end."""
+    """Measures one side, from its first job to the end of its last."""
     PodWatch(kubeconfig, side).start()
     offer(server, side, path, make, _WARM_UP, arguments.rate, WARM_UP)
     wait_until_done(server, path, ended)
@@ -133,10 +143,15 @@ def measure(server: Server, kubeconfig: Path, side: Side, path: str, make: Any, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=50, help="jobs of each kind")
-    parser.add_argument("--rate", type=float, default=10.0, help="jobs created a second")
-    parser.add_argument("--nodes", type=int, default=2, help="pods of a job")
-    parser.add_argument("--prefer", action="store_true", help="run before other processes of this machine")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/operator_latency.json")
+    parser.add_argument("--rate", type=float, default=10.0, help="jobs created per second")
+    parser.add_argument("--nodes", type=int, default=2, help="pods per job")
+    parser.add_argument("--prefer", action="store_true", help="raise the priority over other processes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks/results/operator_latency.json",
+        help="result file (default: benchmarks/results/operator_latency.json)",
+    )
     arguments = parser.parse_args()
     name = f"latency-{os.getpid()}"
     arguments.mark = f"clusters/{name}/"
@@ -152,6 +167,7 @@ def main() -> int:
 
 
 def run(cluster: Any, arguments: Any) -> Raw:
+    """Measures both sides on a running cluster; returns the report."""
     kubeconfig = Path(cluster.kubeconfig)
     cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
     server = Server(kubeconfig)
@@ -160,13 +176,13 @@ def run(cluster: Any, arguments: Any) -> Raw:
     sides = [Side("plain Indexed Job", "plain", arguments.nodes), Side("FineTuneJob", "finetune", arguments.nodes)]
     for side in sides:
         cluster.kubectl("create", "namespace", side.namespace)
-    time.sleep(2)  # service accounts
+    time.sleep(2)  # until service accounts exist
     with tempfile.TemporaryDirectory() as folder:
         arguments.operator_mark = folder
         operator = Operator(kubeconfig, Path(folder), ("finetune",))
         operator.start()
         if arguments.prefer:
-            prefer((arguments.mark, folder))
+            raise_priority((arguments.mark, folder))
         try:
             jobs = "/apis/batch/v1/namespaces/plain/jobs"
             measure(server, kubeconfig, sides[0], jobs, plain_job, job_ended, arguments)
@@ -174,25 +190,25 @@ def run(cluster: Any, arguments: Any) -> Raw:
             measure(server, kubeconfig, sides[1], path, _finetunejob, finetunejob_ended, arguments)
         finally:
             operator.stop()
-    asked = Asked(arguments.jobs, arguments.rate, arguments.nodes)
+    load = Load(arguments.jobs, arguments.rate, arguments.nodes)
     machine = {
         "cpus": os.cpu_count(),
         "system": platform.platform(),
         "load": os.getloadavg()[0],
         "preferred": arguments.prefer,
     }
-    return report_of(sides, Path(cluster.audit_log).read_text().splitlines(), asked, machine)
+    return report_of(sides, Path(cluster.audit_log).read_text().splitlines(), load, machine)
 
 
 def _is_established(server: Server) -> bool:
     path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{names.PLURAL}.{names.GROUP}"
-    held = server.request("GET", path).body.get("status", {}).get("conditions") or ()
-    return any(c["type"] == "Established" and c["status"] == "True" for c in held)
+    conditions = server.request("GET", path).body.get("status", {}).get("conditions") or ()
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
 
 def _finetunejob(name: str, nodes: int) -> Raw:
-    small = {"cpu": "1", "memory": "2Gi"}
-    return job_body(name, distribution={"nodes": nodes}, resources=small)
+    resources = {"cpu": "1", "memory": "2Gi"}
+    return job_body(name, distribution={"nodes": nodes}, resources=resources)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What a FineTuneJob costs over the same training started by hand.
+"""Measures the overhead of a FineTuneJob over the same training started by torchrun.
 
-One run on one machine: examples/quickstart.yaml as a FineTuneJob (2 pods x 2 ranks, on a local cluster, from `kubectl
-apply` to completionTime) beside `torchrun --nproc-per-node 4 -m finetune_trainer.rank` on model and data that lie on
-the local disk. Both may use both cores. Prints where the seconds go, writes benchmarks/results/overhead.json.
+    python benchmarks/overhead.py [--cluster NAME]
 
-    python benchmarks/overhead.py [--cluster NAME]      (a running cluster; otherwise one is made and removed)
+It compares examples/quickstart.yaml as a FineTuneJob (2 pods x 2 ranks on a local cluster, from
+`kubectl apply` to completionTime) with `torchrun --nproc-per-node 4 -m finetune_trainer.rank` on
+the same machine, with model and data on the local disk. Both may use both cores. It prints the
+seconds of each part and writes benchmarks/results/overhead.json. Without --cluster, it creates a
+cluster and removes it.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ sys.path.insert(0, str(ROOT / "hack"))
 
 import obstore  # noqa: E402
 
-from demo import clusters, install, story, watch  # noqa: E402
+from demo import clusters, install, walkthrough, watch  # noqa: E402
 from demo_assets import dataset, model  # noqa: E402
-from finetune_api import events  # noqa: E402
+from finetune_api.messages import events  # noqa: E402
+from finetune_api.messages.run import RunConfig  # noqa: E402
 from finetune_api.names import HISTORY_PATH  # noqa: E402
 from finetune_api.resource import parse  # noqa: E402
-from finetune_api.run import RunConfig  # noqa: E402
 from finetune_api.yaml import load_all  # noqa: E402
-from finetune_operator.plan import plan  # noqa: E402
+from finetune_operator.core.plan import plan  # noqa: E402
 from finetune_operator.settings import Settings  # noqa: E402
 from finetune_trainer.paths import Paths  # noqa: E402
 
@@ -49,44 +51,43 @@ def main() -> None:
     document["spec"]["output"]["uri"] = f"s3://outputs/{NAME}"
     document["spec"]["resources"] = BOTH_CORES
     job = measured_job(document, options.cluster)
-    bare = measured_torchrun(document)
-    report(job, bare)
+    torchrun = measured_torchrun(document)
+    report(job, torchrun)
 
 
 def measured_job(document: dict[str, Any], running: str) -> dict[str, float]:
-    """Seconds by part of the FineTuneJob."""
+    """Runs the FineTuneJob; returns its seconds by part."""
     images = clusters.build_images()
-    place = clusters.place(running) if running else clusters.up("bench")
+    cluster = clusters.access(running) if running else clusters.up("bench")
     try:
-        clusters.load(place.name, *images)
-        install.operator(place, *images, "replicaCount=1", "resources.requests.cpu=0")
-        install.namespace(place, story.NAMESPACE)
-        story.put_assets(place)
-        place.kubectl_run("-n", story.NAMESPACE, "delete", "ftj", NAME, "--ignore-not-found", "--wait")
-        story.clear_output(place, document["spec"]["output"]["uri"])
+        clusters.load(cluster.name, *images)
+        install.operator(cluster, *images, "replicaCount=1", "resources.requests.cpu=0")
+        install.namespace(cluster, walkthrough.NAMESPACE)
+        walkthrough.put_assets(cluster)
+        cluster.kubectl_run("-n", walkthrough.NAMESPACE, "delete", "ftj", NAME, "--ignore-not-found", "--wait")
+        walkthrough.clear_output(cluster, document["spec"]["output"]["uri"])
         begin = time.time()
-        place.kubectl_run("-n", story.NAMESPACE, "apply", "-f", "-", stdin=json.dumps(document))
-        *_, last = watch.follow(place, story.NAMESPACE, NAME, 1200, every=0.2)
-        seen = time.time()
+        cluster.kubectl_run("-n", walkthrough.NAMESPACE, "apply", "-f", "-", stdin=json.dumps(document))
+        *_, last = watch.follow(cluster, walkthrough.NAMESPACE, NAME, 1200, every=0.2)
+        finished = time.time()
         if last.phase != "Succeeded":
             raise SystemExit(f"the job is {last.phase}: {last.message}")
         selector = f"finetune-operator.io/job-name={NAME}"
-        pods = json.loads(place.kubectl_run("-n", story.NAMESPACE, "get", "pods", "-l", selector, "-o", "json"))[
-            "items"
-        ]
-        history = bytes(obstore.get(install.s3_store(place, "outputs"), f"{NAME}/{HISTORY_PATH}").bytes()).decode()
+        listed = cluster.kubectl_run("-n", walkthrough.NAMESPACE, "get", "pods", "-l", selector, "-o", "json")
+        pods = json.loads(listed)["items"]
+        history = bytes(obstore.get(install.s3_store(cluster, "outputs"), f"{NAME}/{HISTORY_PATH}").bytes()).decode()
     finally:
         if not running:
             clusters.remove("bench")
     states = [pod["status"]["containerStatuses"][0]["state"]["terminated"] for pod in pods]
     started = max(_seconds(state["startedAt"]) for state in states)
     ended = max(_seconds(state["finishedAt"]) for state in states)
-    return {"total": seen - begin, "until containers run": started - begin, **_parts(history, started, ended),
-            "until status says so": seen - ended}  # fmt: skip
+    return {"total": finished - begin, "until containers run": started - begin, **_parts(history, started, ended),
+            "until status says so": finished - ended}  # fmt: skip
 
 
 def measured_torchrun(document: dict[str, Any]) -> dict[str, float]:
-    """Seconds by part of the same training without any of us but the ranks."""
+    """Runs only the ranks, without supervisor and cluster; returns their seconds by part."""
     with tempfile.TemporaryDirectory() as folder:
         paths = Paths(Path(folder))
         config = plan(parse(document), Settings())
@@ -97,8 +98,8 @@ def measured_torchrun(document: dict[str, Any]) -> dict[str, float]:
         paths.data("train").parent.mkdir()
         for split in ("train", "test"):
             paths.data(split).symlink_to(dataset.folder() / f"{split}.jsonl")
-        for made in (paths.events, paths.checkpoints, paths.rank_log(0).parent):
-            made.mkdir(parents=True, exist_ok=True)
+        for created in (paths.events, paths.checkpoints, paths.rank_log(0).parent):
+            created.mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
             "FINETUNE_SCRATCH": folder,
@@ -125,9 +126,9 @@ def measured_torchrun(document: dict[str, Any]) -> dict[str, float]:
 
 
 def _parts(history: str, begin: float, end: float) -> dict[str, float]:
-    """Wall seconds between the events of rank 0."""
-    told = [event for line in history.splitlines() if (event := events.decode(line)) is not None]
-    steps = [event for event in told if event.type == "step"]
+    """Returns the wall-clock seconds between the events of rank 0, by part."""
+    parsed = [event for line in history.splitlines() if (event := events.decode(line)) is not None]
+    steps = [event for event in parsed if event.type == "step"]
     first, last = steps[0], steps[-1]
     before = first.time - first.seconds["total"]
     return {
@@ -141,15 +142,15 @@ def _seconds(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp()
 
 
-def report(job: dict[str, float], bare: dict[str, float]) -> None:
-    """The table, and the JSON beside it."""
+def report(job: dict[str, float], torchrun: dict[str, float]) -> None:
+    """Prints the table and writes the result file."""
     print(f"{'seconds':28} {'FineTuneJob':>12} {'torchrun':>10}")
     for part in ("until containers run", "before the first step", "training", "after the last step",
                  "until status says so", "total"):  # fmt: skip
-        print(f"{part:28} {job.get(part, 0):12.1f} {bare.get(part, 0):10.1f}")
-    over = job["total"] - bare["total"]
-    print(f"overhead {over:+.1f} s, ratio {job['total'] / bare['total']:.3f}")
-    result = {"finetunejob_seconds": job, "torchrun_seconds": bare, "overhead_seconds": over}
+        print(f"{part:28} {job.get(part, 0):12.1f} {torchrun.get(part, 0):10.1f}")
+    overhead = job["total"] - torchrun["total"]
+    print(f"overhead {overhead:+.1f} s, ratio {job['total'] / torchrun['total']:.3f}")
+    result = {"finetunejob_seconds": job, "torchrun_seconds": torchrun, "overhead_seconds": overhead}
     (ROOT / "benchmarks/results/overhead.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
-"""What the tests share: one control plane for the whole session, for everything marked `cluster`.
+"""Shared by all tests: one control plane for the full session, for everything marked `cluster`.
 
-`FINETUNE_TEST_CLUSTER=name` uses a cluster that is up (`python3 -m localcluster up --name name ...`) and keeps it;
-otherwise one is made when the first test asks for it, and removed at the end.
+`FINETUNE_TEST_CLUSTER=name` uses a running cluster (`python3 -m localcluster up --name name ...`)
+and keeps it; otherwise one is created when the first test needs it, and removed at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,35 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+# Modules that took longer than 24 s in all on two busy cores; `make test-fast` leaves them out.
+_SLOW = (
+    "benchmarks/test_gpu_check.py",
+    "cli/test_run.py",
+    "trainer/checkpoint/test_kill_anywhere.py",
+    "trainer/checkpoint/test_sharded.py",
+    "trainer/model/test_compilation.py",
+    "trainer/parallel/test_memory_of_a_step.py",
+    "trainer/parallel/test_mixed_precision.py",
+    "trainer/reporting/test_trackers.py",
+    "trainer/storage/test_s3.py",
+    "trainer/supervisor/test_failures.py",
+    "trainer/supervisor/test_hang_report.py",
+    "trainer/supervisor/test_shard_markers.py",
+    "trainer/supervisor/test_signals.py",
+    "trainer/supervisor/test_slow_disk.py",
+    "trainer/training/test_anomalies.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow modules."""
+    folder = Path(__file__).parent
+    slow = {folder / name for name in _SLOW}
+    for item in items:
+        if item.path in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class ControlPlane:
     """A real API server with etcd, controller manager and scheduler."""
@@ -28,7 +57,8 @@ class ControlPlane:
     audit_log: Path | None
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
-        """Standard output of kubectl; on failure a CalledProcessError, or with check=False its standard error too."""
+        """Return kubectl's standard output. If it fails, raises CalledProcessError, or with
+        check=False returns its standard error too."""
         command = [localcluster_tool("kubectl"), "--kubeconfig", str(self.kubeconfig), *arguments]
         done = subprocess.run(command, input=stdin, text=True, capture_output=True, timeout=120)
         if check and done.returncode:
@@ -37,7 +67,7 @@ class ControlPlane:
 
 
 def localcluster(*arguments: str, timeout: float = 1200) -> str:
-    """Standard output of the local cluster's command line."""
+    """Return the standard output of the local cluster's command line."""
     done = subprocess.run(
         [sys.executable, "-m", "localcluster", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT / "hack")},
@@ -55,7 +85,7 @@ _TOOLS: dict[str, str] = {}
 
 
 def localcluster_tool(name: str) -> str:
-    """Path of kubectl, helm and so on, built on first use."""
+    """Return the path of kubectl, helm and so on, which are built on first use."""
     if name not in _TOOLS:
         _TOOLS[name] = localcluster("tool", name).strip().splitlines()[-1]
     return _TOOLS[name]
@@ -63,7 +93,8 @@ def localcluster_tool(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[ControlPlane]:
-    """The session's control plane. It has no node: pods stay Pending unless a test plays the kubelet."""
+    """The session's control plane. It has no node: pods stay Pending unless a test plays the
+    kubelet."""
     running = os.environ.get("FINETUNE_TEST_CLUSTER")
     name = running or f"test-{os.getpid()}"
     try:
@@ -84,14 +115,14 @@ def kubeconfig(control_plane: ControlPlane) -> Path:
 
 @pytest.fixture(scope="session")
 def crd(control_plane: ControlPlane) -> ControlPlane:
-    """The control plane with the committed CRD established."""
+    """The control plane, with the committed CRD established."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
-    control_plane.kubectl("api-resources", "--api-group=finetune-operator.io")  # kubectl forgets what it had cached
+    control_plane.kubectl("api-resources", "--api-group=finetune-operator.io")  # this refreshes what kubectl has cached
     return control_plane
 
 
 @pytest.fixture(scope="session")
 def helm() -> str:
-    """Path of the real helm."""
+    """The path of the real helm."""
     return localcluster_tool("helm")

@@ -1,7 +1,7 @@
-"""The data sets as files in the cache, made once from Debian's dict-jargon and wordnet-base; and their statistics.
+"""Creates the data sets from Debian's dict-jargon and wordnet-base, and caches them.
 
-Called by `__main__`. Also a view of the demo's model without its chat template, so that every system reads the rows
-as the plain text that they are.
+It also computes their statistics, and provides the demo's model without its chat template, so that
+every system reads the rows as plain text.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from demo_assets.package import debian_files, write_once
 
 NAMES = ("mixed", "short", "long", "shared")
 GLOBAL_BATCH = {"mixed": 64, "short": 64, "long": 8, "shared": 64}
-"""Examples of an optimizer step, the same for every system."""
+"""Examples per optimizer step, the same for every system."""
 LONGEST = 2048
-"""Tokens; no row is longer than this, for no system."""
+"""The longest row in tokens, for every system."""
 _ROWS = {"mixed": 1024, "short": 1024, "long": 160, "shared": 1024}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one data set's tokens; `common_prefix` is what all rows begin with."""
+    """Statistics of a data set, in tokens. `common_prefix` is the length of all rows' prefix."""
 
     rows: int
     median: float
@@ -42,11 +42,11 @@ class Statistics:
 
 
 def model_folder() -> Path:
-    """The demo's model; its chat template is left out."""
-    whole = model.folder()
+    """Returns a folder with the demo's model, but without its chat template."""
+    original = model.folder()
 
     def write(target: Path) -> None:
-        for file in whole.iterdir():
+        for file in original.iterdir():
             if file.name == "tokenizer_config.json":
                 settings = json.loads(file.read_text())
                 settings.pop("chat_template", None)
@@ -58,16 +58,23 @@ def model_folder() -> Path:
 
 
 def folder() -> Path:
-    """<name>.jsonl and <name>.json (statistics) of all sets; some seconds the first time."""
-    source = b"".join(Path(each.__file__ or "").read_bytes() for each in (texts, dictd)) + Path(__file__).read_bytes()
+    """Returns the cached folder with NAME.jsonl and NAME.json (statistics) of all data sets.
+
+    The first call takes some seconds.
+    """
+    source = (
+        b"".join(Path(module.__file__ or "").read_bytes() for module in (texts, dictd)) + Path(__file__).read_bytes()
+    )
     return write_once(f"bench-trainer-{hashlib.sha256(source).hexdigest()[:12]}", _make)
 
 
 def statistics(name: str) -> Statistics:
+    """Returns the statistics of a data set."""
     return Statistics(**json.loads((folder() / f"{name}.json").read_text()))
 
 
 def rows(name: str) -> list[dict[str, str]]:
+    """Returns the rows of a data set."""
     return [json.loads(line) for line in (folder() / f"{name}.jsonl").read_text().splitlines()]
 
 
@@ -86,33 +93,36 @@ def _make(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wordnet = debian_files("wordnet-base", Path(scratch)) / "usr/share/wordnet"
 
-        def nouns(words: range) -> list[texts.Meaning]:
+        def nouns(count_range: range) -> list[texts.Meaning]:
             with (wordnet / "index.noun").open() as index, (wordnet / "data.noun").open() as glosses:
-                return texts.meanings(index, glosses, words)
+                return texts.meanings(index, glosses, count_range)
 
-        made = {
+        datasets = {
             "mixed": texts.mixed(entries, length, _ROWS["mixed"], median=44, mean=80, longest=750),
             "short": texts.short(nouns(range(7, 40)), _ROWS["short"]),
             "long": texts.long(entries, length, _ROWS["long"], shortest=1024, longest=1400),
             "shared": texts.shared(nouns(range(12, 30)), _ROWS["shared"]),
         }
-    for name, pairs in made.items():
+    for name, pairs in datasets.items():
         (target / f"{name}.jsonl").write_text("".join(json.dumps(pair.to_json()) + "\n" for pair in pairs))
         tokens = [_tokens(tokenizer, pair) for pair in pairs]
         (target / f"{name}.json").write_text(json.dumps(asdict(describe(tokens)), indent=1) + "\n")
 
 
 def _tokens(tokenizer: Any, pair: texts.Pair) -> tuple[list[int], int]:
-    """(ids with the end token, how many of them are learnt)"""
+    """Returns the ids with the end token, and how many of them are trained on.
+
+    Raises ValueError if a token spans prompt and completion.
+    """
     prompt = list(tokenizer(pair.prompt).input_ids)
-    whole = [*tokenizer(pair.prompt + pair.completion).input_ids, tokenizer.eos_token_id]
-    if whole[: len(prompt)] != prompt:
+    ids = [*tokenizer(pair.prompt + pair.completion).input_ids, tokenizer.eos_token_id]
+    if ids[: len(prompt)] != prompt:
         raise ValueError(f"prompt and completion share a token: {pair.prompt[-20:]!r} + {pair.completion[:20]!r}")
-    return whole, len(whole) - len(prompt)
+    return ids, len(ids) - len(prompt)
 
 
 def describe(tokens: list[tuple[list[int], int]]) -> Statistics:
-    """`tokens`: (ids, learnt ones) of each row."""
+    """Computes the statistics. `tokens` are the ids of each row and how many are trained on."""
     lengths = [len(ids) for ids, _ in tokens]
     first = tokens[0][0]
     common = next(
@@ -123,7 +133,7 @@ def describe(tokens: list[tuple[list[int], int]]) -> Statistics:
         median=median(lengths),
         mean=mean(lengths),
         longest=max(lengths),
-        label_share=sum(learnt for _, learnt in tokens) / sum(lengths),
+        label_share=sum(in_loss for _, in_loss in tokens) / sum(lengths),
         common_prefix=common,
         attended_pairs_per_token=sum(n * (n + 1) / 2 for n in lengths) / sum(lengths),
     )

@@ -1,4 +1,4 @@
-"""Reads a dictionary in dictd's format (an index with base-64 numbers beside one long text). Pure; used by `texts`."""
+"""Reads a dictionary in dictd's format: a text, and an index with numbers in base 64. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ _DIGITS = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmno
 
 
 def number(text: str) -> int:
-    """
+    """Decodes a number of the index.
+
     >>> number("CBcG")
     530182
     """
@@ -19,12 +20,12 @@ def number(text: str) -> int:
 
 
 def entries(index: Iterable[str], text: bytes) -> Iterator[str]:
-    """Every entry once, in the index's order, as one line of running text that starts with its headword."""
-    seen: set[tuple[str, str]] = set()
+    """Yields every entry once, in the index's order, as one line that starts with its headword."""
+    yielded: set[tuple[str, str]] = set()
     for line in index:
         head, offset, size = line.rstrip("\n").split("\t")
-        if head.startswith("00-") or (offset, size) in seen:
+        if head.startswith("00-") or (offset, size) in yielded:
             continue
-        seen.add((offset, size))
+        yielded.add((offset, size))
         begin = number(offset)
         yield " ".join(text[begin : begin + number(size)].decode().split())

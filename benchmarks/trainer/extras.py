@@ -1,6 +1,6 @@
-"""What the table of speeds doesn't show: two ranks, the start, the share of everything but training, loss curves.
+"""Measures what the table of speeds doesn't show.
 
-Called by `__main__` after the systems, each measure once.
+That is the speed of two ranks, the start, the share of everything except training, and loss curves.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ CURVE_RATE = 1e-3
 
 
 def two_ranks(bench: Bench) -> dict[str, Any]:
-    """Tokens a second of two ranks with half of the threads each, over those of one rank with all of them."""
+    """Compares the speed of two ranks with half of the threads each with one rank with all."""
     threads = bench.options.threads
     speeds = {}
     for ranks in (1, 2):
-        seen = ours.run(bench.asked("mixed", ranks=ranks, threads=max(1, threads // ranks)))
-        speed = ours.speed(seen)
+        record = ours.run(bench.request("mixed", ranks=ranks, threads=max(1, threads // ranks)))
+        speed = ours.speed(record)
         speeds[ranks] = {
             "tokens_per_second": speed.tokens / speed.seconds,
             "steps": speed.steps,
             "seconds": speed.seconds,
-            "peak_rss_bytes": seen.ended.rss,
+            "peak_rss_bytes": record.ended.rss,
             "share_of_step_by_part": dict(speed.parts),
         }
     ratio = speeds[2]["tokens_per_second"] / speeds[1]["tokens_per_second"]
@@ -45,18 +45,19 @@ def two_ranks(bench: Bench) -> dict[str, Any]:
 
 
 def start(bench: Bench, rounds: int = 2) -> dict[str, Any]:
-    """From the rank's start to the beginning of its first step on a warm token cache, beside a bare model load.
+    """Measures the seconds until the first step on a warm token cache, and those of a model load.
 
-    Both are whole processes: Python, the imports of torch and Transformers, the weights. Of some rounds the fastest.
+    Both are complete processes, with Python, the imports of torch and Transformers, and the
+    weights. The fastest of some rounds counts.
     """
-    found: list[tuple[float, dict[str, float]]] = []
+    starts: list[tuple[float, dict[str, float]]] = []
     loads: list[float] = []
     for _ in range(rounds):
-        seen = ours.run(bench.asked("short"), again=True)
-        step = seen.all("step")[0]
-        begins = {event["phase"]: event["time"] - seen.began for event in seen.all("phase")}
-        found.append((step["time"] - step["seconds"]["total"] - seen.began, begins))
-        dtype = seen.choices.get("dtype", "float32")
+        record = ours.run(bench.request("short"), again=True)
+        step = record.all("step")[0]
+        begins = {event["phase"]: event["time"] - record.began for event in record.all("phase")}
+        starts.append((step["time"] - step["seconds"]["total"] - record.began, begins))
+        dtype = record.choices.get("dtype", "float32")
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", _LOAD, str(bench.model), dtype]
             environment = processes.environment(bench.options.threads)
@@ -64,7 +65,7 @@ def start(bench: Bench, rounds: int = 2) -> dict[str, Any]:
             if any(ended.codes):
                 raise RuntimeError(processes.tail(Path(folder) / "log"))
         loads.append(ended.seconds)
-    seconds, begins = min(found, key=lambda each: each[0])
+    seconds, begins = min(starts, key=lambda measured: measured[0])
     return {
         "seconds": seconds,
         "model_load_seconds": min(loads),
@@ -74,44 +75,50 @@ def start(bench: Bench, rounds: int = 2) -> dict[str, Any]:
 
 
 def overhead(bench: Bench) -> dict[str, Any]:
-    """Share of a run's time in which nothing is learnt though learning has begun: evaluation, checkpoints, upload.
+    """Measures the share of a run's time spent on evaluation, checkpoints, and result and upload.
 
-    A run of the supervisor, as in a pod, with a twentieth of the rows held out and checkpoints every tenth of the run;
-    everything goes into a folder, so an upload is a copy here. Fetching and loading are told, but aren't counted.
+    The supervisor runs as in a pod, with a twentieth of the rows held out and checkpoints every
+    tenth of the run. The output is a folder, so an upload is a copy. Fetching and loading are
+    reported, but not counted.
     """
     epochs = 0.1 if bench.options.quick else 3.0
-    asked = bench.asked("short", validation=0.05, training={"epochs": epochs}, seconds=0.0, timeout=900.0)
-    seen = ours.supervised(asked)
-    end = seen.began + seen.ended.seconds
-    steps = seen.all("step")
-    moments = sorted((event["time"], event["type"], event) for event in seen.events)
-    evaluating = since = 0.0
+    request = bench.request("short", validation=0.05, training={"epochs": epochs}, seconds=0.0, timeout=900.0)
+    record = ours.supervised(request)
+    end = record.began + record.ended.seconds
+    steps = record.all("step")
+    moments = sorted((event["time"], event["type"], event) for event in record.events)
+    evaluation = since = 0.0
     for moment, kind, event in moments:
         if kind == "phase" and event["phase"] == "evaluating":
             since = moment
         elif since and kind == "phase":
-            evaluating, since = evaluating + moment - since, 0.0
-    saved = [event["stall_seconds"] for event in seen.all("checkpoint")]
-    done = max(event["time"] for event in seen.all("phase"))
-    parts = {"evaluation": evaluating, "checkpoints": sum(saved), "result and upload": end - done}
+            evaluation, since = evaluation + moment - since, 0.0
+    saved = [event["stall_seconds"] for event in record.all("checkpoint")]
+    done = max(event["time"] for event in record.all("phase"))
+    parts = {"evaluation": evaluation, "checkpoints": sum(saved), "result and upload": end - done}
     return {
-        "share": sum(parts.values()) / (end - seen.began),
+        "share": sum(parts.values()) / (end - record.began),
         "seconds_by_part": parts,
-        "run_seconds": end - seen.began,
-        "before_the_first_step": steps[0]["time"] - steps[0]["seconds"]["total"] - seen.began,
+        "run_seconds": end - record.began,
+        "before_the_first_step": steps[0]["time"] - steps[0]["seconds"]["total"] - record.began,
         "steps": len(steps),
         "checkpoints": len(saved),
     }
 
 
 def curves(bench: Bench) -> dict[str, Any]:
-    """The loss of every step, ours and TRL's: same rows in the same order, no dropout. Drawn beside the results."""
+    """Compares our losses with TRL's by step, on the same rows in the same order without dropout.
+
+    The drawing is written next to the result file.
+    """
     training = {"max_steps": CURVE_STEPS, "learning_rate": CURVE_RATE}
-    asked = bench.asked("short", global_batch=CURVE_BATCH, training=training, dropout=0.0, seconds=0.0, timeout=900.0)
-    seen = ours.run(asked)
-    losses: dict[str, Sequence[float]] = {"finetune": [step["loss"] for step in seen.all("step")]}
+    request = bench.request(
+        "short", global_batch=CURVE_BATCH, training=training, dropout=0.0, seconds=0.0, timeout=900.0
+    )
+    record = ours.run(request)
+    losses: dict[str, Sequence[float]] = {"finetune": [step["loss"] for step in record.all("step")]}
     task = bench.task("short", CURVE_BATCH)
-    dtype = search.FLOAT32 if seen.choices.get("dtype") == "float32" else search.BFLOAT16[2]
+    dtype = search.FLOAT32 if record.choices.get("dtype") == "float32" else search.BFLOAT16[2]
     (config,) = search.formats([dtype], search.Times(1e9, 1e9))
     config = {**config, "micro_batch": 4, "max_steps": CURVE_STEPS, "curve": True}
     plain = {**vars(task), "learning_rate": CURVE_RATE, "dropout": 0.0}

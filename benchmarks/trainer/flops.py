@@ -1,15 +1,18 @@
-"""Floating-point operations that a row of training needs, and the time that a machine's matrix products allow. Pure.
+"""Counts the floating-point operations of training, and the time that matrix products need. Pure.
 
-The formula (docs/performance.md explains it), for LoRA on q and v of a decoder with tied or untied head:
+The formula (docs/performance.md explains it), for LoRA on q and v of a decoder with a tied or
+untied head:
 
-    forward    2 N_blocks a token + 2 N_head a label position
-    backward   the same again (dX only: frozen weights have no gradient), but nothing of q, k and v of the lowest layer,
-               below which nothing learns
-    adapters   6 N_lora a token
-    attention  12 h a pair of tokens that may see each other, and layer (4 h forward, 8 h backward; h = heads x size)
+    forward    2 N_blocks per token + 2 N_head per label position
+    backward   the same (dX only: frozen weights have no gradient), except q, k and v of the lowest
+               layer, below which nothing is trained
+    adapters   6 N_lora per token
+    attention  12 h per layer and pair of tokens that attend to each other (4 h forward, 8 h
+               backward; h = heads x size)
 
-Only what has to be computed counts: no padding, no masked pairs, no recomputation, no head where nothing is learnt,
-and an instruction that rows share counts once where it was computed once. So a trainer can't look better by waste.
+Only what has to be computed counts: no padding, no masked pairs, no recomputation, and no head for
+positions without a label. A prefix that rows share counts once if it was computed once. So wasted
+work can't make a trainer look better.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix: `outputs` x `inputs` weights, once in each of `layers` layers."""
+    """A matrix of `outputs` x `inputs` weights, which occurs once in each of `layers` layers."""
 
     name: str
     inputs: int
@@ -29,12 +32,13 @@ class Shape:
 
     @property
     def weights(self) -> int:
+        """The number of weights in all layers."""
         return self.inputs * self.outputs * self.layers
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Of a Llama-like decoder, from its config.json."""
+    """The dimensions of a Llama-like decoder."""
 
     layers: int
     hidden: int
@@ -46,6 +50,7 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: Mapping[str, int]) -> Dimensions:
+        """Reads them from a model's config.json."""
         heads = config["num_attention_heads"]
         return cls(
             config["num_hidden_layers"],
@@ -59,7 +64,7 @@ class Dimensions:
 
     @property
     def matrices(self) -> tuple[Shape, ...]:
-        """Those that every token goes through."""
+        """The matrices that every token is multiplied with."""
         query, key = self.heads * self.head_size, self.key_heads * self.head_size
         sizes = {
             "q": (self.hidden, query),
@@ -74,16 +79,21 @@ class Dimensions:
 
     @property
     def head(self) -> Shape:
+        """The output layer."""
         return Shape("head", self.hidden, self.vocabulary, 1)
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA on q and v."""
+        """Returns the number of parameters of LoRA on q and v."""
         return sum(rank * (s.inputs + s.outputs) * s.layers for s in self.matrices if s.name in ("q", "v"))
 
 
 @dataclass(frozen=True)
 class Work:
-    """What was computed: tokens without padding, label positions, pairs of tokens that see each other."""
+    """An amount of training work.
+
+    It is given in tokens without padding, label positions, and pairs of tokens that attend to each
+    other.
+    """
 
     tokens: float
     labels: float
@@ -92,7 +102,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Flops:
-    """By kind of work; `forward` and `backward` by matrix."""
+    """FLOPs by kind of work; those of `forward` and `backward` are by matrix."""
 
     forward: Mapping[str, float]
     backward: Mapping[str, float]
@@ -101,10 +111,12 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """The sum of all kinds."""
         return sum(self.forward.values()) + sum(self.backward.values()) + self.adapters + self.attention
 
 
 def needed(size: Dimensions, rank: int, work: Work) -> Flops:
+    """Returns the FLOPs of `work` with adapters of that rank, by the formula above."""
     forward = {s.name: 2 * s.weights * work.tokens for s in size.matrices}
     lowest = {"q", "k", "v"}
     backward = {s.name: 2 * s.inputs * s.outputs * (s.layers - (s.name in lowest)) * work.tokens for s in size.matrices}
@@ -117,33 +129,34 @@ def needed(size: Dimensions, rank: int, work: Work) -> Flops:
 
 @dataclass(frozen=True)
 class Roof:
-    """Measured FLOP/s of each matrix, forward (x W^T) and backward (dY W), at one number of rows."""
+    """Measured FLOP/s by matrix, forward (x W^T) and backward (dY W), for `rows` rows of input."""
 
     rows: int
     forward: Mapping[str, float]
     backward: Mapping[str, float]
 
     def seconds(self, flops: Flops) -> float:
-        """The least time: every matrix at its own rate, the rest at their mean rate."""
+        """Returns the least time: each matrix at its own rate, and the rest at their mean rate."""
         matrices = sum(flops.forward[name] / self.forward[name] for name in flops.forward)
         matrices += sum(flops.backward[name] / self.backward[name] for name in flops.backward)
         counted = sum(flops.forward.values()) + sum(flops.backward.values())
         return matrices * flops.total / counted if counted else 0.0
 
     def rate(self, flops: Flops) -> float:
-        """FLOP/s at the roof for this mixture of work."""
+        """Returns the FLOP/s that the roof allows for this mixture of work."""
         return flops.total / self.seconds(flops)
 
 
 def highest(roofs: list[Roof], flops: Flops) -> Roof:
-    """The strictest of several measurements."""
+    """Returns the strictest of several measurements: the one with the highest rate."""
     return max(roofs, key=lambda roof: roof.rate(flops))
 
 
-def computed(seen: Work, computed_per_seen: float, common_prefix: int) -> Work:
-    """What is left of `seen` where some tokens of a prefix that rows share were computed once.
+def computed(work: Work, computed_per_seen: float, common_prefix: int) -> Work:
+    """Returns the part of `work` that was computed, if rows share a prefix that is computed once.
 
-    A saved token is one of the prefix, which sees half of the prefix on average.
+    `computed_per_seen` is the share of tokens that were computed. A saved token is one of the
+    prefix, and attends to half of the prefix on average.
     """
-    saved = seen.tokens * max(0.0, 1 - computed_per_seen)
-    return Work(seen.tokens - saved, seen.labels, seen.pairs - saved * (common_prefix + 1) / 2)
+    saved = work.tokens * max(0.0, 1 - computed_per_seen)
+    return Work(work.tokens - saved, work.labels, work.pairs - saved * (common_prefix + 1) / 2)

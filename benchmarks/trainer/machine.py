@@ -1,4 +1,4 @@
-"""What the figures were measured on, without names or paths of the machine. Called by `__main__`."""
+"""Describes the machine of the measurements, without its name or paths."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 
 
 def facts(device: str) -> dict[str, Any]:
+    """Returns the machine's properties for the result file."""
     cpu = _cpuinfo()
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "cpu": cpu.get("model name", "unknown"),
         "flags": [flag for flag in _FLAGS if flag in cpu.get("flags", "").split()],
         "cores": len(os.sched_getaffinity(0)),
@@ -26,19 +27,19 @@ def facts(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        found["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return found
+        document["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return document
 
 
 def warnings(threads: int) -> list[str]:
-    """Why the figures may mean little."""
+    """Returns the reasons why the figures may be meaningless."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    found = []
+    reasons = []
     if load > 0.5:
-        found.append(f"the load is {load:.1f}: other work on this machine makes figures meaningless")
+        reasons.append(f"the load is {load:.1f}: other programs on this machine make figures meaningless")
     if threads > cores:
-        found.append(f"{threads} threads on {cores} cores")
-    return found
+        reasons.append(f"{threads} threads on {cores} cores")
+    return reasons
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -1,13 +1,12 @@
-"""The peers: each in an environment of its own, kept in the cache by the content of its requirements.
+"""Runs the peers, each in its own environment, which is cached by the content of its requirements.
 
-Called by `__main__`. Only `uv pip install` of names and versions; what runs there is `run_<peer>.py`.
+An environment contains only what `uv pip install` puts there; it runs `run_<peer>.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,13 +18,18 @@ from typing import Any
 from benchmarks.trainer import processes
 
 from demo_assets.package import AssetError, write_once
+from images.cache import uv_program
 
 _HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all configurations of a request have in common. Rows lie in the order in which our plan takes them."""
+    """What all configurations of a request have in common.
+
+    Rows are in the order of our batch plan. `keeps_memory` sets our supervisor's allocator
+    settings, too.
+    """
 
     model: Path
     rows: Sequence[Mapping[str, str]]
@@ -39,18 +43,32 @@ class Task:
 
 
 def python(peer: str) -> Path:
-    """The interpreter of the peer's environment; made where it is missing."""
+    """Returns the interpreter of the peer's environment, created if it is missing.
+
+    Raises AssetError if the packages can't be installed.
+    """
     requirements = _HERE / "requirements" / f"{peer}.txt"
     key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
 
     def make(target: Path) -> None:
-        uv = shutil.which("uv")
+        uv = uv_program()
         if uv is None:
-            raise AssetError("uv isn't on PATH: `pip install uv`, it makes the peers' environments.")
+            raise AssetError(
+                "the peers' environments need uv, which isn't on PATH: run `make venv`, which installs it."
+            )
         environment = target / "env"
         for command in (
-            [uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, str(environment)],
-            [uv, "pip", "install", "--quiet", "--python", str(environment / "bin/python"), "-r", str(requirements)],
+            [str(uv), "venv", "--quiet", "--relocatable", "--python", sys.executable, str(environment)],
+            [
+                str(uv),
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                str(environment / "bin/python"),
+                "-r",
+                str(requirements),
+            ],
         ):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -60,7 +78,10 @@ def python(peer: str) -> Path:
 
 
 def measure(peer: str, task: Task, configs: Sequence[Mapping[str, Any]], timeout: float) -> list[dict[str, Any]]:
-    """One answer a configuration, all of them in one process. Never raises for what a peer does."""
+    """Measures the configurations in one process; returns one answer for each.
+
+    A peer's failure becomes an answer with `error`, not an exception.
+    """
     with tempfile.TemporaryDirectory() as folder:
         request, answers, log = (Path(folder) / name for name in ("request.json", "answers.jsonl", "log"))
         request.write_text(
@@ -73,7 +94,7 @@ def measure(peer: str, task: Task, configs: Sequence[Mapping[str, Any]], timeout
                     "learning_rate": task.learning_rate,
                     "dropout": task.dropout,
                     "device": task.device,
-                    "memory": processes.room(),
+                    "memory": processes.memory_limit(),
                     "configs": list(configs),
                 }
             )
@@ -81,11 +102,13 @@ def measure(peer: str, task: Task, configs: Sequence[Mapping[str, Any]], timeout
         command = [str(python(peer)), str(_HERE / f"run_{peer}.py"), str(request), str(answers)]
         environment = processes.environment(task.threads, device=task.device, keeps_memory=task.keeps_memory)
         ended = processes.run([(command, environment)], log=log, timeout=timeout, folder=Path(folder))
-        told = [json.loads(line) for line in answers.read_text().splitlines()] if answers.is_file() else []
-        missing = configs[len(told) :]
-        why = f"the process ended with code {ended.codes[0]} after {ended.seconds:.0f} s: {processes.tail(log)}"
-        told += [{"name": config["name"], "error": why} for config in missing[:1]]
-        told += [{"name": config["name"], "error": "not tried: the process had ended"} for config in missing[1:]]
-        for answer in told:
+        answers_of_peer = [json.loads(line) for line in answers.read_text().splitlines()] if answers.is_file() else []
+        missing = configs[len(answers_of_peer) :]
+        reason = f"the process ended with code {ended.codes[0]} after {ended.seconds:.0f} s: {processes.tail(log)}"
+        answers_of_peer += [{"name": config["name"], "error": reason} for config in missing[:1]]
+        answers_of_peer += [
+            {"name": config["name"], "error": "not measured, since the process had ended"} for config in missing[1:]
+        ]
+        for answer in answers_of_peer:
             answer["anonymous_bytes"] = ended.peaks[0].anonymous
-        return told
+        return answers_of_peer

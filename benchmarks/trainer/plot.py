@@ -1,19 +1,23 @@
-"""Curves as an SVG file, with nothing but text. Pure; used by `extras`."""
+"""Draws curves as SVG. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-_COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a5a44")
+_COLORS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a5a44")
 _DASHES = ("none", "6 4", "2 3", "8 3 2 3")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 720, 380, 64, 40, 20, 44
 
 
 def lines(curves: Mapping[str, Sequence[float]], title: str, across: str, up: str) -> str:
-    """One line a curve, x = 1, 2, …; later curves are dashed, so that equal ones are both seen."""
-    every = [value for curve in curves.values() for value in curve]
-    low, high = min(every), max(every)
+    """Returns an SVG with one line per curve, at x = 1, 2, …
+
+    Later curves are dashed, so that equal ones are both visible. `across` and `up` are the labels
+    of the axes.
+    """
+    values = [value for curve in curves.values() for value in curve]
+    low, high = min(values), max(values)
     span = (high - low) or 1.0
     count = max(2, *(len(curve) for curve in curves.values()))
 
@@ -44,7 +48,7 @@ def lines(curves: Mapping[str, Sequence[float]], title: str, across: str, up: st
     ]
     for index, (name, curve) in enumerate(curves.items()):
         points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(curve))
-        style = f'stroke="{_COLOURS[index % 4]}" stroke-width="2" stroke-dasharray="{_DASHES[index % 4]}"'
+        style = f'stroke="{_COLORS[index % 4]}" stroke-width="2" stroke-dasharray="{_DASHES[index % 4]}"'
         legend, at = _WIDTH - _RIGHT - 130, f"{18 + 16 * index}"
         parts += [
             f'<polyline points="{points}" fill="none" {style}/>',

@@ -1,4 +1,4 @@
-"""Starts measured processes and watches their memory. Used by `ours` and `peers`."""
+"""Starts the measured processes and samples their memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_trainer import allocator
+from finetune_trainer.supervisor.processes import allocator_environment
 
-EVERY = 0.1  # seconds between looks at a process's memory
+EVERY = 0.1  # seconds between two samples of a process's memory
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes. `rss` is the kernel's high-water mark (VmHWM): it counts mapped weights that were read, no page cache.
+    """The peak memory of a process, in bytes.
 
-    `anonymous` is the most that was seen of memory that belongs to the process alone.
+    `rss` is the kernel's high-water mark (VmHWM), which includes mapped weights that were read, but
+    no page cache. `anonymous` is the largest sample of the process's own memory (RssAnon).
     """
 
     rss: int
@@ -29,7 +30,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Ended:
-    """Codes and peaks by process."""
+    """The exit codes and peak memory of processes, in their order, and their wall time."""
 
     codes: tuple[int, ...]
     peaks: tuple[Peak, ...]
@@ -37,17 +38,19 @@ class Ended:
 
     @property
     def rss(self) -> int:
+        """The sum of the processes' peaks, in bytes."""
         return sum(peak.rss for peak in self.peaks)
 
 
 def environment(threads: int, *, device: str = "cpu", keeps_memory: bool = False) -> dict[str, str]:
-    """What every system gets: so many threads, no network, this machine's own settings otherwise.
+    """Returns the environment of a measured process: so many threads and no network.
 
-    `keeps_memory`: and glibc's settings that our supervisor gives to ranks on the CPU.
+    `keeps_memory` adds the allocator settings that our supervisor sets for ranks on the CPU.
+    Everything else is as on this machine.
     """
     return {
         **os.environ,
-        **(allocator.environment(device, os.environ) if keeps_memory else {}),
+        **(allocator_environment(device, os.environ) if keeps_memory else {}),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -63,7 +66,10 @@ def run(
     folder: Path | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Ended:
-    """Runs processes side by side to their end. They are killed, with what they started, after `timeout` seconds."""
+    """Runs processes in parallel to their end, and calls `tick` meanwhile.
+
+    After `timeout` seconds they are killed together with their children.
+    """
     began = time.monotonic()
     with log.open("ab") as out:
         children = [
@@ -99,13 +105,13 @@ def _higher(peak: Peak, pid: int) -> Peak:
 
 
 def tail(log: Path, characters: int = 600) -> str:
-    """The end of a log, for a row that tells an error."""
+    """Returns the end of a log, for a row with an error."""
     return log.read_text(errors="replace")[-characters:] if log.is_file() else ""
 
 
-def room() -> int:
-    """Bytes that a peer's process may take: nine tenths of what is available now."""
+def memory_limit() -> int:
+    """Returns the bytes that a peer's process may allocate: 90 % of the available memory."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024 * 9 // 10
-    raise OSError("/proc/meminfo names no MemAvailable")
+    raise OSError("/proc/meminfo has no MemAvailable")

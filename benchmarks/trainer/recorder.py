@@ -1,8 +1,9 @@
-"""Timing of a Hugging Face Trainer's micro-batches. Imported by `run_*.py` inside a peer's environment; no own package.
+"""Times the micro-batches of a Hugging Face Trainer.
 
-A window begins when a micro-batch after the warm-up ends, and ends with a later one: whole micro-batches and the
-optimizer steps between them, wall time, nothing subtracted. Tokens are counted from the batches that the trainer
-itself made.
+It runs in a peer's environment, so it imports no other module of this project. A measurement's
+window begins when a micro-batch after the warm-up ends, and ends with a later one. It has complete
+micro-batches and the optimizer steps between them, in wall time, with nothing subtracted. Tokens
+are counted in the batches that the trainer itself made.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Any
 
 
 class Enough(Exception):
-    """The window is full."""
+    """Raised to end the training: the window is complete."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """`warm_up` and `seconds` are wall time; at least `least` micro-batches warm up, and as many are measured."""
+    """A measurement's warm-up and length, in seconds of wall time.
+
+    Warm-up and measurement each have at least `least` micro-batches.
+    """
 
     warm_up: float
     seconds: float
@@ -34,7 +38,7 @@ class Window:
 
 @dataclass
 class Recorder:
-    """Call `done` after every micro-batch; it raises Enough."""
+    """Records micro-batches: call `counted` before each and `done` after it."""
 
     window: Window
     ends: list[float] = field(default_factory=list)
@@ -46,7 +50,7 @@ class Recorder:
     first: int | None = None  # index of the micro-batch whose end opens the window
 
     def counted(self, inputs: dict[str, Any]) -> None:
-        """Call it before the trainer takes the batch apart."""
+        """Counts a batch's tokens; call it before the trainer removes fields from the batch."""
         positions = int(inputs["input_ids"].numel())
         lengths = _lengths(inputs)
         self.positions.append(positions)
@@ -55,6 +59,7 @@ class Recorder:
         self.pairs.append(sum(n * (n + 1) / 2 for n in lengths))
 
     def done(self) -> None:
+        """Records the end of a micro-batch. Raises Enough if the window is complete."""
         now = time.perf_counter()
         self.ends.append(now)
         index = len(self.ends) - 1
@@ -63,14 +68,14 @@ class Recorder:
                 self.first = index
             return
         elapsed = now - self.ends[self.first]
-        whole_step = (index + 1) % self.window.accumulation == 0
+        is_step_end = (index + 1) % self.window.accumulation == 0
         if index - self.first >= self.window.least and (elapsed >= 1.5 * self.window.seconds or (
-            elapsed >= self.window.seconds and whole_step
+            elapsed >= self.window.seconds and is_step_end
         )):  # fmt: skip
             raise Enough
 
     def result(self) -> dict[str, Any]:
-        """Sums over the window. Raises ValueError where the data ended before it was full enough."""
+        """Returns the sums over the window. Raises ValueError if it has too few micro-batches."""
         if self.first is None or len(self.ends) - self.first <= self.window.least:
             raise ValueError(f"{len(self.ends)} micro-batches were too few for a measurement")
         window = slice(self.first + 1, len(self.ends))
@@ -87,7 +92,7 @@ class Recorder:
 
 
 def _lengths(inputs: dict[str, Any]) -> list[int]:
-    """Of the documents in a batch."""
+    """Returns the lengths of the documents in a batch."""
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2 and int(mask.max()) <= 1:
         return [int(n) for n in mask.sum(dim=1).tolist()]
@@ -99,14 +104,14 @@ def _lengths(inputs: dict[str, Any]) -> list[int]:
 
 
 def _thirds(tokens: list[int], ends: list[float]) -> list[float]:
-    """Tokens a second in the first, second and last part of the window: how stable the figure is."""
+    """Returns the tokens per second in each third of the window, which show its stability."""
     count = len(tokens)
     borders = sorted({0, count // 3, 2 * count // 3, count})
     return [sum(tokens[a:b]) / (ends[b] - ends[a]) for a, b in itertools.pairwise(borders)]
 
 
 def peak_rss() -> int:
-    """Bytes: the high-water mark of this process."""
+    """Returns the peak resident memory of this process in bytes; 0 if it is unknown."""
     with open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):
@@ -115,7 +120,7 @@ def peak_rss() -> int:
 
 
 def _gpu_peak() -> int | None:
-    """Bytes that tensors took on the GPU at most; None without one."""
+    """Returns the peak bytes of tensors on the GPU; None without a GPU."""
     torch = sys.modules["torch"]
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
 
@@ -123,18 +128,19 @@ def _gpu_peak() -> int | None:
 def answer_all(
     request: dict[str, Any], file: str, measure: Callable[[dict[str, Any]], dict[str, Any]], versions: dict[str, str]
 ) -> None:
-    """One JSON line a configuration, errors too. Of a family the larger ones are left out once speed falls by a tenth.
+    """Appends one JSON line per configuration to `file`, with its measurement or error.
 
-    A configuration that asks for more than the memory there is gets an error from the allocator, and the machine's
-    other processes live.
+    Once the speed within a family of configurations falls by a tenth, the larger ones are skipped.
+    A limit on memory makes a configuration that needs too much fail with an error of the allocator,
+    so that the kernel doesn't kill other processes.
     """
     resource.setrlimit(resource.RLIMIT_DATA, (request["memory"], resource.RLIM_INFINITY))
     best: dict[str, float] = {}
-    fallen: set[str] = set()
+    ended_families: set[str] = set()
     for config in request["configs"]:
         began, family = time.perf_counter(), config.get("family", "")
-        if family and family in fallen:
-            answer: dict[str, Any] = {"skipped": "smaller ones of its family were faster already"}
+        if family and family in ended_families:
+            answer: dict[str, Any] = {"skipped": "smaller ones of its family were faster"}
         else:
             try:
                 answer = measure(config)
@@ -144,9 +150,9 @@ def answer_all(
             rate = answer["tokens"] / answer["seconds"]
             best[family] = max(rate, best.get(family, 0.0))
             if rate < 0.9 * best[family]:
-                fallen.add(family)
+                ended_families.add(family)
         elif "error" in answer:
-            fallen.add(family)
+            ended_families.add(family)
         answer |= {
             "name": config["name"],
             "wall_seconds": time.perf_counter() - began,

@@ -1,8 +1,9 @@
-"""What this machine's matrix products reach at the model's own shapes: `python -m benchmarks.trainer.roof`.
+"""Measures the rate of this machine's matrix products for the model's shapes: the roof.
 
-Started by `measure`, in a process of its own with the threads that the systems get. Reads a request (JSON) from
-standard input, writes the rates to standard output. Every matrix is measured forward and backward, as the trainers
-call it (torch.nn.functional.linear), long enough to be warm; of some rounds the fastest counts.
+`measure` starts this module as its own process, with as many threads as the systems have. It reads
+a request (JSON) from standard input and writes the rates to standard output. Each matrix is
+measured forward and backward, as trainers call it (torch.nn.functional.linear), after a warm-up;
+the fastest of some rounds counts.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from typing import Any
 from benchmarks.trainer.flops import Dimensions, Roof
 
 ROWS = (256, 512, 1024, 2048)
-"""Tokens of a micro-batch."""
+"""The measured numbers of input rows, which are tokens of a micro-batch."""
 
 
 def measure(
     size: Dimensions, environment: Mapping[str, str], *, device: str, dtypes: tuple[str, ...], seconds: float
 ) -> dict[str, list[Roof]]:
-    """Roofs by dtype. `seconds` is the time of one product's measurement."""
+    """Returns roofs by dtype. `seconds` is the time for measuring one product.
+
+    Raises RuntimeError if the measurement fails.
+    """
     request = {"size": asdict(size), "device": device, "dtypes": dtypes, "seconds": seconds, "rows": ROWS}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -50,11 +54,11 @@ def main() -> None:
             forward, backward = {}, {}
             for shape in (*size.matrices, size.head):
                 weight = torch.randn(shape.outputs, shape.inputs, device=device).to(getattr(torch, dtype))
-                given = torch.randn(rows, shape.inputs, device=device).to(weight.dtype)
+                inputs = torch.randn(rows, shape.inputs, device=device).to(weight.dtype)
                 gradient = torch.randn(rows, shape.outputs, device=device).to(weight.dtype)
                 work = 2 * rows * shape.inputs * shape.outputs
                 products: dict[str, Callable[[], Any]] = {
-                    "forward": lambda x=given, w=weight: torch.nn.functional.linear(x, w),  # type: ignore[misc]
+                    "forward": lambda x=inputs, w=weight: torch.nn.functional.linear(x, w),  # type: ignore[misc]
                     "backward": lambda g=gradient, w=weight: torch.mm(g, w),  # type: ignore[misc]
                 }
                 forward[shape.name] = _rate(products["forward"], work, request["seconds"], device)
@@ -64,15 +68,15 @@ def main() -> None:
 
 
 def _rate(product: Callable[[], Any], work: int, seconds: float, device: Any) -> float:
-    """FLOP/s, the best of three rounds."""
+    """Returns the FLOP/s of a product, the best of three rounds."""
     import torch
 
-    def done() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     product()
-    done()
+    synchronize()
     best = 0.0
     for _ in range(3):
         began, runs = time.perf_counter(), 0
@@ -81,7 +85,7 @@ def _rate(product: Callable[[], Any], work: int, seconds: float, device: Any) ->
             runs += 1
             if device.type == "cuda" and runs % 16:
                 continue
-            done()
+            synchronize()
             if time.perf_counter() - began >= seconds / 3:
                 break
         best = max(best, work * runs / (time.perf_counter() - began))

@@ -1,4 +1,4 @@
-"""Measurements → rows of the result file: one way of counting for all systems. Pure; called by `__main__`."""
+"""Converts measurements into rows of the result file, in the same way for all systems. Pure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Scale:
-    """What speeds are compared with."""
+    """What speeds are compared with: the model's dimensions, and the roofs by dtype."""
 
     size: Dimensions
     roofs: Mapping[str, Sequence[Roof]]
 
     def share(self, work: Work, seconds: float, dtype: str) -> tuple[float, float]:
-        """(share of the roof, FLOP/s); NaN-free: 0 where no roof was measured."""
+        """Returns the share of the roof (0 if none was measured) and the FLOP/s."""
         counted = flops.needed(self.size, RANK, work)
         roofs = list(self.roofs.get(dtype, ()))
         if not roofs:
@@ -32,7 +32,7 @@ class Scale:
 def of_peer(
     system: str, config: str, dataset: str, request: Mapping[str, Any], answer: Mapping[str, Any], scale: Scale
 ) -> dict[str, Any]:
-    """A row of a peer's configuration, or of its error."""
+    """Returns the row of a peer's configuration, or one with its error."""
     row = {"system": system, "config": config, "dataset": dataset, "what": answer.get("name", "")}
     if "seconds" not in answer:
         return {**row, "error": answer.get("error") or answer.get("skipped") or "no measurement"}
@@ -66,21 +66,22 @@ def of_peer(
     }
 
 
-def of_ours(dataset: str, statistics: Statistics, seen: ours.Seen, scale: Scale) -> dict[str, Any]:
-    speed = ours.speed(seen)
-    dtype = seen.choices.get("dtype", "float32")
-    # Padding isn't useful work; a shared instruction that was computed once is, once.
+def of_ours(dataset: str, statistics: Statistics, record: ours.RunRecord, scale: Scale) -> dict[str, Any]:
+    """Returns the row of our trainer's run."""
+    speed = ours.speed(record)
+    dtype = record.choices.get("dtype", "float32")
+    # Padding isn't useful work, and a shared prefix that was computed once counts once.
     useful = min(1.0, speed.computed_per_seen)
-    whole = Work(speed.tokens, speed.labels, statistics.attended_pairs_per_token * speed.tokens)
-    work = flops.computed(whole, useful, statistics.common_prefix)
+    work_of_rows = Work(speed.tokens, speed.labels, statistics.attended_pairs_per_token * speed.tokens)
+    work = flops.computed(work_of_rows, useful, statistics.common_prefix)
     share, achieved = scale.share(work, speed.seconds, dtype)
     return {
         "system": "finetune",
         "config": "default",
         "dataset": dataset,
-        "what": f"all auto: {seen.choices.get('microBatchSize', '')}, {dtype}",
+        "what": f"all auto: {record.choices.get('microBatchSize', '')}, {dtype}",
         "tokens_per_second": speed.tokens / speed.seconds,
-        "peak_rss_bytes": seen.ended.rss,
+        "peak_rss_bytes": record.ended.rss,
         "roof_share": share,
         "padding_share": speed.padding_share,
         "computed_per_seen": speed.computed_per_seen,
@@ -93,20 +94,23 @@ def of_ours(dataset: str, statistics: Statistics, seen: ours.Seen, scale: Scale)
             "steps": speed.steps,
             "tokens_per_second_by_step": speed.by_step,
             "share_of_step_by_part": dict(speed.parts),
-            "peak_anonymous_bytes": sum(peak.anonymous for peak in seen.ended.peaks),
-            "losses": [step["loss"] for step in seen.all("step")],
-            "decisions": seen.decisions,
+            "peak_anonymous_bytes": sum(peak.anonymous for peak in record.ended.peaks),
+            "losses": [step["loss"] for step in record.all("step")],
+            "decisions": record.decisions,
         },
     }
 
 
 def spread(rates: Sequence[float]) -> float:
-    """(fastest - slowest) / mean of the parts of a window."""
+    """Returns (fastest - slowest) / mean of the rates in a window; 0 if there are none."""
     return (max(rates) - min(rates)) / (sum(rates) / len(rates)) if rates else 0.0
 
 
 def of_roofs(scale: Scale, statistics: Mapping[str, Statistics]) -> dict[str, Any]:
-    """For the result file: the roof in FLOP/s and in tokens a second by data set, and every product's rate."""
+    """Returns the roofs by dtype for the result file.
+
+    They are in FLOP/s and in tokens per second for each data set, with the rate of every product.
+    """
     answer: dict[str, Any] = {}
     for dtype, roofs in scale.roofs.items():
         by_set = {}

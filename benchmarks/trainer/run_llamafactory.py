@@ -1,6 +1,7 @@
-"""LLaMA-Factory's supervised fine-tuning on one data set: runs in its own environment, through its own entry point.
+"""Measures LLaMA-Factory's supervised fine-tuning through its own entry point.
 
-As `run_trl.py`. The rows go through its `empty` template, so that the text is the same as everywhere.
+It runs in LLaMA-Factory's own environment and has the same interface as `run_trl.py`. The rows use
+its `empty` template, so that their text is the same as in the other systems.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from recorder import Enough, Recorder, Window, answer_all
 
 
 class Measured(workflow.CustomSeq2SeqTrainer):  # type: ignore[misc]
-    """Nothing changed but the clock beside it."""
+    """The original trainer, which also records its micro-batches."""
 
     recorder: Recorder
     last: Any = None

@@ -1,7 +1,8 @@
-"""TRL's SFTTrainer on one data set, one or more configurations: runs in TRL's own environment.
+"""Measures TRL's SFTTrainer on one data set with one or more configurations, in TRL's environment.
 
-Reads a request (JSON file: model, rows, device, configurations), appends one JSON line a configuration to the answer
-file. Started by `peers`. A configuration that fails is a line with `error`, and the next one is tried.
+It reads a request (JSON file: model, rows, device, configurations) and appends one JSON line per
+configuration to the answer file. If a configuration fails, its line has `error`, and the next one
+is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ transformers.logging.set_verbosity_error()
 
 
 class Measured(trl.SFTTrainer):  # type: ignore[misc]
-    """Nothing changed but the clock beside it."""
+    """The original trainer, which also records its micro-batches."""
 
     recorder: Recorder
 
@@ -60,7 +61,7 @@ def main() -> None:
 def _measure(request: dict[str, Any], config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     rows = datasets.Dataset.from_list(_ordered(request["rows"], config))
     dtype = config.get("weights", "float32")
-    if base.get("dtype") != dtype:  # one model a format, kept over configurations
+    if base.get("dtype") != dtype:  # one model per dtype, reused by configurations
         base.clear()
         gc.collect()
         base["model"] = transformers.AutoModelForCausalLM.from_pretrained(
@@ -82,7 +83,7 @@ def _measure(request: dict[str, Any], config: dict[str, Any], base: dict[str, An
             "disable_tqdm": True,
             "use_cpu": request["device"] == "cpu",
             "max_length": request["longest"],
-            # The learning recipe of every system here.
+            # The same training recipe for every system.
             "learning_rate": request["learning_rate"],
             "lr_scheduler_type": "constant",
             "weight_decay": 0.0,
@@ -124,10 +125,11 @@ def _dtypes(trainer: Any) -> str:
 
 
 def _ordered(rows: list[dict[str, str]], config: dict[str, Any]) -> list[dict[str, str]]:
-    """As they lie, or grouped by length as the length-grouped sampler does it: sorted within 50 batches.
+    """Returns the rows in their order or, if `grouped`, grouped by length.
 
-    Whole micro-batches are then mixed, because that sampler begins each group with its longest rows, and a window of
-    half a minute would see nothing but those.
+    Like the length-grouped sampler, it sorts them within 50 batches. Then it shuffles complete
+    micro-batches, because that sampler begins each group with its longest rows, and a window of
+    half a minute would contain only those.
     """
     if not config.get("grouped"):
         return rows
@@ -135,8 +137,8 @@ def _ordered(rows: list[dict[str, str]], config: dict[str, Any]) -> list[dict[st
     group = micro * 50
     batches = []
     for begin in range(0, len(rows) - group + 1, group):
-        near = sorted(rows[begin : begin + group], key=lambda row: -len(row["prompt"] + row["completion"]))
-        batches += [near[i : i + micro] for i in range(0, group, micro)]
+        group_rows = sorted(rows[begin : begin + group], key=lambda row: -len(row["prompt"] + row["completion"]))
+        batches += [group_rows[i : i + micro] for i in range(0, group, micro)]
     random.Random(0).shuffle(batches)
     return [row for batch in batches for row in batch]
 

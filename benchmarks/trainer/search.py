@@ -1,8 +1,9 @@
-"""Which configurations of a peer are tried. Pure: what is known of rows and machine → requests; answers → the best.
+"""Defines the configurations of a peer that are measured, and selects the fastest. Pure.
 
-TRL's own knobs, as its documentation offers them: micro-batch 1 to 16, rows in random order or grouped by length,
-padding-free batches, bfd packing at several lengths, weights and arithmetic in float32 and bfloat16; never activation
-checkpointing, which costs time. Accumulation makes the same global batch of all of them.
+They are TRL's documented options: micro-batches of 1 to 16, rows in random order or grouped by
+length, padding-free batches, bfd packing at several lengths, weights and arithmetic in float32 and
+bfloat16. Activation checkpointing is always off, since it costs time. Gradient accumulation gives
+all of them the same global batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Dtype:
-    """What weights are stored in, and whether products are computed in bfloat16 by autocast."""
+    """The dtype of the weights, and whether autocast computes products in bfloat16."""
 
     name: str
     weights: str
@@ -32,13 +33,16 @@ BFLOAT16 = (
 
 
 def dtypes(fast_bfloat16: bool) -> tuple[Dtype, ...]:
-    """Those that can be fast: no bfloat16 on a machine whose bfloat16 products are slower than its float32 ones."""
+    """Returns the dtypes that can be fast.
+
+    A machine whose bfloat16 products are slower than those in float32 uses no bfloat16.
+    """
     return (FLOAT32, *BFLOAT16) if fast_bfloat16 else (FLOAT32,)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a window and of the warm-up before it; micro-batches that each must at least hold."""
+    """Seconds of a measurement and its warm-up, each with at least `least` micro-batches."""
 
     warm_up: float
     seconds: float
@@ -46,9 +50,9 @@ class Times:
 
 
 def default(fast_bfloat16: bool, times: Times) -> dict[str, Any]:
-    """SFTConfig as it comes: batch 8, activation checkpointing on, bf16 on.
+    """Returns SFTConfig's defaults: batch 8, activation checkpointing on, bf16 on.
 
-    Where bfloat16 is slow it is off here, in TRL's favour.
+    If bfloat16 is slow, it is off, in TRL's favor.
     """
     return {
         "name": "default" if fast_bfloat16 else "default, bf16 off",
@@ -59,27 +63,27 @@ def default(fast_bfloat16: bool, times: Times) -> dict[str, Any]:
 
 
 def formats(chosen: Sequence[Dtype], times: Times) -> list[dict[str, Any]]:
-    """Micro-batch 1, no padding at all, in every format: which one is fast."""
+    """Returns micro-batch 1, which has no padding, in every dtype, to find the fastest dtype."""
     return [_config(f"micro-batch 1, {dtype.name}", dtype, 1, times) for dtype in chosen]
 
 
 def families(dtype: Dtype, mean_length: float, longest: int, times: Times) -> list[dict[str, Any]]:
-    """Everything else, in one format. Within a family from small to large."""
-    found = [_config(f"micro-batch {m}, {dtype.name}", dtype, m, times, family="random") for m in MICRO_BATCHES]
+    """Returns all other configurations in one dtype, from small to large within a family."""
+    configs = [_config(f"micro-batch {m}, {dtype.name}", dtype, m, times, family="random") for m in MICRO_BATCHES]
     for micro in MICRO_BATCHES[1:]:
         name = f"micro-batch {micro} grouped by length, {dtype.name}"
-        found.append(_config(name, dtype, micro, times, family="grouped", grouped=True))
+        configs.append(_config(name, dtype, micro, times, family="grouped", grouped=True))
     for micro in MICRO_BATCHES[1:]:
         name = f"micro-batch {micro} padding-free, {dtype.name}"
         arguments = {"padding_free": True, "max_length": None}
-        found.append(_config(name, dtype, micro, times, family="padding-free", arguments=arguments))
+        configs.append(_config(name, dtype, micro, times, family="padding-free", arguments=arguments))
     for length in (512, 1024, 2048):
         if length < longest or length > 16 * mean_length:
             continue
         arguments = {"packing": True, "packing_strategy": "bfd", "max_length": length}
         config = _config(f"packed bfd {length}, {dtype.name}", dtype, 1, times, arguments=arguments)
-        found.append({**config, "family": "packed", "rows_per_batch": max(1, int(length / mean_length))})
-    return found
+        configs.append({**config, "family": "packed", "rows_per_batch": max(1, int(length / mean_length))})
+    return configs
 
 
 def _config(
@@ -101,24 +105,24 @@ def _times(times: Times) -> dict[str, Any]:
 
 
 def again(config: Mapping[str, Any], times: Times) -> dict[str, Any]:
-    """The same configuration, measured longer and for itself."""
+    """Returns the same configuration with other times and without its family."""
     return {**{key: value for key, value in config.items() if key != "family"}, **_times(times)}
 
 
 def fastest(
     configs: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], count: int
 ) -> list[Mapping[str, Any]]:
-    """The configurations with the most tokens a second, best first."""
+    """Returns the configurations with the most tokens per second, fastest first."""
     rates = {answer["name"]: rate(answer) for answer in answers}
     measured = [config for config in configs if rates.get(config["name"], 0.0) > 0]
     return sorted(measured, key=lambda config: -rates[config["name"]])[:count]
 
 
 def rate(answer: Mapping[str, Any]) -> float:
-    """Tokens without padding a second; 0 where nothing was measured."""
+    """Returns the tokens per second, without padding; 0 if nothing was measured."""
     return answer["tokens"] / answer["seconds"] if "seconds" in answer else 0.0
 
 
 def few(dtype: Dtype, times: Times) -> list[dict[str, Any]]:
-    """Small micro-batches only: for a peer that isn't searched in full."""
+    """Returns only small micro-batches, for a peer without a full search."""
     return [_config(f"micro-batch {m}, {dtype.name}", dtype, m, times, family=dtype.name) for m in (1, 2, 4)]

@@ -1,4 +1,4 @@
-"""Rows → aims (met or missed), and the table for people. Pure; called by `__main__` and by tests."""
+"""Compares rows with the targets, and formats the table for people. Pure."""
 
 from __future__ import annotations
 
@@ -18,41 +18,46 @@ OVERHEAD = 0.03
 
 @dataclass(frozen=True)
 class Aim:
-    """`wanted` says "at least" or "at most"; `value` is None where it wasn't measured."""
+    """A target: `value` has to be `target` ("at least" or "at most") `limit`.
+
+    `value` is None if it wasn't measured.
+    """
 
     name: str
-    wanted: str
+    target: str
     limit: float
     value: float | None
 
     @property
     def met(self) -> bool | None:
+        """Whether the target is met; None if it wasn't measured."""
         if self.value is None:
             return None
-        return self.value >= self.limit if self.wanted == "at least" else self.value <= self.limit
+        return self.value >= self.limit if self.target == "at least" else self.value <= self.limit
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "wanted": f"{self.wanted} {self.limit:g}", "value": self.value, "met": self.met}
+        """Returns its entry in the result file."""
+        return {"name": self.name, "wanted": f"{self.target} {self.limit:g}", "value": self.value, "met": self.met}
 
 
 def find(rows: Sequence[Row], system: str, config: str, dataset: str) -> Row | None:
-    """The measured row, or None where there is none or it failed."""
-    same = (row for row in rows if (row["system"], row["config"], row["dataset"]) == (system, config, dataset))
-    return next((row for row in same if row.get("tokens_per_second")), None)
+    """Returns the measured row, None if there is none or it failed."""
+    matching = (row for row in rows if (row["system"], row["config"], row["dataset"]) == (system, config, dataset))
+    return next((row for row in matching if row.get("tokens_per_second")), None)
 
 
 def aims(rows: Sequence[Row], extras: Mapping[str, Any]) -> list[Aim]:
-    """All of them, measured or not."""
-    found = []
+    """Returns all targets, measured or not."""
+    aims = []
     ours = find(rows, "finetune", "default", "mixed")
     dtype = "bfloat16" if ours and ours.get("dtype") == "bfloat16" else "float32"
-    found.append(Aim(f"share of the GEMM roof, mixed, {dtype}", "at least", ROOF[dtype], _value(ours, "roof_share")))
+    aims.append(Aim(f"share of the GEMM roof, mixed, {dtype}", "at least", ROOF[dtype], _value(ours, "roof_share")))
     for dataset, limit in AGAINST_BEST.items():
         best = find(rows, "trl", "best", dataset)
         speed = _ratio(find(rows, "finetune", "default", dataset), best, "tokens_per_second")
-        found.append(Aim(f"speed against TRL's searched best, {dataset}", "at least", limit, speed))
+        aims.append(Aim(f"speed against TRL's searched best, {dataset}", "at least", limit, speed))
     default = find(rows, "trl", "default", "mixed")
-    found.append(
+    aims.append(
         Aim(
             "speed against TRL's default, mixed",
             "at least",
@@ -63,14 +68,14 @@ def aims(rows: Sequence[Row], extras: Mapping[str, Any]) -> list[Aim]:
     for dataset in AGAINST_BEST:
         best = find(rows, "trl", "best", dataset)
         memory = _ratio(find(rows, "finetune", "default", dataset), best, "peak_rss_bytes")
-        found.append(Aim(f"peak memory against TRL's searched best, {dataset}", "at most", 1.0, memory))
+        aims.append(Aim(f"peak memory against TRL's searched best, {dataset}", "at most", 1.0, memory))
     two = extras.get("two_ranks", {}).get("ratio")
-    found.append(Aim("two ranks against one with two threads", "at least", TWO_RANKS, two))
+    aims.append(Aim("two ranks against one with two threads", "at least", TWO_RANKS, two))
     start = extras.get("start", {}).get("seconds_over_model_load")
-    found.append(Aim("start to first step over model load, warm cache, seconds", "at most", START, start))
+    aims.append(Aim("start to first step over model load, warm cache, seconds", "at most", START, start))
     share = extras.get("overhead", {}).get("share")
-    found.append(Aim("share of evaluation, checkpoints and upload in a run", "at most", OVERHEAD, share))
-    return found
+    aims.append(Aim("share of evaluation, checkpoints and upload in a run", "at most", OVERHEAD, share))
+    return aims
 
 
 def _value(row: Row | None, name: str) -> float | None:
@@ -82,8 +87,8 @@ def _ratio(ours: Row | None, theirs: Row | None, name: str) -> float | None:
     return a / b if a and b else None
 
 
-def render(rows: Sequence[Row], found: Sequence[Aim]) -> str:
-    """Rows grouped by data set, ratios against ours, then the aims."""
+def render(rows: Sequence[Row], aims: Sequence[Aim]) -> str:
+    """Returns the table: all rows with our speed relative to theirs, then the targets."""
     lines = [
         f"{'data set':8} {'system':13} {'config':8} {'tokens/s':>9} {'ours is':>8} {'peak RSS':>9} {'roof':>6} "
         f"{'padding':>8} {'computed':>9} {'spread':>7}  what"
@@ -101,10 +106,10 @@ def render(rows: Sequence[Row], found: Sequence[Aim]) -> str:
             f"{row['padding_share']:8.1%} {row['computed_per_seen']:9.3f} {row.get('spread', 0.0):7.1%}  "
             f"{row.get('what', '')}"
         )
-    lines += ["", f"{'aim':62} {'wanted':>14} {'measured':>9}"]
-    for aim in found:
+    lines += ["", f"{'target':62} {'required':>14} {'measured':>9}"]
+    for aim in aims:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[aim.met]
-        lines.append(f"{aim.name:62} {aim.wanted + f' {aim.limit:g}':>14} {_shown(aim.value, '{:.3f}'):>9}  {verdict}")
+        lines.append(f"{aim.name:62} {aim.target + f' {aim.limit:g}':>14} {_shown(aim.value, '{:.3f}'):>9}  {verdict}")
     return "\n".join(lines)
 
 

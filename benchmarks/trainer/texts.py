@@ -1,7 +1,8 @@
-"""The four data sets: real texts → prompt/completion rows. Pure; called by `data`. The same rows every time.
+"""Makes prompt/completion rows of four data sets from real texts, the same every time. Pure.
 
-Prompts and completions are plain text that every system tokenises alike (a completion begins where a word does), so
-the same tokens are learnt everywhere. Where a chat is meant, the model's own turn markers stand in the text.
+Prompts and completions are plain text that every system tokenizes in the same way (a completion
+begins with a word), so all systems are trained on the same tokens. Rows of chats contain the
+model's own turn markers.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 Length = Callable[[str], int]
-"""Tokens of a text."""
+"""A function that returns the number of tokens of a text."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One row."""
+    """A row of a data set."""
 
     prompt: str
     completion: str
 
     def to_json(self) -> dict[str, str]:
+        """Returns the row as it is written to JSONL."""
         return {"prompt": self.prompt, "completion": self.completion}
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """A word and what WordNet says that it means."""
+    """A word and its definition in WordNet."""
 
     word: str
     gloss: str
@@ -71,33 +73,36 @@ _WORDS = re.compile(r"\S+\s*")
 
 
 def mixed(texts: Iterable[str], length: Length, rows: int, *, median: int, mean: int, longest: int) -> list[Pair]:
-    """Entries cut so that lengths are log-normal with that median and mean; the first 30 % is the prompt.
+    """Returns entries truncated so that their lengths are log-normal with that median and mean.
 
-    Nothing is prepended, so rows share no prefix.
+    The first 30 % of a text are the prompt. Nothing is prepended, so rows share no prefix.
     """
     spread = math.sqrt(2 * math.log(mean / median))
     grid = [(index + 0.5) / rows for index in range(rows)]
-    wanted = [round(min(longest, max(8, median * math.exp(spread * NormalDist().inv_cdf(share))))) for share in grid]
-    rising = sorted(((length(text), text) for text in texts), key=lambda each: (each[0], _shuffled(each[1])))
+    lengths = [round(min(longest, max(8, median * math.exp(spread * NormalDist().inv_cdf(share))))) for share in grid]
+    by_length = sorted(((length(text), text) for text in texts), key=lambda entry: (entry[0], _shuffled(entry[1])))
     chosen: list[Pair] = []
-    for target in reversed(wanted):  # the longest first, from the shortest entry that is long enough
-        index = next((i for i, (size, _) in enumerate(rising) if size >= target), len(rising) - 1)
-        _, text = rising.pop(index)
-        chosen.append(_parted(_cut(text, target - 1, length), 0.3))  # an end token follows
+    for target in reversed(lengths):  # the longest first, from the shortest entry that is long enough
+        index = next((i for i, (size, _) in enumerate(by_length) if size >= target), len(by_length) - 1)
+        _, text = by_length.pop(index)
+        chosen.append(_split(_cut(text, target - 1, length), 0.3))  # an end token follows
     return sorted(chosen, key=lambda pair: _shuffled(pair.prompt + pair.completion))
 
 
 def short(meanings: Iterable[Meaning], rows: int) -> list[Pair]:
-    """A question of a few words and its answer, between the model's turn markers."""
-    chosen = sorted(meanings, key=lambda each: _shuffled(each.word))[:rows]
+    """Returns short questions with their answers, between the model's turn markers."""
+    chosen = sorted(meanings, key=lambda meaning: _shuffled(meaning.word))[:rows]
     return [
-        Pair(_CHAT.format(question=_QUESTIONS[index % len(_QUESTIONS)].format(word=each.word)), each.gloss)
-        for index, each in enumerate(chosen)
+        Pair(_CHAT.format(question=_QUESTIONS[index % len(_QUESTIONS)].format(word=meaning.word)), meaning.gloss)
+        for index, meaning in enumerate(chosen)
     ]
 
 
 def long(texts: Sequence[str], length: Length, rows: int, *, shortest: int, longest: int) -> list[Pair]:
-    """Neighbouring entries joined until a document is long enough; its first 5 % is the prompt."""
+    """Returns documents of consecutive entries; the first 5 % of each are the prompt.
+
+    They have between `shortest` and `longest` tokens.
+    """
     documents: list[str] = []
     page: list[str] = []
     size = 0
@@ -108,56 +113,57 @@ def long(texts: Sequence[str], length: Length, rows: int, *, shortest: int, long
             documents.append(_cut("\n\n".join(page), longest - 1, length))
             page, size = [], 0
     chosen = sorted(documents, key=_shuffled)[:rows]
-    return [_parted(text, 0.05) for text in chosen]
+    return [_split(text, 0.05) for text in chosen]
 
 
 def shared(meanings: Iterable[Meaning], rows: int) -> list[Pair]:
-    """The same instruction before every row."""
-    chosen = sorted(meanings, key=lambda each: _shuffled(f"shared {each.word}"))[:rows]
-    return [Pair(INSTRUCTION.format(word=each.word), f" {each.gloss}") for each in chosen]
+    """Returns rows that all begin with the same instruction."""
+    chosen = sorted(meanings, key=lambda meaning: _shuffled(f"shared {meaning.word}"))[:rows]
+    return [Pair(INSTRUCTION.format(word=meaning.word), f" {meaning.gloss}") for meaning in chosen]
 
 
-def meanings(index: Iterable[str], data: Iterable[str], words: range) -> list[Meaning]:
-    """WordNet's index.POS and data.POS (wndb(5WN)) → the commonest sense of each word that its own corpus contains.
+def meanings(index: Iterable[str], data: Iterable[str], count_range: range) -> list[Meaning]:
+    """Returns the most common sense of each word in WordNet's tagged corpus.
 
-    `words`: how many words a gloss may have. Examples and second meanings are left out.
+    `index` and `data` are the lines of index.POS and data.POS (wndb(5WN)); a gloss has a number of
+    words in `count_range`. Examples and second meanings are left out.
     """
     glosses = {}
     for line in data:
         if not line.startswith(" "):
             synset, _, gloss = line.partition(" | ")
             phrase = re.sub(r"^\([^)]*\)\s*", "", gloss.split(";")[0].strip())
-            if len(phrase.split()) in words and re.fullmatch(r"[a-z][a-z ,'()-]*", phrase):
+            if len(phrase.split()) in count_range and re.fullmatch(r"[a-z][a-z ,'()-]*", phrase):
                 glosses[synset.split()[0]] = phrase
-    found: dict[str, Meaning] = {}
+    by_offset: dict[str, Meaning] = {}
     for line in index:
         if not line.startswith(" "):
             fields = line.split()
             pointers = int(fields[3])
             gloss = glosses.get(fields[6 + pointers])
             if int(fields[5 + pointers]) and gloss and re.fullmatch(r"[a-z]{3,14}", fields[0]):
-                found.setdefault(gloss, Meaning(fields[0], gloss))
-    return list(found.values())
+                by_offset.setdefault(gloss, Meaning(fields[0], gloss))
+    return list(by_offset.values())
 
 
 def _cut(text: str, tokens: int, length: Length) -> str:
-    """The longest beginning of whole words with at most so many tokens (at least four words)."""
-    words = _WORDS.findall(text)
-    low, high = min(4, len(words)), len(words)
+    """Returns the first complete words with at most `tokens` tokens, but at least four words."""
+    parts = _WORDS.findall(text)
+    low, high = min(4, len(parts)), len(parts)
     while low < high:
         middle = (low + high + 1) // 2
-        if length("".join(words[:middle]).rstrip()) <= tokens:
+        if length("".join(parts[:middle]).rstrip()) <= tokens:
             low = middle
         else:
             high = middle - 1
-    return "".join(words[:low]).rstrip()
+    return "".join(parts[:low]).rstrip()
 
 
-def _parted(text: str, share: float) -> Pair:
-    """At a border of words; the completion begins with the space."""
-    words = re.findall(r"\s*\S+", text)
-    at = min(len(words) - 1, max(1, round(share * len(words))))
-    return Pair("".join(words[:at]), "".join(words[at:]))
+def _split(text: str, share: float) -> Pair:
+    """Splits a text between two words; the completion begins with the space."""
+    parts = re.findall(r"\s*\S+", text)
+    at = min(len(parts) - 1, max(1, round(share * len(parts))))
+    return Pair("".join(parts[:at]), "".join(parts[at:]))
 
 
 def _shuffled(text: str) -> str:

@@ -1,1 +1,1 @@
-"""`make demo`: a throw-away cluster, the operator by Helm, the quickstart followed to its end, and what came out."""
+"""Implements `make demo`: a throw-away cluster, the operator, a job and its results."""

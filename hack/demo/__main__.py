@@ -1,4 +1,7 @@
-"""The door of the demo. `up` needs the project's environment (.venv); `down` needs Python alone."""
+"""Runs a FineTuneJob on a throw-away cluster on this machine, from scratch to a tuned model.
+
+`up` shows each of its steps and resumes where an earlier run stopped; `down` removes the cluster.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,64 @@ import sys
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="make the cluster, train the quickstart, show the result")
-    up.add_argument("--name", default="demo", help="name of the cluster (default: demo)")
-    up.add_argument("--file", default="examples/quickstart.yaml", help="the FineTuneJob to apply")
-    up.add_argument("--picture", default="", metavar="SVG", help="also write what is said as a picture")
-    up.add_argument("--keep", default="", metavar="DIR", help="also keep status, events, report, scores and pictures")
-    keep = commands.add_parser("keep", help="the same of a job that is over, while its cluster is up")
-    keep.add_argument("folder", metavar="DIR")
-    keep.add_argument("--name", default="demo", help="name of the cluster (default: demo)")
-    keep.add_argument("--file", default="examples/definitions.yaml", help="the FineTuneJob that ran")
-    down = commands.add_parser("down", help="remove all that `up` made")
-    down.add_argument("--name", default="demo", help="name of the cluster (default: demo)")
-    arguments = parser.parse_args()
+    """Returns 0 on success, 2 if this machine lacks something, else 1."""
+    arguments = _parser().parse_args()
     if arguments.command == "down":
         from demo.clusters import remove
 
         remove(arguments.name)
         return 0
-    from demo.story import keep_finished, tell
+    if arguments.command == "up":
+        from demo.prepare import run
 
-    if arguments.command == "keep":
-        return keep_finished(arguments.name, arguments.file, arguments.folder)
-    return tell(arguments.name, arguments.file, arguments.picture, arguments.keep)
+        return run(arguments)
+    from demo import walkthrough  # needs the project's environment, which `up` creates
+
+    match arguments.command:
+        case "cluster":
+            walkthrough.make_cluster(arguments.name, arguments.file)
+        case "images":
+            walkthrough.load_images(arguments.name)
+        case "contents":
+            walkthrough.install_contents(arguments.name)
+        case "keep":
+            return walkthrough.save_finished(arguments.name, arguments.file, arguments.folder)
+        case _:
+            try:
+                return walkthrough.run_job(arguments.name, arguments.file, arguments.picture, arguments.keep)
+            except KeyboardInterrupt:
+                return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python3 -m demo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    texts = {
+        "up": "create the cluster, train, show the result",
+        "cluster": "a step of `up`: start the cluster",
+        "images": "a step of `up`: load the images into the cluster",
+        "contents": "a step of `up`: upload model and data, install the operator",
+        "job": "a step of `up`: apply the job and follow it",
+        "keep": "save the status, events, report and pictures of a finished job, while its cluster is up",
+        "down": "remove the cluster",
+    }
+    for command, text in texts.items():
+        subparser = commands.add_parser(command, help=text, description=text)
+        subparser.add_argument("--name", default="demo", help="name of the cluster (default: demo)")
+        if command in ("up", "cluster", "job", "keep"):
+            default = "examples/definitions.yaml" if command == "keep" else "examples/quickstart.yaml"
+            subparser.add_argument("--file", default=default, help="file with the FineTuneJob (default: %(default)s)")
+        if command in ("up", "job"):
+            subparser.add_argument(
+                "--picture", default="", metavar="SVG", help="also save the output as an SVG picture"
+            )
+            subparser.add_argument(
+                "--keep", default="", metavar="DIR", help="also save status, events, report and pictures"
+            )
+        if command == "keep":
+            subparser.add_argument("folder", metavar="DIR", help="folder to write to")
+    return parser
 
 
 if __name__ == "__main__":

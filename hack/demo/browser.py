@@ -1,6 +1,6 @@
-"""A real browser (chromium, without a window) that shows pages at a given size, in light or dark, and prints them.
+"""Controls a headless Chromium that opens pages at a given size, in light or dark, and prints them.
 
-Called by demo.keep. Speaks the DevTools protocol; chromium comes from Debian or from wherever PATH has it.
+It uses the DevTools protocol. Chromium is whichever is on PATH, such as Debian's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class View:
 
 
 def program() -> str | None:
-    """The browser of this machine, if it has one."""
+    """Returns the path of this machine's browser, None if it has none."""
     return next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 
 
@@ -48,14 +48,14 @@ class Page:
         self._number = 0
 
     async def attach(self) -> Page:
-        """Opens the tab that everything after goes to."""
-        target = (await self.ask("Target.createTarget", url="about:blank"))["targetId"]
-        attached = await self.ask("Target.attachToTarget", targetId=target, flatten=True)
+        """Opens the tab that all later commands are sent to."""
+        target = (await self.command("Target.createTarget", url="about:blank"))["targetId"]
+        attached = await self.command("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
         return self
 
-    async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result. Raises RuntimeError with the browser's words."""
+    async def command(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Sends a command and returns its result. Raises RuntimeError with the error message."""
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": parameters, **self._session})
         async for message in self._socket:
@@ -63,53 +63,59 @@ class Page:
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
-                found: dict[str, Any] = answer["result"]
-                return found
+                result: dict[str, Any] = answer["result"]
+                return result
         raise RuntimeError(f"{method}: the browser ended")
 
     async def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives."""
-        answer = await self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        """Returns the value of a JavaScript expression."""
+        answer = await self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         return answer["result"].get("value")
 
     async def show(self, url: str, view: View, until: str = "true", seconds: float = 60) -> None:
-        """Opens `url` on that screen and waits until an expression holds. Raises TimeoutError."""
-        await self.ask(
+        """Opens `url` on that screen and waits until the expression `until` holds.
+
+        Raises TimeoutError after `seconds`.
+        """
+        await self.command(
             "Emulation.setDeviceMetricsOverride",
             width=view.width, height=view.height, deviceScaleFactor=1, mobile=view.width < 600,
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if view.dark else "light"}
-        await self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        await self.ask("Page.navigate", url=url)
+        await self.command("Emulation.setEmulatedMedia", features=[scheme])
+        await self.command("Page.navigate", url=url)
         for _ in range(int(seconds / 0.3)):
             if await self.value(f"document.readyState === 'complete' && Boolean({until})"):
-                await asyncio.sleep(0.5)  # fades and late fonts
+                await asyncio.sleep(0.5)  # transitions, and fonts that load late
                 return
             await asyncio.sleep(0.3)
-        raise TimeoutError(f"{url} did not come to show {until} in {seconds:.0f} s")
+        raise TimeoutError(f"{url} did not reach `{until}` within {seconds:.0f} s")
 
-    async def picture(self, *, whole: bool = False) -> bytes:
-        """PNG of the screen, or of the whole page."""
-        more: dict[str, Any] = {}
-        if whole:
-            size = (await self.ask("Page.getLayoutMetrics"))["cssContentSize"]
+    async def picture(self, *, full_page: bool = False) -> bytes:
+        """Returns a PNG of the screen, or of the full page."""
+        options: dict[str, Any] = {}
+        if full_page:
+            size = (await self.command("Page.getLayoutMetrics"))["cssContentSize"]
             clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-            more = {"captureBeyondViewport": True, "clip": clip}
-        return base64.b64decode((await self.ask("Page.captureScreenshot", format="png", **more))["data"])
+            options = {"captureBeyondViewport": True, "clip": clip}
+        return base64.b64decode((await self.command("Page.captureScreenshot", format="png", **options))["data"])
 
     async def printed(self) -> bytes:
-        """PDF on A4."""
-        answer = await self.ask("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=True)
+        """Returns a PDF on A4 paper."""
+        answer = await self.command("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=True)
         return base64.b64decode(answer["data"])
 
     async def overflow(self) -> int:
-        """Pixels by which the page is wider than the screen; 0 is right."""
+        """Returns the pixels by which the page is wider than the screen; 0 is correct."""
         return int(await self.value("document.documentElement.scrollWidth - window.innerWidth"))
 
 
 @asynccontextmanager
 async def browser() -> AsyncIterator[Page]:
-    """A browser with one tab, ended afterwards. Raises FileNotFoundError where there is none."""
+    """Starts a browser with one tab and ends it afterwards.
+
+    Raises FileNotFoundError if there is none.
+    """
     path = program()
     if path is None:
         raise FileNotFoundError(f"none of {', '.join(PROGRAMS)} is on PATH; Debian: apt-get install chromium")
@@ -118,9 +124,9 @@ async def browser() -> AsyncIterator[Page]:
         options += ["--disable-gpu", "--no-first-run", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         process = await asyncio.create_subprocess_exec(path, *options, stdout=DEVNULL, stderr=DEVNULL)
         try:
-            port, door = await asyncio.to_thread(_door, Path(profile) / "DevToolsActivePort")
+            port, socket_path = await asyncio.to_thread(_devtools_address, Path(profile) / "DevToolsActivePort")
             async with aiohttp.ClientSession() as session:
-                address = f"ws://127.0.0.1:{port}{door}"
+                address = f"ws://127.0.0.1:{port}{socket_path}"
                 async with session.ws_connect(address, max_msg_size=256 * _MIB) as socket:
                     yield await Page(socket).attach()
         finally:
@@ -128,7 +134,8 @@ async def browser() -> AsyncIterator[Page]:
             await process.wait()
 
 
-def _door(file: Path) -> tuple[str, str]:
+def _devtools_address(file: Path) -> tuple[str, str]:
+    """Waits for the browser's port and WebSocket path, which it writes to `file` when it is up."""
     for _ in range(300):
         if file.exists() and len(lines := file.read_text().split()) == 2:
             return lines[0], lines[1]

@@ -1,6 +1,7 @@
-"""Which cluster the demo and the end-to-end tests run on: kind where a Docker engine answers, else hack/localcluster.
+"""Chooses the cluster for the demo and the end-to-end tests: kind if a Docker engine responds.
 
-Called by demo.story and tests/e2e. Both kinds give the same few values; nothing else knows which one it is.
+Otherwise it is hack/localcluster. Both are reached through the same ClusterAccess, so no other
+module knows which one it is.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A running cluster with object storage and Prometheus, as seen from this machine and from its pods alike."""
+class ClusterAccess:
+    """A running cluster with object storage and Prometheus.
+
+    Its addresses are reachable both from this machine and from the cluster's pods.
+    """
 
     name: str
     kubeconfig: str
@@ -31,7 +35,10 @@ class Place:
     mlflow_url: str = ""
 
     def kubectl_run(self, *args: str, stdin: str | None = None, check: bool = True) -> str:
-        """kubectl's standard output; raises CalledProcessError with its standard error in the message."""
+        """Returns kubectl's standard output.
+
+        Raises RuntimeError with its standard error if it fails and `check` is set.
+        """
         done = subprocess.run(
             [self.kubectl, "--kubeconfig", self.kubeconfig, *args], input=stdin, text=True, capture_output=True
         )
@@ -41,44 +48,50 @@ class Place:
 
 
 def docker_answers() -> bool:
-    """Whether a Docker engine (not just its client) and kind are here."""
+    """Whether this machine has kind and a Docker engine that responds (not just its client)."""
     if not (shutil.which("docker") and shutil.which("kind")):
         return False
     return subprocess.run(["docker", "info"], capture_output=True).returncode == 0
 
 
 def tool(module: str, *args: str) -> str:
-    """Standard output of `python3 -m <module of hack/>`; its words for people go to standard error as they come."""
+    """Runs `python3 -m <module of hack/>` and returns its standard output.
+
+    Its messages go straight to standard error. Raises RuntimeError if it fails.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "hack")}
     command = ["python3", "-m", module, *args]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(args)} ended with {done.returncode}; its words stand above")
+        raise RuntimeError(f"{module} {' '.join(args)} ended with exit code {done.returncode}; see its output above")
     return done.stdout.strip()
 
 
 def build_images() -> tuple[str, str]:
-    """Names of the operator's and the trainer's image, built if their content changed."""
+    """Returns the names of the operator and trainer images, built if their content changed."""
     operator, trainer = (tool("images", "build", which).splitlines()[-1] for which in ("operator", "trainer"))
     return operator, trainer
 
 
-def up(name: str, *options: str, mlflow: bool = False) -> Place:
-    """A local cluster with object storage, Prometheus and, if asked, MLflow. Raises RuntimeError when a part fails."""
+def up(name: str, *options: str, mlflow: bool = False) -> ClusterAccess:
+    """Starts a local cluster with object storage, Prometheus and, if requested, MLflow.
+
+    Raises RuntimeError if a part fails to start.
+    """
     if docker_answers():
         from demo import kind
 
         return kind.up(name, mlflow=mlflow)
     addons = "s3,prometheus,mlflow" if mlflow else "s3,prometheus"
     tool("localcluster", "up", "--name", name, "--addons", addons, *options)
-    return place(name)
+    return access(name)
 
 
-def place(name: str) -> Place:
-    """A cluster that is up already."""
+def access(name: str) -> ClusterAccess:
+    """Returns the access to a cluster that is already up."""
     state = json.loads(tool("localcluster", "status", "--name", name, "--json"))
     s3 = state["s3"]
-    return Place(
+    return ClusterAccess(
         name=name,
         kubeconfig=state["kubeconfig"],
         kubectl=tool("localcluster", "tool", "kubectl"),
@@ -93,7 +106,7 @@ def place(name: str) -> Place:
 
 
 def load(name: str, *images: str) -> None:
-    """Make images known to the cluster's node."""
+    """Loads images onto the cluster's node."""
     if docker_answers():
         from demo import kind
 
@@ -103,7 +116,7 @@ def load(name: str, *images: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Leave nothing of the cluster behind."""
+    """Removes the cluster and everything that belongs to it."""
     if docker_answers():
         from demo import kind
 

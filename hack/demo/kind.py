@@ -1,8 +1,8 @@
-"""The demo's cluster on kind, where a Docker engine answers: kind-config.yaml, and S3, Prometheus and MLflow as
-processes of this machine. S3 and MLflow listen on the Docker network's gateway, so that pods reach them; Prometheus
-scrapes pods through the API server's proxy.
+"""Runs the demo's cluster on kind, if a Docker engine responds.
 
-Called by demo.clusters alone.
+kind-config.yaml describes the nodes. S3, Prometheus and MLflow are processes on this machine. S3
+and MLflow listen on the Docker network's gateway, so that pods reach them; Prometheus scrapes pods
+through the API server's proxy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from demo.clusters import ROOT, Place, tool
+from demo.clusters import ROOT, ClusterAccess, tool
 
 S3_PORT = 7480
 PROMETHEUS_PORT = 9480
@@ -38,8 +38,11 @@ def _run(*command: str) -> str:
     return done.stdout.strip()
 
 
-def up(name: str, *, mlflow: bool = False) -> Place:
-    """Creates the cluster unless it is there; starts S3, Prometheus and, if asked, MLflow unless they run."""
+def up(name: str, *, mlflow: bool = False) -> ClusterAccess:
+    """Creates the cluster and starts S3, Prometheus and, if requested, MLflow.
+
+    What already exists or runs is left as it is. Raises RuntimeError if a part fails.
+    """
     state = _state(name)
     state.mkdir(parents=True, exist_ok=True)
     kubeconfig = state / "kubeconfig"
@@ -61,7 +64,7 @@ def up(name: str, *, mlflow: bool = False) -> Place:
     kubectl = shutil.which("kubectl") or tool("localcluster", "tool", "kubectl")
     networks = json.loads(_run("docker", "network", "inspect", "kind"))[0]["IPAM"]["Config"]
     gateway = next(entry["Gateway"] for entry in networks if "." in entry.get("Gateway", ""))
-    place = Place(
+    cluster = ClusterAccess(
         name=name,
         kubeconfig=str(kubeconfig),
         kubectl=kubectl,
@@ -73,20 +76,20 @@ def up(name: str, *, mlflow: bool = False) -> Place:
         prometheus_url=f"http://127.0.0.1:{PROMETHEUS_PORT}",
         mlflow_url=f"http://{gateway}:{MLFLOW_PORT}" if mlflow else "",
     )
-    _start_s3(state, place, gateway)
-    _start_prometheus(state, place)
+    _start_s3(state, cluster, gateway)
+    _start_prometheus(state, cluster)
     if mlflow:
-        _start_mlflow(state, place, gateway)
-    return place
+        _start_mlflow(state, cluster, gateway)
+    return cluster
 
 
 def load(name: str, *images: str) -> None:
-    """Images from Docker into the nodes."""
+    """Copies images from Docker to the nodes."""
     _run("kind", "load", "docker-image", "--name", name, *images)
 
 
 def down(name: str) -> None:
-    """Removes cluster, processes and their files."""
+    """Removes the cluster, its processes and their files."""
     state = _state(name)
     for pid_file in state.glob("*.pid"):
         try:
@@ -105,25 +108,25 @@ def _secret(state: Path) -> str:
     return path.read_text()
 
 
-def _start_s3(state: Path, place: Place, gateway: str) -> None:
+def _start_s3(state: Path, cluster: ClusterAccess, gateway: str) -> None:
     for bucket in BUCKETS:
         (state / "s3" / bucket).mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "ROOT_ACCESS_KEY": place.s3_access_key, "ROOT_SECRET_KEY": place.s3_secret_key}
+    environment = {**os.environ, "ROOT_ACCESS_KEY": cluster.s3_access_key, "ROOT_SECRET_KEY": cluster.s3_secret_key}
     command = [tool("localcluster", "tool", "versitygw"), "--port", f"{gateway}:{S3_PORT}", "posix", str(state / "s3")]
-    _spawn(state, "s3", command, environment, place.s3_endpoint)
+    _spawn(state, "s3", command, environment, cluster.s3_endpoint)
 
 
-def _start_mlflow(state: Path, place: Place, gateway: str) -> None:
+def _start_mlflow(state: Path, cluster: ClusterAccess, gateway: str) -> None:
     from localcluster import mlflow
 
     folder = state / "mlflow"
     folder.mkdir(exist_ok=True)
     command = mlflow.command(mlflow.programs(), folder, gateway, MLFLOW_PORT, ("mlflow",))
-    _spawn(state, "mlflow", list(command), {**os.environ, **dict(mlflow.ENVIRONMENT)}, f"{place.mlflow_url}/health")
+    _spawn(state, "mlflow", list(command), {**os.environ, **dict(mlflow.ENVIRONMENT)}, f"{cluster.mlflow_url}/health")
 
 
-def _start_prometheus(state: Path, place: Place) -> None:
-    server = _run(place.kubectl, "--kubeconfig", place.kubeconfig, "config", "view", "--raw", "-o",
+def _start_prometheus(state: Path, cluster: ClusterAccess) -> None:
+    server = _run(cluster.kubectl, "--kubeconfig", cluster.kubeconfig, "config", "view", "--raw", "-o",
                   "jsonpath={.clusters[0].cluster.server}")  # fmt: skip
     config = {
         "global": {"scrape_interval": "2s"},
@@ -131,9 +134,9 @@ def _start_prometheus(state: Path, place: Place) -> None:
             {
                 "job_name": "finetune",
                 "honor_labels": True,
-                "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": place.kubeconfig}],
+                "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": cluster.kubeconfig}],
                 "scheme": "https",
-                "tls_config": {"insecure_skip_verify": True, **_client_certificate(state, place)},
+                "tls_config": {"insecure_skip_verify": True, **_client_certificate(state, cluster)},
                 "relabel_configs": [
                     {
                         "source_labels": ["__meta_kubernetes_pod_label_app_kubernetes_io_part_of",
@@ -155,7 +158,7 @@ def _start_prometheus(state: Path, place: Place) -> None:
             }
         ],
     }  # fmt: skip
-    path = state / "prometheus.json"  # JSON is YAML
+    path = state / "prometheus.json"  # JSON is valid YAML
     path.write_text(json.dumps(config))
     binary = shutil.which("prometheus")
     if binary is None:
@@ -170,13 +173,13 @@ def _start_prometheus(state: Path, place: Place) -> None:
     _spawn(state, "prometheus", command, dict(os.environ), f"http://{address}/-/ready")
 
 
-def _client_certificate(state: Path, place: Place) -> dict[str, str]:
+def _client_certificate(state: Path, cluster: ClusterAccess) -> dict[str, str]:
     import base64
 
     files = {}
     for key, field in (("cert_file", "client-certificate-data"), ("key_file", "client-key-data")):
         path = state / field
-        value = _run(place.kubectl, "--kubeconfig", place.kubeconfig, "config", "view", "--raw", "-o",
+        value = _run(cluster.kubectl, "--kubeconfig", cluster.kubeconfig, "config", "view", "--raw", "-o",
                      f"jsonpath={{.users[0].user.{field}}}")  # fmt: skip
         path.touch(mode=0o600)
         path.write_bytes(base64.b64decode(value))
@@ -197,7 +200,7 @@ def _spawn(state: Path, name: str, command: list[str], environment: dict[str, st
             urllib.request.urlopen(url, timeout=1).close()
             return
         except urllib.error.HTTPError:
-            return  # it answers; S3 refuses the anonymous
+            return  # it is up: S3 refuses anonymous requests
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"{name} did not answer at {url}; see {state / name}.log")
+    raise RuntimeError(f"{name} did not respond at {url} within 180 s; see {state / name}.log")

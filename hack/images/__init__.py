@@ -1,5 +1,6 @@
-"""Builds the operator's and the trainer's container image, with Docker where it runs, else with buildah.
+"""Builds and pushes the container images of the operator and the trainer.
 
-Run as `PYTHONPATH=hack python3 -m images` (make images, hack/demo, hack/localcluster). Standard library only,
-since it runs before any virtual environment exists. Never pushes to a registry.
+It uses Docker if its engine responds, else buildah, and runs as `PYTHONPATH=hack python3 -m
+images`. It uses only the standard library, since it runs before any virtual environment exists.
+Only `push` writes to a registry.
 """

@@ -1,4 +1,4 @@
-"""`python3 -m images`."""
+"""The entry point of `python3 -m images`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Writes an image of buildah's storage as an oci-archive without compression. Used by engines.
+"""Writes an image from buildah's storage as an uncompressed oci-archive.
 
-Layers that the destination already has can be left out: a change of code is then kilobytes, not gigabytes.
-Never reads or writes a registry.
+Layers that the destination already has can be left out: after a change of code, the archive has
+kilobytes instead of gigabytes. It never reads from or writes to a registry.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,35 +20,34 @@ from images.errors import ImagesError
 
 
 def layer_digests(image: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The digests of the image's layers, lowest first. Not compressed, a layer's digest is its diff id."""
+    """Returns the digests of the image's layers, lowest first.
+
+    An uncompressed layer's digest is its diff id. Raises ImagesError if there is no such image.
+    """
     template = "{{range .OCIv1.RootFS.DiffIDs}}{{.}} {{end}}"
     command = ["buildah", "inspect", "--type", "image", "--format", template, image]
     return tuple(do(command, environment, remedy=f"Build it first: python3 -m images build ({image}).").split())
 
 
-def unpacked(layers: Sequence[str], snapshots: Container[str]) -> frozenset[str]:
-    """Of an image's layers, lowest first, those that a node has unpacked, by the names of its snapshots. Pure.
+def chain_ids(layers: Sequence[str]) -> list[str]:
+    """Returns the chain ID of each layer (diff ids, lowest first). Pure.
 
-    A snapshot is named by its chain: https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid
+    See https://github.com/opencontainers/image-spec/blob/main/config.md#layer-chainid.
     """
-    found: set[str] = set()
-    chain = ""
+    chain: list[str] = []
     for layer in layers:
-        chain = f"sha256:{hashlib.sha256(f'{chain} {layer}'.encode()).hexdigest()}" if chain else layer
-        if chain not in snapshots:
-            break
-        found.add(layer)
-    return frozenset(found)
+        chain.append(f"sha256:{hashlib.sha256(f'{chain[-1]} {layer}'.encode()).hexdigest()}" if chain else layer)
+    return chain
 
 
 def image_size(image: str, environment: Mapping[str, str]) -> int:
-    """Bytes of all layers, not compressed."""
+    """Returns the uncompressed bytes of all layers."""
     sizes = _stored_sizes(environment)
     return sum(sizes[digest] for digest in layer_digests(image, environment))
 
 
 def write(image: str, path: Path, present: frozenset[str], environment: Mapping[str, str]) -> None:
-    """Write `image` to `path`, whole or not at all; the layers in `present` are left out."""
+    """Writes `image` to `path` atomically; the layers in `present` are left out."""
     unfinished = path.with_name(path.name + ".part")
     try:
         with unfinished.open("wb") as out:
@@ -59,9 +58,12 @@ def write(image: str, path: Path, present: frozenset[str], environment: Mapping[
 
 
 def stream(image: str, out: IO[bytes], present: frozenset[str], environment: Mapping[str, str], scratch: Path) -> None:
-    """Write `image` to `out` by way of `scratch`; layers in `present` are named in its manifest, but not written."""
+    """Writes `image` to `out`, with temporary files in `scratch`.
+
+    The layers in `present` are listed in its manifest, but not written.
+    """
     left_out = frozenset(layer_digests(image, environment)) & present
-    push = _push_without if left_out else _push_whole
+    push = _push_without if left_out else _push_all
     with tempfile.TemporaryDirectory(prefix=".image-", dir=scratch) as folder:
         manifest, blobs = push(image, Path(folder), left_out, environment)
         with tarfile.open(fileobj=out, mode="w|", bufsize=1 << 20) as tar:
@@ -70,13 +72,14 @@ def stream(image: str, out: IO[bytes], present: frozenset[str], environment: Map
             _add(tar, f"blobs/sha256/{hashlib.sha256(manifest).hexdigest()}", manifest)
             for blob in blobs:
                 tar.add(blob, f"blobs/sha256/{blob.name}")
-                blob.unlink()  # two whole copies at once would be a lot of disk
+                blob.unlink()  # two full copies at a time would need much disk space
 
 
-def _push_whole(
-    image: str, folder: Path, _: frozenset[str], environment: Mapping[str, str]
-) -> tuple[bytes, list[Path]]:
-    """The manifest and every blob. To `dir:`, since buildah compresses whatever it pushes to `oci:`."""
+def _push_all(image: str, folder: Path, _: frozenset[str], environment: Mapping[str, str]) -> tuple[bytes, list[Path]]:
+    """Returns the manifest and every blob.
+
+    It pushes to `dir:`, since buildah compresses whatever it pushes to `oci:`.
+    """
     command = ["buildah", "push", "--quiet", "--disable-compression", "--format", "oci"]
     do([*command, image, f"dir:{folder}"], environment)
     blobs = [file for file in sorted(folder.iterdir()) if len(file.name) == 64]
@@ -86,9 +89,10 @@ def _push_whole(
 def _push_without(
     image: str, folder: Path, left_out: frozenset[str], environment: Mapping[str, str]
 ) -> tuple[bytes, list[Path]]:
-    """The manifest and the blobs but those in `left_out`.
+    """Returns the manifest and the blobs except those in `left_out`.
 
-    buildah skips a blob that a layout holds: those left out lie there as files of the right size, without content.
+    buildah skips a blob that the layout already has, so those left out are put there as sparse
+    files of the right size.
     """
     sizes = _stored_sizes(environment)
     store = folder / "blobs" / "sha256"
@@ -105,8 +109,11 @@ def _push_without(
 
 
 def _index(image: str, manifest: bytes) -> dict[str, object]:
-    """The layout's entry point. containerd takes the image's whole name from an annotation of its own."""
-    described = {
+    """Returns the layout's index.json.
+
+    containerd reads the image's full name from its own annotation, `io.containerd.image.name`.
+    """
+    descriptor = {
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "digest": f"sha256:{hashlib.sha256(manifest).hexdigest()}",
         "size": len(manifest),
@@ -115,7 +122,7 @@ def _index(image: str, manifest: bytes) -> dict[str, object]:
             "io.containerd.image.name": image,
         },
     }
-    return {"schemaVersion": 2, "manifests": [described]}
+    return {"schemaVersion": 2, "manifests": [descriptor]}
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -130,7 +137,7 @@ def _stored_sizes(environment: Mapping[str, str]) -> dict[str, int]:
     try:
         stored = json.loads(layers.read_text())
     except (OSError, ValueError) as error:
-        raise ImagesError(f"buildah's list of layers, {layers}, cannot be read: {error}") from error
+        raise ImagesError(f"buildah's list of layers, {layers}, can't be read: {error}") from error
     return {layer["diff-digest"]: layer["diff-size"] for layer in stored if layer.get("diff-digest")}
 
 

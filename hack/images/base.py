@@ -1,6 +1,6 @@
-"""The base image where no registry can be reached: a small Debian with Python, by debootstrap. Used by engines.
+"""Builds a base image without a registry: a small Debian with Python, made by debootstrap.
 
-Never touches the host's own packages but debootstrap, which it installs when it is missing and it may.
+On the host it installs at most the packages debootstrap and buildah, and only if they are missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from images.errors import ImagesError
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
 PACKAGES = ("python3", "python3-venv", "ca-certificates")
-# What neither a build nor a pod reads; licences (copyright files) stay.
+# Files that neither a build nor a pod reads; licenses (copyright files) stay.
 PRUNED = (
     "var/cache/apt",
     "var/cache/debconf",
@@ -35,13 +35,16 @@ NEEDED_BYTES = 3 << 30
 
 
 def base_name() -> str:
-    """The local base's name: its tag changes with what it is made of."""
+    """Returns the local base image's name; its tag changes with what it is made of."""
     recipe = repr((SUITE, PACKAGES, PRUNED, KEPT_EMPTY)).encode()
     return f"localhost/finetune-base:{hashlib.sha256(recipe).hexdigest()[:12]}"
 
 
 def make_base(cache: Path, environment: Mapping[str, str]) -> None:
-    """Bootstrap, prune, and commit as `base_name()`; about a minute. The unpacked files are removed at the end."""
+    """Bootstraps, prunes and commits the image `base_name()`, in about a minute.
+
+    The unpacked files are removed at the end. Raises ImagesError.
+    """
     if os.geteuid() != 0:
         raise ImagesError(
             "the local base image needs root (debootstrap makes a Debian root file system). "
@@ -51,7 +54,7 @@ def make_base(cache: Path, environment: Mapping[str, str]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if free < NEEDED_BYTES:
-        raise ImagesError(f"{cache} has {free >> 20} MiB free; building needs {NEEDED_BYTES >> 20} MiB there.")
+        raise ImagesError(f"{cache} has {free >> 20} MiB free, but building needs {NEEDED_BYTES >> 20} MiB there.")
     with tempfile.TemporaryDirectory(prefix="base-", dir=cache) as folder:
         root = Path(folder)
         root.chmod(0o755)
@@ -71,7 +74,10 @@ def make_base(cache: Path, environment: Mapping[str, str]) -> None:
 
 
 def prune(root: Path) -> None:
-    """Remove PRUNED and the documentation under `root`, keeping licences and the folders that apt wants."""
+    """Removes PRUNED and the documentation under `root`.
+
+    Licenses and the folders that apt needs stay.
+    """
     for name in PRUNED:
         shutil.rmtree(root / name, ignore_errors=True)
     for file in (root / "usr/share/doc").rglob("*"):
@@ -82,7 +88,10 @@ def prune(root: Path) -> None:
 
 
 def install_package(name: str) -> None:
-    """A Debian package of the same name as its program, where it is missing. Raises ImagesError if it can't."""
+    """Installs a Debian package named like its program, if that is missing.
+
+    Raises ImagesError if it can't.
+    """
     if shutil.which(name):
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):

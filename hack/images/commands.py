@@ -1,4 +1,4 @@
-"""Runs other programs. Used by engines, base and archive; the only place that starts a process."""
+"""Runs other programs. No other module of images starts a process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from images.errors import ImagesError
 
 
 def answer(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str | None:
-    """What the program prints, or None where it fails or is missing."""
+    """Returns what the program prints, None if it fails or is missing."""
     try:
         done = subprocess.run(
             command, env=_environment(environment), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -23,7 +23,7 @@ def answer(command: Sequence[str], environment: Mapping[str, str] | None = None)
 
 
 def do(command: Sequence[str], environment: Mapping[str, str] | None = None, remedy: str = "") -> str:
-    """Runs the program with its words on stderr (stdout stays for the answer) and returns its stdout.
+    """Runs the program and returns its stdout; its stderr is shown.
 
     Raises ImagesError with the command, its exit status and `remedy`.
     """
@@ -33,20 +33,20 @@ def do(command: Sequence[str], environment: Mapping[str, str] | None = None, rem
         raise ImagesError(f"{command[0]} is not installed. {remedy}".strip()) from None
     if done.returncode:
         raise ImagesError(
-            f"`{shlex.join(command)}` ended with {done.returncode}; its words stand above. {remedy}".strip()
+            f"`{shlex.join(command)}` ended with exit code {done.returncode}; see its output above. {remedy}".strip()
         )
     return done.stdout.strip()
 
 
 def watch(command: Sequence[str], environment: Mapping[str, str] | None = None, remedy: str = "") -> None:
-    """As `do`, with the program's stdout on stderr as it comes: for long builds that a person follows."""
+    """Runs the program like `do`, but shows its stdout live on stderr, for long builds."""
     try:
         done = subprocess.run(command, env=_environment(environment), stdout=sys.stderr)
     except FileNotFoundError:
         raise ImagesError(f"{command[0]} is not installed. {remedy}".strip()) from None
     if done.returncode:
         raise ImagesError(
-            f"`{shlex.join(command)}` ended with {done.returncode}; its words stand above. {remedy}".strip()
+            f"`{shlex.join(command)}` ended with exit code {done.returncode}; see its output above. {remedy}".strip()
         )
 
 

@@ -1,12 +1,13 @@
-"""The two programs that can build an image: Docker where its engine answers, else buildah. Used by cli.
+"""The two programs that can build an image: Docker if its engine responds, else buildah.
 
-An engine remembers nothing: what it has built is asked of it, by label.
+An engine keeps no state of its own; what was built is read from the images' labels.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,23 @@ from typing import Protocol
 
 from images import archive
 from images.base import base_name, install_package, make_base
+from images.cache import uv_program
 from images.commands import answer, do, watch
 from images.errors import ImagesError
+from images.memory import memory_folder
 from images.recipe import DOCKER_BASE, LABEL_KEY, Order
 
 CERTIFICATES = "/etc/ssl/certs"
-# Read by the Dockerfiles' pip and uv where this machine has them, for a mirror of the package index.
+# If set on this machine, they are passed to pip and uv in the Dockerfiles, for a mirror of the
+# package index.
 INDEX_VARIABLES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
-TRAINER_PEAK_BYTES = 20 << 30  # measured: a layer of 5.2 GB stands three times while it is committed
+_PUSH_REMEDY = "Log in first (`buildah login HOST` or `docker login HOST`), and check that you may push there."
+TRAINER_PEAK_BYTES = 20 << 30  # measured: a 5.2 GB layer exists four times while it is committed
+COMMIT_BYTES = 11 << 30  # two of these copies are temporary
 
 
 class Engine(Protocol):
-    """What cli asks of a builder."""
+    """The operations of a program that builds images."""
 
     @property
     def name(self) -> str: ...
@@ -33,23 +39,26 @@ class Engine(Protocol):
     def default_base(self) -> str: ...
 
     def built_key(self, image: str) -> str | None:
-        """The content key of the image of that name, None where there is none."""
+        """Returns the content key of the image of that name, None if there is no such image."""
 
     def build(self, order: Order, context: Path) -> None: ...
 
     def size(self, image: str) -> int:
-        """Bytes of all layers, not compressed."""
+        """Returns the uncompressed bytes of all layers."""
 
     def export(self, image: str, path: Path, present: frozenset[str]) -> None:
-        """Write an oci-archive without compression, leaving out the layers in `present` (their digests)."""
+        """Writes an uncompressed oci-archive without the layers whose digests are in `present`."""
+
+    def push(self, image: str, target: str, *, plain_http: bool) -> str:
+        """Pushes an image under another name; returns the digest of its manifest."""
 
     def clean(self, images: tuple[str, ...]) -> None:
-        """Remove these images and what their builds left."""
+        """Removes these images and what their builds left behind."""
 
 
 @dataclass(frozen=True)
 class Docker:
-    """BuildKit by the docker command line; bases come from the registry."""
+    """BuildKit through the docker command line; base images come from the registry."""
 
     name: str = "docker"
 
@@ -72,6 +81,13 @@ class Docker:
     def export(self, image: str, path: Path, present: frozenset[str]) -> None:
         do(["docker", "save", "--output", str(path), image])
 
+    def push(self, image: str, target: str, *, plain_http: bool) -> str:
+        do(["docker", "tag", image, target])
+        watch(["docker", "push", target], remedy=_PUSH_REMEDY)
+        digests = do(["docker", "image", "inspect", "--format", '{{join .RepoDigests " "}}', target]).split()
+        repository = target.rpartition(":")[0]
+        return next(digest.partition("@")[2] for digest in digests if digest.startswith(f"{repository}@"))
+
     def clean(self, images: tuple[str, ...]) -> None:
         for image in images:
             answer(["docker", "image", "rm", image])
@@ -79,7 +95,7 @@ class Docker:
 
 @dataclass(frozen=True)
 class Buildah:
-    """Debian's buildah, without a daemon and without a registry; its storage is buildah's own default."""
+    """Debian's buildah, with its default storage; it needs neither a daemon nor a registry."""
 
     cache: Path
     name: str = "buildah"
@@ -89,6 +105,7 @@ class Buildah:
         return {
             "STORAGE_DRIVER": os.environ.get("STORAGE_DRIVER", "overlay"),
             "BUILDAH_ISOLATION": os.environ.get("BUILDAH_ISOLATION", "chroot"),
+            **_temporary_files(),
         }
 
     def default_base(self) -> str:
@@ -100,14 +117,14 @@ class Buildah:
         return answer(command, self.environment) or None
 
     def build(self, order: Order, context: Path) -> None:
-        self._need_room(order)
+        self._check_disk(order)
         if order.base == base_name() and self._id(order.base) is None:
             make_base(self.cache / "images", self.environment)
         before = self._id(order.image)
         arguments, mounts = _local_builder()
         command = ["buildah", "build", "--layers", *order.options(), *_index_arguments(), *arguments, *mounts]
         watch([*command, str(context)], self.environment)
-        if before and before != self._id(order.image):  # its layers stay where the new image has them too
+        if before and before != self._id(order.image):  # layers that the new image shares stay
             answer(["buildah", "rmi", before], self.environment)
 
     def size(self, image: str) -> int:
@@ -115,6 +132,13 @@ class Buildah:
 
     def export(self, image: str, path: Path, present: frozenset[str]) -> None:
         archive.write(image, path, present, self.environment)
+
+    def push(self, image: str, target: str, *, plain_http: bool) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "digest"
+            command = ["buildah", "push", "--digestfile", str(file), f"--tls-verify={str(not plain_http).lower()}"]
+            watch([*command, image, f"docker://{target}"], self.environment, remedy=_PUSH_REMEDY)
+            return file.read_text().strip()
 
     def clean(self, images: tuple[str, ...]) -> None:
         for image in (*images, base_name()):
@@ -125,28 +149,31 @@ class Buildah:
         command = ["buildah", "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]
         return answer(command, self.environment)
 
-    def _need_room(self, order: Order) -> None:
+    def _check_disk(self, order: Order) -> None:
         if self._id(order.image) or "trainer" not in order.image:
             return
         storage = Path("/var/lib/containers")
         free = shutil.disk_usage(storage if storage.exists() else "/").free
         if free < TRAINER_PEAK_BYTES:
             raise ImagesError(
-                f"{storage} has {free >> 30} GiB free; a first build of the trainer image needs "
-                f"{TRAINER_PEAK_BYTES >> 30} GiB for a while. Free some disk and run this again."
+                f"{storage} has {free >> 30} GiB free, but a first build of the trainer image temporarily needs "
+                f"{TRAINER_PEAK_BYTES >> 30} GiB. Free some disk space and run this again."
             )
 
 
-def choose(wanted: str, cache: Path) -> Engine:
-    """Docker where it answers, else buildah, installed if need be. `wanted` is auto, docker or buildah."""
-    if wanted == "docker" or (wanted == "auto" and docker_answers()):
+def choose(engine: str, cache: Path) -> Engine:
+    """Returns the engine `engine`: auto, docker or buildah, which is installed if it is missing.
+
+    For auto it is Docker if its engine responds, else buildah.
+    """
+    if engine == "docker" or (engine == "auto" and docker_answers()):
         return Docker()
     install_package("buildah")
     return Buildah(cache)
 
 
 def docker_answers() -> bool:
-    """True where the docker program is here and its engine is up."""
+    """Whether this machine has the docker program and its engine responds."""
     return bool(shutil.which("docker") and answer(["docker", "version", "--format", "{{.Server.Version}}"]))
 
 
@@ -155,14 +182,23 @@ def _label_of(config: str) -> str:
 
 
 def _index_arguments(environment: Mapping[str, str] = os.environ) -> list[str]:
-    given = [name for name in INDEX_VARIABLES if environment.get(name)]
-    return [word for name in given for word in ("--build-arg", f"{name}={environment[name]}")]
+    present = [name for name in INDEX_VARIABLES if environment.get(name)]
+    return [word for name in present for word in ("--build-arg", f"{name}={environment[name]}")]
+
+
+def _temporary_files() -> dict[str, str]:
+    """Returns where buildah puts the two temporary copies of a layer: in memory if they fit."""
+    folder = None if "TMPDIR" in os.environ else memory_folder(COMMIT_BYTES)
+    return {"TMPDIR": str(folder)} if folder else {}
 
 
 def _local_builder() -> tuple[list[str], list[str]]:
-    """Build arguments and mounts of a build on this machine: its certificates, and uv's cache if it has one."""
+    """Returns build arguments and mounts for this machine's certificates and uv cache.
+
+    A cache without PyTorch isn't mounted: filling it would write every package once more.
+    """
     mounts = ["--volume", f"{CERTIFICATES}:{CERTIFICATES}:ro"] if Path(CERTIFICATES).is_dir() else []
-    cache = answer(["uv", "cache", "dir"])
-    if not cache or not Path(cache).is_dir():
+    cache = answer([str(uv_program() or "uv"), "cache", "dir"])
+    if not cache or not any(Path(cache).glob("archive-v*/*/torch")):
         return [], mounts
     return ["--build-arg", "UV_NO_CACHE=false"], [*mounts, "--volume", f"{cache}:/root/.cache/uv:rw"]

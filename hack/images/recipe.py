@@ -1,6 +1,6 @@
-"""What each image is made of and the key that says whether it changed. Pure: files come in as values.
+"""Defines what each image is made of, and the key that changes with it.
 
-Used by cli and engines; never reads a file, an environment or a clock.
+Pure: file contents are arguments; nothing reads a file, the environment or a clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ DOCKER_BASE = "python:3.11-slim"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One image. `sources` are the folders that its Dockerfile copies; the lock file is everyone's."""
+    """One image. `sources` are the folders that its Dockerfile copies.
+
+    The project's lock file belongs to every image.
+    """
 
     name: str
     repository: str
@@ -23,10 +26,11 @@ class Recipe:
     sources: tuple[str, ...]
 
     def tagged(self, tag: str) -> str:
+        """Returns the image's name with this tag."""
         return f"{self.repository}:{tag}"
 
     def inputs(self) -> tuple[str, ...]:
-        """Everything in the repository that can change the image: files and folders."""
+        """Returns the files and folders of the repository that can change the image."""
         return (self.dockerfile, ".dockerignore", "pyproject.toml", "uv.lock", *self.sources)
 
 
@@ -41,14 +45,14 @@ RECIPES = {
         name="trainer",
         repository="localhost/finetune-trainer",
         dockerfile="trainer_image/Dockerfile",
-        sources=("operator/finetune_api", "trainer_image/finetune_trainer"),
+        sources=("operator/finetune_api", "trainer_image/finetune_trainer", "benchmarks/gpu", "tests/testkit"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Order:
-    """A build to be done: the recipe's file, the name it gets, its base, its labels, its build arguments."""
+    """One build: its Dockerfile, the image's name, its base image, labels and build arguments."""
 
     dockerfile: str
     image: str
@@ -58,10 +62,11 @@ class Order:
 
     @property
     def key(self) -> str:
+        """The content key, which becomes a label of the image."""
         return dict(self.labels)[LABEL_KEY]
 
     def options(self) -> list[str]:
-        """The command line that Docker and buildah share, without the context."""
+        """Returns the options that Docker and buildah share, without the context."""
         arguments = (("BASE", self.base), *self.arguments)
         return [
             "--file",
@@ -74,7 +79,10 @@ class Order:
 
 
 def content_key(files: Mapping[str, bytes], base: str) -> str:
-    """Sixteen hex digits over names, contents and the base's name; the order of `files` does not matter."""
+    """Returns 16 hex digits that change with the files' names and contents and the base's name.
+
+    The order of `files` doesn't matter.
+    """
     digest = hashlib.sha256(base.encode())
     for name in sorted(files):
         digest.update(f"\0{name}\0{len(files[name])}\0".encode())
@@ -83,7 +91,7 @@ def content_key(files: Mapping[str, bytes], base: str) -> str:
 
 
 def order(recipe: Recipe, tag: str, base: str, files: Mapping[str, bytes], version: str) -> Order:
-    """The build of `recipe` from `files` (path in the repository → content) on `base`."""
+    """Returns the build of `recipe` from `files` (contents by path in the repository) on `base`."""
     return Order(
         dockerfile=recipe.dockerfile,
         image=recipe.tagged(tag),

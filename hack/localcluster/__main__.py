@@ -1,4 +1,4 @@
-"""Entry of `python3 -m localcluster`; does nothing but call the command line."""
+"""The entry point of `python3 -m localcluster`; it only calls the command line."""
 
 import sys
 

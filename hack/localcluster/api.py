@@ -1,4 +1,7 @@
-"""A few requests to the cluster's API server with the admin certificate. Called by bringup and status."""
+"""Sends the few requests that the tools need to the cluster's API server.
+
+It authenticates with the admin certificate.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from urllib.parse import urlsplit
 
 
 class ApiError(Exception):
-    """The API server is not there, or said no; `status` is 0 when it is not there."""
+    """A request failed. `status` is the HTTP status, or 0 if the API server is unreachable."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -22,6 +25,8 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Api:
+    """A client of the API server at `server`, with the certificates in the folder `pki`."""
+
     server: str
     pki: Path
 
@@ -29,35 +34,40 @@ class Api:
         return self.request("GET", path)
 
     def request(self, method: str, path: str, body: Any = None, content: str = "application/json") -> Any:
-        """The decoded answer (text if it isn't JSON); raises ApiError."""
-        where = urlsplit(self.server)
-        connection = http.client.HTTPSConnection(where.hostname or "", where.port, timeout=10, context=self._tls())
+        """Returns the decoded response, as text if it isn't JSON. Raises ApiError."""
+        address = urlsplit(self.server)
+        connection = http.client.HTTPSConnection(address.hostname or "", address.port, timeout=10, context=self._tls())
         try:
             payload = None if body is None else json.dumps(body)
             connection.request(method, path, payload, {"Content-Type": content})
-            answer = connection.getresponse()
-            text = answer.read().decode()
+            response = connection.getresponse()
+            text = response.read().decode()
         except (OSError, http.client.HTTPException) as error:
             raise ApiError(0, f"{method} {self.server}{path}: {error}") from error
         finally:
             connection.close()
-        if answer.status >= 300:
-            raise ApiError(answer.status, f"{method} {path}: {answer.status} {text[:300]}")
+        if response.status >= 300:
+            raise ApiError(response.status, f"{method} {path}: {response.status} {text[:300]}")
         try:
             return json.loads(text)
         except ValueError:
             return text
 
     def lines(self, path: str, timeout: float) -> Iterator[bytes]:
-        """The lines of an answer that goes on, such as a watch; raises ApiError, ends when the server ends it."""
-        where = urlsplit(self.server)
-        connection = http.client.HTTPSConnection(where.hostname or "", where.port, timeout=timeout, context=self._tls())
+        """Yields the lines of a streaming response, such as a watch, until the server ends it.
+
+        Raises ApiError.
+        """
+        address = urlsplit(self.server)
+        connection = http.client.HTTPSConnection(
+            address.hostname or "", address.port, timeout=timeout, context=self._tls()
+        )
         try:
             connection.request("GET", path)
-            answer = connection.getresponse()
-            if answer.status >= 300:
-                raise ApiError(answer.status, f"GET {path}: {answer.status} {answer.read()[:300]!r}")
-            while line := answer.readline():
+            response = connection.getresponse()
+            if response.status >= 300:
+                raise ApiError(response.status, f"GET {path}: {response.status} {response.read()[:300]!r}")
+            while line := response.readline():
                 yield line
         except (OSError, http.client.HTTPException) as error:
             raise ApiError(0, f"GET {self.server}{path}: {error}") from error
@@ -65,6 +75,7 @@ class Api:
             connection.close()
 
     def answers(self, path: str) -> bool:
+        """Whether a GET of `path` succeeds."""
         try:
             self.get(path)
         except ApiError:
@@ -78,11 +89,11 @@ class Api:
 
 
 def http_ok(url: str) -> bool:
-    """Whether a plain-http address answers anything but a server error."""
-    where = urlsplit(url)
-    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=2)
+    """Whether a plain HTTP address responds with anything except a server error."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=2)
     try:
-        connection.request("GET", where.path or "/")
+        connection.request("GET", address.path or "/")
         return connection.getresponse().status < 500
     except (OSError, http.client.HTTPException):
         return False

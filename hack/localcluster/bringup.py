@@ -1,4 +1,4 @@
-"""The steps of `up`, in order. Called by cluster under its lock; each step may be cut off anywhere."""
+"""The steps of `up`, in order. Each step may be interrupted at any point."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from localcluster import components, configs, mlflow, node, packages, sandbox
+from localcluster import components, configs, dns, mlflow, node, packages, sandbox
 from localcluster.api import Api, http_ok
 from localcluster.builds import tool
 from localcluster.components import Layout
@@ -26,19 +26,19 @@ _KUBECONFIGS = ("admin", "controller-manager", "scheduler", "proxy", "node")
 
 
 def check_host(spec: ClusterSpec, paths: ClusterPaths) -> None:
-    """Refuses, before anything is started, what can't work here."""
+    """Raises LocalClusterError, before anything is started, if the cluster can't run here."""
     if os.geteuid() != 0:
         raise LocalClusterError(
             f"up needs root (user id is {os.geteuid()}): it makes network and mount namespaces; "
-            "run it with sudo, or use kind where Docker runs"
+            "run it with sudo, or use kind if Docker runs here"
         )
     for hidden in ("/run", "/var/lib", "/var/log"):
         if paths.root.is_relative_to(hidden):
             raise LocalClusterError(
                 f"cache folder {paths.root}: the cluster hides {hidden}; set FINETUNE_CACHE to another folder"
             )
-    wanted = packages.CONTROL_PLANE | ({} if spec.control_plane_only else packages.NODE)
-    packages.ensure(wanted | (packages.PROMETHEUS if "prometheus" in spec.addons else {}))
+    required = packages.CONTROL_PLANE | ({} if spec.control_plane_only else packages.NODE)
+    packages.ensure(required | (packages.PROMETHEUS if "prometheus" in spec.addons else {}))
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,17 +49,17 @@ def check_host(spec: ClusterSpec, paths: ClusterPaths) -> None:
     free = shutil.disk_usage(paths.root).free / _GIB
     if free < need:
         raise LocalClusterError(
-            f"cluster {spec.name!r} needs {need} GiB of disk, {paths.root} has {free:.1f} GiB free; "
-            "free some, or set FINETUNE_CACHE to a folder on a larger disk"
+            f"cluster {spec.name!r} needs {need} GiB of disk, but {paths.root} has {free:.1f} GiB free; "
+            "free some space, or set FINETUNE_CACHE to a folder on a larger disk"
         )
 
 
 def build_tools(spec: ClusterSpec) -> dict[str, Path]:
-    """Every program that this spec runs, built if the cache lacks it."""
+    """Returns the programs that this spec needs, by name, built if the cache lacks them."""
     kube = tool("kube").parent
     tools = {link.name: link for link in kube.iterdir()}
     if not spec.control_plane_only:
-        tools["coredns"], tools["pause"] = tool("coredns"), tool("pause")
+        tools["pause"] = tool("pause")
     if "s3" in spec.addons:
         tools["versitygw"] = tool("versitygw")
     if spec.kwok:
@@ -70,7 +70,10 @@ def build_tools(spec: ClusterSpec) -> dict[str, Path]:
 
 
 def start_control_plane(spec: ClusterSpec, paths: ClusterPaths, tools: dict[str, Path]) -> Layout:
-    """Namespaces, certificates, etcd, API server, controller manager, scheduler; answers when they do."""
+    """Creates namespaces and certificates, and starts etcd and the API server.
+
+    It doesn't wait until they respond; `finish_control_plane` does.
+    """
     shutil.rmtree(paths.logs, ignore_errors=True)
     for folder in (paths.run, paths.data, paths.logs, paths.etc):
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,7 @@ def start_control_plane(spec: ClusterSpec, paths: ClusterPaths, tools: dict[str,
 
 
 def finish_control_plane(layout: Layout, tools: dict[str, Path]) -> None:
+    """Waits for the API server, then starts the controller manager and the scheduler."""
     api = api_of(layout)
     wait(lambda: api.answers("/readyz"), "kube-apiserver", layout.paths)
     sandbox.launch(layout.paths, components.controller_manager(layout, tools["kube-controller-manager"]))
@@ -101,7 +105,10 @@ def finish_control_plane(layout: Layout, tools: dict[str, Path]) -> None:
 
 
 def start_addons(layout: Layout, tools: dict[str, Path]) -> S3 | None:
-    """Object storage, Prometheus and MLflow, which need no Kubernetes to start."""
+    """Starts object storage, Prometheus and MLflow, none of which needs Kubernetes to start.
+
+    Returns the access to object storage, None if it isn't among the add-ons.
+    """
     paths, addons = layout.paths, layout.spec.addons
     access = None
     if "s3" in addons:
@@ -121,6 +128,7 @@ def start_addons(layout: Layout, tools: dict[str, Path]) -> S3 | None:
 
 
 def wait_for_addons(layout: Layout) -> None:
+    """Waits until every add-on of the spec responds."""
     address = layout.network.node_address
     if "s3" in layout.spec.addons:
         wait(lambda: http_ok(f"http://{address}:9000/"), "s3", layout.paths)
@@ -132,7 +140,7 @@ def wait_for_addons(layout: Layout) -> None:
 
 
 def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]:
-    """Everything, to the point where pods run."""
+    """Brings the cluster up to the point where pods run."""
     tools = build_tools(spec)
     layout = start_control_plane(spec, paths, tools)
     with ThreadPoolExecutor() as pool:
@@ -147,12 +155,12 @@ def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]
         sandbox.launch(paths, components.kwok(layout, tools["kwok"]))
         for number in range(spec.kwok_nodes):
             api.request("POST", "/api/v1/nodes", node.kwok_node(spec, number))
-        fake = [f"/api/v1/nodes/{node.kwok_name(number)}" for number in range(spec.kwok_nodes)]
-        wait(lambda: all(node.is_ready(api, path) for path in fake), "kwok", paths)
+        kwok_nodes = [f"/api/v1/nodes/{node.kwok_name(number)}" for number in range(spec.kwok_nodes)]
+        wait(lambda: all(node.is_ready(api, path) for path in kwok_nodes), "kwok", paths)
     if not spec.control_plane_only:
-        mine = f"/api/v1/nodes/{spec.node_name}"
-        wait(lambda: node.is_ready(api, mine), "kubelet", paths)
-        wait(lambda: http_ok(f"http://{layout.network.node_address}:8080/health"), "coredns", paths)
+        real_node = f"/api/v1/nodes/{spec.node_name}"
+        wait(lambda: node.is_ready(api, real_node), "kubelet", paths)
+        wait(lambda: dns.is_ready(paths.hosts, layout.network.node_address), "dns", paths)
         if spec.pretend_gpus:
             node.pretend_gpus(api, spec.node_name, spec.pretend_gpus)
     wait_for_addons(layout)
@@ -160,24 +168,28 @@ def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]
 
 
 def api_of(layout: Layout) -> Api:
+    """Returns a client of this cluster's API server."""
     return Api(layout.server, layout.paths.pki)
 
 
 def wait(done: Callable[[], bool], component: str, paths: ClusterPaths, seconds: float = 90) -> None:
-    """Polls; on time-out raises an error that ends with the component's own last words."""
+    """Polls until `done`.
+
+    On time-out, raises LocalClusterError with the last lines of the component's log.
+    """
     deadline = time.monotonic() + seconds
     while not done():
         if time.monotonic() > deadline:
             log = paths.logs / f"{component}.log"
             lines = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else ["no output"]
             raise LocalClusterError(
-                f"{component} is not ready after {seconds:.0f} s; its last words ({log}):\n" + "\n".join(lines)
+                f"{component} is not ready after {seconds:.0f} s; the end of its log ({log}):\n" + "\n".join(lines)
             )
         time.sleep(0.1)
 
 
 def has_xattrs(folder: Path) -> bool:
-    """Whether this file system keeps user attributes, where the S3 server would put its metadata."""
+    """Whether this file system supports user attributes, in which the S3 server stores metadata."""
     try:
         os.setxattr(folder, "user.localcluster", b"1")
         os.removexattr(folder, "user.localcluster")

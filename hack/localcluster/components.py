@@ -1,4 +1,4 @@
-"""The command line of every process of a cluster. Called by cluster; pure, starts nothing."""
+"""Builds the command line of every process of a cluster. Pure; it starts nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from localcluster import configs
+from localcluster import dns as dns_server
 from localcluster import mlflow as mlflow_server
 from localcluster.network import Network
 from localcluster.paths import PACKAGE, ClusterPaths
@@ -25,7 +27,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Layout:
-    """What every command line is made from: where the cluster lies and how it is reached."""
+    """What every command line is built from: the cluster's options, folders and addresses."""
 
     spec: ClusterSpec
     paths: ClusterPaths
@@ -33,6 +35,7 @@ class Layout:
 
     @property
     def server(self) -> str:
+        """The URL of the API server."""
         return f"https://{self.network.node_address}:6443"
 
 
@@ -160,12 +163,37 @@ def kube_proxy(layout: Layout, program: Path) -> Component:
     return Component("kube-proxy", (str(program), f"--config={layout.paths.etc / 'kube-proxy.yaml'}"))
 
 
-def coredns(layout: Layout, program: Path) -> Component:
-    return Component("coredns", (str(program), "-conf", str(layout.paths.etc / "Corefile")))
+def dns(layout: Layout) -> Component:
+    """Answers pods' queries from the hosts file that `dns_records` writes; it has no upstream."""
+    return Component(
+        "dns",
+        (
+            "/usr/sbin/dnsmasq",
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--log-facility=-",
+            "--user=root",
+            "--pid-file",
+            "--bind-interfaces",
+            f"--listen-address={layout.network.node_address}",
+            "--except-interface=lo",
+            "--no-resolv",
+            "--no-hosts",
+            f"--hostsdir={layout.paths.hosts}",
+            f"--local=/{configs.DOMAIN}/",
+            f"--local-ttl={dns_server.TTL_SECONDS}",
+        ),
+    )
+
+
+def dns_records(layout: Layout) -> Component:
+    """Watches Services and their endpoints, and writes dnsmasq's hosts file."""
+    command = (sys.executable, "-m", "localcluster.dns", layout.server, str(layout.paths.pki), str(layout.paths.hosts))
+    return Component("dns-records", command)
 
 
 def kwok(layout: Layout, program: Path) -> Component:
-    """Pretends the nodes that carry the kwok annotation, and the pods on them."""
+    """Simulates the nodes that carry the kwok annotation, and the pods on them."""
     return Component(
         "kwok",
         (
@@ -183,7 +211,7 @@ def kwok(layout: Layout, program: Path) -> Component:
 
 def s3(layout: Layout, program: Path, access: S3, has_xattrs: bool) -> Component:
     folder = layout.paths.data / "s3"
-    where = () if has_xattrs else ("--sidecar", str(layout.paths.data / "s3-metadata"))
+    metadata = () if has_xattrs else ("--sidecar", str(layout.paths.data / "s3-metadata"))
     return Component(
         "s3",
         (
@@ -192,7 +220,7 @@ def s3(layout: Layout, program: Path, access: S3, has_xattrs: bool) -> Component
             *("--region", S3_REGION),
             "--quiet",
             "posix",
-            *where,
+            *metadata,
             str(folder),
         ),
         (("ROOT_ACCESS_KEY", access.access_key_id), ("ROOT_SECRET_KEY", access.secret_access_key)),
@@ -200,7 +228,7 @@ def s3(layout: Layout, program: Path, access: S3, has_xattrs: bool) -> Component
 
 
 def discovery(layout: Layout) -> Component:
-    """Follows the pods for Prometheus."""
+    """Watches pods and writes the scrape targets of Prometheus."""
     return Component(
         "discovery",
         (
@@ -229,7 +257,10 @@ def prometheus(layout: Layout) -> Component:
 
 
 def mlflow(layout: Layout, programs: Path) -> Component:
-    """Answers to its address and, for pods whose namespace has a Service of that name, to `mlflow`."""
+    """Accepts requests to its address and to the host `mlflow`.
+
+    Pods use the latter if their namespace has a Service of that name.
+    """
     command = mlflow_server.command(
         programs, layout.paths.data / "mlflow", layout.network.node_address, MLFLOW_PORT, ("mlflow",)
     )

@@ -1,4 +1,4 @@
-"""The configuration files that components read, as text. Called by cluster; pure."""
+"""Builds the configuration files that components read, as text. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ CNI_PLUGINS = "/usr/lib/cni"
 
 
 def containerd(paths: ClusterPaths, pause_image: str) -> str:
-    """`restrict_oom_score_adj`: without CAP_SYS_RESOURCE runc can't lower a container's score, and fails."""
+    """Returns containerd's configuration, in TOML.
+
+    It sets `restrict_oom_score_adj`, since runc fails if it has to lower a container's OOM score
+    without CAP_SYS_RESOURCE.
+    """
     return f"""\
 version = 2
 root = "{paths.containerd}"
@@ -34,6 +38,8 @@ disabled_plugins = [
   runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
   SystemdCgroup = false
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "{paths.etc / "registries"}"
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "{CNI_PLUGINS}"
   conf_dir = "{paths.etc / "cni"}"
@@ -113,21 +119,6 @@ def kube_proxy(paths: ClusterPaths, network: Network, node_name: str) -> str:
     )
 
 
-def corefile(paths: ClusterPaths, network: Network) -> str:
-    return f"""\
-.:53 {{
-    bind {network.node_address}
-    errors
-    health {network.node_address}:8080
-    kubernetes {DOMAIN} in-addr.arpa ip6.arpa {{
-        kubeconfig {paths.etc / "admin.kubeconfig"}
-        pods insecure
-        ttl 2
-    }}
-}}
-"""
-
-
 def audit_policy() -> str:
     return json.dumps(
         {
@@ -140,7 +131,10 @@ def audit_policy() -> str:
 
 
 def prometheus(targets: Path) -> str:
-    """Scrapes what discovery writes into `targets`, keeping the metrics' own labels; JSON, which is YAML."""
+    """Returns Prometheus's configuration, in JSON, which is valid YAML.
+
+    It scrapes what discovery writes into `targets` and preserves the metrics' own labels.
+    """
     return json.dumps(
         {
             "global": {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "5s"},

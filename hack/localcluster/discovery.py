@@ -1,7 +1,8 @@
-"""Tells Prometheus which pods to scrape: watches pods, writes a file_sd file. Run as a component by init.
+"""Discovers the pods that Prometheus scrapes: it watches pods and writes a file_sd file.
 
-Debian's Prometheus is built without Kubernetes service discovery. This keeps what a PodMonitor would: pods of
-this project with a container port named `metrics`. It never writes to the API server.
+Debian's Prometheus is built without Kubernetes service discovery. This module selects what a
+PodMonitor would: pods of this project with a container port named `metrics`. It never writes to
+the API server.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _WATCH_SECONDS = 300
 
 
 def targets(pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One file_sd group a metrics port of a running pod. Pure."""
+    """Returns one file_sd group for each metrics port of a running pod. Pure."""
     groups = [
         {
             "targets": [f"{pod['status']['podIP']}:{port['containerPort']}"],
@@ -37,7 +38,10 @@ def targets(pods: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def follow(api: Api, file: Path) -> None:
-    """Lists, then watches until the watch ends; the caller begins anew."""
+    """Lists pods, then watches them until the watch ends; then the caller starts over.
+
+    Raises ApiError.
+    """
     query = urlencode({"labelSelector": SELECTOR})
     listed = api.get(f"/api/v1/pods?{query}")
     pods = {pod["metadata"]["uid"]: pod for pod in listed["items"]}
@@ -64,6 +68,7 @@ def follow(api: Api, file: Path) -> None:
 
 
 def _write(file: Path, pods: list[dict[str, Any]], before: str | None) -> str:
+    """Writes the targets unless they equal the text `before`; returns their text."""
     text = json.dumps(targets(pods), indent=1)
     if text != before:
         draft = file.with_suffix(".tmp")
@@ -73,12 +78,13 @@ def _write(file: Path, pods: list[dict[str, Any]], before: str | None) -> str:
 
 
 def main(server: str, pki: str, file: str) -> None:
+    """Follows the pods forever; if the API server fails, it retries every second."""
     api = Api(server, Path(pki))
     while True:
         try:
             follow(api, Path(file))
         except ApiError as error:
-            print(f"localcluster discovery: {error}; again in 1 s", file=sys.stderr, flush=True)
+            print(f"localcluster discovery: {error}; retrying in 1 s", file=sys.stderr, flush=True)
             time.sleep(1)
 
 

@@ -1,7 +1,7 @@
-"""Environments of their own for Python packages that a server of the demo or a test needs and nothing else.
+"""Creates separate virtual environments for packages that only one server or test needs.
 
-Made once and kept. In ours they would weigh on the lock file (a server, a cloud's client), or can't live beside what
-we run on. Called by mlflow and by tests.
+They are created once and cached. In the project's environment these packages would inflate the
+lock file (a server, a cloud client) or conflict with its own dependencies.
 """
 
 from __future__ import annotations
@@ -11,35 +11,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+from images.cache import uv_program
 from localcluster.errors import LocalClusterError
 from localcluster.locks import exclusive
 from localcluster.paths import cache_root
 
 
-def environment(name: str, *packages: str, alone: tuple[str, ...] = ()) -> Path:
-    """A virtual environment's folder. `alone` are installed without what they depend on."""
+def environment(name: str, *packages: str, without_dependencies: tuple[str, ...] = ()) -> Path:
+    """Returns the folder of a virtual environment with these packages, created if it is missing.
+
+    `without_dependencies` are installed without the packages that they depend on. Raises
+    LocalClusterError if the installation fails.
+    """
     folder = cache_root() / "environments" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.parent / f".{name}.lock", f"another making of the environment {name}"):
+    with exclusive(folder.parent / f".{name}.lock", f"another process that creates the environment {name}"):
         if not (folder / "ready").exists():
-            print(f"localcluster: installing {name} (once; kept in {folder.parent})", file=sys.stderr)
+            print(f"localcluster: installing {name} (once; cached in {folder.parent})", file=sys.stderr)
             shutil.rmtree(folder, ignore_errors=True)
             _run(_uv(), "venv", "-q", "--python", sys.executable, str(folder))
             install = [_uv(), "pip", "install", "-q", "--python", str(folder / "bin" / "python")]
             if packages:
                 _run(*install, *packages)
-            if alone:
-                _run(*install, "--no-deps", *alone)
+            if without_dependencies:
+                _run(*install, "--no-deps", *without_dependencies)
             (folder / "ready").touch()
     return folder
 
 
 def _uv() -> str:
-    """The one on PATH, else the one that the Makefile keeps."""
-    found = shutil.which("uv") or shutil.which("uv", path=str(cache_root() / "uv" / "bin"))
-    if found is None:
-        raise LocalClusterError("uv is missing; `make venv` gets it, or: pip install uv")
-    return found
+    uv = uv_program()
+    if uv is None:
+        raise LocalClusterError("uv is missing; run `make venv` or `pip install uv`")
+    return str(uv)
 
 
 def _run(*command: str) -> None:

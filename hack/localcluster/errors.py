@@ -1,5 +1,8 @@
-"""The one error that a person sees: raised anywhere in localcluster, printed by cli, never a traceback."""
+"""The one error that users see: it is raised anywhere in localcluster and printed by cli.
+
+It is printed without a traceback.
+"""
 
 
 class LocalClusterError(Exception):
-    """What is wrong, with the value, and what to do about it."""
+    """An error whose message names what is wrong, the value and the remedy."""

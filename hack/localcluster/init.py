@@ -1,7 +1,8 @@
-"""Process 1 of a cluster's namespaces: hides the host's state folders, keeps components running, reaps orphans.
+"""Process 1 of a cluster's namespaces: it keeps components running and reaps orphaned processes.
 
-Started by sandbox inside `unshare`, spoken to over a Unix socket, one JSON object a line. When it is killed
-the kernel ends every process and drops every mount and interface of the cluster: nothing has to be undone.
+It hides the host's state folders from them. It is started inside `unshare` and controlled over a
+Unix socket, one JSON object per line. When it is killed, the kernel ends every process and drops
+every mount and interface of the cluster, so nothing has to be cleaned up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RESTART_SECONDS = 1.0
-# The kubelet sets these for the whole kernel; here it sets copies, and the host keeps its own.
+# The kubelet sets these kernel-wide; here it sets copies, and the host's values stay unchanged.
 _SHIELDED = (
     "vm/overcommit_memory",
     "vm/panic_on_oom",
@@ -32,7 +33,10 @@ _SHIELDED = (
 
 @dataclass
 class Service:
-    """A component as init sees it: `pid` 0 means not running, `due` is when it is started next."""
+    """A component's state. `pid` 0 means that it isn't running.
+
+    `due` is the time (time.monotonic) of its next start.
+    """
 
     name: str
     argv: list[str]
@@ -40,16 +44,17 @@ class Service:
     pid: int = 0
     restarts: int = 0
     due: float = 0.0
-    wanted: bool = True
+    should_run: bool = True
     exits: list[int] = field(default_factory=list)
 
 
 def mount(*arguments: str | Path) -> None:
+    """Runs mount(8). Raises CalledProcessError."""
     subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
 def isolate(root: Path) -> None:
-    """Own /run, /var/lib and /var/log; own copies of the kernel settings that a kubelet writes."""
+    """Mounts private copies of /run, /var/lib, /var/log and of the kernel settings in _SHIELDED."""
     mount("--make-rshared", "/")
     mount("-t", "tmpfs", "-o", "mode=0755", "localcluster", "/run")
     for hidden in ("lib", "log"):
@@ -70,6 +75,7 @@ def isolate(root: Path) -> None:
 
 
 def launch(service: Service, logs: Path) -> None:
+    """Starts the component in its own session, with its output in the log NAME.log."""
     log = os.open(logs / f"{service.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     child = os.fork()
     if child == 0:
@@ -90,7 +96,7 @@ def launch(service: Service, logs: Path) -> None:
 
 
 class Init:
-    """The event loop: commands from the socket, children that ended, restarts that are due."""
+    """The event loop: it serves commands, reaps children that ended and starts due components."""
 
     def __init__(self, root: Path) -> None:
         self.logs = root / "logs"
@@ -98,6 +104,7 @@ class Init:
         self.selector = selectors.DefaultSelector()
 
     def run(self, listener: socket.socket, wakeup: socket.socket) -> None:
+        """Loops forever. `wakeup` becomes readable when a child ends."""
         self.selector.register(listener, selectors.EVENT_READ)
         self.selector.register(wakeup, selectors.EVENT_READ)
         while True:
@@ -113,6 +120,7 @@ class Init:
             self.start_due()
 
     def serve(self, connection: socket.socket) -> None:
+        """Reads one request and writes its answer."""
         try:
             with connection.makefile("rw") as stream:
                 answer = self.answer(json.loads(stream.readline()))
@@ -121,6 +129,7 @@ class Init:
             print(f"localcluster init: bad request: {error!r}", file=sys.stderr, flush=True)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carries out a request: `op` is start, list, stop or restart."""
         operation = request["op"]
         if operation == "start":
             service = Service(request["name"], request["argv"], request.get("env", {}))
@@ -137,21 +146,24 @@ class Init:
         service = self.services.get(request["name"])  # type: ignore[assignment]
         if service is None:
             return {"ok": False, "error": f"no component {request['name']!r}; running: {', '.join(self.services)}"}
-        service.wanted = operation == "restart"
+        service.should_run = operation == "restart"
         if service.pid:
             os.killpg(service.pid, request.get("signal", signal.SIGTERM))
         return {"ok": True, "pid": service.pid}
 
     def seconds_to_next_start(self) -> float | None:
-        waits = [s.due - time.monotonic() for s in self.services.values() if s.wanted and not s.pid]
+        """Returns how long to wait until a component is due, None if none is."""
+        waits = [s.due - time.monotonic() for s in self.services.values() if s.should_run and not s.pid]
         return max(0.0, min(waits)) if waits else None
 
     def start_due(self) -> None:
+        """Starts every component that should run, doesn't, and is due."""
         for service in self.services.values():
-            if service.wanted and not service.pid and service.due <= time.monotonic():
+            if service.should_run and not service.pid and service.due <= time.monotonic():
                 launch(service, self.logs)
 
     def reap(self) -> None:
+        """Collects ended children, and schedules the restart of those that are components."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -168,6 +180,7 @@ class Init:
 
 
 def main(root: Path) -> None:
+    """Isolates this process, then serves commands on the socket `root`/run/control."""
     isolate(root)
     reader, writer = socket.socketpair()
     for end in (reader, writer):
@@ -175,7 +188,7 @@ def main(root: Path) -> None:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     listener = socket.socket(socket.AF_UNIX)
-    os.chdir(root / "run")  # a Unix socket's path has 108 bytes at most: bind it by its short name
+    os.chdir(root / "run")  # a Unix socket's path is limited to 108 bytes, so bind a relative one
     listener.bind("control")
     listener.listen(16)
     os.chdir("/")

@@ -1,6 +1,7 @@
-"""`load`: an image from buildah's storage or an OCI archive into a running cluster. Called by cluster.
+"""Loads an image from buildah's storage or an OCI archive into a running cluster.
 
-What was imported is remembered by its id beside containerd's root, so the same image is not imported twice.
+The ids of imported images are recorded in the cluster's folder, so the same image is not imported
+twice.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from images.errors import ImagesError
 from localcluster import packages
 from localcluster.errors import LocalClusterError
 from localcluster.images import Containerd
+from localcluster.linking import CannotLinkError, StoredLayer, link, read_layers, release
 from localcluster.locks import exclusive
 from localcluster.paths import ClusterPaths, cluster_paths
 
@@ -31,30 +33,35 @@ _BUILDAH = {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot"}
 
 @dataclass(frozen=True)
 class Source:
-    """An image to load: its full name, an id that changes with its content, its layers (lowest first).
+    """An image to load, with its full name and its layers (lowest first).
 
-    `write` writes it as an OCI archive, leaving out the layers that it is given.
+    `id` changes with its content. `write` writes it as an OCI archive without the layers that are
+    passed to it. `stored` are its unpacked layers on this machine, if it has them.
     """
 
     name: str
     id: str
     layers: tuple[str, ...]
     write: Callable[[IO[bytes], frozenset[str]], None]
+    stored: tuple[StoredLayer, ...] = ()
 
 
 def shared_layers(layers: tuple[str, ...], loaded: Iterable[list[str]]) -> frozenset[str]:
-    """The lowest layers that some loaded image has in the same places: only those are unpacked there. Pure."""
+    """Returns the lowest layers that some loaded image also has, in the same positions. Pure.
+
+    containerd has unpacked a layer only on top of the layers below it, so no others can be reused.
+    """
 
     def common(other: list[str]) -> int:
         pairs = zip(layers, other, strict=False)
-        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(layers), len(other)))
+        return next((position for position, (a, b) in enumerate(pairs) if a != b), min(len(layers), len(other)))
 
     shared = max(map(common, loaded), default=0)
     return frozenset(layers[:shared]) - frozenset(layers[shared:])
 
 
 def full_name(image: str) -> str:
-    """The name that the kubelet looks up: with its registry and tag. Pure."""
+    """Returns the name that the kubelet looks up, with registry and tag. Pure."""
     path, _, tag = image.rpartition(":")
     if not path or "/" in tag:
         path, tag = image, "latest"
@@ -67,7 +74,7 @@ def full_name(image: str) -> str:
 
 
 def named_index(index: bytes, name: str) -> bytes:
-    """The same OCI index, its one image carrying `name` for containerd. Pure."""
+    """Returns the same OCI index with its one image annotated with `name` for containerd. Pure."""
     document = json.loads(index)
     manifests = [
         {**manifest, "annotations": {**manifest.get("annotations", {}), NAME_KEYS[0]: name}}
@@ -77,7 +84,10 @@ def named_index(index: bytes, name: str) -> bytes:
 
 
 def load(cluster_name: str, image: str) -> None:
-    """Imports `image` unless the same content is there under the same name."""
+    """Imports `image` unless the same content is already there under the same name.
+
+    Raises LocalClusterError if the image doesn't exist or the cluster has no node.
+    """
     paths = cluster_paths(cluster_name)
     runtime = Containerd.of(paths)
     if not runtime.answers():
@@ -87,30 +97,43 @@ def load(cluster_name: str, image: str) -> None:
     with exclusive(paths.root / ".load.lock", f"another load into cluster {cluster_name!r}"):
         file = Path(image)
         source = from_archive(file) if file.is_file() else _from_buildah(image, paths.root)
-        remembered = _remembered(paths)
-        if remembered.get(source.name, {}).get("id") == source.id and runtime.has(source.name):
+        recorded = _recorded(paths)
+        if recorded.get(source.name, {}).get("id") == source.id and runtime.has(source.name):
             print(f"{source.name} is already on cluster {cluster_name}")
             return
         started = time.monotonic()
-        _import(runtime, source, [entry["layers"] for entry in remembered.values()])
-        _remember(paths, {**remembered, source.name: {"id": source.id, "layers": source.layers}})
+        _import(runtime, source, [entry["layers"] for entry in recorded.values()])
+        _record(paths, {**recorded, source.name: {"id": source.id, "layers": source.layers}})
         print(f"{source.name} is on cluster {cluster_name} after {time.monotonic() - started:.1f} s")
 
 
 def _import(runtime: Containerd, source: Source, loaded: list[list[str]]) -> None:
-    """Without the layers that are there; if that fails (one was removed after all), with every layer."""
+    """Imports without the layers that the node has, or with all if that fails.
+
+    It fails if such a layer was removed in the meantime. Layers that are unpacked on this machine
+    are linked first.
+    """
+    try:
+        linked = link(runtime, source.stored)
+    except CannotLinkError as error:
+        print(f"localcluster: importing a copy of the layers of {source.name}, since: {error}", file=sys.stderr)
+    else:
+        if source.stored:
+            runtime.import_stream(lambda out: source.write(out, frozenset(source.layers)))
+            release(runtime, linked)
+            return
     present = shared_layers(source.layers, loaded)
     try:
         runtime.import_stream(lambda out: source.write(out, present))
     except LocalClusterError as error:
         if not present:
             raise
-        print(f"localcluster: importing {source.name} whole, since: {error}", file=sys.stderr)
+        print(f"localcluster: importing {source.name} with all layers, since: {error}", file=sys.stderr)
         runtime.import_stream(lambda out: source.write(out, frozenset()))
 
 
 def from_archive(file: Path) -> Source:
-    """An OCI archive; its name comes from its own annotations."""
+    """Returns the image of an OCI archive, named by its annotations. Raises LocalClusterError."""
     try:
         with tarfile.open(file) as tar:
             member = next(m for m in tar if m.name.removeprefix("./") == "index.json")
@@ -152,10 +175,10 @@ def _from_buildah(image: str, scratch: Path) -> Source:
         env={**os.environ, **environment},
     )
     if inspected.returncode:
-        words = inspected.stderr.strip().splitlines() or ["no output"]
+        lines = inspected.stderr.strip().splitlines() or ["no output"]
         raise LocalClusterError(
-            f"image {image!r}: neither a file nor an image of local buildah storage ({words[-1]}); "
-            "build it first, or give an OCI archive"
+            f"image {image!r}: neither a file nor an image of local buildah storage ({lines[-1]}); "
+            "build it first, or pass an OCI archive"
         )
     identity, *layers = inspected.stdout.split()
     full = full_name(image)
@@ -166,10 +189,21 @@ def _from_buildah(image: str, scratch: Path) -> Source:
         except ImagesError as error:
             raise LocalClusterError(f"image {image!r}: {error}") from error
 
-    return Source(full, identity, tuple(layers), write)
+    return Source(full, identity, tuple(layers), write, _stored(identity, layers, environment))
 
 
-def _remembered(paths: ClusterPaths) -> dict[str, Any]:
+def _stored(identity: str, layers: list[str], environment: dict[str, str]) -> tuple[StoredLayer, ...]:
+    """Returns the image's unpacked layers; none if buildah doesn't store them in plain folders."""
+    command = ["buildah", "info", "--format", "{{.store.GraphRoot}}"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    try:
+        stored = read_layers(identity, Path(answer.stdout.strip()))
+    except CannotLinkError:
+        return ()
+    return tuple(stored) if [layer.digest for layer in stored] == layers else ()
+
+
+def _recorded(paths: ClusterPaths) -> dict[str, Any]:
     try:
         loaded = json.loads(paths.loaded.read_text())
         return {name: {"id": entry["id"], "layers": entry["layers"]} for name, entry in loaded.items()}
@@ -180,7 +214,7 @@ def _remembered(paths: ClusterPaths) -> dict[str, Any]:
         return {}
 
 
-def _remember(paths: ClusterPaths, loaded: dict[str, Any]) -> None:
+def _record(paths: ClusterPaths, loaded: dict[str, Any]) -> None:
     draft = paths.loaded.with_suffix(".tmp")
     draft.write_text(json.dumps(loaded, indent=1))
     draft.rename(paths.loaded)

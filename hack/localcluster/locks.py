@@ -1,4 +1,4 @@
-"""A file lock that the kernel frees when its holder dies. Used by builds and cluster."""
+"""A file lock that the kernel releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def exclusive(path: Path, waiting_for: str) -> Iterator[None]:
-    """Holds the lock for the body, which may delete the file; says once on stderr what it waits for."""
+    """Holds the lock while the body runs, which may delete the file.
+
+    If it has to wait, it prints once on stderr what it is waiting for.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _locked(path, waiting_for)
     try:
@@ -31,4 +34,4 @@ def _locked(path: Path, waiting_for: str) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
             return handle
-        os.close(handle)  # its last holder deleted the file: take the lock that others will find
+        os.close(handle)  # its last holder deleted the file: lock the new one, as others will

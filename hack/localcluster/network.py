@@ -1,4 +1,7 @@
-"""The addresses of a cluster, derived from its name. Pure: the addresses in use come in as an argument."""
+"""Derives the addresses of a cluster from its name.
+
+Pure: the addresses in use are an argument.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from dataclasses import dataclass
 
 from localcluster.errors import LocalClusterError
 
-_FIRST, _COUNT = 160, 64  # second octet: 10.160.0.0/16 to 10.223.0.0/16, one /16 a cluster
+_FIRST, _COUNT = 160, 64  # second octet: 10.160.0.0/16 to 10.223.0.0/16, one /16 per cluster
 
 
 @dataclass(frozen=True)
 class Network:
-    """One cluster's /16. The host end and the node end of a veth pair share the first /30."""
+    """One cluster's /16. The two ends of the veth pair, host and node, share its first /30."""
 
     octet: int
     host_interface: str
@@ -29,7 +32,7 @@ class Network:
 
     @property
     def node_address(self) -> str:
-        """Everything the cluster serves is here: API server, DNS, S3, Prometheus, kubelet."""
+        """The address of all that the cluster serves: API server, DNS, S3, Prometheus, kubelet."""
         return f"10.{self.octet}.0.2"
 
     @property
@@ -54,7 +57,11 @@ def _digest(name: str) -> str:
 
 
 def network_for(name: str, used: Iterable[str]) -> Network:
-    """The name's own /16, or the next one that overlaps none of `used` (CIDRs of routes and other clusters)."""
+    """Returns the /16 that the name hashes to, or the next one that is free.
+
+    It overlaps none of `used`, the CIDRs of routes and other clusters. Raises LocalClusterError if
+    all are in use.
+    """
     taken = [ipaddress.ip_network(cidr, strict=False) for cidr in used]
     digest = _digest(name)
     start = int(digest[:8], 16)
@@ -71,5 +78,5 @@ def network_for(name: str, used: Iterable[str]) -> Network:
 
 
 def host_interface(name: str) -> str:
-    """The host end's interface name (15 characters at most), the same for a name on every run."""
+    """Returns the host end's interface name (15 characters at most), fixed for a cluster's name."""
     return f"ftlc-{_digest(name)[:8]}"

@@ -1,4 +1,4 @@
-"""The one real node (containerd, kubelet, kube-proxy, DNS) and pretended ones. Called by bringup."""
+"""Starts the one real node (containerd, kubelet, kube-proxy, DNS) and describes simulated ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localcluster.images import Containerd, import_pause, pause_image
 
 
 def start_runtime(layout: Layout, pause: Path) -> None:
-    """containerd, without what a former run of this cluster left but with the images that it loaded."""
+    """Starts containerd with the images, but without the containers, of earlier runs."""
     paths = layout.paths
     image = pause_image(pause)
     (paths.etc / "containerd.toml").write_text(configs.containerd(paths, image))
@@ -28,7 +28,10 @@ def start_runtime(layout: Layout, pause: Path) -> None:
 
 
 def _drop_old_containers(layout: Layout, image: str) -> None:
-    """Before the CRI plugin looks: a container without its process would haunt the kubelet."""
+    """Deletes leftover containers with the CRI plugin off.
+
+    The kubelet would otherwise try to handle containers whose process is gone.
+    """
     paths = layout.paths
     if not paths.containerd.exists():
         return
@@ -53,18 +56,22 @@ def _wait_for(runtime: Containerd, layout: Layout) -> None:
 
 
 def start_node(layout: Layout, tools: dict[str, Path]) -> None:
+    """Starts kubelet, kube-proxy and DNS; it doesn't wait until the node is ready."""
     paths, network, name = layout.paths, layout.network, layout.spec.name
     sandbox.make_cgroups(name)
     cgroup_root = f"/{sandbox.cgroup_name(name)}"
     (paths.etc / "kubelet.yaml").write_text(configs.kubelet(paths, network, cgroup_root))
     (paths.etc / "kube-proxy.yaml").write_text(configs.kube_proxy(paths, network, layout.spec.node_name))
-    (paths.etc / "Corefile").write_text(configs.corefile(paths, network))
+    paths.hosts.mkdir(exist_ok=True)
+    (paths.hosts / "services").unlink(missing_ok=True)
     sandbox.launch(paths, components.kubelet(layout, tools["kubelet"]))
     sandbox.launch(paths, components.kube_proxy(layout, tools["kube-proxy"]))
-    sandbox.launch(paths, components.coredns(layout, tools["coredns"]))
+    sandbox.launch(paths, components.dns(layout))
+    sandbox.launch(paths, components.dns_records(layout))
 
 
 def is_ready(api: Api, path: str) -> bool:
+    """Whether the node at the API path `path` is Ready."""
     try:
         status = api.get(path).get("status", {})
     except ApiError:
@@ -73,10 +80,10 @@ def is_ready(api: Api, path: str) -> bool:
 
 
 def pretend_gpus(api: Api, node_name: str, count: int) -> None:
-    """Tells the scheduler of GPUs that aren't there; the kubelet keeps what it does not know."""
+    """Adds GPUs that don't exist to the node's status; the kubelet doesn't remove them."""
     patch = [
-        {"op": "add", "path": f"/status/{where}/nvidia.com~1gpu", "value": str(count)}
-        for where in ("capacity", "allocatable")
+        {"op": "add", "path": f"/status/{field}/nvidia.com~1gpu", "value": str(count)}
+        for field in ("capacity", "allocatable")
     ]
     api.request("PATCH", f"/api/v1/nodes/{node_name}/status", patch, "application/json-patch+json")
 
@@ -86,12 +93,16 @@ def kwok_name(number: int) -> str:
 
 
 def kwok_node(spec: Any, number: int) -> dict[str, Any]:
-    """A pretended node; tainted where a real node is there, so that only pods that ask for it land on it."""
+    """Returns the manifest of a simulated node.
+
+    If the cluster has a real node, the simulated one is tainted, so that it runs only pods that
+    tolerate it.
+    """
     name = kwok_name(number)
     taint = {"key": "kwok.x-k8s.io/node", "value": "fake", "effect": "NoSchedule"}
-    room = {"cpu": "64", "memory": "512Gi", "pods": "500"}
+    resources = {"cpu": "64", "memory": "512Gi", "pods": "500"}
     if spec.pretend_gpus:
-        room["nvidia.com/gpu"] = str(spec.pretend_gpus)
+        resources["nvidia.com/gpu"] = str(spec.pretend_gpus)
     return {
         "apiVersion": "v1",
         "kind": "Node",
@@ -101,5 +112,5 @@ def kwok_node(spec: Any, number: int) -> dict[str, Any]:
             "labels": {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "type": "kwok"},
         },
         "spec": {"taints": [] if spec.control_plane_only else [taint]},
-        "status": {"capacity": room, "allocatable": room},
+        "status": {"capacity": resources, "allocatable": resources},
     }

@@ -1,4 +1,4 @@
-"""Debian programs that a node and the add-ons need: found, or installed when root. Called by bringup and images."""
+"""Installs the Debian programs that clusters, add-ons, images and tests need, if run as root."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ NODE = {
     "runc": "runc",
     "iptables": "iptables",
     f"{CNI_PLUGINS}/bridge": "containernetworking-plugins",
+    "dnsmasq": "dnsmasq-base",
 }
 PROMETHEUS = {"prometheus": "prometheus"}
 BUILDAH = {"buildah": "buildah"}
+ALL = {**CONTROL_PLANE, **NODE, **PROMETHEUS, "promtool": "prometheus", **BUILDAH, "debootstrap": "debootstrap"}
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _POLICY_TEXT = "#!/bin/sh\n# written by localcluster while it installs packages: start no service\nexit 101\n"
 
 
 def missing(programs: dict[str, str]) -> list[str]:
-    """The Debian packages whose program is not on this machine."""
+    """Returns the Debian packages of those programs (program to package) that aren't on PATH."""
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     lacking = {package for program, package in programs.items() if not shutil.which(program, path=search)}
     return sorted(lacking)
 
 
 def ensure(programs: dict[str, str]) -> None:
-    """Installs what is missing, without starting any of its services."""
+    """Installs what is missing, without starting any of its services.
+
+    Raises LocalClusterError if it may not install or apt-get fails.
+    """
     packages = missing(programs)
     if not packages:
         return
@@ -51,7 +56,7 @@ def ensure(programs: dict[str, str]) -> None:
                 lines = (again.stderr or again.stdout).strip().splitlines() or ["no output"]
                 raise LocalClusterError(f"apt-get can't install {', '.join(packages)}: {lines[-1]}; {remedy}")
     if still := missing(programs):
-        raise LocalClusterError(f"installed {', '.join(packages)}, but {', '.join(still)} lacks its program")
+        raise LocalClusterError(f"installed {', '.join(packages)}, but {', '.join(still)} still lacks its program")
 
 
 def _apt(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +71,10 @@ def _apt(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def _no_services() -> Iterator[None]:
-    """Debian starts a package's services unless /usr/sbin/policy-rc.d says no; an existing one is left alone."""
+    """Keeps Debian from starting a package's services while the body runs.
+
+    Debian asks /usr/sbin/policy-rc.d; if the machine has its own, that one is left alone.
+    """
     ours = not _POLICY.exists() or _POLICY.read_text() == _POLICY_TEXT
     if ours:
         _POLICY.write_text(_POLICY_TEXT)

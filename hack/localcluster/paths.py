@@ -1,4 +1,7 @@
-"""Where things lie: the cache and, inside it, a cluster's folder. Pure but for `cache_root`'s environment."""
+"""The paths of the cache and, inside it, of a cluster's folder.
+
+Pure, except that `cache_root` reads the environment.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def cache_root() -> Path:
-    """$FINETUNE_CACHE, else $XDG_CACHE_HOME/finetune-operator, else ~/.cache/finetune-operator."""
+    """Returns the cache folder.
+
+    It is $FINETUNE_CACHE, else $XDG_CACHE_HOME/finetune-operator, else ~/.cache/finetune-operator.
+    """
     if explicit := os.environ.get("FINETUNE_CACHE"):
         return Path(explicit).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -19,7 +25,7 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class ClusterPaths:
-    """One cluster's folder. `run`, `data` and `logs` go at down; `containerd` stays."""
+    """One cluster's folder. `down` removes `run`, `data` and `logs`; `containerd` stays."""
 
     root: Path
 
@@ -60,6 +66,10 @@ class ClusterPaths:
         return self.etc / "prometheus-targets.json"
 
     @property
+    def hosts(self) -> Path:
+        return self.etc / "hosts"
+
+    @property
     def kubeconfig(self) -> Path:
         return self.run / "kubeconfig"
 
@@ -73,4 +83,5 @@ class ClusterPaths:
 
 
 def cluster_paths(name: str) -> ClusterPaths:
+    """Returns the paths of the cluster of that name, whether it exists or not."""
     return ClusterPaths(cache_root() / "clusters" / name)

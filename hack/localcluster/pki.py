@@ -1,4 +1,4 @@
-"""Certificates and kubeconfigs of a cluster, by openssl. Called by cluster at every `up`; keeps nothing."""
+"""Creates certificates with openssl, and kubeconfigs, for one cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from localcluster.errors import LocalClusterError
 
 @dataclass(frozen=True)
 class Identity:
-    """A certificate: file name, subject and, for a server, the names it answers to."""
+    """A certificate: its file name, subject and, for a server, its subject alternative names."""
 
     name: str
     common_name: str
@@ -22,11 +22,12 @@ class Identity:
 
     @property
     def subject(self) -> str:
+        """The subject, as openssl's -subj expects it."""
         return f"/O={self.organization}/CN={self.common_name}" if self.organization else f"/CN={self.common_name}"
 
 
 def identities(node_name: str, node_address: str, kubernetes_service: str) -> tuple[Identity, ...]:
-    """All that a cluster needs, with the names that Kubernetes' own authorizers expect. Pure."""
+    """Returns a cluster's identities, with the names that Kubernetes' authorizers expect. Pure."""
     api_names = (
         *(f"DNS:kubernetes{suffix}" for suffix in ("", ".default", ".default.svc", ".default.svc.cluster.local")),
         "DNS:localhost",
@@ -47,8 +48,11 @@ def identities(node_name: str, node_address: str, kubernetes_service: str) -> tu
     )
 
 
-def make_pki(folder: Path, wanted: tuple[Identity, ...]) -> None:
-    """Writes ca.crt, NAME.crt, NAME.key and service-accounts.key/.pub."""
+def make_pki(folder: Path, requested: tuple[Identity, ...]) -> None:
+    """Writes ca.crt, NAME.crt, NAME.key and service-accounts.key/.pub.
+
+    Raises LocalClusterError if openssl is missing or fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     _openssl(
@@ -57,7 +61,7 @@ def make_pki(folder: Path, wanted: tuple[Identity, ...]) -> None:
         *("-subj", "/CN=localcluster-ca", "-keyout", "ca.key", "-out", "ca.crt"),
         *("-addext", "keyUsage=critical,keyCertSign,cRLSign,digitalSignature"),
     )
-    for identity in wanted:
+    for identity in requested:
         _signed(folder, identity)
     _openssl(folder, "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out", "service-accounts.key")
     _openssl(folder, "pkey", "-in", "service-accounts.key", "-pubout", "-out", "service-accounts.pub")
@@ -91,7 +95,7 @@ def _openssl(folder: Path, *arguments: str) -> None:
 
 
 def kubeconfig(pki: Path, identity: str, server: str, cluster: str) -> str:
-    """A self-contained kubeconfig (certificates inside). JSON, which is YAML."""
+    """Returns a kubeconfig that contains its certificates, in JSON, which is valid YAML."""
 
     def inline(file: str) -> str:
         return base64.b64encode((pki / file).read_bytes()).decode()

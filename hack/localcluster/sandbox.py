@@ -1,7 +1,7 @@
-"""A cluster's namespaces seen from the host: made, entered and wiped out. Called by bringup and cluster.
+"""Creates, enters and removes a cluster's namespaces, from the host's side.
 
-Everything is found again from the cluster's folder alone (a process's arguments, an interface's name, a
-cgroup's name), so that `down` works after a crash at any line of `up`.
+Everything can be identified from the cluster's folder alone (a process's arguments, an interface's
+name, a cgroup's name), so `down` works after a crash at any line of `up`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def processes(root: Path) -> list[int]:
-    """The processes outside and inside that hold the cluster up: `unshare` and process 1."""
-    found = []
+    """Returns the ids of the processes that keep the namespaces alive: `unshare` and process 1."""
+    pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -38,12 +38,12 @@ def processes(root: Path) -> list[int]:
             except OSError:
                 continue
             if _INIT.encode() in argv and os.fsencode(root) in argv:
-                found.append(int(folder.name))
-    return sorted(found)
+                pids.append(int(folder.name))
+    return sorted(pids)
 
 
 def init_pid(root: Path) -> int | None:
-    """Process 1 of the namespaces, by the host's numbering."""
+    """Returns the host's id of process 1 of the namespaces, None if there is none."""
     for pid in processes(root):
         try:
             status = Path(f"/proc/{pid}/status").read_text()
@@ -56,7 +56,10 @@ def init_pid(root: Path) -> int | None:
 
 
 def start(paths: ClusterPaths, network: Network) -> int:
-    """Makes the namespaces and the veth pair; returns process 1."""
+    """Creates the namespaces and the veth pair; returns the host's id of their process 1.
+
+    Raises LocalClusterError if process 1 doesn't start.
+    """
     log = (paths.logs / "init.log").open("ab")
     namespaces = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
     with log:
@@ -74,7 +77,7 @@ def start(paths: ClusterPaths, network: Network) -> int:
         if time.monotonic() > deadline or holder.poll() is not None:
             raise LocalClusterError(
                 f"the cluster's namespaces did not start: {_tail(paths.logs / 'init.log')}; "
-                "this needs root with the right to make network, mount and process namespaces"
+                "this needs root with permission to create network, mount and process namespaces"
             )
         time.sleep(0.02)
     pid = init_pid(paths.root)
@@ -103,18 +106,18 @@ def _connect(pid: int, network: Network) -> None:
 
 
 def routes_in_use() -> list[str]:
-    """CIDRs that this machine already routes, the default route aside."""
+    """Returns the CIDRs that this machine already routes, without the default route."""
     answer = json.loads(_run("ip", "-json", "-4", "route", "show", "table", "all") or "[]")
     return [route["dst"] for route in answer if route["dst"] != "default"]
 
 
 def enter(pid: int) -> list[str]:
-    """The words to put before a command to run it inside."""
+    """Returns the command prefix that runs a command inside the namespaces of `pid`."""
     return ["nsenter", "--target", str(pid), "--mount", "--net", "--pid", "--ipc", "--uts", "--"]
 
 
 def ask(paths: ClusterPaths, request: dict[str, Any]) -> dict[str, Any]:
-    """One request to process 1; raises LocalClusterError if it refuses or isn't there."""
+    """Sends one request to process 1. Raises LocalClusterError if it refuses or isn't running."""
     folder = os.open(paths.run, os.O_PATH)
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -134,6 +137,7 @@ def ask(paths: ClusterPaths, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def launch(paths: ClusterPaths, component: Component) -> None:
+    """Has process 1 start a component and keep it running."""
     ask(
         paths,
         {"op": "start", "name": component.name, "argv": list(component.argv), "env": dict(component.env)},
@@ -141,7 +145,7 @@ def launch(paths: ClusterPaths, component: Component) -> None:
 
 
 def stop(paths: ClusterPaths, name: str) -> None:
-    """Ends a component for good and waits for its end."""
+    """Stops a component permanently and waits until it has ended."""
     ask(paths, {"op": "stop", "name": name})
 
     def ended() -> bool:
@@ -162,7 +166,7 @@ def _hierarchies() -> Iterator[Path]:
 
 
 def make_cgroups(name: str) -> None:
-    """The cgroup that the kubelet puts its pods under, in every hierarchy that this machine mounts."""
+    """Creates the parent cgroup of the pods in every hierarchy that this machine mounts."""
     for hierarchy in _hierarchies():
         if (hierarchy / "cgroup.subtree_control").exists():
             _delegate(hierarchy)
@@ -180,11 +184,14 @@ def _delegate(group: Path) -> None:
         try:
             (group / "cgroup.subtree_control").write_text(f"+{controller}")
         except OSError:
-            continue  # a controller that this group may not hand on is one that pods go without
+            continue  # this controller can't be delegated, so pods run without it
 
 
 def destroy(paths: ClusterPaths, name: str) -> None:
-    """Ends every process; the kernel then drops mounts and interfaces. Removes cgroups and running state."""
+    """Ends every process of the cluster, and removes its cgroups and its running state.
+
+    The kernel then drops mounts and interfaces. Raises LocalClusterError if something remains.
+    """
     for pid in processes(paths.root):
         _kill(pid)
     _wait_until(lambda: not processes(paths.root), "processes of the cluster are still there")
@@ -218,7 +225,7 @@ def _remove_cgroups(name: str) -> bool:
 
 
 def remove_tree(folder: Path) -> bool:
-    """Whether the folder is gone."""
+    """Removes a folder; returns whether it is gone."""
     shutil.rmtree(folder, ignore_errors=True)
     return not folder.exists()
 

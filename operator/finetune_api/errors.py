@@ -1,6 +1,6 @@
-"""A refusal in words: one line a field, with the path as Kubernetes writes it, what is wrong, and the value.
+"""Describes validation errors: one line per field with its path, what is wrong, and the value.
 
-Used by the operator's conditions and the command line. Pure.
+It returns text and does no I/O.
 """
 
 from __future__ import annotations
@@ -10,28 +10,40 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api.scalars import MEANING
+from finetune_api.scalars import PATTERN_MESSAGES
 
-SHOWN_CHARACTERS = 80
-_PLAIN = {"missing": "is required", "extra_forbidden": "is no field that this version knows; look for a misspelling"}
+MAX_SHOWN_CHARACTERS = 80
+_PLAIN_MESSAGES = {"missing": "is required", "extra_forbidden": "is not a field of this version; check the spelling"}
 
 
 def describe(error: ValidationError) -> tuple[str, ...]:
-    """One sentence for each wrong field, e.g. `spec.method.lora.rank: Input should be … (got 0)`."""
+    """Returns one sentence per invalid field.
+
+    An example is `spec.method.lora.rank: Input should be … (got 0)`.
+    """
     return tuple(
-        f"{path(detail['loc'])}: {_meaning(detail)}{_shown(detail['type'], detail['input'])}"
+        f"{path(detail['loc'])}: {_problem(detail)}{_got(detail['type'], detail['input'])}"
         for detail in error.errors(include_url=False)
     )
 
 
-def _meaning(detail: Mapping[str, Any]) -> str:
+def unknown_fields(error: ValidationError) -> tuple[str, ...]:
+    """Returns the paths of fields that this version doesn't have, if nothing else is wrong."""
+    details = error.errors(include_url=False)
+    if any(detail["type"] != "extra_forbidden" for detail in details):
+        return ()
+    return tuple(path(detail["loc"]) for detail in details)
+
+
+def _problem(detail: Mapping[str, Any]) -> str:
+    """Returns what is wrong with a value, in plain words where pydantic's own are technical."""
     if detail["type"] == "string_pattern_mismatch":
-        return MEANING.get(detail["ctx"]["pattern"], str(detail["msg"]))
-    return _PLAIN.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
+        return PATTERN_MESSAGES.get(detail["ctx"]["pattern"], str(detail["msg"]))
+    return _PLAIN_MESSAGES.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
 
 
 def path(loc: tuple[int | str, ...]) -> str:
-    """`("spec", "pod", "tolerations", 0, "key")` as `spec.pod.tolerations[0].key`."""
+    """Formats `("spec", "pod", "tolerations", 0, "key")` as `spec.pod.tolerations[0].key`."""
     text = ""
     for part in loc:
         if part == "[key]":
@@ -40,8 +52,9 @@ def path(loc: tuple[int | str, ...]) -> str:
     return text.removeprefix(".")
 
 
-def _shown(kind: str, value: object) -> str:
+def _got(kind: str, value: object) -> str:
+    """Returns the rejected value in parentheses; empty if it wouldn't help."""
     if kind in ("missing", "extra_forbidden", "rule"):
         return ""
     text = repr(value)
-    return f" (got {text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + '…'})"
+    return f" (got {text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + '…'})"

@@ -1,6 +1,6 @@
-"""Every name that two parts must agree on: API group, labels, child names, ports, paths, environment.
+"""Defines every name that two components must agree on, such as labels, ports and paths.
 
-Imported by all rooms; never does I/O and never holds logic beyond spelling a name.
+It does no I/O and has no logic except for composing names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ COMMON_LABELS = {
 
 ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
 ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
-ANNOTATION_RESTARTS = f"{GROUP}/restarts"  # restarts before an attempt, as JSON by cause, on its Job
+ANNOTATION_AVOIDED_NODES = f"{GROUP}/avoided-nodes"  # nodes with failed GPUs, as JSON, on a Job
+ANNOTATION_RESTARTS = f"{GROUP}/restarts"  # previous restarts by cause, as JSON, on a Job
 
 CONTAINER_TRAINER = "trainer"
 
@@ -50,15 +51,16 @@ OPERATOR_PROGRESS_PORT = 8443
 PROGRESS_AUDIENCE = GROUP
 PROGRESS_PATH = "/v1/progress"
 
-# Where things lie inside a trainer pod.
+# Paths inside a trainer pod.
 RUN_CONFIG_PATH = "/etc/finetune/run/run.json"
-CREDENTIALS_ROOT = "/etc/finetune/credentials"  # CREDENTIALS_ROOT/<role>/<key>, one file a key of the Secret
+CREDENTIALS_ROOT = "/etc/finetune/credentials"  # + /<role>/<key of the Secret>
 PROGRESS_TOKEN_PATH = "/var/run/secrets/finetune-operator.io/progress/token"  # noqa: S105 (a path)
 SCRATCH_ROOT = "/scratch"
 PVC_ROOT = "/mnt/pvc"
 TERMINATION_LOG_PATH = "/dev/termination-log"
 
-# Environment that the Job controller or the manifests set and the supervisor reads once, at its door.
+# Environment variables that the Job controller or the manifests set; the supervisor reads them at
+# start.
 ENV_NODE_RANK = "JOB_COMPLETION_INDEX"
 ENV_RUN_CONFIG = "FINETUNE_RUN_CONFIG"  # path, default RUN_CONFIG_PATH
 ENV_TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
@@ -74,7 +76,8 @@ SECRET_AWS_KEYS = (
     "AWS_ENDPOINT_URL",
 )
 
-# Keys of a tracker's Secret; they become environment of the process that speaks to trackers, and of no other.
+# Keys of a tracker's Secret. They become environment variables of only one process: the one that
+# talks to trackers.
 SECRET_TRACKER_KEYS = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
@@ -94,28 +97,30 @@ REPORT_PATH = f"{FINETUNE_DIR}/report.html"
 TENSORBOARD_DIR = f"{FINETUNE_DIR}/tensorboard"
 WANDB_DIR = f"{FINETUNE_DIR}/wandb"
 CHECKPOINTS_DIR = "checkpoints"
+CHECKPOINT_MANIFEST = "manifest.json"
+CHECKPOINT_HISTORY = "history.jsonl"
 
 
 def attempt_job_name(name: str, attempt: int) -> str:
-    """The batch/v1 Job of one attempt (attempts count from 1)."""
+    """Returns the name of the batch/v1 Job of an attempt; attempts count from 1."""
     return f"{name}-{attempt}"
 
 
 def preflight_job_name(name: str) -> str:
-    """The batch/v1 Job that checks a job's inputs and destination without a GPU."""
+    """Returns the name of the batch/v1 Job that checks inputs and output without a GPU."""
     return f"{name}-check"
 
 
 def service_name(name: str) -> str:
-    """The headless Service that gives a multi-node attempt's pods their DNS names."""
+    """Returns the name of the headless Service that gives an attempt's pods DNS names."""
     return name
 
 
 def master_address(name: str, attempt: int) -> str:
-    """DNS name, inside the namespace, of the pod of node rank 0."""
+    """Returns the DNS name, within the namespace, of the pod of node rank 0."""
     return f"{attempt_job_name(name, attempt)}-0.{service_name(name)}"
 
 
 def checkpoint_dir(step: int) -> str:
-    """Where the checkpoint taken after optimizer step `step` lies, relative to the output."""
+    """Returns the folder, relative to the output, of the checkpoint after optimizer step `step`."""
     return f"{CHECKPOINTS_DIR}/step-{step}"

@@ -1,7 +1,8 @@
-"""Why an attempt ended: one word, its cause (which budget it costs, and whether a retry can help), and a hint.
+"""Lists the reasons why an attempt can end, each with its cause, exit code, meaning and a hint.
 
-The trainer picks the word, the operator acts on the cause, users grep for the word; docs/troubleshooting.md is
-generated from this table. Pure.
+The cause determines which restart budget a failure costs and whether a retry can help. The trainer
+chooses the reason, the operator acts on its cause, and users grep for it; docs/troubleshooting.md
+is generated from this table. It does no I/O.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Cause = Literal["user", "application", "infrastructure", "preemption"]
-"""user: never retried, a person must change something. The others have a budget each; preemption's is endless."""
+"""Why an attempt ended. A failure with cause user is never retried, since a person must change
+something. Each other cause has a restart budget of its own; that of preemption is unlimited."""
 
 
 @dataclass(frozen=True)
 class Reason:
+    """One reason why an attempt ends; exit code 0 means that the trainer never exits with it."""
+
     name: str
     cause: Cause
     exit_code: int
@@ -24,74 +28,91 @@ class Reason:
 
 _ALL = (
     # Input that a person must change.
-    Reason("InvalidConfig", "user", 64, "The resolved configuration can't be carried out.",
+    Reason("InvalidConfig", "user", 64, "The resolved configuration can't be run.",
            "Change the field that the message names."),
-    Reason("DatasetNotFound", "user", 65, "The data set, or its bucket, isn't there.",
-           "Check dataset.uri and that the credentials may read it."),
-    Reason("DatasetInvalid", "user", 65, "The data set holds rows that can't be used, or none at all.",
-           "Mend the rows that the message numbers, or set dataset.onInvalid: drop."),
-    Reason("ModelNotFound", "user", 66, "The base model isn't there.",
-           "Check model.uri, model.revision and that the credentials may read it."),
-    Reason("ModelInvalid", "user", 66, "The folder isn't a model that can be loaded safely.",
-           "Give a folder with config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
-    Reason("LicenceRefused", "user", 66, "The base model's licence isn't one of those that are allowed.",
-           "Take another base model, or have the licence added to model.allowedLicenses or to the operator's "
-           "models.allowedLicenses, whichever the message names."),
-    Reason("OutputNotFound", "user", 67, "The destination's bucket isn't there.",
+    Reason("DatasetNotFound", "user", 65, "The dataset or its bucket doesn't exist.",
+           "Check dataset.uri, and whether the credentials allow reading it."),
+    Reason("DatasetInvalid", "user", 65, "The dataset has rows that can't be used, or no rows at all.",
+           "Fix the rows that the message lists, or set dataset.onInvalid: drop."),
+    Reason("ModelNotFound", "user", 66, "The base model doesn't exist.",
+           "Check model.uri and model.revision, and whether the credentials allow reading it."),
+    Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely.",
+           "Use a folder with config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
+    Reason("LicenceRefused", "user", 66, "The license of the base model isn't allowed.",
+           "Use another base model, or have the license added to the list that the message names: the job's "
+           "model.allowedLicenses or the operator's models.allowedLicenses."),
+    Reason("OutputNotFound", "user", 67, "The bucket of the output doesn't exist.",
            "Create the bucket, or change output.uri."),
-    Reason("OutputOccupied", "user", 67, "The destination holds another job's result.",
-           "Choose another output.uri, or delete what lies there."),
-    Reason("AccessDenied", "user", 68, "The store refused the credentials.",
-           "Check the keys in the Secret that credentialsRef names, and what they may do."),
-    Reason("CredentialsMissing", "user", 68, "A Secret lacks a key that is needed.",
+    Reason("OutputOccupied", "user", 67, "The output folder contains the result or a checkpoint of another job.",
+           "Choose another output.uri, or delete the files in the folder."),
+    Reason("AccessDenied", "user", 68, "The storage rejected the credentials.",
+           "Check the keys in the Secret that credentialsRef names, and their permissions."),
+    Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key.",
            "Add the key that the message names to the Secret."),
     # The training program.
-    Reason("OutOfMemory", "application", 70, "A process was killed for memory, or a GPU had none left.",
-           "A restart computes half as much at once. Else raise resources.memory, "
-           "lower training.microBatchSize or dataset.maxSequenceLength, or take zero2/zero3."),
-    Reason("NonFiniteLoss", "application", 71, "Too many steps whose loss or gradient is NaN or infinite.",
-           "Look at the rows that the message numbers; lower training.learningRate; see training.maxSkippedSteps."),
-    Reason("LossSpike", "user", 77, "The training loss left the ones before it behind.",
-           "Lower training.learningRate or training.maxGradNorm, or take training.lossSpike.action: rollback."),
+    Reason("OutOfMemory", "application", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
+           "A restart halves the micro-batches. If that isn't enough, raise resources.memory, lower "
+           "training.microBatchSize or dataset.maxSequenceLength, or use zero2 or zero3."),
+    Reason("NonFiniteLoss", "application", 71, "The loss or the gradient was NaN or infinite in too many steps.",
+           "Look at the rows that the message lists, or lower training.learningRate; see training.maxSkippedSteps."),
+    Reason("LossSpike", "user", 77, "The training loss jumped far above the recent losses and stayed there.",
+           "Lower training.learningRate or training.maxGradNorm, or set training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
-           "Read failure.logTail; the same error again on a restart means it is no accident."),
-    Reason("ResultMismatch", "application", 78, "The written result, loaded again, isn't the trained one.",
-           "Nothing was uploaded; it is written again from the last checkpoint. The same again is a bug of this family "
-           "and method: report it with the message; output.merge: false leaves the merged model out."),
-    Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that nobody here sent.",
-           "Usually the node: look at its events. It is restarted from the last checkpoint."),
-    Reason("Stalled", "infrastructure", 73, "No step was finished for runPolicy.stallSeconds.",
-           "The message names the rank that the others wait for, failure.logTail its stack, the pods' logs all stacks: "
-           "look at that pod's node and network. Raise stallSeconds when steps are that long."),
-    Reason("StorageUnavailable", "infrastructure", 74, "Object storage didn't answer.",
-           "It is tried again; look at the store's endpoint and the network."),
-    Reason("PeerLost", "infrastructure", 75, "Another pod of the group went away.",
-           "Look at the other pods' failure; the group is restarted together."),
-    Reason("DiskFull", "infrastructure", 76, "The pod's scratch disk is full.",
-           "Raise resources.scratch."),
-    # Found by the operator.
-    Reason("PodDeleted", "infrastructure", 0, "A pod was deleted while it ran.",
+           "Read failure.logTail. If the same error occurs again after a restart, it has a permanent cause."),
+    Reason("ResultMismatch", "application", 78, "The written result, loaded again, differs from the trained model.",
+           "Nothing was uploaded; a restart writes the result again from the last checkpoint. If that fails too, this "
+           "is a bug with this model family and method: report it with the message. output.merge: false leaves the "
+           "merged model out."),
+    Reason("GpuUnavailable", "infrastructure", 79, "A GPU was requested, and the pod can't use it.",
+           "The message names the driver of the node and the one that is needed. Usual causes are a driver that is "
+           "too old or still being installed, and libraries of the driver that aren't mounted into the container. A "
+           "restart prefers other nodes; if all nodes are alike, update the driver or build a trainer image whose "
+           "PyTorch suits it."),
+    Reason("GpuFault", "infrastructure", 80, "A GPU failed: memory errors, a lost device, or a fatal Xid error.",
+           "The message names the GPU, and the pod its node. A restart prefers other nodes. Drain the node and reset "
+           "or replace the GPU; NVIDIA's documentation explains the Xid number."),
+    Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that this project didn't send.",
+           "The node is the usual cause: look at its events. The group is restarted from the last checkpoint."),
+    Reason("Stalled", "infrastructure", 73, "No step finished for runPolicy.stallSeconds.",
+           "The message names the rank that the others wait for, failure.logTail has its stack trace, and the logs of "
+           "the pods have all stack traces. Look at the node and the network of that pod. If steps really take that "
+           "long, raise stallSeconds."),
+    Reason("StorageUnavailable", "infrastructure", 74, "Object storage didn't respond.",
+           "The operation is retried. Look at the storage endpoint and the network."),
+    Reason("PeerLost", "infrastructure", 75, "Another pod of the group is gone.",
+           "Look at why the other pod ended. The whole group is restarted."),
+    Reason("DiskFull", "user", 76, "A pod used more local disk than resources.scratch allows, or the output is full.",
+           "Raise resources.scratch above the size of the model, the rows, a checkpoint and the result together, or "
+           "free space on the volume that the message names. A restart would fill the disk again, so there is none."),
+    # Detected by the operator.
+    Reason("PodDeleted", "infrastructure", 0, "A pod was deleted while it was running.",
            "The group is restarted from the last checkpoint."),
-    Reason("NodeLost", "infrastructure", 0, "A pod's node went away.", "The group is restarted on other nodes."),
-    Reason("PodFailed", "infrastructure", 0, "A pod ended without telling why.",
-           "Look at the pod's events and logs."),
-    Reason("Preempted", "preemption", 143, "The pods were asked to leave, and saved a checkpoint.",
-           "Nothing to do: it goes on from the checkpoint."),
+    Reason("NodeLost", "infrastructure", 0, "The node of a pod is gone.", "The group is restarted on other nodes."),
+    Reason("PodFailed", "infrastructure", 0, "A pod ended without reporting a reason.",
+           "Look at the events and the logs of the pod."),
+    Reason("Preempted", "preemption", 143, "The pods were asked to stop and saved a checkpoint.",
+           "Nothing to do: training resumes from the checkpoint."),
     Reason("Evicted", "preemption", 0, "The cluster removed a pod (drain, preemption or pressure).",
-           "Nothing to do: it goes on from the last checkpoint."),
-    Reason("NameConflict", "user", 0, "An object of the name that is needed belongs to somebody else.",
+           "Nothing to do: training resumes from the last checkpoint."),
+    Reason("NameConflict", "user", 0, "An object whose name the job needs belongs to another owner.",
            "Rename the FineTuneJob, or remove the other object."),
-    Reason("InvalidSpec", "user", 0, "The spec can't be carried out.", "Change the field that the message names."),
-    Reason("DeadlineExceeded", "user", 0, "runPolicy.activeDeadlineSeconds passed.",
-           "Raise the deadline, or give more hardware."),
-    Reason("RestartBudgetSpent", "user", 0, "It failed more often than runPolicy.maxRestarts allows.",
-           "Look at failure: the last cause is told there."),
+    Reason("InvalidSpec", "user", 0, "The spec can't be run.", "Change the field that the message names."),
+    Reason("DeadlineExceeded", "user", 0, "The job didn't finish within runPolicy.activeDeadlineSeconds.",
+           "Raise the deadline, or use more hardware."),
+    Reason("RestartBudgetSpent", "user", 0, "The job failed more often than runPolicy.maxRestarts allows.",
+           "Look at status.failure, which describes the last failure."),
 )  # fmt: skip
 
 REASONS = {reason.name: reason for reason in _ALL}
 
 
 def cause(reason: str) -> Cause:
-    """The cause of a reason; what an unknown version calls something else counts as infrastructure."""
-    known = REASONS.get(reason)
-    return known.cause if known else "infrastructure"
+    """Returns the cause of a reason; one of an unknown version counts as infrastructure."""
+    entry = REASONS.get(reason)
+    return entry.cause if entry else "infrastructure"
+
+
+def hint(reason: str) -> str:
+    """Returns what a person can do about a reason; empty for one of an unknown version."""
+    entry = REASONS.get(reason)
+    return entry.hint if entry else ""

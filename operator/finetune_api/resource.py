@@ -1,23 +1,27 @@
-"""The FineTuneJob resource, v1alpha1: what a user writes. The CRD, `kubectl explain` and docs/reference.md are
-generated from here and the spec_* modules (`make generate`), which hold the sections of spec. Defaults live in these
-models and nowhere else; the operator never writes spec.
+"""Defines the FineTuneJob resource, v1alpha1.
+
+The CRD, `kubectl explain` and docs/reference.md are generated from this module and from `spec/`,
+which has the sections of spec (`make generate`). Defaults are defined in these models and nowhere
+else; the operator never writes spec.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from finetune_api import scalars as s
-from finetune_api.model import LenientModel, Model, Rule, as_admitted
+from finetune_api.base import LenientModel, Model, Rule, as_admitted
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH
-from finetune_api.spec_data import ColumnsSpec, DatasetSpec, SourceSpec, TestSpec, ValidationSpec
-from finetune_api.spec_hardware import DistributionSpec, GpuSpec, PodSpec, ResourcesSpec, TolerationSpec
-from finetune_api.spec_inputs import BaseModelSpec, SecretRef
-from finetune_api.spec_outcome import (
+from finetune_api.spec.data import ColumnsSpec, DatasetSpec, SourceSpec, TestSpec, ValidationSpec
+from finetune_api.spec.environment import EnvVarSpec
+from finetune_api.spec.hardware import DistributionSpec, GpuSpec, PodSpec, ResourcesSpec, TolerationSpec
+from finetune_api.spec.inputs import BaseModelSpec, SecretRef
+from finetune_api.spec.outcome import (
     CheckpointSpec,
     EvaluationSpec,
     GenerationSpec,
@@ -25,8 +29,8 @@ from finetune_api.spec_outcome import (
     OutputSpec,
     RunPolicySpec,
 )
-from finetune_api.spec_recipe import DpoSpec, EarlyStoppingSpec, FullSpec, LoraSpec, MethodSpec, TrainingSpec
-from finetune_api.spec_tracking import MlflowSpec, TrackingSpec, WandbSpec
+from finetune_api.spec.recipe import DpoSpec, EarlyStoppingSpec, FullSpec, LoraSpec, MethodSpec, TrainingSpec
+from finetune_api.spec.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from finetune_api.status import Status
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "DistributionSpec",
     "DpoSpec",
     "EarlyStoppingSpec",
+    "EnvVarSpec",
     "EvaluationSpec",
     "FineTuneJob",
     "FullSpec",
@@ -64,40 +69,45 @@ __all__ = [
 ]
 
 
-def _not_split(field: str, cel: str, holds: Callable[[LoraSpec], bool]) -> Rule:
-    """For what reads the base's weights outside of their layers."""
+_PART_OF_A_GPU = "^nvidia[.]com/mig-|[.]shared$"
+
+
+def _not_with_zero3(field: str, cel: str, holds: Callable[[LoraSpec], bool]) -> Rule:
+    """Returns the rule for a LoRA option that reads the base's weights outside its layers."""
     return Rule(
         f"method.lora.{field}",
-        "can't be had with distribution.strategy zero3, which splits what it reads; use fsdp or zero2",
+        "can't be combined with distribution.strategy zero3, which shards the weights that it reads; use fsdp or zero2",
         f"self.distribution.strategy != 'zero3' || !has(self.method.lora) || {cel}",
         lambda m: m.distribution.strategy != "zero3" or not m.method.lora or holds(m.method.lora),
     )
 
 
 class Spec(Model):
-    """Which model, which data, which method, on how much hardware, where the result goes."""
+    """Specifies the model, the data, the method, the hardware, and the output."""
 
     model: BaseModelSpec = Field(description="The model that training starts from.")
-    dataset: DatasetSpec = Field(description="The examples to learn from.")
-    method: MethodSpec = Field(description="What is trained: low-rank adapters, or all weights.")
+    dataset: DatasetSpec = Field(description="The training examples.")
+    method: MethodSpec = Field(description="What is trained: low-rank adapters, or the weights.")
     training: TrainingSpec = Field(default_factory=TrainingSpec, description="The recipe.")
     distribution: DistributionSpec = Field(
-        default_factory=DistributionSpec, description="On how many processes, and what is split between them."
+        default_factory=DistributionSpec, description="The number of processes, and what is sharded across them."
     )
     resources: ResourcesSpec = Field(
-        default_factory=ResourcesSpec, description="What one pod asks for; requests and limits are the same."
+        default_factory=ResourcesSpec, description="The resources of one pod; requests and limits are the same."
     )
-    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec, description="How often the state is saved.")
-    output: OutputSpec = Field(description="Where the result goes.")
+    checkpoint: CheckpointSpec = Field(
+        default_factory=CheckpointSpec, description="How often the training state is saved."
+    )
+    output: OutputSpec = Field(description="Where the result is written.")
     evaluation: EvaluationSpec = Field(
         default_factory=EvaluationSpec, description="What is measured on the test rows besides the loss."
     )
     tracking: TrackingSpec = Field(
         default_factory=TrackingSpec,
-        description="Where the course of training is recorded besides Prometheus.",
+        description="Where the run is recorded besides Prometheus.",
     )
-    run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec, description="Life cycle.")
-    pod: PodSpec = Field(default_factory=PodSpec, description="Where the pods run and what they carry.")
+    run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec, description="The life cycle of the job.")
+    pod: PodSpec = Field(default_factory=PodSpec, description="Where the pods run, and their labels and annotations.")
 
     rules = (
         Rule("training.earlyStopping", "needs dataset.validation",
@@ -106,32 +116,41 @@ class Spec(Model):
         Rule("training.globalBatchSize", "must be at least distribution.nodes * distribution.processesPerNode",
              "self.training.globalBatchSize >= self.distribution.nodes * self.distribution.processesPerNode",
              lambda m: m.training.global_batch_size >= m.distribution.nodes * m.distribution.processes_per_node),
-        Rule("training.optimizer", "all but adamw need distribution.strategy auto or ddp: they compute with whole "
-             "matrices, which the other strategies cut; use one of these, or adamw",
+        Rule("distribution.processesPerNode",
+             "must be 1 with MIG slices or shared GPUs in resources.gpu.name, because a process sees one slice, and "
+             "NCCL refuses two processes on one GPU; use more nodes, which are pods and may share a machine",
+             "!has(self.resources.gpu) || self.distribution.processesPerNode == 1"
+             f" || !self.resources.gpu.name.matches('{_PART_OF_A_GPU}')",
+             lambda m: m.resources.gpu is None or m.distribution.processes_per_node == 1
+             or not re.search(_PART_OF_A_GPU, m.resources.gpu.name)),
+        Rule("training.optimizer", "must be adamw unless distribution.strategy is auto or ddp: the others need "
+             "complete matrices, which the other strategies shard",
              "self.training.optimizer == 'adamw' || self.distribution.strategy in ['auto', 'ddp']",
              lambda m: m.training.optimizer == "adamw" or m.distribution.strategy in ("auto", "ddp")),
-        Rule("output.merge", "needs method.type lora; what full training writes is a whole model already",
+        Rule("output.merge", "needs method.type lora; full training writes a complete model anyway",
              "!self.output.merge || self.method.type == 'lora'",
              lambda m: not m.output.merge or m.method.type == "lora"),
-        Rule("model.quantization", "needs method lora: a quantised base stays frozen",
+        Rule("model.quantization", "needs method.type lora, because a quantized base stays frozen",
              "self.model.quantization == 'none' || self.method.type == 'lora'",
              lambda m: m.model.quantization == "none" or m.method.type == "lora"),
-        Rule("distribution.strategy", "must be auto or ddp with model.quantization: only they carry a quantised base",
+        Rule("distribution.strategy",
+             "must be auto or ddp with model.quantization; no other strategy can hold a quantized base",
              "self.model.quantization == 'none' || self.distribution.strategy in ['auto', 'ddp']",
              lambda m: m.model.quantization == "none" or m.distribution.strategy in ("auto", "ddp")),
-        _not_split("dora", "!self.method.lora.dora", lambda lora: not lora.dora),
-        _not_split("init", "self.method.lora.init == 'default'", lambda lora: lora.init == "default"),
-        _not_split("addedTokens", "self.method.lora.addedTokens.size() == 0", lambda lora: not lora.added_tokens),
-        Rule("output.merge", "needs model.quantization none: whole weights and adapter aren't what was trained",
+        _not_with_zero3("dora", "!self.method.lora.dora", lambda lora: not lora.dora),
+        _not_with_zero3("init", "self.method.lora.init == 'default'", lambda lora: lora.init == "default"),
+        _not_with_zero3("addedTokens", "self.method.lora.addedTokens.size() == 0", lambda lora: not lora.added_tokens),
+        Rule("output.merge", "needs model.quantization none, because the adapter was trained on the quantized weights",
              "!self.output.merge || self.model.quantization == 'none'",
              lambda m: not m.output.merge or m.model.quantization == "none"),
-        Rule("output.merge", "is not supported yet with method.lora.addedTokens; load the adapter with PEFT",
+        Rule("output.merge", "merging method.lora.addedTokens is not supported yet; load the adapter with PEFT",
              "!self.output.merge || !has(self.method.lora) || self.method.lora.addedTokens.size() == 0",
              lambda m: not m.output.merge or not m.method.lora or not m.method.lora.added_tokens),
-        Rule("method.lora.bias", "must be none with model.quantization: bitsandbytes narrows biases as it computes",
+        Rule("method.lora.bias",
+             "must be none with model.quantization, because bitsandbytes computes biases in lower precision",
              "self.model.quantization == 'none' || !has(self.method.lora) || self.method.lora.bias == 'none'",
              lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.bias == "none"),
-        Rule("method.lora.init", "pissa and olora need model.quantization none: they change the base",
+        Rule("method.lora.init", "pissa and olora need model.quantization none, because they change the base",
              "self.model.quantization == 'none' || !has(self.method.lora) || self.method.lora.init == 'default'",
              lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.init == "default"),
         Rule("evaluation.samples", "needs dataset.test",
@@ -144,7 +163,7 @@ class Spec(Model):
 
 
 class Metadata(LenientModel):
-    """The part of ObjectMeta that we read."""
+    """Contains the fields of ObjectMeta that are used."""
 
     name: Annotated[str, Field(max_length=MAX_NAME_LENGTH, pattern=s.NAME_PATTERN)]
     namespace: str = "default"
@@ -168,9 +187,10 @@ class FineTuneJob(Model):
 
 
 def parse(body: Mapping[str, Any]) -> FineTuneJob:
-    """A typed job out of a raw body, with defaults applied.
+    """Parses a raw body into a typed job, with defaults applied.
 
-    Raises pydantic.ValidationError (errors.describe puts it into words). JSON rules apply as the API server has them:
-    2 is no "2", NaN is no number, a null counts as absent, 2.0 is the integer 2.
+    Raises pydantic.ValidationError (errors.describe turns it into sentences). The API server's
+    rules for JSON apply: 2 isn't "2", NaN isn't a number, a null counts as absent, and 2.0 is the
+    integer 2.
     """
     return FineTuneJob.model_validate_json(json.dumps(as_admitted(dict(body), FineTuneJob)), by_name=False)

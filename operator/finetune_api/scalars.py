@@ -1,7 +1,7 @@
-"""The scalar types of the resource: URIs, quantities, names; each with the pattern that the CRD carries too.
+"""Defines the scalar types of the resource (URIs, quantities, names) and their patterns.
 
-Used by `resource`. Patterns mean the same in Go's RE2 (the API server) and Rust's regex (pydantic): no \\s, \\d or \\w,
-which differ outside ASCII. Never does I/O.
+The CRD has the same patterns. They mean the same in Go's RE2 (the API server) and Rust's regex
+(pydantic), so they have no \\s, \\d or \\w, which differ outside ASCII.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OUTPUT_URI_PATTERN = (
     + r")$"
 )
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, and so of its pods and its Service
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, its pods and its Service
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 OPTIONAL_DNS_SUBDOMAIN_PATTERN = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$"
 QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
@@ -47,22 +47,26 @@ REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 MODULE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
 VOCABULARY_PATTERN = r"^[^\x00-\x20\x7f]+$"
 WEIGHT_GLOB_PATTERN = r"^[A-Za-z0-9_.*?\[\]!-]+$"
+ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+ENV_VALUE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
-# What a text that doesn't match should have been, for people.
-MEANING = {
-    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix or pvc://claim/path, without spaces, ? and #",
-    DATA_URI_PATTERN: "must be s3://bucket/key, pvc://claim/path or hf://owner/dataset/file, without spaces, ? and #",
-    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix or pvc://claim/path, without spaces, ? and #",
+# The message for a text that doesn't match a pattern.
+PATTERN_MESSAGES = {
+    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix or pvc://claim/path, without spaces, ? or #",
+    DATA_URI_PATTERN: "must be s3://bucket/key, pvc://claim/path or hf://owner/dataset/file, without spaces, ? or #",
+    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix or pvc://claim/path, without spaces, ? or #",
     QUANTITY_PATTERN: "must be a quantity such as 16, 500m or 128Gi",
-    DNS_SUBDOMAIN_PATTERN: "must be an object's name: lower-case letters, digits, dashes and dots",
-    OPTIONAL_DNS_SUBDOMAIN_PATTERN: "must be an object's name: lower-case letters, digits, dashes and dots",
-    QUALIFIED_NAME_PATTERN: "must be a name such as example.com/name, of at most 63 characters behind the slash",
+    DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",
+    OPTIONAL_DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",
+    QUALIFIED_NAME_PATTERN: "must be a name such as example.com/name, with at most 63 characters after the slash",
     LABEL_VALUE_PATTERN: "must be at most 63 letters, digits, dashes, dots and underscores",
     REVISION_PATTERN: "must be a branch, a tag or a commit",
-    MODULE_PATTERN: "must be a layer's name as in the model's code, e.g. q_proj",
+    MODULE_PATTERN: "must be the name of a layer in the model's code, e.g. q_proj",
     VOCABULARY_PATTERN: "must be a token without spaces, e.g. <tool>",
-    WEIGHT_GLOB_PATTERN: "must be a weight's name, in which * ? and [0-9] stand for others, e.g. model.layers.[0-3].*",
-    NAME_PATTERN: "must be lower-case letters, digits and dashes, beginning with a letter",
+    WEIGHT_GLOB_PATTERN: "must be a glob over weight names, e.g. model.layers.[0-3].*",
+    ENV_NAME_PATTERN: "must be the name of an environment variable, e.g. NCCL_DEBUG",
+    ENV_VALUE_PATTERN: "must be one line of text",
+    NAME_PATTERN: "must be lowercase letters, digits and dashes, starting with a letter",
 }
 
 ModelUri = Annotated[str, Field(pattern=MODEL_URI_PATTERN, max_length=1024)]
@@ -76,21 +80,23 @@ ResourceName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN, max_length=128)]
 ModuleName = Annotated[str, Field(pattern=MODULE_PATTERN, min_length=1, max_length=128)]
 AddedToken = Annotated[str, Field(pattern=VOCABULARY_PATTERN, min_length=1, max_length=64)]
+EnvName = Annotated[str, Field(pattern=ENV_NAME_PATTERN, min_length=1, max_length=128)]
+EnvValue = Annotated[str, Field(pattern=ENV_VALUE_PATTERN, max_length=1024)]
 WeightGlob = Annotated[str, Field(pattern=WEIGHT_GLOB_PATTERN, min_length=1, max_length=128)]
 
 
-MAX_QUANTITY = 2**50  # of a quantity given as a bare number: 1 Pi
+MAX_QUANTITY = 2**50  # the maximum of a quantity that is a bare number: 1 Pi
 
 
-def _quantity(value: Any) -> Any:
-    """`cpu: 16` and `cpu: "16"` are the same to a person, and to Kubernetes."""
+def _number_as_text(value: Any) -> Any:
+    """Turns a number into a string, since `cpu: 16` and `cpu: "16"` mean the same."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_number and 0 <= value <= MAX_QUANTITY else value
 
 
 Quantity = Annotated[
     str,
-    BeforeValidator(_quantity),
+    BeforeValidator(_number_as_text),
     Field(pattern=QUANTITY_PATTERN, max_length=32),
     WithJsonSchema(
         {
@@ -107,6 +113,7 @@ MAX_COUNT = 100_000_000
 
 
 def _auto_or_positive(value: Any) -> Any:
+    """Returns the value if it is "auto" or an integer in range. Raises ValueError otherwise."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if value == "auto" or (is_number and 1 <= value <= MAX_COUNT):
         return value
@@ -135,9 +142,9 @@ _SUFFIX = {
 
 
 def quantity_value(quantity: str) -> float:
-    """A Kubernetes quantity as a number in its base unit (bytes, cores).
+    """Returns a Kubernetes quantity as a number in its base unit (bytes, cores).
 
-    Raises ValueError when the text is no quantity.
+    Raises ValueError if the text isn't a quantity.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", quantity)
     if match is None or match.group(2) not in _SUFFIX:
@@ -146,14 +153,15 @@ def quantity_value(quantity: str) -> float:
 
 
 def has_parent_segment(uri: str) -> bool:
-    """Whether a URI's path holds `..`, `.` or an empty segment, which would name another place than it reads.
+    """Whether a URI's path has a segment `..` or `.` or an empty one, so that it may lead
+    elsewhere.
 
-    One slash at the end is fine.
+    A single trailing slash is allowed.
     """
     path = uri.split("://", 1)[-1]
     return any(part in ("..", ".", "") for part in path.removesuffix("/").split("/"))
 
 
 def is_file_name(text: str, suffix: str) -> bool:
-    """Whether a text is the plain name of a file of that kind."""
+    """Whether a text is a plain file name with that suffix."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None and text.endswith(suffix)

@@ -1,7 +1,7 @@
-"""YAML as kubectl reads it, for the command line: `2e-4` is a number, `yes` is true, a date is a string.
+"""Parses YAML as kubectl does: `2e-4` is a number, `yes` is true, a date is a string.
 
-kubectl goes through sigs.k8s.io/yaml (YAML 1.1 with Go's numbers, then JSON), PyYAML has other numbers. tests/api
-compares the two. Reads text, never files.
+kubectl uses sigs.k8s.io/yaml (YAML 1.1 with Go's numbers, then JSON); PyYAML parses numbers
+differently. tests/api compares this module with kubectl. It reads text, never files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 _PLAIN = "tag:finetune-operator.io,2026:plain"
 _MERGE = "tag:yaml.org,2002:merge"
 
-_WORDS: dict[str, Any] = {
+_LITERALS: dict[str, Any] = {
     **dict.fromkeys(("y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"), True),
     **dict.fromkeys(("n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"), False),
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
@@ -28,76 +28,82 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's parser with kubectl's idea of plain scalars and keys."""
+    """Extends PyYAML's loader with kubectl's rules for unquoted scalars and for keys."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:
+        """Returns the tag of a node; unquoted scalars get one of our own."""
         if kind is yaml.ScalarNode and implicit[0]:
             return _MERGE if value == "<<" else _PLAIN
         return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
 
     def construct_plain(self, node: yaml.ScalarNode) -> Any:
+        """Returns the value of an unquoted scalar. Raises ConstructorError if JSON lacks it."""
         try:
             return plain(node.value)
         except ValueError as error:
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 
-    def construct_text(self, node: yaml.ScalarNode) -> str:
+    def construct_binary(self, node: yaml.ScalarNode) -> str:
+        """Returns the text that a base64 scalar (`!!binary`) encodes."""
         return base64.b64decode(node.value).decode("utf-8", "replace")
 
     def construct_merge(self, node: yaml.ScalarNode) -> str:
+        """Returns `<<` as text if it isn't a key."""
         return str(node.value)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        given = [(self._key(key), key) for key, _ in node.value if key.tag != _MERGE]
-        for index, (name, key) in enumerate(given):
-            if name in {other for other, _ in given[:index]}:
+        """Returns a mapping with string keys. Raises ConstructorError if a key is set twice."""
+        keys = [(self._key(key), key) for key, _ in node.value if key.tag != _MERGE]
+        for index, (name, key) in enumerate(keys):
+            if name in {earlier for earlier, _ in keys[:index]}:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} is given twice; remove one", key.start_mark
+                    None, None, f"the key {name!r} is set twice; remove one", key.start_mark
                 )
         self.flatten_mapping(node)
         return {self._key(key): self.construct_object(value, deep) for key, value in node.value}
 
     def _key(self, node: yaml.Node) -> str:
-        """JSON's keys are strings."""
+        """Returns a key as a string, since JSON has no other keys."""
         key = self.construct_object(node, True)
         if isinstance(key, bool):
             return "true" if key else "false"
         if key is None or isinstance(key, list | dict):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be a word or a number; give it a name", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a string or a number", node.start_mark)
         return str(key)
 
 
 _Loader.add_constructor(_PLAIN, _Loader.construct_plain)
 _Loader.add_constructor(_MERGE, _Loader.construct_merge)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_plain)
-_Loader.add_constructor("tag:yaml.org,2002:binary", _Loader.construct_text)
+_Loader.add_constructor("tag:yaml.org,2002:binary", _Loader.construct_binary)
 
 
 def load_all(text: str) -> tuple[Any, ...]:
-    """Every document that holds something. Raises yaml.YAMLError, which tells line and column.
+    """Returns every document that isn't empty. Raises yaml.YAMLError with line and column.
 
-    Stricter than kubectl in one thing: a key that is given twice in a mapping is refused.
+    It is stricter than kubectl in one respect: a duplicate key in a mapping is an error.
     """
     documents = yaml.load_all(text, Loader=_Loader)
     return tuple(document for document in documents if document is not None)
 
 
 def load(text: str) -> Any:
-    """The one document in a text. Raises ValueError when there is none, or more than one."""
+    """Returns the only document in a text. Raises ValueError if there is none, or more than one."""
     documents = load_all(text)
     if len(documents) != 1:
-        raise ValueError(f"there are {len(documents)} documents in this YAML; give one")
+        raise ValueError(f"this YAML contains {len(documents)} documents; exactly one is expected")
     return documents[0]
 
 
 def plain(text: str) -> Any:
-    """What an unquoted word means. Raises ValueError for what JSON cannot carry (.nan, .inf)."""
-    if text in _WORDS:
-        return _WORDS[text]
+    """Returns the value of an unquoted scalar.
+
+    Raises ValueError for .nan and .inf, which JSON lacks.
+    """
+    if text in _LITERALS:
+        return _LITERALS[text]
     if _NOT_JSON.fullmatch(text):
-        raise ValueError(f"{text} is not a number that Kubernetes can store; give a finite one")
+        raise ValueError(f"{text} is not a number that Kubernetes can store; use a finite one")
     if text[0] not in "+-.0123456789":
         return text
     number = text.replace("_", "")
@@ -111,7 +117,7 @@ def plain(text: str) -> Any:
 
 
 def _integer(digits: str) -> int:
-    """Go's base prefixes: 0x, 0o and a bare 0 for octal, 0b."""
+    """Parses an integer with Go's base prefixes: 0x, 0o or a bare 0 for octal, 0b."""
     prefix = digits[:2].lower()
     if prefix in ("0x", "0o", "0b"):
         return int(digits[2:], {"0x": 16, "0o": 8, "0b": 2}[prefix])
@@ -119,7 +125,7 @@ def _integer(digits: str) -> int:
 
 
 def _float(value: float, text: str) -> int | float:
-    """JSON as Go writes it has no 2.0: that is the integer 2."""
+    """Returns an integer for a whole number, since JSON as Go writes it has 2 instead of 2.0."""
     if math.isinf(value):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"the number {text} is too large")
     return int(value) if value.is_integer() and int(value) in _INT64 else value

@@ -1,1 +1,4 @@
-"""`finetune` and `kubectl finetune`: validate, plan, run without a cluster. Thin: it calls the others' functions."""
+"""The command line, `finetune` and `kubectl finetune`, which works without a cluster.
+
+It is thin: it calls functions of the operator, of the trainer and of the API package.
+"""

@@ -1,6 +1,6 @@
-"""FineTuneJob files: text → jobs, or problems that name file, line, field, value and remedy.
+"""Parses FineTuneJob files to jobs, or to problems that name file, line, field, value and remedy.
 
-Used by every subcommand that takes a file. Reads files, never writes one, and knows no cluster.
+It reads files but never writes one, and knows no cluster.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from finetune_api import yaml as kubectl_yaml
 from finetune_api.errors import describe
 from finetune_api.resource import FineTuneJob, parse
 
-Place = tuple[int | str, ...]
+FieldPath = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`line` counts from 1; 0 where there is none to point at."""
+    """Describes why a file is refused. `line` counts from 1; it is 0 if no line is to blame."""
 
     file: str
     line: int
@@ -35,8 +35,11 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Read:
-    """What a file holds; documents of other kinds are counted and left alone."""
+class ParsedFile:
+    """Holds the jobs of a file and its problems.
+
+    `others` is the number of documents of other kinds, which are ignored.
+    """
 
     jobs: tuple[FineTuneJob, ...]
     problems: tuple[Problem, ...]
@@ -44,32 +47,32 @@ class Read:
 
 
 class InvalidFile(Exception):
-    """A file that can't be gone on with."""
+    """Reports that a file has problems, or doesn't have exactly one job."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
         self.problems = problems
 
 
-def read(path: str) -> Read:
-    """All FineTuneJobs of a file; `-` is standard input."""
+def read(path: str) -> ParsedFile:
+    """Reads all FineTuneJobs of a file; `-` is standard input. Never raises for a bad file."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "isn't UTF-8"
-        return Read((), (Problem(path, 0, f"can't be read: {reason}"),))
+        return ParsedFile((), (Problem(path, 0, f"can't be read: {reason}"),))
     return read_text(text, path)
 
 
-def read_text(text: str, name: str) -> Read:
-    """As `read`, from text."""
+def read_text(text: str, name: str) -> ParsedFile:
+    """Does the same as `read` for text. `name` is the file's name in messages."""
     try:
         documents = list(kubectl_yaml.load_all(text))
-        nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if _holds_something(node)]
+        nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if not _is_empty(node)]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error)
-        return Read((), (Problem(name, mark.line + 1 if mark else 0, f"isn't YAML: {what}"),))
+        message = getattr(error, "problem", None) or str(error)
+        return ParsedFile((), (Problem(name, mark.line + 1 if mark else 0, f"isn't YAML: {message}"),))
     jobs: list[FineTuneJob] = []
     problems: list[Problem] = []
     others = 0
@@ -82,29 +85,38 @@ def read_text(text: str, name: str) -> Read:
         except ValidationError as error:
             problems += _problems(error, node, name)
         except TypeError:
-            problems.append(Problem(name, node.start_mark.line + 1, f"isn't a {KIND}; give a mapping with spec"))
+            problems.append(
+                Problem(
+                    name,
+                    node.start_mark.line + 1,
+                    f"isn't a {KIND}; give a mapping with spec",
+                )
+            )
     if not jobs and not problems:
-        problems.append(Problem(name, 0, f"holds no {KIND}"))
-    return Read(tuple(jobs), tuple(problems), others)
+        problems.append(Problem(name, 0, f"contains no {KIND}"))
+    return ParsedFile(tuple(jobs), tuple(problems), others)
 
 
 def one_job(path: str) -> FineTuneJob:
-    """The only job of a file. Raises InvalidFile."""
-    found = read(path)
-    if found.problems:
-        raise InvalidFile(found.problems)
-    if len(found.jobs) > 1:
-        names = ", ".join(job.metadata.name for job in found.jobs)
-        raise InvalidFile((Problem(path, 0, f"holds {len(found.jobs)} jobs ({names}); give a file with one"),))
-    return found.jobs[0]
+    """Returns the only job of a file.
+
+    Raises InvalidFile if the file has problems or several jobs.
+    """
+    file = read(path)
+    if file.problems:
+        raise InvalidFile(file.problems)
+    if len(file.jobs) > 1:
+        names = ", ".join(job.metadata.name for job in file.jobs)
+        raise InvalidFile((Problem(path, 0, f"contains {len(file.jobs)} jobs ({names}); give a file with one job"),))
+    return file.jobs[0]
 
 
 def _refuse() -> FineTuneJob:
     raise TypeError
 
 
-def _holds_something(node: yaml.Node) -> bool:
-    return not (isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null", "Null", "NULL"))
+def _is_empty(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null", "Null", "NULL")
 
 
 def _problems(error: ValidationError, node: yaml.Node, name: str) -> Iterator[Problem]:
@@ -112,18 +124,19 @@ def _problems(error: ValidationError, node: yaml.Node, name: str) -> Iterator[Pr
         yield Problem(name, line_of(node, detail["loc"]), text)
 
 
-def line_of(node: yaml.Node, place: Place) -> int:
-    """The line of the field, or of the nearest thing above it that is there."""
+def line_of(node: yaml.Node, path: FieldPath) -> int:
+    """Returns the line of a field, or of its nearest ancestor that exists. Lines count from 1."""
     line: int = node.start_mark.line + 1
-    for part in place:
-        found = _child(node, part)
-        if found is None:
+    for part in path:
+        child = _child(node, part)
+        if child is None:
             return line
-        line, node = found
+        line, node = child
     return line
 
 
 def _child(node: Any, part: int | str) -> tuple[int, yaml.Node] | None:
+    """Returns the line and the node of an entry of a mapping or sequence."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.value == part:

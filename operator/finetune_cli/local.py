@@ -1,6 +1,6 @@
-"""A FineTuneJob, to be run on this machine: the same plan, other places and another world. Pure.
+"""Plans a FineTuneJob for this machine: the cluster's plan with local paths and another world size.
 
-Called by `run`. The machine (cores, GPUs, a free port) is passed in.
+The module is pure: the machine (cores, GPUs, a free port) and the environment are passed in.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetune_api.messages.run import DataSource, JobRef, Location, ProgressConfig, RunConfig, S3Config, TrackingConfig
 from finetune_api.resource import FineTuneJob
-from finetune_api.run import DataSource, JobRef, Location, ProgressConfig, RunConfig, S3Config, TrackingConfig
-from finetune_operator.plan import plan
+from finetune_operator.core.plan import plan
 from finetune_operator.settings import Settings
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on."""
+    """Describes the resources of this machine. `free_port` is a TCP port that nothing uses."""
 
     cores: int
     gpus: int
@@ -29,7 +30,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line puts in place of the file's fields. Paths and URIs."""
+    """Holds options of the command line that replace fields of the file.
+
+    Inputs and output are paths or URIs.
+    """
 
     model: str | None = None
     dataset: str | None = None
@@ -40,35 +44,40 @@ class Overrides:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """Describes what surrounds a local run.
+
+    Relative paths start at `folder`; scratch folders are made in `scratch_root`.
+    """
+
+    folder: Path
+    scratch_root: Path
+    progress: ProgressConfig
+    s3: S3Config
+
+
+@dataclass(frozen=True)
 class LocalRun:
-    """`notes` say, for people, what differs from a cluster."""
+    """Holds a planned run. `notes` are sentences on how it differs from a run in a cluster."""
 
     config: RunConfig
     notes: tuple[str, ...]
 
 
 class CannotRunHere(ValueError):
-    """A field that has no meaning on this machine; the message names the option to give."""
+    """Reports a field that can't be used here; the message names the option that replaces it."""
 
 
-def local_run(
-    job: FineTuneJob,
-    overrides: Overrides,
-    machine: Machine,
-    *,
-    folder: Path,
-    scratch_root: Path,
-    progress: ProgressConfig,
-    s3: S3Config,
-) -> LocalRun:
-    """`folder` is where relative paths start. Raises CannotRunHere, or plan's PlanError."""
+def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspace: Workspace) -> LocalRun:
+    """Plans the run. Raises CannotRunHere, or PlanError if the job is invalid."""
     planned = plan(job, Settings())
+    folder = workspace.folder
     notes: list[str] = []
     device, processes = _world(planned, overrides, machine, notes)
     output = _location(overrides.output or f"{job.metadata.name}-output", folder)
     model = _replaced("--model", planned.model.location, overrides.model, folder, notes)
     train = _replaced("--dataset", planned.data.train, overrides.dataset, folder, notes)
-    sources = () if overrides.dataset else tuple(_here(source, notes) for source in planned.data.sources)
+    sources = () if overrides.dataset else tuple(_local_source(source, notes) for source in planned.data.sources)
     test = _replaced("--test", planned.data.test, overrides.test, folder, notes)
     validation = _replaced("--validation", planned.data.validation, overrides.validation, folder, notes)
     data = planned.data.model_copy(
@@ -99,10 +108,11 @@ def local_run(
             ),
             "output": output,
             "tracking": _tracking(planned),
-            "progress": progress,
-            "s3": s3,
+            "progress": workspace.progress,
+            "s3": workspace.s3,
             "provenance": planned.provenance.model_copy(update={"image": ""}),
-            "scratch": str(scratch_root / f"{job.metadata.name}-{uid[:8]}"),
+            "scratch": str(workspace.scratch_root / f"{job.metadata.name}-{uid[:8]}"),
+            "scratch_bytes": None,  # resources.scratch limits a pod, not this machine
             "metrics_port": 0,
             "metrics_linger_seconds": 0.0,
         }
@@ -110,74 +120,90 @@ def local_run(
     return LocalRun(RunConfig.model_validate(config.model_dump()), tuple(notes))
 
 
+def s3_config(environment: Mapping[str, str], endpoint: str | None = None) -> S3Config:
+    """Returns how to reach S3 from this machine.
+
+    The endpoint is `endpoint` or AWS_ENDPOINT_URL, otherwise AWS. The storage itself reads the
+    region from the environment.
+    """
+    endpoint = endpoint or environment.get("AWS_ENDPOINT_URL")
+    return S3Config(endpoint=endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
+
+
 def _world(
     planned: RunConfig, overrides: Overrides, machine: Machine, notes: list[str]
 ) -> tuple[Literal["cpu", "cuda"], int]:
-    wanted = planned.world.size
+    """Chooses the device and the number of processes."""
+    planned_size = planned.world.size
     device: Literal["cpu", "cuda"] = "cuda" if planned.world.device == "cuda" and machine.gpus else "cpu"
     if planned.world.device == "cuda" and device == "cpu":
-        notes.append("resources.gpu: no GPU here, so it trains on the CPU")
-    room = machine.gpus if device == "cuda" else machine.cores
-    processes = overrides.processes or max(1, min(wanted, room))
+        notes.append("resources.gpu: this machine has no GPU, so the job trains on the CPU")
+    available = machine.gpus if device == "cuda" else machine.cores
+    processes = overrides.processes or max(1, min(planned_size, available))
     if device == "cuda" and processes > machine.gpus:
-        raise CannotRunHere(f"--processes {processes}: there are {machine.gpus} GPUs; give at most that many")
+        raise CannotRunHere(f"--processes {processes}: give at most {machine.gpus}, the number of GPUs of this machine")
     if processes > planned.training.global_batch_size:
         raise CannotRunHere(
             f"--processes {processes}: training.globalBatchSize is {planned.training.global_batch_size}, and every "
-            "process needs an example; give fewer"
+            "process needs at least one example per step; give fewer"
         )
-    if processes != wanted:
-        notes.append(f"{processes} processes here instead of {wanted}; the global batch stays as it is")
+    if processes != planned_size:
+        notes.append(f"{processes} processes instead of {planned_size}; the global batch size is unchanged")
     return device, processes
 
 
 def _replaced(
-    option: str, planned: Location | None, given: str | None, folder: Path, notes: list[str]
+    option: str, planned: Location | None, override: str | None, folder: Path, notes: list[str]
 ) -> Location | None:
-    if given is not None:
-        return _location(given, folder)
+    """Returns the overriding location, or the planned one as this machine can read it."""
+    if override is not None:
+        return _location(override, folder)
     if planned is None:
         return None
     if planned.display.startswith("pvc://"):
-        raise CannotRunHere(f"{planned.display} is a volume of a cluster; give {option} PATH")
+        raise CannotRunHere(f"{planned.display} is a volume of a cluster and can't be read here; give {option} PATH")
     if planned.credentials is not None:
-        note = "credentialsRef: Secrets aren't read here; keys come from the environment (AWS_*, HF_TOKEN)"
+        note = "credentialsRef: Secrets can't be read here; keys come from the environment (AWS_*, HF_TOKEN)"
         if note not in notes:
             notes.append(note)
     return planned.model_copy(update={"credentials": None})
 
 
-def _here(source: DataSource, notes: list[str]) -> DataSource:
-    """A place of a mixture as this machine reads it."""
+def _local_source(source: DataSource, notes: list[str]) -> DataSource:
+    """Returns a source of a mixture as this machine can read it."""
     location = _replaced("--dataset", source.location, None, Path(), notes)
     return source.model_copy(update={"location": location})
 
 
-def _location(given: str, folder: Path) -> Location:
-    """A path of this machine, or a URI as it is."""
-    if "://" in given:
-        return Location(uri=given, display=given)
-    path = (folder / Path(given).expanduser()).resolve()
+def _location(path_or_uri: str, folder: Path) -> Location:
+    """Resolves a path on this machine; leaves a URI unchanged."""
+    if "://" in path_or_uri:
+        return Location(uri=path_or_uri, display=path_or_uri)
+    path = (folder / Path(path_or_uri).expanduser()).resolve()
     return Location(uri=f"file://{path}", display=str(path))
 
 
 def _tracking(planned: RunConfig) -> TrackingConfig:
-    """Keys come from the environment."""
-    asked = planned.tracking
-    here = {
+    """Removes the Secrets; trackers find their keys in the environment."""
+    tracking = planned.tracking
+    without_secrets = {
         name: tracker.model_copy(update={"credentials": None})
-        for name, tracker in (("mlflow", asked.mlflow), ("wandb", asked.wandb))
+        for name, tracker in (("mlflow", tracking.mlflow), ("wandb", tracking.wandb))
         if tracker is not None
     }
-    return asked.model_copy(update=here)
+    return tracking.model_copy(update=without_secrets)
 
 
 def _identity(job: FineTuneJob, output: Location, inputs: tuple[Location | None, ...]) -> str:
-    """The same file with the same places is the same run: it goes on where it stopped. A changed recipe is not."""
+    """Returns a UID that depends on the recipe, the inputs and the output.
+
+    The same file with the same locations is the same run, so it resumes where it stopped. A changed
+    recipe starts a new run.
+    """
     content = {
         "name": job.metadata.name,
         "spec": {key: value for key, value in job.spec.to_json().items() if key not in ("runPolicy", "resources")},
-        "places": [place.uri for place in (output, *inputs) if place is not None],
+        "places": [location.uri for location in (output, *inputs) if location is not None],
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"finetune-run:{digest}"))

@@ -1,6 +1,6 @@
-"""Takes the progress that a supervisor on this machine posts: the operator's protocol, on a loopback port.
+"""Receives the progress that a supervisor on this machine posts.
 
-Used by `run`. Keeps the last value only.
+It speaks the operator's protocol on a loopback port and stores only the latest value.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from finetune_api.messages.progress import MAX_BODY_BYTES, Progress
+from finetune_api.messages.run import ProgressConfig
 from finetune_api.names import PROGRESS_PATH
-from finetune_api.progress import MAX_BODY_BYTES, Progress
-from finetune_api.run import ProgressConfig
 
 
 class Receiver:
-    """A context manager; `latest` is what was posted last, or None."""
+    """Runs the HTTP server; it is a context manager.
+
+    `latest` is the latest progress, or None. `config` has the URL for the supervisor, which posts
+    every `interval` seconds. The token is in `token_file` while the server runs.
+    """
 
     def __init__(self, token_file: Path, interval: float = 0.3) -> None:
         self.latest: Progress | None = None
@@ -46,7 +50,7 @@ class Receiver:
         self._server.server_close()
         self._token_file.unlink(missing_ok=True)
 
-    def _take(self, authorization: str, body: bytes) -> HTTPStatus:
+    def _receive(self, authorization: str, body: bytes) -> HTTPStatus:
         if not secrets.compare_digest(authorization.encode(), f"Bearer {self._token}".encode()):
             return HTTPStatus.UNAUTHORIZED
         try:
@@ -56,17 +60,20 @@ class Receiver:
         return HTTPStatus.OK
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        take = self._take
+        receive = self._receive
 
         class Handler(BaseHTTPRequestHandler):
+            """Handles the posts of the supervisor."""
+
             def do_POST(self) -> None:
+                """Responds to a post of progress."""
                 size = min(int(self.headers.get("Content-Length") or 0), MAX_BODY_BYTES)
-                status = take(self.headers.get("Authorization") or "", self.rfile.read(size))
+                status = receive(self.headers.get("Authorization") or "", self.rfile.read(size))
                 self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
             def log_message(self, format: str, *arguments: object) -> None:
-                return
+                """Logs nothing: the terminal is for the progress bar."""
 
         return Handler

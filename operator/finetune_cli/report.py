@@ -1,4 +1,4 @@
-"""`finetune report RESULT`: makes report.html again, out of what lies in a result's folder."""
+"""`finetune report RESULT`: writes report.html again from the files in a result's folder."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ import os
 import sys
 from pathlib import Path
 
-from finetune_api.run import Location, S3Config
+from finetune_api.messages.run import Location
+from finetune_cli.local import s3_config
 
 USAGE_ERROR = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("result", metavar="RESULT", help="folder of a finished job, or its URI (s3://bucket/prefix)")
+    """Adds the arguments of `finetune report`."""
+    parser.add_argument("result", metavar="RESULT", help="folder of a finished result, or its URI (s3://bucket/prefix)")
     parser.add_argument(
-        "--out", metavar="FILE", default="report.html", help="default report.html; - is standard output"
+        "--out", metavar="FILE", default="report.html", help="file to write; default report.html; - is standard output"
     )
-    parser.add_argument("--s3-endpoint", metavar="URL", help="of an S3 server; default AWS_ENDPOINT_URL, else AWS")
+    parser.add_argument(
+        "--s3-endpoint", metavar="URL", help="endpoint of an S3 server; default AWS_ENDPOINT_URL, else AWS"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    from finetune_trainer import report, store
-    from finetune_trainer.failure import Failed
+    """Writes the page. Returns 0, or 2 if there is no result or the file can't be written."""
+    from finetune_trainer.errors import RunError
+    from finetune_trainer.reporting.html import page as html
+    from finetune_trainer.storage import schemes
 
-    given, endpoint = options.result, options.s3_endpoint or os.environ.get("AWS_ENDPOINT_URL")
-    uri = given if "://" in given else f"file://{Path(given).expanduser().resolve()}"
-    s3 = S3Config(
-        endpoint=endpoint,
-        region=os.environ.get("AWS_REGION", "us-east-1"),
-        allow_http=bool(endpoint and endpoint.startswith("http://")),
-    )
+    result = options.result
+    uri = result if "://" in result else f"file://{Path(result).expanduser().resolve()}"
     try:
-        place = store.open_folder(Location(uri=uri, display=given), "output", store.Access(s3, os.environ, 1, 10.0))
-        page = report.page(report.read_result(place.read, given))
-    except Failed as failed:
-        print(f"finetune report: {failed.message}", file=sys.stderr)
+        access = schemes.Access(s3_config(os.environ, options.s3_endpoint), os.environ, retries=1, retry_seconds=10.0)
+        storage = schemes.open_folder(Location(uri=uri, display=result), "output", access)
+        page = html.page(html.read_result(storage.read, result))
+    except RunError as error:
+        print(f"finetune report: {error.message}", file=sys.stderr)
         return USAGE_ERROR
     if options.out == "-":
         sys.stdout.write(page)

@@ -1,4 +1,4 @@
-"""`finetune run FILE`: the same file and the same trainer as in a cluster, on this machine."""
+"""`finetune run FILE`: trains on this machine, with the same file and trainer as in a cluster."""
 
 from __future__ import annotations
 
@@ -9,87 +9,105 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from finetune_api.reasons import REASONS
-from finetune_api.run import S3Config
-from finetune_cli import files, screen, session
-from finetune_cli.local import CannotRunHere, LocalRun, Machine, Overrides, local_run
+from finetune_cli import files, session
+from finetune_cli.local import CannotRunHere, LocalRun, Machine, Overrides, Workspace, local_run, s3_config
 from finetune_cli.receiver import Receiver
-from finetune_operator.plan import PlanError
+from finetune_operator.core.plan import PlanError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE_ERROR = 2
-_TRAINER = ("torch", "transformers", "peft", "accelerate", "obstore")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "obstore", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `finetune run`."""
     parser.add_argument("file", metavar="FILE", help="YAML file with one FineTuneJob; - is standard input")
-    inputs = parser.add_argument_group("places (a path of this machine, or a URI), instead of the file's")
-    inputs.add_argument("--model", metavar="PATH", help="base model's folder")
+    inputs = parser.add_argument_group("locations (a path on this machine, or a URI) that replace those of the file")
+    inputs.add_argument("--model", metavar="PATH", help="folder of the base model")
     inputs.add_argument("--dataset", metavar="PATH", help="training rows")
     inputs.add_argument("--validation", metavar="PATH", help="validation rows")
     inputs.add_argument("--test", metavar="PATH", help="test rows")
-    inputs.add_argument("--output", metavar="PATH", help="folder for the result; default ./NAME-output")
+    inputs.add_argument(
+        "--output", metavar="PATH", help="folder for the result; default ./NAME-output, after the job's name"
+    )
     machine = parser.add_argument_group("this machine")
     machine.add_argument(
-        "--processes", type=_positive, metavar="N", help="ranks; default: the job's, at most one a GPU or core"
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="number of ranks; default the job's, but at most one per GPU or CPU core",
     )
-    machine.add_argument("--s3-endpoint", metavar="URL", help="of an S3 server; default AWS_ENDPOINT_URL, else AWS")
-    machine.add_argument("--scratch", metavar="PATH", help="working folder; default in the user's cache")
-    machine.add_argument("-v", "--verbose", action="store_true", help="show the trainer's log too")
+    machine.add_argument(
+        "--s3-endpoint", metavar="URL", help="endpoint of an S3 server; default AWS_ENDPOINT_URL, else AWS"
+    )
+    machine.add_argument("--scratch", metavar="PATH", help="working folder; default in the user's cache folder")
+    machine.add_argument("-v", "--verbose", action="store_true", help="also show the trainer's log")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Trains. Returns 0, 2 if the file or an option is invalid, else the trainer's exit code.
+
+    Raises ModuleNotFoundError if the trainer isn't installed.
+    """
+    _require_packages()
+    from rich.console import Console
+
     console = Console(soft_wrap=True)
-    missing = [name for name in _TRAINER if importlib.util.find_spec(name) is None]
-    if missing:
-        return _refuse(f"the trainer isn't installed ({', '.join(missing)}); install finetune-operator[trainer,cli]")
     try:
         job = files.one_job(options.file)
-    except files.InvalidFile as invalid:
-        return _refuse(str(invalid))
+    except files.InvalidFile as error:
+        return _usage_error(str(error))
     overrides = Overrides(
         options.model, options.dataset, options.validation, options.test, options.output, options.processes
     )
-    scratch_root = Path(options.scratch).resolve() if options.scratch else _cache()
+    scratch_root = Path(options.scratch).resolve() if options.scratch else _cache_folder()
     with Receiver(scratch_root / f"token-{os.getpid()}") as receiver:
+        workspace = Workspace(Path.cwd(), scratch_root, receiver.config, s3_config(os.environ, options.s3_endpoint))
         try:
-            planned = local_run(
-                job,
-                overrides,
-                _machine(),
-                folder=Path.cwd(),
-                scratch_root=scratch_root,
-                progress=receiver.config,
-                s3=_s3(options.s3_endpoint),
-            )
+            planned = local_run(job, overrides, _machine(), workspace)
         except (CannotRunHere, PlanError) as error:
-            return _refuse(str(error))
+            return _usage_error(str(error))
         for note in planned.notes:
             console.print(f"[dim]note:[/dim] {note}", highlight=False)
         return _follow(planned, receiver, console, verbose=options.verbose)
 
 
+def _require_packages() -> None:
+    """Raises ModuleNotFoundError, as an import would, that names all packages that are missing."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"not installed: {', '.join(missing)}", name=", ".join(missing))
+
+
 def _follow(planned: LocalRun, receiver: Receiver, console: Console, *, verbose: bool) -> int:
+    """Runs the supervisor and shows its progress. Returns the exit code."""
+    from finetune_cli import screen
+
     config = planned.config
     scratch = Path(config.scratch)
     log = scratch / "supervisor.log"
-    shown = log.stat().st_size if log.exists() else 0
+    shown_bytes = log.stat().st_size if log.exists() else 0
     with screen.Bar(console) as bar:
 
         def tick() -> None:
-            nonlocal shown
+            """Shows new log lines and the latest progress."""
+            nonlocal shown_bytes
             if verbose:
-                lines, shown = session.new_lines(log, shown)
+                lines, shown_bytes = session.new_lines(log, shown_bytes)
                 if lines:
                     console.print(lines.rstrip("\n"), markup=False, highlight=False)
             if receiver.latest is not None:
                 bar.show(receiver.latest)
 
         def interrupted(times: int) -> None:
-            what = "saving a checkpoint; Ctrl-C again ends at once" if times == 1 else "ending at once"
-            console.print(f"[yellow]{what}[/yellow]")
+            """Shows what the interruption number `times` does."""
+            first = "saving a checkpoint; press Ctrl-C again to stop immediately"
+            console.print(f"[yellow]{first if times == 1 else 'stopping immediately'}[/yellow]")
 
         ended = session.follow(
             config,
@@ -99,35 +117,39 @@ def _follow(planned: LocalRun, receiver: Receiver, console: Console, *, verbose:
             interrupted=interrupted,
         )
         tick()
-    return _end(ended, config.output.display, config.model.location.display, scratch, console)
+    return _show_end(ended, config.output.display, config.model.location.display, scratch, console)
 
 
-def _end(ended: session.Ended, output: str, model: str, scratch: Path, console: Console) -> int:
-    last = ended.result
+def _show_end(ended: session.Ended, output: str, model: str, scratch: Path, console: Console) -> int:
+    """Shows how the run ended. Returns the exit code."""
+    from finetune_cli import screen
+
+    result = ended.result
     log = scratch / "supervisor.log"
-    if last is None:
+    if result is None:
         console.print(f"[red]the trainer died with exit code {ended.code}[/red]; its log is {log}")
         return ended.code if ended.code > 0 else 1
-    if last.outcome == "succeeded":
+    if result.outcome == "succeeded":
         if "://" in output:
             console.print(f"[green]done[/green]: {output}")
         else:
             screen.summary(console, Path(output), model)
         shutil.rmtree(scratch, ignore_errors=True)
-    elif last.outcome == "preempted":
-        console.print(f"[yellow]stopped[/yellow]: {last.message}. The same command goes on.", highlight=False)
+    elif result.outcome == "preempted":
+        resume = "Run the same command again to resume."
+        console.print(f"[yellow]stopped[/yellow]: {result.message}. {resume}", highlight=False)
     else:
-        console.print(f"[red]{last.reason}[/red]: ", end="")
-        console.print(last.message, markup=False, highlight=False)
-        console.print(f"hint: {REASONS[last.reason].hint}" if last.reason in REASONS else "", highlight=False)
-        if last.log_tail:
-            console.print(last.log_tail, markup=False, highlight=False, style="dim")
-        console.print(f"the whole log is {log}", highlight=False)
+        console.print(f"[red]{result.reason}[/red]: ", end="")
+        console.print(result.message, markup=False, highlight=False)
+        console.print(f"hint: {REASONS[result.reason].hint}" if result.reason in REASONS else "", highlight=False)
+        if result.log_tail:
+            console.print(result.log_tail, markup=False, highlight=False, style="dim")
+        console.print(f"the full log is {log}", highlight=False)
     return ended.code
 
 
 def _machine() -> Machine:
-    from finetune_trainer.gpu import Gpus
+    from finetune_trainer.reporting.nvml import Gpus
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,26 +157,17 @@ def _machine() -> Machine:
     return Machine(cores=len(os.sched_getaffinity(0)), gpus=len(Gpus().sample()), free_port=port)
 
 
-def _s3(endpoint: str | None) -> S3Config:
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")
-    return S3Config(
-        endpoint=endpoint,
-        region=os.environ.get("AWS_REGION", "us-east-1"),
-        allow_http=bool(endpoint and endpoint.startswith("http://")),
-    )
-
-
-def _cache() -> Path:
+def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "finetune-operator" / "runs"
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
 
 
-def _refuse(message: str) -> int:
+def _usage_error(message: str) -> int:
     print(f"finetune run: {message}", file=sys.stderr)
     return USAGE_ERROR

@@ -1,9 +1,14 @@
-"""What `finetune run` shows while it works and at the end. Writes to the terminal, decides nothing."""
+"""Shows the progress of `finetune run` and its summary.
+
+It writes to the terminal, and decides nothing.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,12 +18,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api import progress as posted
-from finetune_api.evaluation import Evaluation
-from finetune_api.manifest import Manifest
-from finetune_api.names import EVALUATION_PATH, MANIFEST_PATH, REPORT_PATH, SAMPLES_PATH
+from finetune_api.messages import progress as posted
+from finetune_api.messages.evaluation import Evaluation
+from finetune_api.messages.manifest import Manifest
+from finetune_api.names import EVALUATION_PATH, HISTORY_PATH, MANIFEST_PATH, REPORT_PATH, SAMPLES_PATH
 
-_SAYS = {
+_BARS = "▁▂▃▄▅▆▇█"
+_PHASES = {
     "starting": "starting",
     "fetching": "fetching model and data",
     "checking": "checking the rows",
@@ -32,8 +38,8 @@ _SAYS = {
 }
 
 
-def said(latest: posted.Progress) -> str:
-    """`loss 2.134  eval 2.201  412 tokens/s  ETA 1:05`, with what is known."""
+def figures(latest: posted.Progress) -> str:
+    """Formats the values that are known, as in `loss 2.134  eval 2.201  412 tokens/s  ETA 1:05`."""
     parts = []
     if latest.train_loss is not None:
         parts.append(f"loss {latest.train_loss:.4f}")
@@ -49,12 +55,19 @@ def said(latest: posted.Progress) -> str:
 
 
 class _Figures(ProgressColumn):
+    """Shows the figures at the end of the bar."""
+
     def render(self, task: Task) -> Text:
+        """Returns the text of the column."""
         return Text(str(task.fields.get("figures", "")))
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere one line whenever step or phase changed, at most every few steps."""
+    """Shows a progress bar on a terminal.
+
+    If the output isn't a terminal, it prints a line when the phase changes, and after each
+    twentieth of the steps.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -78,13 +91,14 @@ class Bar:
         self._bar.__exit__(kind, error, at)
 
     def show(self, latest: posted.Progress) -> None:
-        phase = _SAYS.get(latest.phase, latest.phase)
+        """Updates the bar, or prints a line."""
+        phase = _PHASES.get(latest.phase, latest.phase)
         self._bar.update(
             self._task,
             description=phase,
             completed=latest.step,
             total=latest.total_steps or None,
-            figures=said(latest),
+            figures=figures(latest),
         )
         if not self._console.is_terminal:
             self._line(latest, phase)
@@ -95,11 +109,11 @@ class Bar:
             return
         self._shown = (phase, latest.step)
         steps = f"step {latest.step}/{latest.total_steps}  " if latest.total_steps else ""
-        self._console.print(f"{phase}: {steps}{said(latest)}".rstrip(" :"), markup=False, highlight=False)
+        self._console.print(f"{phase}: {steps}{figures(latest)}".rstrip(" :"), markup=False, highlight=False)
 
 
 def summary(console: Console, output: Path, model: str) -> None:
-    """Files, losses, a few answers, and how to go on."""
+    """Prints the result's files, losses, scores and first samples, and how to load it."""
     manifest = Manifest.model_validate_json((output / MANIFEST_PATH).read_bytes())
     files = Table(title=str(output), title_justify="left", box=None)
     files.add_column("file")
@@ -107,6 +121,8 @@ def summary(console: Console, output: Path, model: str) -> None:
     for file in manifest.files:
         files.add_row(file.path, f"{file.size:,}")
     console.print(files)
+    if curve := loss_curve(output / HISTORY_PATH):
+        console.print(curve, highlight=False)
     for line in losses(manifest.metrics):
         console.print(line, highlight=False)
     for line in scores(output / EVALUATION_PATH):
@@ -121,8 +137,34 @@ def summary(console: Console, output: Path, model: str) -> None:
     console.print(how_to_load(manifest.kind, output, model), markup=False, highlight=False)
 
 
+def loss_curve(history: Path) -> str:
+    """Returns a line with the training loss of all steps; empty if no history was written."""
+    if not history.is_file():
+        return ""
+    parsed = (json.loads(line) for line in history.read_text(encoding="utf-8").splitlines() if line)
+    values = [float(event["loss"]) for event in parsed if event.get("type") == "step"]
+    if not values:
+        return ""
+    return f"training loss {sparkline(values)} {values[0]:.4f} → {values[-1]:.4f}"
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Draws values as characters of different heights, from ▁ for the lowest to █ for the highest.
+
+    More than `width` values are averaged in groups. Values that aren't finite are left out.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    columns = min(width, len(finite))
+    bounds = [round(index * len(finite) / columns) for index in range(columns + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+    low, high = min(means), max(means)
+    return "".join(_BARS[round((mean - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for mean in means)
+
+
 def losses(metrics: dict[str, float]) -> list[str]:
-    """Sentences about the losses that are there."""
+    """Describes the losses that are known, one line each."""
     lines = []
     before, after = metrics.get("testLossBefore"), metrics.get("testLossAfter")
     if before is not None and after is not None:
@@ -132,26 +174,26 @@ def losses(metrics: dict[str, float]) -> list[str]:
     for split, name in (("test", "test"), ("eval", "validation")):
         if f"{split}RewardAccuracy" in metrics:
             share, margin = metrics[f"{split}RewardAccuracy"], metrics[f"{split}RewardMargin"]
-            lines.append(f"{name} pairs: {share:.1%} preferred as they should be, reward margin {margin:.4f}")
+            lines.append(f"{name} pairs: {share:.1%} ranked correctly, reward margin {margin:.4f}")
     if "trainLoss" in metrics:
         lines.append(f"training loss {metrics['trainLoss']:.4f} (last of {metrics.get('steps', 0):.0f} steps)")
     return lines
 
 
 def scores(path: Path) -> list[str]:
-    """A sentence for each score of evaluation.json, where there is one."""
+    """Describes the scores of evaluation.json, one line each; empty if there is no such file."""
     if not path.is_file():
         return []
-    found = Evaluation.model_validate_json(path.read_bytes()).scores
+    evaluation = Evaluation.model_validate_json(path.read_bytes())
     return [
         f"{score.name} {score.base:.4g} → {score.tuned:.4g} "
         f"(difference {score.low:+.4g} to {score.high:+.4g}, {score.verdict})"
-        for score in found
+        for score in evaluation.scores
     ]
 
 
 def how_to_load(kind: str, output: Path, model: str) -> str:
-    """A few lines of Python."""
+    """Returns a few lines of Python that load the result."""
     if kind == "adapter":
         return (
             "  from transformers import AutoModelForCausalLM\n"

@@ -1,9 +1,10 @@
-"""`finetune serve-manifest RESULT --for SERVER`: what loads a finished result there."""
+"""`finetune serve-manifest RESULT --for SERVER`: prints what serves a finished result there."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,46 @@ import yaml
 
 from finetune_api.names import MANIFEST_PATH
 from finetune_cli import serving, serving_cloud, serving_kubernetes
+from finetune_cli.local import s3_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `finetune serve-manifest`."""
     parser.add_argument(
-        "result", metavar="RESULT", help="folder of this machine, or URI (s3://…), of a finished result"
+        "result", metavar="RESULT", help="folder of a finished result on this machine, or its URI (s3://…)"
     )
-    parser.add_argument("--for", dest="target", choices=serving.TARGETS, required=True, help="the server")
-    parser.add_argument("--uri", metavar="URI", help="where the server finds it; default RESULT, e.g. pvc://claim/path")
-    parser.add_argument("--base", metavar="URI", help="where the server finds the base model; default the job's")
-    parser.add_argument("--name", help="of the model and the objects; default the job's")
-    parser.add_argument("--image", default="", help="the server's image; default one that was current")
-    parser.add_argument("--secret", default="", help="Secret in the namespace with AWS_* or HF_TOKEN")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of one replica; default 1")
+    parser.add_argument(
+        "--for", dest="target", choices=serving.TARGETS, required=True, help="the server; vllm is the usual choice"
+    )
+    parser.add_argument(
+        "--uri", metavar="URI", help="URI of the result as the server sees it, such as pvc://claim/path; default RESULT"
+    )
+    parser.add_argument(
+        "--base", metavar="URI", help="URI of the base model as the server sees it; default that of the job"
+    )
+    parser.add_argument("--name", help="name of the model and of the objects; default that of the job")
+    parser.add_argument(
+        "--image", default="", help="image of the server; default a fixed version, which a comment of the output names"
+    )
+    parser.add_argument(
+        "--secret", default="", help="name of a Secret with the keys AWS_* or HF_TOKEN, in the server's namespace"
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per replica; default 1")
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where that server can't load it, 2 where there is no result."""
+    """Prints the manifest.
+
+    Returns 0, 1 if the server can't load the result, or 2 if there is no result.
+    """
     try:
         result = _served(options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"finetune serve-manifest: {options.result} holds no finished result: {error}", file=sys.stderr)
+        print(f"finetune serve-manifest: {options.result} is not a finished result: {error}", file=sys.stderr)
         return 2
-    why_not = serving.refusal(result, options.target) or _unreachable(result, options.target)
-    if why_not:
-        print(f"finetune serve-manifest: {why_not}", file=sys.stderr)
+    obstacle = serving.refusal(result, options.target) or _unreachable(result, options.target)
+    if obstacle:
+        print(f"finetune serve-manifest: {obstacle}", file=sys.stderr)
         return 1
     for note in serving.notes(result, options.target):
         print(f"note: {note}", file=sys.stderr)
@@ -53,7 +69,8 @@ def _text(result: serving.Served, options: argparse.Namespace) -> str:
     objects = serving_kubernetes.manifests(
         result, options.target, image=options.image, secret=options.secret, gpus=options.gpus
     )
-    return str(yaml.safe_dump_all(objects, sort_keys=False))
+    comments = "".join(f"# {line}\n" for line in serving_kubernetes.comments(options.target, options.image))
+    return comments + str(yaml.safe_dump_all(objects, sort_keys=False))
 
 
 def _served(options: argparse.Namespace) -> serving.Served:
@@ -76,28 +93,26 @@ def _local(folder: str, path: str) -> bytes | None:
 
 
 def _remote(uri: str, path: str) -> bytes | None:
-    """Keys and endpoint from the environment, as `finetune run` takes them."""
-    import os
+    """Reads a file. Keys and endpoint come from the environment, as for `finetune run`."""
+    from finetune_api.messages.run import Location
+    from finetune_trainer.errors import RunError
+    from finetune_trainer.storage.schemes import Access, open_folder
 
-    from finetune_api.run import Location, S3Config
-    from finetune_trainer.failure import Failed
-    from finetune_trainer.store import Access, open_folder
-
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    insecure = bool(endpoint and endpoint.startswith("http://"))
-    s3 = S3Config(endpoint=endpoint, region=os.environ.get("AWS_REGION", "us-east-1"), allow_http=insecure)
     try:
-        return open_folder(Location(uri=uri, display=uri), "output", Access(s3, os.environ)).read(path)
-    except Failed as failed:
-        raise ValueError(failed.message) from None
+        return open_folder(Location(uri=uri, display=uri), "output", Access(s3_config(os.environ), os.environ)).read(
+            path
+        )
+    except RunError as error:
+        raise ValueError(error.message) from None
 
 
 def _unreachable(result: serving.Served, target: str) -> str | None:
-    """A path of this machine says nothing to a server elsewhere."""
+    """Returns a message if the server can't reach a URI, such as a path of this machine."""
     model, adapter = serving.parts(result, target)  # type: ignore[arg-type]
-    needed = {"s3"} if target == "sagemaker" else {"s3", "pvc", "gs"} if target == "vertex" else {"s3", "pvc", "hf"}
+    reachable = {"s3"} if target == "sagemaker" else {"s3", "pvc", "gs"} if target == "vertex" else {"s3", "pvc", "hf"}
     for uri, option in ((model, "--base" if adapter else "--uri"), (adapter, "--uri")):
         scheme = (uri or "").partition("://")[0] if "://" in (uri or "") else "a path of this machine"
-        if uri and scheme not in needed:
-            return f"{target} can't reach {uri} ({scheme}); say where it finds it by {option} ({', '.join(sorted(needed))}://…)"
+        if uri and scheme not in reachable:
+            schemes = ", ".join(sorted(reachable))
+            return f"{target} can't reach {uri} ({scheme}); give a URI that it can reach with {option} ({schemes}://…)"
     return None

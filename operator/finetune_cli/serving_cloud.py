@@ -1,6 +1,6 @@
-"""Calls that serve a whole model at a cloud: SageMaker's three, Vertex AI's upload. Pure.
+"""Builds the API calls that serve a full model on SageMaker or Vertex AI.
 
-What only the user knows is written in CAPITALS.
+The module is pure. Values that only the user knows are in CAPITALS.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import Any
 
 from finetune_cli.serving import Served, parts
 
-_LMI = "763104351884.dkr.ecr.REGION.amazonaws.com/djl-inference:0.34.0-lmi16.0.0-cu128"
-_VERTEX = "us-docker.pkg.dev/vertex-ai/vertex-vision-model-garden-dockers/pytorch-vllm-serve:latest"
+_SAGEMAKER_IMAGE = "763104351884.dkr.ecr.REGION.amazonaws.com/djl-inference:0.34.0-lmi16.0.0-cu128"
+_VERTEX_IMAGE = "us-docker.pkg.dev/vertex-ai/vertex-vision-model-garden-dockers/pytorch-vllm-serve:latest"
 
 
 def sagemaker(result: Served, *, image: str, gpus: int) -> dict[str, dict[str, Any]]:
-    """By boto3's method: create_model, create_endpoint_config, create_endpoint."""
+    """Returns the keyword arguments of the three boto3 methods to call, by method and in order."""
     model, _ = parts(result, "sagemaker")
     name = result.label
     source = {"S3Uri": f"{model.rstrip('/')}/", "S3DataType": "S3Prefix", "CompressionType": "None"}
@@ -23,7 +23,7 @@ def sagemaker(result: Served, *, image: str, gpus: int) -> dict[str, dict[str, A
             "ModelName": name,
             "ExecutionRoleArn": "arn:aws:iam::ACCOUNT:role/ROLE",
             "PrimaryContainer": {
-                "Image": image or _LMI,
+                "Image": image or _SAGEMAKER_IMAGE,
                 "ModelDataSource": {"S3DataSource": source},
                 "Environment": {
                     "HF_MODEL_ID": "/opt/ml/model",
@@ -52,17 +52,17 @@ def sagemaker(result: Served, *, image: str, gpus: int) -> dict[str, dict[str, A
 
 
 def vertex(result: Served, *, image: str, gpus: int) -> dict[str, Any]:
-    """The body of projects.locations.models.upload; its artifactUri must be a bucket of Google's."""
+    """Returns the body of projects.locations.models.upload. Its artifactUri must be a gs:// URI."""
     model, _ = parts(result, "vertex")
-    place = model if model.startswith("gs://") else f"gs://BUCKET/{result.label}"
+    uri = model if model.startswith("gs://") else f"gs://BUCKET/{result.label}"
     return {
         "model": {
             "displayName": result.label,
-            "artifactUri": place,
+            "artifactUri": uri,
             "containerSpec": {
-                "imageUri": image or _VERTEX,
+                "imageUri": image or _VERTEX_IMAGE,
                 "command": ["python", "-m", "vllm.entrypoints.api_server"],
-                "args": ["--host=0.0.0.0", "--port=8080", f"--model={place}", f"--tensor-parallel-size={gpus}"],
+                "args": ["--host=0.0.0.0", "--port=8080", f"--model={uri}", f"--tensor-parallel-size={gpus}"],
                 "ports": [{"containerPort": 8080}],
                 "predictRoute": "/generate",
                 "healthRoute": "/ping",

@@ -1,4 +1,7 @@
-"""Manifests that serve a result in a cluster: vLLM and TGI as Deployment and Service, an InferenceService. Pure."""
+"""Builds the manifests that serve a result in a cluster.
+
+The module is pure. vLLM and TGI get a Deployment and a Service, KServe an InferenceService.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,51 @@ from typing import Any
 from finetune_cli.serving import Served, Target, max_lora_rank, parts
 
 Manifest = dict[str, Any]
-IMAGES = {"vllm": "vllm/vllm-openai:v0.11.0", "tgi": "ghcr.io/huggingface/text-generation-inference:3.3.6"}
-_FETCH = "amazon/aws-cli:2.31.0"
+IMAGES = {
+    "vllm": "vllm/vllm-openai:v0.28.0",
+    "tgi": "ghcr.io/huggingface/text-generation-inference:3.3.7",  # the last release
+}
+IMAGES_CHECKED = "2026-11-29"
+"""When the tags of IMAGES were last looked up. They are fixed, but haven't been run here."""
+_DOWNLOAD_IMAGE = "amazon/aws-cli:2.31.0"
+_MAINTENANCE = (
+    "TGI has been in maintenance mode since December 2025: it gets minor fixes at most, and its authors recommend "
+    "vLLM; use --for vllm if it can load the result."
+)
 _PORTS = {"vllm": 8000, "tgi": 8080}
 
 
 def manifests(result: Served, target: Target, *, image: str, secret: str, gpus: int) -> list[Manifest]:
-    """In the order in which they are applied."""
+    """Returns the objects in the order in which they are applied."""
     if target == "kserve":
         return [_inference_service(result, secret=secret, gpus=gpus)]
     model, adapter = parts(result, target)
-    places = _Places(secret)
-    at_model, at_adapter = places.seen(model, "model"), places.seen(adapter, "adapter") if adapter else None
+    sources = _Sources(secret)
+    model_path = sources.path_in_pod(model, "model")
+    adapter_path = sources.path_in_pod(adapter, "adapter") if adapter else None
     port = _PORTS[target]
     labels = {"app.kubernetes.io/name": target, "app.kubernetes.io/instance": result.label}
-    command = _vllm(result, at_model, at_adapter) if target == "vllm" else ["--model-id", at_model, "--port", str(port)]
-    environment = [] if target == "vllm" or not at_adapter else [
-        {"name": "LORA_ADAPTERS", "value": f"{result.label}={at_adapter}"}
+    tgi = ["--model-id", model_path, "--port", str(port)]
+    arguments = _vllm_arguments(result, model_path, adapter_path) if target == "vllm" else tgi
+    environment = [] if target == "vllm" or not adapter_path else [
+        {"name": "LORA_ADAPTERS", "value": f"{result.label}={adapter_path}"}
     ]  # fmt: skip
     container = {
         "name": target,
         "image": image or IMAGES[target],
-        "args": command,
-        "env": [*environment, *places.hub_token()],
+        **({"command": ["vllm", "serve"]} if target == "vllm" else {}),  # the image's own differs by version
+        "args": arguments,
+        "env": [*environment, *sources.hub_token()],
         "ports": [{"name": "http", "containerPort": port}],
         "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10, "failureThreshold": 3},
         "startupProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10, "failureThreshold": 180},
         "resources": {"limits": {"nvidia.com/gpu": str(gpus)}},
-        "volumeMounts": [*places.mounts(), {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
+        "volumeMounts": [*sources.mounts(), {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
     }
     pod = {
-        "initContainers": places.fetching(),
+        "initContainers": sources.init_containers(),
         "containers": [container],
-        "volumes": [*places.volumes(), {"name": "shm", "emptyDir": {"medium": "Memory"}}],
+        "volumes": [*sources.volumes(), {"name": "shm", "emptyDir": {"medium": "Memory"}}],
     }
     return [
         {
@@ -49,7 +64,7 @@ def manifests(result: Served, target: Target, *, image: str, secret: str, gpus: 
             "spec": {
                 "replicas": 1,
                 "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": _present(pod)},
+                "template": {"metadata": {"labels": labels}, "spec": _without_empty(pod)},
             },
         },
         {
@@ -61,8 +76,19 @@ def manifests(result: Served, target: Target, *, image: str, secret: str, gpus: 
     ]
 
 
+def comments(target: Target, image: str) -> list[str]:
+    """Returns what is printed above the objects. `image` is the user's, or empty."""
+    lines = [_MAINTENANCE] if target == "tgi" else []
+    if target in IMAGES and not image:
+        lines.append(f"The tag of {IMAGES[target]} was checked on {IMAGES_CHECKED}; --image replaces it.")
+    return lines
+
+
 def _inference_service(result: Served, *, secret: str, gpus: int) -> Manifest:
-    """KServe's Hugging Face runtime, which runs vLLM: the storage initializer puts `storageUri` into /mnt/models."""
+    """Uses KServe's Hugging Face runtime, which runs vLLM.
+
+    KServe's storage initializer downloads `storageUri` to /mnt/models.
+    """
     model, adapter = parts(result, "kserve")
     arguments = [f"--model_name={result.label}-base" if adapter else f"--model_name={result.label}"]
     if adapter:
@@ -76,7 +102,7 @@ def _inference_service(result: Served, *, secret: str, gpus: int) -> Manifest:
         "metadata": {"name": result.label},
         "spec": {
             "predictor": {
-                "model": _present({
+                "model": _without_empty({
                     "modelFormat": {"name": "huggingface"},
                     "storageUri": adapter or model,
                     "args": arguments,
@@ -88,25 +114,33 @@ def _inference_service(result: Served, *, secret: str, gpus: int) -> Manifest:
     }  # fmt: skip
 
 
-def _vllm(result: Served, model: str, adapter: str | None) -> list[str]:
+def _vllm_arguments(result: Served, model: str, adapter: str | None) -> list[str]:
     if adapter is None:
-        return ["--model", model, "--served-model-name", result.label]
+        return [model, "--served-model-name", result.label]
     return [
-        "--model", model, "--enable-lora", "--max-lora-rank", str(max_lora_rank(result)),
+        model, "--enable-lora", "--max-lora-rank", str(max_lora_rank(result)),
         "--lora-modules", f"{result.label}={adapter}",
     ]  # fmt: skip
 
 
-class _Places:
-    """Where the pod sees what lies elsewhere: claims are mounted, buckets are fetched first, hubs are asked."""
+class _Sources:
+    """Makes models available in a pod.
+
+    Volume claims are mounted, buckets are downloaded by an init container, and the server itself
+    downloads from the Hugging Face Hub.
+    """
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
         self._claims: dict[str, str] = {}
-        self._fetched: dict[str, str] = {}
+        self._downloads: dict[str, str] = {}
         self._hub = False
 
-    def seen(self, uri: str, what: str) -> str:
+    def path_in_pod(self, uri: str, role: str) -> str:
+        """Returns what the server has to load, and notes the mounts and downloads that it needs.
+
+        `role` is model or adapter; it names the folder of a download.
+        """
         scheme, _, rest = uri.partition("://")
         if scheme == "hf":
             self._hub = True
@@ -116,42 +150,47 @@ class _Places:
             self._claims[claim] = f"claim-{len(self._claims)}"
             return f"/mnt/{claim}/{path}".rstrip("/")
         if scheme == "s3":
-            self._fetched[uri] = f"/fetched/{what}"
-            return f"/fetched/{what}"
+            self._downloads[uri] = f"/fetched/{role}"
+            return f"/fetched/{role}"
         return uri
 
     def mounts(self) -> list[Manifest]:
+        """Returns the container's volumeMounts."""
         claims = [
             {"name": name, "mountPath": f"/mnt/{claim}", "readOnly": True} for claim, name in self._claims.items()
         ]
-        return [*claims, *([{"name": "fetched", "mountPath": "/fetched"}] if self._fetched else [])]
+        return [*claims, *([{"name": "fetched", "mountPath": "/fetched"}] if self._downloads else [])]
 
     def volumes(self) -> list[Manifest]:
+        """Returns the pod's volumes."""
         claims = [
             {"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
             for claim, name in self._claims.items()
         ]
-        return [*claims, *([{"name": "fetched", "emptyDir": {}}] if self._fetched else [])]
+        return [*claims, *([{"name": "fetched", "emptyDir": {}}] if self._downloads else [])]
 
-    def fetching(self) -> list[Manifest]:
+    def init_containers(self) -> list[Manifest]:
+        """Returns one container for each download from a bucket."""
         keys = [{"secretRef": {"name": self._secret}}] if self._secret else []
         return [
-            _present({
+            _without_empty({
                 "name": f"fetch-{target.rsplit('/', 1)[-1]}",
-                "image": _FETCH,
+                "image": _DOWNLOAD_IMAGE,
                 "args": ["s3", "cp", "--recursive", "--only-show-errors", "--exclude", "checkpoints/*", uri, target],
                 "envFrom": keys,
                 "volumeMounts": [{"name": "fetched", "mountPath": "/fetched"}],
             })
-            for uri, target in self._fetched.items()
+            for uri, target in self._downloads.items()
         ]  # fmt: skip
 
     def hub_token(self) -> list[Manifest]:
+        """Returns the environment variable for the hub's token, if it is needed."""
         if not self._hub or not self._secret:
             return []
         key = {"name": self._secret, "key": "HF_TOKEN", "optional": True}
         return [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": key}}]
 
 
-def _present(manifest: Manifest) -> Manifest:
+def _without_empty(manifest: Manifest) -> Manifest:
+    """Leaves out entries that are empty."""
     return {key: value for key, value in manifest.items() if value not in (None, "", [], {})}

@@ -1,4 +1,4 @@
-"""A supervisor of this machine as a child process: start it, follow it, stop it. Called by `run`.
+"""Starts a supervisor as a child process on this machine, follows it and stops it.
 
 The child is the same program as in a pod; only its environment differs.
 """
@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api import names, result
-from finetune_api.run import RunConfig
+from finetune_api import names
+from finetune_api.messages import result
+from finetune_api.messages.run import RunConfig
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -24,7 +25,7 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit code and last word of the supervisor."""
+    """Holds the supervisor's exit code, and its result if it wrote one."""
 
     code: int
     result: result.Result | None
@@ -38,22 +39,23 @@ def follow(
     tick: Callable[[], None],
     interrupted: Callable[[int], None],
 ) -> Ended:
-    """Runs the supervisor to its end. Each Ctrl-C is passed on as SIGTERM: the first one saves a checkpoint.
+    """Runs the supervisor to its end.
 
-    `tick` is called several times a second, `interrupted` with the number of interruptions so far.
+    Each Ctrl-C is passed on as SIGTERM; the first one saves a checkpoint. `tick` is called several
+    times per second, and `interrupted` with the number of interruptions so far.
     """
     folder = log.parent
     folder.mkdir(parents=True, exist_ok=True)
-    told, last = folder / "run-config.json", folder / "result.json"
-    told.write_text(config.model_dump_json(by_alias=True, exclude_none=True))
-    last.unlink(missing_ok=True)
+    config_file, result_file = folder / "run-config.json", folder / "result.json"
+    config_file.write_text(config.model_dump_json(by_alias=True, exclude_none=True))
+    result_file.unlink(missing_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "finetune_trainer"],
             env={
                 **environment,
-                names.ENV_RUN_CONFIG: str(told),
-                names.ENV_TERMINATION_LOG: str(last),
+                names.ENV_RUN_CONFIG: str(config_file),
+                names.ENV_TERMINATION_LOG: str(result_file),
                 names.ENV_NODE_RANK: "0",
                 "FINETUNE_LOG_FORMAT": "text",
             },
@@ -66,37 +68,38 @@ def follow(
         interruptions = 0
 
         def interrupt(*_: object) -> None:
+            """Passes a signal on to the supervisor."""
             nonlocal interruptions
             interruptions += 1
             child.send_signal(signal.SIGTERM)
             interrupted(interruptions)
 
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while child.poll() is None:
                 tick()
                 time.sleep(0.15)
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
-    text = last.read_text() if last.exists() else ""
+    text = result_file.read_text() if result_file.exists() else ""
     return Ended(child.returncode, result.decode(text))
 
 
 def new_lines(log: Path, offset: int) -> tuple[str, int]:
-    """What was written to the log since `offset`, whole lines only, and the new offset."""
+    """Returns the complete lines written to the log since `offset`, and the new offset."""
     try:
         with log.open("rb") as file:
             file.seek(offset)
             data = file.read()
     except FileNotFoundError:
         return "", offset
-    whole = data[: data.rfind(b"\n") + 1]
-    return whole.decode(errors="replace"), offset + len(whole)
+    complete = data[: data.rfind(b"\n") + 1]
+    return complete.decode(errors="replace"), offset + len(complete)
 
 
 def child_environment() -> dict[str, str]:
-    """Ours, without what would lead the child elsewhere."""
+    """Returns our environment without a launcher's variables, which would mislead the ranks."""
     return {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 
 

@@ -1,52 +1,63 @@
-"""What a model needs of each process, by way of splitting it, for `finetune plan --model DIR`. Reads headers only."""
+"""Shows the memory per process with each strategy, for `finetune plan --model DIR`.
+
+It reads only the headers of the model's files.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from finetune_api.messages.run import RunConfig
 from finetune_api.resource import ResourcesSpec
-from finetune_api.run import RunConfig
 from finetune_api.scalars import quantity_value
-from finetune_trainer import model_size, scale
-from finetune_trainer.footprint import Footprint, Way, footprint, gib
+from finetune_trainer.parallel import model_size, strategy_choice
+from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
+from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, gib, memory_estimate
 
-_WAYS = (
-    Way("ddp"),
-    Way("zero2"),
-    Way("fsdp"),
-    Way("fsdp", recompute=True),
-    Way("zero3", "parameters", recompute=True),
+_PARALLEL_CONFIGS = (
+    ParallelConfig("ddp"),
+    ParallelConfig("zero2"),
+    ParallelConfig("fsdp"),
+    ParallelConfig("fsdp", recompute=True),
+    ParallelConfig("zero3", "parameters", recompute=True),
 )
 
 
-def room(config: RunConfig, resources: ResourcesSpec, gpu_memory: int | None) -> scale.Room | None:
-    """Of one process; None where nobody said how large the GPUs are."""
+def available_memory(config: RunConfig, resources: ResourcesSpec, gpu_memory: int | None) -> FreeMemory | None:
+    """Returns the memory of one process in bytes; None for a GPU if `gpu_memory` is None."""
     host = int(quantity_value(resources.memory)) // config.world.processes_per_node
     if config.world.device == "cpu":
-        return scale.Room("cpu", host, host)
-    return None if gpu_memory is None else scale.Room("cuda", gpu_memory, host)
+        return FreeMemory("cpu", host, host)
+    return None if gpu_memory is None else FreeMemory("cuda", gpu_memory, host)
 
 
-def lines(config: RunConfig, folder: Path, there: scale.Room | None) -> list[str]:
-    """For people. Raises the trainer's Failed where the folder can't be read as a model."""
+def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> list[str]:
+    """Returns text: the memory needed with each strategy, and the one that would be chosen.
+
+    Raises RunError if the folder can't be read as a model.
+    """
     size = model_size.read(folder, config.lora if config.method == "lora" else None, config.full)
     half = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and config.world.device == "cuda")
-    asked = scale.asked(config, config.data.max_sequence_length)
-    setting = scale.setting(config, half=half)
-    shown = [
-        f"memory of a process, {asked.least} tokens at once, products in {'bfloat16' if half else 'float32'}: "
-        f"{size.parameters:,} parameters, {size.trained:,} trained"
+    user_choice = strategy_choice.user_choice(config, config.data.max_sequence_length)
+    setup = strategy_choice.training_setup(config, half=half)
+    tokens = user_choice.min_tokens
+    table = [
+        f"memory per process, with micro-batches of {tokens} tokens and matrix products in "
+        f"{'bfloat16' if half else 'float32'}: {size.parameters:,} parameters, {size.trained:,} trained"
     ]
-    shown += [_line(way, footprint(size, setting, way), asked.least) for way in _WAYS]
-    if there is None:
-        return [*shown, "  strategy auto takes the first that fits; say how large a GPU is with --gpu-memory"]
+    table += [
+        _line(parallel, memory_estimate(size, setup, parallel), tokens, setup.device) for parallel in _PARALLEL_CONFIGS
+    ]
+    if free_memory is None:
+        return [*table, "  strategy auto uses the fastest one that fits; give the memory of one GPU with --gpu-memory"]
     try:
-        found = scale.choose(asked, size, setting, there)
-    except scale.TooLittleMemory as error:
-        return [*shown, f"  {error}"]
-    return [*shown, f"  chosen: {found.way} ({found.reason}); {found.tokens} tokens at once"]
+        choice = strategy_choice.choose(user_choice, size, setup, free_memory)
+    except TooLittleMemory as error:
+        return [*table, f"  {error.field}: {error}"]
+    return [*table, f"  chosen: {choice.parallel} ({choice.reason}); micro-batches of {choice.tokens} tokens"]
 
 
-def _line(way: Way, needs: Footprint, tokens: int) -> str:
-    host = f"; {gib(needs.host)} of the host" if way.offload != "none" else ""
-    return f"  {way!s:<52} {gib(needs.total(tokens)):>11} ({needs.table(tokens)}{host})"
+def _line(parallel: ParallelConfig, estimate: MemoryEstimate, tokens: int, device: str) -> str:
+    """Formats a configuration's need. On the CPU, device and host share the same memory."""
+    host = f"; {gib(estimate.host.peak)} of host memory in a pod {estimate.host.purpose}" if device == "cuda" else ""
+    return f"  {parallel!s:<52} {gib(estimate.total(tokens)):>11} ({estimate.table(tokens)}{host})"

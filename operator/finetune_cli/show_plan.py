@@ -1,4 +1,4 @@
-"""`finetune plan FILE`: what would be computed and created, without a cluster."""
+"""`finetune plan FILE`: shows what would be computed and created, without a cluster."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import Any
 
 import yaml
 
+from finetune_api.messages.run import RunConfig
 from finetune_api.resource import FineTuneJob
-from finetune_api.run import RunConfig
 from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
 from finetune_cli import files, show_memory
-from finetune_operator import manifests
-from finetune_operator.plan import PlanError, gpu_count, plan, wants_preflight
+from finetune_operator.core import manifests
+from finetune_operator.core.plan import PlanError, gpu_count, needs_preflight, plan
 from finetune_operator.settings import Settings
-from finetune_trainer.failure import Failed
+from finetune_trainer.errors import RunError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `finetune plan`."""
     parser.add_argument("file", metavar="FILE", help="YAML file with one FineTuneJob; - is standard input")
-    parser.add_argument("-o", "--output", choices=("text", "yaml"), default="text", help="text, or the objects as YAML")
-    parser.add_argument("--model", metavar="DIR", help="the model's folder here: shows the memory that it needs")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80Gi; with --model")
-    parser.add_argument("--image", metavar="IMAGE", help="trainer image; default the operator's default")
+    parser.add_argument(
+        "-o", "--output", choices=("text", "yaml"), default="text", help="a summary as text, or the objects as YAML"
+    )
+    parser.add_argument("--model", metavar="DIR", help="local folder of the model; shows the memory that it needs")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80Gi; only with --model")
+    parser.add_argument("--image", metavar="IMAGE", help="trainer image; default that of the operator")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Prints the plan. Returns 0, or 1 if the file, the model or an option is invalid."""
     settings = Settings(trainer_image=options.image) if options.image else Settings()
     try:
         job = files.one_job(options.file)
@@ -44,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:<18} {value}")
     if options.model:
         try:
-            gpu = int(quantity_value(options.gpu_memory)) if options.gpu_memory else None
-            there = show_memory.room(config, job.spec.resources, gpu)
-            print("\n".join(show_memory.lines(config, Path(options.model), there)))
-        except (Failed, ValueError) as error:
+            gpu_memory = int(quantity_value(options.gpu_memory)) if options.gpu_memory else None
+            free_memory = show_memory.available_memory(config, job.spec.resources, gpu_memory)
+            print("\n".join(show_memory.lines(config, Path(options.model), free_memory)))
+        except (RunError, ValueError) as error:
             print(f"finetune plan: {error}", file=sys.stderr)
             return 1
     print("objects")
@@ -57,14 +61,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def planned_objects(job: FineTuneJob, config: RunConfig, settings: Settings) -> list[dict[str, Any]]:
-    """Of the first attempt, in the order in which they are created."""
-    preflight = [manifests.preflight_job(job, config, settings)] if wants_preflight(job.spec) else []
+    """Returns the Kubernetes objects of the first attempt, in the order of their creation."""
+    preflight = [manifests.preflight_job(job, config, settings)] if needs_preflight(job.spec) else []
     service = [manifests.service(job)] if config.world.nodes > 1 else []
     return [*preflight, *service, manifests.attempt_job(job, config, settings, Restarts())]
 
 
 def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
-    """Name and value, for people. Pure."""
+    """Returns (name, value) of each line to show. It is pure."""
     world, training = config.world, config.training
     gpus = gpu_count(job.spec)
     length = f"{training.max_steps} steps" if training.max_steps else f"{training.epochs or 3:g} epochs"
@@ -75,18 +79,21 @@ def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
         ("output", config.output.display),
         ("world", f"{world.size} processes: {world.nodes} pods x {world.processes_per_node}"),
         ("hardware", f"{gpus} x {job.spec.resources.gpu.name}" if job.spec.resources.gpu else "CPU only"),
-        ("a pod asks for", f"cpu {job.spec.resources.cpu}, memory {job.spec.resources.memory}"),
+        ("pod requests", f"cpu {job.spec.resources.cpu}, memory {job.spec.resources.memory}"),
         ("strategy", world.strategy),
         ("global batch", _batch(config)),
         ("length", length),
         ("checkpoints", f"every {config.checkpoint.every} steps, {config.checkpoint.keep} kept"
-         if config.checkpoint.every != "auto" else f"every tenth of the run, {config.checkpoint.keep} kept"),
+         if config.checkpoint.every != "auto" else f"after every tenth of the run, {config.checkpoint.keep} kept"),
     ]  # fmt: skip
 
 
 def _batch(config: RunConfig) -> str:
-    whole, micro, size = config.training.global_batch_size, config.training.micro_batch_size, config.world.size
-    if not isinstance(micro, int):
-        return f"{whole} examples a step; micro-batch and accumulation as memory allows"
-    accumulation = -(-whole // (micro * size))
-    return f"{whole} examples a step: at most {micro} at once x {size} processes x {accumulation} accumulated"
+    batch, micro_batch, size = config.training.global_batch_size, config.training.micro_batch_size, config.world.size
+    if not isinstance(micro_batch, int):
+        return f"{batch} examples per step; micro-batch size and accumulation depend on memory"
+    accumulation = -(-batch // (micro_batch * size))
+    return (
+        f"{batch} examples per step: micro-batches of at most {micro_batch} x {size} processes x {accumulation} "
+        "accumulated"
+    )

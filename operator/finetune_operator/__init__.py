@@ -1,1 +1,1 @@
-"""finetune-operator."""
+"""Runs FineTuneJobs on Kubernetes: this package is the operator."""

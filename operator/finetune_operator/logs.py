@@ -1,4 +1,4 @@
-"""logs: one JSON object a line on stderr. Called once, by the door."""
+"""Configures the operator's logs: one JSON object per line, on stderr."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _CONTEXT = ("namespace", "job", "attempt", "seconds")
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message, what the call gave as `extra`, and the traceback."""
+    """Formats time, level, logger, message, known `extra` fields and the traceback as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Returns one line of JSON."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -28,7 +29,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """For the whole process; kopf's own chatter starts at warnings."""
+    """Configures logging for the process.
+
+    Unless `level` is debug, kopf and aiohttp's access log are limited to warnings.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

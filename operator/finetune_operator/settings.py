@@ -1,5 +1,7 @@
-"""Settings: what an administrator decides once for all jobs. Read at the door (`--config FILE`, YAML, camelCase) and
-passed on as frozen values; the chart renders this file. Nothing else in the operator reads environment or files.
+"""Defines the operator's settings, which an administrator chooses for all jobs.
+
+They are read once at start (`--config FILE`, YAML with camelCase keys, which the chart renders) and
+passed on as frozen values. Nothing else in the operator reads environment variables or files.
 """
 
 from __future__ import annotations
@@ -13,60 +15,67 @@ import yaml
 from pydantic import Field
 
 from finetune_api import names
-from finetune_api.model import Model
-from finetune_api.resource import TolerationSpec
-from finetune_api.run import S3Config
+from finetune_api.base import Model
+from finetune_api.messages.run import S3Config
+from finetune_api.resource import EnvVarSpec, TolerationSpec
+from finetune_api.spec.environment import unique_names
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class LeaderElectionSettings(Model):
-    """Which of several replicas works: the holder of a Lease."""
+    """Configures the Lease whose holder is the one active replica."""
 
     enabled: bool = True
-    namespace: str = Field(default="", description="Of the Lease. Empty means the operator's own.")
-    name: str = Field(default="finetune-operator", description="Of the Lease.")
-    lease_seconds: int = Field(default=15, ge=2, description="A silent holder is replaced after this long.")
-    renew_seconds: int = Field(default=10, ge=1, description="A holder that can't renew for this long ends itself.")
-    retry_seconds: float = Field(default=2.0, gt=0, description="Between two attempts to take or renew.")
+    namespace: str = Field(default="", description="Namespace of the Lease. Empty means the operator's own.")
+    name: str = Field(default="finetune-operator", description="Name of the Lease.")
+    lease_seconds: int = Field(
+        default=15, ge=2, description="Seconds after which a holder that doesn't renew is replaced."
+    )
+    renew_seconds: int = Field(default=10, ge=1, description="Seconds after which a holder that can't renew exits.")
+    retry_seconds: float = Field(default=2.0, gt=0, description="Seconds between two attempts to acquire or renew.")
 
 
 class ProgressSettings(Model):
-    """How trainer pods report to the operator."""
+    """Configures how trainer pods report progress to the operator."""
 
     url: str = Field(
         default="",
-        description="Base URL that the pods post to, e.g. http://finetune-operator.finetune-system:8443. Empty: no "
-        "progress is reported; training is the same.",
+        description="Base URL that the pods post to, e.g. http://finetune-operator.finetune-system:8443. If empty, no "
+        "progress is reported; training isn't affected.",
     )
-    port: Port = Field(default=names.OPERATOR_PROGRESS_PORT, description="Where the operator listens. 0 means off.")
-    interval_seconds: float = Field(default=5.0, gt=0, description="Between two posts of a job.")
-    write_every_seconds: float = Field(default=30.0, gt=0, description="Between two writes of a job's status.")
+    port: Port = Field(
+        default=names.OPERATOR_PROGRESS_PORT, description="Port that the operator listens on. 0 means off."
+    )
+    interval_seconds: float = Field(default=5.0, gt=0, description="Seconds between two posts of a job.")
+    write_every_seconds: float = Field(
+        default=30.0, gt=0, description="Seconds between two writes of a job's progress."
+    )
 
 
 class HubSettings(Model):
-    """The model hub that hf:// means."""
+    """Configures the model hub that hf:// URIs refer to."""
 
-    endpoint: str | None = Field(default=None, description="Of a mirror. Empty means the client's own default.")
+    endpoint: str | None = Field(default=None, description="URL of a mirror. Empty means the client's default.")
 
 
 class StorageSettings(Model):
-    """Where s3:// and hf:// lead."""
+    """Configures the endpoints behind s3:// and hf:// URIs."""
 
     s3: S3Config = Field(default_factory=S3Config)
     hub: HubSettings = Field(default_factory=HubSettings)
 
 
 class ModelSettings(Model):
-    """Which base models may be trained."""
+    """Restricts which base models may be trained."""
 
     allowed_licenses: tuple[str, ...] = Field(
-        default=(), description="Licences, as models' READMEs name them; unknown for one that says nothing. Empty: any."
+        default=(), description="Licenses as models' READMEs name them; unknown stands for no name. Empty means any."
     )
 
 
 class LimitSettings(Model):
-    """How hard the operator may work the API server."""
+    """Limits the load that the operator puts on the API server."""
 
     requests_per_second: float = Field(default=100.0, gt=0)
     burst: int = Field(default=200, ge=1)
@@ -74,29 +83,37 @@ class LimitSettings(Model):
 
 
 class PodSettings(Model):
-    """What every trainer pod carries, besides what its job says."""
+    """Configures what every trainer pod has besides what its job specifies."""
 
-    grace_period_seconds: int = Field(default=120, ge=1, description="From SIGTERM to SIGKILL.")
+    grace_period_seconds: int = Field(default=120, ge=1, description="Seconds from SIGTERM to SIGKILL.")
     metrics_linger_seconds: float = Field(
-        default=0.0, ge=0, description="How long a pod's metrics stay up after the end, for one more scrape."
+        default=0.0, ge=0, description="Seconds that a pod serves its metrics after training, for one more scrape."
     )
-    preflight_cpu: str = Field(default="1", description="Cores of the pod that checks inputs.")
-    preflight_memory: str = Field(default="2Gi", description="Memory of the pod that checks inputs.")
+    preflight_cpu: str = Field(default="1", description="Cores of the preflight pod.")
+    preflight_memory: str = Field(default="2Gi", description="Memory of the preflight pod.")
+    preflight_node_selector: dict[str, str] = Field(
+        default_factory=dict, description="Labels of the nodes for preflight pods. Empty means nodeSelector."
+    )
     tolerations: tuple[TolerationSpec, ...] = ()
     node_selector: dict[str, str] = Field(default_factory=dict)
     scheduler_name: str = ""
     runtime_class_name: str = ""
     image_pull_secrets: tuple[str, ...] = ()
+    env: tuple[EnvVarSpec, ...] = Field(default=(), description="Variables of all pods, as in a job's pod.env.")
+
+    rules = (unique_names("env"),)
 
 
 class Settings(Model):
-    """All of it. `{}` is a working configuration but for trainerImage."""
+    """Contains all settings. All have defaults, but a cluster must be able to pull trainerImage."""
 
     trainer_image: str = Field(
         default="localhost/finetune-trainer:dev", min_length=1, description="Image of the trainer pods."
     )
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
-    watch_namespaces: tuple[str, ...] = Field(default=(), description="Empty means all.")
+    watch_namespaces: tuple[str, ...] = Field(
+        default=(), description="Namespaces whose FineTuneJobs are reconciled. Empty means all."
+    )
     leader_election: LeaderElectionSettings = Field(default_factory=LeaderElectionSettings)
     progress: ProgressSettings = Field(default_factory=ProgressSettings)
     storage: StorageSettings = Field(default_factory=StorageSettings)
@@ -105,32 +122,49 @@ class Settings(Model):
     pods: PodSettings = Field(default_factory=PodSettings)
     metrics_port: Port = Field(default=names.OPERATOR_METRICS_PORT, description="0 means off.")
     probes_port: Port = Field(default=names.OPERATOR_PROBES_PORT, description="/livez and /readyz. 0 means off.")
-    sweep_seconds: float = Field(default=300.0, gt=0, description="Between two lists of everything.")
+    sweep_seconds: float = Field(default=300.0, gt=0, description="Seconds between two resyncs.")
     metrics_retention_seconds: float = Field(
-        default=3600.0, ge=0, description="How long a finished job's series are exported."
+        default=3600.0, ge=0, description="Seconds that a finished job's metrics are exported."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Identity(Model):
-    """Which replica this is; from the downward API."""
+    """Identifies this replica, as the downward API does."""
 
     pod_name: str = "finetune-operator"
     pod_ip: str = "127.0.0.1"
     namespace: str = "default"
 
 
+class SettingsError(ValueError):
+    """Raised for a settings file that isn't YAML; the message names the line."""
+
+
 def parse(text: str) -> Settings:
-    """Raises pydantic.ValidationError whose messages name the key."""
-    return Settings.model_validate_json(json.dumps(yaml.safe_load(text) or {}), by_name=False)
+    """Parses settings from YAML.
+
+    Raises SettingsError, or pydantic.ValidationError, whose messages name the key.
+    """
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise SettingsError(f"{where}isn't YAML ({getattr(error, 'problem', None) or error})") from error
+    # A value that YAML reads as a date is the text that it was for every setting.
+    return Settings.model_validate_json(json.dumps(document or {}, default=str), by_name=False)
 
 
 def load(path: Path | None) -> Settings:
-    """The settings in a file, or the defaults."""
+    """Reads the settings from a file; returns the defaults if `path` is None.
+
+    Raises OSError, SettingsError or pydantic.ValidationError.
+    """
     return parse(path.read_text(encoding="utf-8")) if path is not None else Settings()
 
 
 def identity(environment: Mapping[str, Any]) -> Identity:
-    """POD_NAME, POD_IP and POD_NAMESPACE of the given environment."""
+    """Returns the identity from POD_NAME, POD_IP and POD_NAMESPACE."""
     keys = {"POD_NAME": "pod_name", "POD_IP": "pod_ip", "POD_NAMESPACE": "namespace"}
     return Identity(**{field: environment[key] for key, field in keys.items() if environment.get(key)})

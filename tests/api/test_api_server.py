@@ -1,4 +1,5 @@
-"""The same tables on a real API server: it must judge as pydantic does, and name the same field."""
+"""The same tables on a real API server: it must accept and refuse what pydantic does, and name the
+same field."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from api.cases import CASES, MINIMAL, TRANSITIONS, Case, changed
-from api.server import JOBS, Answer, Server
+from api.support.api_server import JOBS, Answer, Server
+from api.support.spec_cases import CASES, MINIMAL, TRANSITIONS, Case, changed
 from conftest import ControlPlane
+from finetune_api.crd.schema import JsonSchema, root_schema
 from finetune_api.resource import parse
-from finetune_api.schema import JsonSchema, root_schema
 
 pytestmark = pytest.mark.cluster
 
@@ -25,7 +26,7 @@ def server(crd: ControlPlane) -> Server:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_the_api_server_judges_as_pydantic_does(case: Case, server: Server) -> None:
+def test_the_api_server_agrees_with_pydantic(case: Case, server: Server) -> None:
     answer = server.create(case.body)
     assert answer.accepted is case.valid, answer.message
     if not case.valid:
@@ -33,12 +34,12 @@ def test_the_api_server_judges_as_pydantic_does(case: Case, server: Server) -> N
 
 
 def _names(answer: Answer, field: str) -> bool:
-    """Whether a refusal is about a field; strict decoding tells it in the message only."""
+    """Return whether a refusal is about a field; strict decoding names it only in the message."""
     return any(name.startswith(field) for name in answer.fields) or field in answer.message
 
 
 @pytest.mark.parametrize(("name", "before", "change", "field"), TRANSITIONS, ids=[row[0] for row in TRANSITIONS])
-def test_the_api_server_keeps_what_is_immutable(
+def test_the_api_server_refuses_changes_of_immutable_fields(
     name: str,
     before: tuple[tuple[str, Any], ...],
     change: tuple[tuple[str, Any], ...],
@@ -54,13 +55,14 @@ def test_the_api_server_keeps_what_is_immutable(
         answer = server.replace(new)
         assert answer.accepted is (field is None), answer.message
         assert field is None or any(named == field for named in answer.fields), answer.body
-        assert field is None or "is immutable; create a FineTuneJob with another name" in answer.message
+        assert field is None or "is immutable; create a new FineTuneJob instead" in answer.message
     finally:
         server.request("DELETE", f"{JOBS}/{old['metadata']['name']}")
 
 
 def test_the_queue_can_be_changed_only_while_suspended(server: Server) -> None:
-    """queueName itself is refused so far, so the transition rule is seen beside that refusal."""
+    """queueName itself is refused so far, so the transition rule is reported in addition to that
+    refusal."""
     for suspended in (False, True):
         old = changed(MINIMAL, ("metadata.name", "queued"), ("runPolicy.suspend", suspended))
         created = server.request("POST", JOBS, old)
@@ -68,7 +70,7 @@ def test_the_queue_can_be_changed_only_while_suspended(server: Server) -> None:
             new = changed(old, ("runPolicy.queueName", "team-a"))
             new["metadata"]["resourceVersion"] = created.body["metadata"]["resourceVersion"]
             message = server.replace(new).message
-            assert ("can be changed only while" in message) is not suspended
+            assert ("can only be changed while" in message) is not suspended
         finally:
             server.request("DELETE", f"{JOBS}/queued")
 
@@ -84,21 +86,21 @@ def test_the_api_server_stores_what_pydantic_reads(case: Case, server: Server) -
     assert parse(stored).spec == parse(case.body).spec
 
 
-def test_nan_is_no_number_in_json(server: Server) -> None:
+def test_nan_is_not_a_number_in_json(server: Server) -> None:
     body = changed(MINIMAL, ("training.learningRate", float("nan")))
     assert server.create(body).code == 400
     with pytest.raises(ValidationError, match="learningRate"):
         parse(body)
 
 
-def test_a_key_given_twice_is_refused(server: Server) -> None:
+def test_a_duplicate_key_is_refused(server: Server) -> None:
     text = json.dumps(MINIMAL).replace('"type": "lora"', '"type": "lora", "type": "lora"')
     answer = server.create(text)
     assert answer.code == 400
     assert 'duplicate field "spec.method.type"' in answer.message
 
 
-# Every field × what people and fuzzers put there.
+# Every field × the values that people and fuzzers put there.
 _ODD: tuple[Any, ...] = (
     None, "", " ", "x", "auto", "none", "1", "ünïcode", "a" * 2000, True, False, 0, 1, -1, 2, 16, 65, 0.5, 1.5, -0.5,
     2.0, 2**31, 2**53, 2**63, 1e300, [], [""], ["a"], [1], {}, {"a": "b"}, {"name": "x"}, {"uri": "s3://data/x"},
@@ -122,7 +124,8 @@ def _values(field: JsonSchema) -> Iterator[Any]:
 
 
 def as_go_writes(value: Any) -> Any:
-    """kubectl and every Go client write 2.0 as 2; only hand-made JSON holds the former."""
+    """Return a value as kubectl and every Go client write it: 2.0 as 2. Only hand-made JSON has the
+    former."""
     if isinstance(value, dict):
         return {key: as_go_writes(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -134,7 +137,7 @@ SPEC_FIELDS = tuple(_fields(root_schema()["properties"]["spec"], ""))
 
 
 @pytest.mark.parametrize("section", sorted({path.split(".")[0] for path, _ in SPEC_FIELDS}))
-def test_whatever_is_put_in_a_field_both_agree(section: str, server: Server) -> None:
+def test_both_agree_on_any_value_in_any_field(section: str, server: Server) -> None:
     differ = []
     for path, field in ((path, field) for path, field in SPEC_FIELDS if path.split(".")[0] == section):
         for value in _values(field):
@@ -180,13 +183,13 @@ def test_kubectl_shows_the_columns(crd: ControlPlane, server: Server) -> None:
         crd.kubectl("delete", "ftj", "columns")
 
 
-def test_status_fields_that_the_schema_does_not_know_are_told(crd: ControlPlane, server: Server) -> None:
+def test_status_fields_that_the_schema_does_not_know_are_reported(crd: ControlPlane, server: Server) -> None:
     crd.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(changed(MINIMAL, ("metadata.name", "strict"))))
     try:
         answer = server.request(
-            "PATCH", f"{JOBS}/strict/status", {"status": {"colour": "red"}},
+            "PATCH", f"{JOBS}/strict/status", {"status": {"color": "red"}},
             content="application/merge-patch+json", fieldValidation="Strict",
         )  # fmt: skip
-        assert 'unknown field "status.colour"' in answer.message
+        assert 'unknown field "status.color"' in answer.message
     finally:
         crd.kubectl("delete", "ftj", "strict")

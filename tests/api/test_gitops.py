@@ -1,4 +1,5 @@
-"""The health checks of docs/gitops.md: Argo CD's by a Lua interpreter, Flux's by the API server's own CEL."""
+"""The health checks of docs/gitops.md: Argo CD's run in a Lua interpreter, Flux's in the API
+server's own CEL."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from lupa.lua51 import LuaRuntime
 
-from api.server import Server
+from api.support.api_server import Server
 from conftest import ROOT, ControlPlane
 
 PROBES = "/apis/test.finetune-operator.io/v1/namespaces/default/probes"
@@ -22,7 +23,7 @@ LUA = ARGO["data"]["resource.customizations.health.finetune-operator.io_FineTune
 
 
 def job(*conditions: str, observed: int | None = 2) -> dict[str, Any]:
-    """A job of generation 2 whose given conditions are True."""
+    """A job of generation 2 whose named conditions are True."""
     status: dict[str, Any] = {"message": "step 5 of 10"}
     if observed is not None:
         status["observedGeneration"] = observed
@@ -58,7 +59,8 @@ EXPRESSIONS = {key: FLUX["spec"]["healthCheckExprs"][0][key] for key in ("inProg
 
 
 def probe_crd() -> dict[str, Any]:
-    """A resource whose rules are Flux's expressions: what is refused tells which of them are false."""
+    """A CRD whose validation rules are Flux's expressions: a refusal shows which of them are
+    false."""
     condition = {"type": "object", "properties": {key: {"type": "string"} for key in ("type", "status", "message")}}
     schema = {
         "type": "object",

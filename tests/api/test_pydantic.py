@@ -1,7 +1,9 @@
-"""The contract by pydantic alone: the table of cases, transitions, what a refusal says, and the generated files."""
+"""The contract checked by pydantic alone: the table of cases, transitions, the messages of
+refusals, and the generated files."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api.cases import ABSENT, CASES, MINIMAL, TRANSITIONS, Case, changed
+from api.support.spec_cases import ABSENT, CASES, MINIMAL, TRANSITIONS, Case, changed
 from finetune_api import generate, scalars
+from finetune_api.crd.transitions import QUEUE_NAME_MESSAGE, immutable_message, is_immutable
 from finetune_api.errors import describe
-from finetune_api.resource import FineTuneJob, parse
-from finetune_api.transitions import transition_errors
-from finetune_operator.plan import PlanError, plan
+from finetune_api.resource import FineTuneJob, Spec, parse
+from finetune_operator.core.plan import PlanError, plan
 from finetune_operator.settings import Settings
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_pydantic_accepts_what_is_valid_and_names_the_field_of_what_is_not(case: Case) -> None:
+def test_pydantic_accepts_what_is_valid_and_names_the_field_that_is_not(case: Case) -> None:
     if case.valid:
         assert isinstance(parse(case.body), FineTuneJob)
         return
@@ -37,9 +39,26 @@ def test_a_transition_is_refused_by_the_name_of_the_field(
 ) -> None:
     old = changed(MINIMAL, *before)
     new = changed(old, *change)
-    errors = transition_errors(parse(old).spec, parse(new).spec)
+    errors = _transition_errors(parse(old).spec, parse(new).spec)
     assert bool(errors) is (field is not None)
     assert field is None or any(error.startswith(f"{field} ") for error in errors)
+
+
+def _transition_errors(old: Spec, new: Spec) -> tuple[str, ...]:
+    """Returns why the API server would refuse to turn `old` into `new`; empty if it would not."""
+    errors = []
+    for name, spec_field in Spec.model_fields.items():
+        section = spec_field.alias or name
+        before, after = getattr(old, name), getattr(new, name)
+        errors += [
+            immutable_message(section, field.alias or attribute)
+            for attribute, field in type(before).model_fields.items()
+            if is_immutable(section, field.alias or attribute)
+            and getattr(before, attribute) != getattr(after, attribute)
+        ]
+    if new.run_policy.queue_name != old.run_policy.queue_name and not old.run_policy.suspend:
+        errors.append(QUEUE_NAME_MESSAGE)
+    return tuple(errors)
 
 
 _CHANGES = [change for case in CASES for change in case.changes]
@@ -59,11 +78,11 @@ _STRANGE = st.sampled_from([
     )
 )
 @settings(max_examples=400, deadline=None)
-def test_no_value_in_any_field_fails_otherwise_than_told(changes: list[tuple[str, Any]]) -> None:
+def test_any_value_in_any_field_is_accepted_or_refused_by_name(changes: list[tuple[str, Any]]) -> None:
     try:
         body = changed(MINIMAL, *changes)
     except (TypeError, KeyError, AttributeError, ValueError, IndexError):
-        return  # a change that goes below a value of another
+        return  # a change below a value that another change set
     try:
         plan(parse(body), Settings())
     except ValidationError as refusal:
@@ -90,29 +109,29 @@ def test_a_refusal_shows_the_value() -> None:
     ("change", "line"),
     [
         (("model.uri", "org/model"), "spec.model.uri: must be hf://owner/name, s3://bucket/prefix or pvc://claim/path, "
-         "without spaces, ? and # (got 'org/model')"),
-        (("colour", "red"), "spec.colour: is no field that this version knows; look for a misspelling"),
+         "without spaces, ? or # (got 'org/model')"),
+        (("color", "red"), "spec.color: is not a field of this version; check the spelling"),
         (("output", ABSENT), "spec.output: is required"),
         (("resources.cpu", "four"), "spec.resources.cpu: must be a quantity such as 16, 500m or 128Gi (got 'four')"),
     ],
     ids=["pattern", "unknown", "missing", "quantity"],
 )  # fmt: skip
-def test_a_refusal_says_what_is_wanted(change: tuple[str, Any], line: str) -> None:
+def test_a_refusal_describes_the_expected_value(change: tuple[str, Any], line: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         parse(changed(MINIMAL, change))
     assert describe(refusal.value) == (line,)
 
 
-def test_every_pattern_is_put_into_words() -> None:
+def test_every_pattern_has_a_description() -> None:
     patterns = {value for name, value in vars(scalars).items() if name.endswith("_PATTERN")}
-    assert patterns == set(scalars.MEANING)
+    assert patterns == set(scalars.PATTERN_MESSAGES)
 
 
 def test_a_refusal_lists_every_broken_rule() -> None:
     with pytest.raises(ValidationError) as refusal:
         parse(changed(MINIMAL, ("training", {"epochs": 1, "maxSteps": 1, "minLearningRateRatio": 0.1})))
     assert describe(refusal.value) == (
-        "spec.training.maxSteps: give either epochs or maxSteps, not both",
+        "spec.training.maxSteps: must not be set together with epochs",
         "spec.training.minLearningRateRatio: needs scheduler linear, cosine or wsd",
     )
 
@@ -123,6 +142,7 @@ def test_every_generated_file_is_up_to_date() -> None:
 
 def test_the_check_fails_on_a_stale_file_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "operator" / "finetune_api").mkdir(parents=True)
+    shutil.copytree(Path(__file__).parents[2] / "examples", tmp_path / "examples")
     assert generate.main(["--root", str(tmp_path), "--check"]) == 1
     assert "docs/reference.md is out of date" in capsys.readouterr().err
     assert not (tmp_path / "docs").exists()

@@ -1,4 +1,4 @@
-"""YAML is read as kubectl reads it: our loader beside the real kubectl."""
+"""YAML is read as kubectl reads it: our loader is compared with the real kubectl."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DOCUMENTS = {
 
 
 def by_kubectl(text: str, folder: Path) -> Any:
-    """What kubectl makes of a file, by a command that asks no server."""
+    """Return how kubectl parses a file, using a command that contacts no server."""
     file = folder / "thing.yaml"
     file.write_text(text)
     command = [localcluster_tool("kubectl"), "label", "--local", "-f", str(file), "a=b", "-o", "json"]
@@ -44,7 +44,7 @@ def by_kubectl(text: str, folder: Path) -> Any:
 
 
 def _go_number(digits: str) -> int | float:
-    """Beyond 64 bits Go's JSON holds a float."""
+    """Return a number as Go's JSON decodes it: beyond 64 bits it becomes a float."""
     return int(digits) if abs(int(digits)) < 2**63 else float(digits)
 
 
@@ -60,7 +60,7 @@ def test_our_loader_reads_what_kubectl_reads(name: str, tmp_path: Path) -> None:
     ("word", "value"),
     [("2e-4", 2e-4), ("2E-4", 2e-4), ("017", 15), ("yes", True), ("2.0", 2), ("2024-01-01", "2024-01-01"), ("~", None)],
 )
-def test_a_plain_word_means_what_kubectl_says(word: str, value: Any) -> None:
+def test_a_plain_scalar_has_the_value_that_kubectl_gives_it(word: str, value: Any) -> None:
     assert plain(word) == value
     assert type(plain(word)) is type(value)
 
@@ -81,21 +81,21 @@ def test_a_learning_rate_with_an_exponent_is_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("a: 1\na: 2", "'a' is given twice"),
+        ("a: 1\na: 2", "'a' is set twice"),
         ("a: .nan", ".nan is not a number that Kubernetes can store"),
         ("a: 1e999", "too large"),
         ("a: [1", "expected"),
     ],
 )
-def test_what_kubernetes_cannot_store_is_refused_with_its_place(text: str, words: str) -> None:
-    with pytest.raises(yaml.YAMLError, match=words) as refusal:
+def test_what_kubernetes_cannot_store_is_refused_with_its_position(text: str, message: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=message) as refusal:
         load(text)
     assert "line" in str(refusal.value)
 
 
-def test_empty_documents_are_skipped_and_one_is_wanted() -> None:
+def test_empty_documents_are_skipped_and_one_document_is_expected() -> None:
     assert load_all("---\n---\na: 1\n---\n") == ({"a": 1},)
     with pytest.raises(ValueError, match="2 documents"):
         load("a: 1\n---\nb: 2")

@@ -1,4 +1,5 @@
-"""The trainer benchmark's pure parts: the FLOP formula (against hand and torch), aims, table, search, texts."""
+"""The pure parts of the trainer benchmark: the FLOP formula (checked by hand and against torch),
+goals, table, search and texts."""
 
 from __future__ import annotations
 
@@ -29,15 +30,16 @@ def test_a_models_matrices_add_up_to_its_known_size() -> None:
     assert SMOLLM2.adapters(16) == 921_600
 
 
-def test_flops_of_a_token_are_those_counted_by_hand() -> None:
+def test_flops_of_a_token_equal_those_counted_by_hand() -> None:
     blocks, head, lowest = 106_168_320, 28_311_552, 576 * (576 + 192 + 192)
     counted = flops.needed(SMOLLM2, 16, Work(tokens=1, labels=1, pairs=100))
     assert counted.total == 4 * (blocks + head) - 2 * lowest + 6 * 921_600 + 12 * 576 * 30 * 100
     assert sum(counted.forward.values()) == 2 * (blocks + head)
 
 
-def test_the_formula_counts_what_torch_counts_in_a_real_training_step() -> None:
-    """Of the products; attention is left to the formula, since torch counts masked pairs too."""
+def test_the_formula_equals_what_torch_counts_in_a_real_training_step() -> None:
+    """Only matrix products are compared; attention is left to the formula, since torch counts
+    masked pairs too."""
     torch.manual_seed(0)
     length, rank, labels = 12, 4, 5
     model = LlamaForCausalLM(LlamaConfig(**TINY, attn_implementation="sdpa"))
@@ -46,8 +48,8 @@ def test_the_formula_counts_what_torch_counts_in_a_real_training_step() -> None:
     with FlopCounterMode(display=False) as counter:
         logits = model(input_ids=ids, logits_to_keep=torch.arange(labels), use_cache=False).logits
         logits.float().sum().backward()
-    seen = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-    products = sum(count for op, count in seen.items() if "mm" in op)
+    flops_by_op = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for op, count in flops_by_op.items() if "mm" in op)
     size = Dimensions.of(TINY)
     needed = flops.needed(size, rank, Work(length, labels, 0))
     first_layers_inputs = 2 * rank * 2 * size.hidden * length  # no gradient flows into the embeddings
@@ -67,14 +69,17 @@ def test_the_roofs_time_is_the_sum_over_its_products() -> None:
 
 
 def test_a_shared_prefix_counts_once() -> None:
-    """Four rows of a prefix of 10 and 5 tokens of their own, the prefix computed once."""
+    """Four rows have a prefix of 10 tokens in common and 5 tokens each of their own; the prefix is
+    computed once."""
     length, prefix, count = 15, 10, 4
-    seen = Work(count * length, count * 5, count * length * (length + 1) / 2)
+    without_sharing = Work(count * length, count * 5, count * length * (length + 1) / 2)
     tokens = prefix + count * 5
-    left = flops.computed(seen, tokens / seen.tokens, prefix)
+    with_sharing = flops.computed(without_sharing, tokens / without_sharing.tokens, prefix)
     once = prefix * (prefix + 1) / 2 + count * (5 * prefix + 5 * 6 / 2)
-    assert (left.tokens, left.labels, left.pairs) == pytest.approx((tokens, seen.labels, once))
-    assert flops.computed(seen, 1.0, prefix) == seen
+    assert (with_sharing.tokens, with_sharing.labels, with_sharing.pairs) == pytest.approx(
+        (tokens, without_sharing.labels, once)
+    )
+    assert flops.computed(without_sharing, 1.0, prefix) == without_sharing
 
 
 def row(system: str, config: str, dataset: str, speed: float, memory: int = 100, **more: object) -> dict[str, object]:
@@ -93,8 +98,8 @@ def test_aims_are_met_missed_or_not_measured() -> None:
         row("trl", "best", "shared", 400),
         {"system": "trl", "config": "best", "dataset": "long", "error": "no memory"},
     ]
-    found = {aim.name: aim for aim in table.aims(measured, {"two_ranks": {"ratio": 0.8}})}
-    verdicts = {name: aim.met for name, aim in found.items()}
+    by_name = {aim.name: aim for aim in table.aims(measured, {"two_ranks": {"ratio": 0.8}})}
+    verdicts = {name: aim.met for name, aim in by_name.items()}
     assert verdicts["share of the GEMM roof, mixed, bfloat16"] is True
     assert verdicts["speed against TRL's searched best, mixed"] is True
     assert verdicts["speed against TRL's searched best, shared"] is False
@@ -103,8 +108,8 @@ def test_aims_are_met_missed_or_not_measured() -> None:
     assert verdicts["peak memory against TRL's searched best, mixed"] is True
     assert verdicts["peak memory against TRL's searched best, shared"] is False
     assert verdicts["two ranks against one with two threads"] is False
-    assert found["speed against TRL's default, mixed"].value == 8.0
-    shown = table.render(measured, list(found.values()))
+    assert by_name["speed against TRL's default, mixed"].value == 8.0
+    shown = table.render(measured, list(by_name.values()))
     assert "1.60x" in shown
     assert "failed: no memory" in shown
     assert "not measured" in shown
@@ -131,7 +136,7 @@ def test_a_peers_answer_becomes_a_row_and_so_does_its_error() -> None:
     assert "tokens_per_second" not in failed
 
 
-def test_the_search_holds_every_knob_and_the_fastest_wins() -> None:
+def test_the_search_covers_every_option_and_the_fastest_wins() -> None:
     times = search.Times(1, 2)
     assert search.dtypes(False) == (search.FLOAT32,)
     configs = search.families(search.FLOAT32, mean_length=80, longest=750, times=times)
@@ -146,7 +151,7 @@ def test_the_search_holds_every_knob_and_the_fastest_wins() -> None:
     assert "family" not in search.again(configs[0], times)
 
 
-def test_the_recorder_measures_whole_micro_batches_after_the_warm_up() -> None:
+def test_the_recorder_measures_complete_micro_batches_after_the_warmup() -> None:
     watch = recorder.Recorder(recorder.Window(warm_up=0.0, seconds=0.0, accumulation=2))
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     batch = {"input_ids": torch.ones(2, 4), "labels": torch.tensor([[-100, 5, 5, -100]] * 2), "attention_mask": mask}
@@ -156,19 +161,19 @@ def test_the_recorder_measures_whole_micro_batches_after_the_warm_up() -> None:
     watch.counted(batch)
     with pytest.raises(recorder.Enough):
         watch.done()
-    told = watch.result()
-    assert (told["micro_batches"], told["tokens"], told["positions"], told["labels"]) == (2, 14, 16, 8)
-    assert told["pairs"] == 2 * (6 + 10)
+    measured = watch.result()
+    assert (measured["micro_batches"], measured["tokens"], measured["positions"], measured["labels"]) == (2, 14, 16, 8)
+    assert measured["pairs"] == 2 * (6 + 10)
 
 
-def test_documents_of_a_row_without_padding_are_told_by_their_positions() -> None:
+def test_documents_of_a_row_without_padding_are_recognized_by_their_positions() -> None:
     watch = recorder.Recorder(recorder.Window(0.0, 0.0, 1))
     ids = torch.ones(1, 7)
     watch.counted({"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])})
     assert watch.pairs == [6 + 3 + 3]
 
 
-def test_texts_have_the_lengths_that_were_asked_for() -> None:
+def test_texts_have_the_requested_lengths() -> None:
     entries = [f"word{i} " + " ".join(f"w{i}x{k}" for k in range(20 + i)) for i in range(300)]
 
     def length(text: str) -> int:
@@ -184,17 +189,17 @@ def test_texts_have_the_lengths_that_were_asked_for() -> None:
     assert all(500 <= length(pair.prompt + pair.completion) + 1 <= 800 for pair in documents)
 
 
-def test_a_dictionary_is_read_once_an_entry() -> None:
+def test_a_dictionary_is_read_once_per_entry() -> None:
     text = b"adware\n n.\n\n  Software.\nAFK\n\n  Away."
     index = ["00-info\tA\tB\n", "adware\tA\tY\n", "alias\tA\tY\n", "AFK\tY\tN\n"]
     assert list(dictd.entries(index, text)) == ["adware n. Software.", "AFK Away."]
 
 
-def test_statistics_say_what_all_rows_begin_with() -> None:
-    told = data.describe([([1, 2, 3, 9], 1), ([1, 2, 4, 5, 6, 9], 3)])
-    assert (told.common_prefix, told.longest, told.label_share) == (2, 6, 0.4)
-    assert told.attended_pairs_per_token == (10 + 21) / 10
-    json.dumps(vars(told))
+def test_statistics_report_the_prefix_that_all_rows_share() -> None:
+    statistics = data.describe([([1, 2, 3, 9], 1), ([1, 2, 4, 5, 6, 9], 3)])
+    assert (statistics.common_prefix, statistics.longest, statistics.label_share) == (2, 6, 0.4)
+    assert statistics.attended_pairs_per_token == (10 + 21) / 10
+    json.dumps(vars(statistics))
 
 
 def test_curves_are_drawn_as_one_line_each() -> None:

@@ -1,5 +1,6 @@
-"""The chart on a real API server: everything is admitted, a real helm installs, upgrades and uninstalls it, and the
-operator lives with exactly the rights that it gets. There is no node: pods are created and stay Pending."""
+"""The chart on a real API server: everything is admitted, a real helm installs, upgrades and
+uninstalls it, and the operator works with exactly the rights that it gets. There is no node: pods
+are created and stay Pending."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from api.cases import MINIMAL, changed
-from chart.rendering import CHART, NAMESPACE, RELEASE, of_kind, render, run
+from api.support.spec_cases import MINIMAL, changed
+from chart.support.helm_rendering import CHART, NAMESPACE, RELEASE, of_kind, render, run
 from conftest import ROOT, ControlPlane
 
 pytestmark = pytest.mark.cluster
@@ -34,7 +35,7 @@ def ensure_namespace(control_plane: ControlPlane, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def installed(crd: ControlPlane, helm: str) -> Iterator[ControlPlane]:
-    """The release, in a namespace that admits restricted pods only."""
+    """The installed release, in a namespace that admits only restricted pods."""
     for name in (NAMESPACE, JOB_NAMESPACE):
         ensure_namespace(crd, name)
     helm_run(crd, helm, "upgrade", "--install", RELEASE, str(CHART), "--take-ownership")
@@ -50,7 +51,7 @@ def helm_run(control_plane: ControlPlane, helm: str, *arguments: str) -> str:
 
 
 def eventually(holds: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    """The first true value; fails when it takes too long."""
+    """Return the first true value of `holds`. Fails if there is none within `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := holds()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -112,7 +113,7 @@ def test_the_operator_may_do_this_much_and_no_more(
     assert ("yes" in answer) is allowed
 
 
-def test_whoever_may_edit_a_namespace_may_make_jobs_there(installed: ControlPlane) -> None:
+def test_users_who_may_edit_a_namespace_may_create_jobs_there(installed: ControlPlane) -> None:
     for role, verb, allowed in (("edit", "create", True), ("view", "list", True), ("view", "create", False)):
         installed.kubectl("-n", JOB_NAMESPACE, "create", "rolebinding", f"{role}-{verb}", f"--clusterrole={role}",
                           f"--user={role}-{verb}")  # fmt: skip
@@ -128,7 +129,8 @@ def test_whoever_may_edit_a_namespace_may_make_jobs_there(installed: ControlPlan
 
 @contextmanager
 def operator_as_its_service_account(control_plane: ControlPlane, folder: Path, helm: str) -> Iterator[Path]:
-    """The real operator, with the chart's settings and nothing but the token of the chart's ServiceAccount."""
+    """Run the real operator with the chart's settings and only the token of the chart's
+    ServiceAccount."""
     token = control_plane.kubectl("-n", NAMESPACE, "create", "token", "finetune-operator").strip()
     kubeconfig = yaml.safe_load(control_plane.kubeconfig.read_text())
     kubeconfig["users"][0]["user"] = {"token": token}
@@ -151,8 +153,9 @@ def operator_as_its_service_account(control_plane: ControlPlane, folder: Path, h
         process.wait(30)
 
 
-def test_the_operator_lives_with_the_charts_rights(installed: ControlPlane, helm: str, tmp_path: Path) -> None:
-    """A job's life: two nodes, suspended, resumed, deleted. The audit log holds no refusal."""
+def test_the_operator_works_with_the_charts_rights(installed: ControlPlane, helm: str, tmp_path: Path) -> None:
+    """A job has two nodes and is suspended, resumed and deleted. The audit log contains no
+    refusal."""
     assert installed.audit_log is not None
     beginning = installed.audit_log.stat().st_size
     job = changed(
@@ -193,7 +196,7 @@ def test_the_operator_lives_with_the_charts_rights(installed: ControlPlane, helm
         )
         eventually(lambda: get("job", "rights-2", ".metadata.name"), "a second attempt")
         installed.kubectl("-n", JOB_NAMESPACE, "delete", "ftj", "rights")
-        time.sleep(1)  # whatever the operator does about a deleted job; the garbage collector may take a minute
+        time.sleep(1)  # time for the operator's reaction to a deleted job; the garbage collector may take a minute
     entries = audited(installed.audit_log, beginning)
     refused = [
         (entry["verb"], entry["requestURI"], entry["responseStatus"]["code"])
@@ -206,7 +209,7 @@ def test_the_operator_lives_with_the_charts_rights(installed: ControlPlane, helm
 
 
 def audited(log: Path, beginning: int) -> list[dict[str, Any]]:
-    """The operator's requests that the API server has answered since."""
+    """Return the operator's requests that the API server has answered since `beginning`."""
     with log.open() as lines:
         lines.seek(beginning)
         entries = [json.loads(line) for line in lines if USER in line and line.endswith("\n")]
@@ -224,7 +227,10 @@ def test_an_upgrade_keeps_jobs_and_an_uninstall_keeps_them_too(installed: Contro
     assert "kept" in installed.kubectl("-n", JOB_NAMESPACE, "get", "ftj", "-o", "name")
 
 
-def test_the_notes_tell_how_to_begin(installed: ControlPlane, helm: str) -> None:
+def test_the_notes_explain_how_to_begin(installed: ControlPlane, helm: str) -> None:
     notes = helm_run(installed, helm, "get", "notes", RELEASE)
-    assert "kubectl get ftj --watch" in notes
     assert "all namespaces" in notes
+    assert "kubectl -n ml-team create secret generic s3" in notes
+    claim, job = yaml.safe_load_all(notes.split("<<'END'\n")[1].split("\nEND\n")[0])
+    assert claim["kind"] == "PersistentVolumeClaim"
+    assert job["spec"]["output"]["uri"] == f"pvc://{claim['metadata']['name']}/result"

@@ -1,4 +1,5 @@
-"""Facts about what the chart renders, by the real helm: rights, pods, settings, what is refused."""
+"""Facts about what the real helm renders from the chart: rights, pods, settings, and refused
+values."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from chart.rendering import CHART, EVERYTHING, NAMESPACE, of_kind, pod_specs, render, run
+from chart.support.helm_rendering import CHART, EVERYTHING, NAMESPACE, of_kind, pod_specs, render, run
 from finetune_api import names
 from finetune_operator.settings import LeaderElectionSettings, ProgressSettings, Settings, parse
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 
 
-def test_helm_lint_is_content(helm: str) -> None:
+def test_helm_lint_passes(helm: str) -> None:
     done = run(helm, "lint", "--strict", str(CHART))
     assert done.returncode == 0, done.stdout
 
@@ -27,8 +28,8 @@ def test_helm_lint_is_content(helm: str) -> None:
 def test_no_role_reads_secrets_or_has_a_wildcard(helm: str, sets: tuple[str, ...]) -> None:
     for role in of_kind(render(helm, *sets), "ClusterRole", "Role"):
         for rule in role["rules"]:
-            words = [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
-            assert "*" not in words, role["metadata"]["name"]
+            names = [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            assert "*" not in names, role["metadata"]["name"]
             assert not {"secrets", "pods/exec", "nodes"} & set(rule["resources"])
             assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
 
@@ -45,7 +46,7 @@ def test_the_operator_has_the_few_rights_that_it_needs(helm: str) -> None:
     assert ("pods", "delete") not in rights
 
 
-def test_with_chosen_namespaces_nothing_but_token_reviews_is_cluster_wide(helm: str) -> None:
+def test_with_chosen_namespaces_only_token_reviews_are_cluster_wide(helm: str) -> None:
     objects = render(helm, "watchNamespaces={team-a,team-b}", "rbac.aggregate=false")
     (cluster_role,) = of_kind(objects, "ClusterRole")
     assert [rule["resources"] for rule in cluster_role["rules"]] == [["tokenreviews"]]
@@ -99,6 +100,21 @@ def test_the_deployment_has_two_replicas_probes_and_the_ports_of_the_contract(he
     assert not of_kind(render(helm, "replicaCount=1"), "PodDisruptionBudget")
 
 
+def test_helm_test_is_pulled_and_scheduled_like_the_operator(helm: str, tmp_path: Path) -> None:
+    values = {
+        "imagePullSecrets": [{"name": "registry"}],
+        "nodeSelector": {"pool": "system", "kubernetes.io/arch": "amd64"},
+        "tolerations": [{"key": "dedicated", "operator": "Equal", "value": "system", "effect": "NoSchedule"}],
+    }
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(values))
+    test_pod, operator_pod = pod_specs(render(helm, values=file))
+    for spec in (test_pod, operator_pod):
+        assert {key: spec.get(key) for key in values} == values
+    for spec in pod_specs(render(helm)):
+        assert not values.keys() & spec.keys()
+
+
 def settings_of(objects: list[dict[str, Any]]) -> Settings:
     (config,) = [one for one in of_kind(objects, "ConfigMap") if "config.yaml" in one["data"]]
     return parse(config["data"]["config.yaml"])
@@ -126,7 +142,9 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},
         "pods": {"gracePeriodSeconds": 1000000, "metricsLingerSeconds": 35, "preflightCpu": 2, "preflightMemory": "1Gi",
                  "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"a": "b"},
-                 "schedulerName": "s", "runtimeClassName": "r", "imagePullSecrets": ["pull"]},
+                 "preflightNodeSelector": {"pool": "cpu"},
+                 "schedulerName": "s", "runtimeClassName": "r", "imagePullSecrets": ["pull"],
+                 "env": [{"name": "NCCL_IB_GID_INDEX", "value": "3"}]},
         "sweepSeconds": 60, "metricsRetentionSeconds": 1209600, "logLevel": "debug",
     }  # fmt: skip
     file = tmp_path / "values.yaml"
@@ -137,19 +155,21 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
     assert settings.progress.port == 0
     assert settings.pods.grace_period_seconds == 1_000_000
     assert settings.pods.preflight_cpu == "2"
+    assert settings.pods.preflight_node_selector == {"pool": "cpu"}
     assert settings.metrics_retention_seconds == 1_209_600
-    told = settings.to_json()
+    read_back = settings.to_json()
     for section in ("leaderElection", "storage", "models", "limits"):
-        assert told[section].items() >= values[section].items()
-    assert told["pods"]["tolerations"] == values["pods"]["tolerations"]
+        assert read_back[section].items() >= values[section].items()
+    for key in ("tolerations", "env"):
+        assert read_back["pods"][key] == values["pods"][key]
     unset = {"metricsPort", "probesPort"}
     default = Settings().to_json()
-    same = {key for key in default if told[key] == default[key]} - unset
+    same = {key for key in default if read_back[key] == default[key]} - unset
     assert not same, f"values do not reach {same}"
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         ("replicas=2", "additional properties 'replicas' not allowed"),
         ("pods.gracePeriod=5", "gracePeriod"),
@@ -163,13 +183,14 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         ("monitoring.podMonitor.interval=15", "string"),
         ("limits.workers=0", "minimum"),
         ("pods.tolerations=gpu", "array"),
+        ("pods.env[0].name=NCCL_DEBUG", "value"),
     ],
 )
-def test_the_schema_refuses_a_wrong_value_by_its_name(helm: str, setting: str, words: str) -> None:
+def test_the_schema_refuses_a_wrong_value_by_its_name(helm: str, setting: str, message: str) -> None:
     done = run(helm, "template", "r", str(CHART), "--set", setting)
     assert done.returncode != 0
-    assert words in done.stderr, done.stderr
-    assert setting.partition("=")[0].split(".")[-1] in done.stderr or words in done.stderr
+    assert message in done.stderr, done.stderr
+    assert setting.partition("=")[0].split(".")[-1] in done.stderr or message in done.stderr
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -217,7 +238,7 @@ def test_two_releases_share_no_name(helm: str) -> None:
     assert not full_names("one") & full_names("two")
 
 
-def test_nothing_of_the_prometheus_operator_is_rendered_unless_asked(helm: str) -> None:
+def test_nothing_of_the_prometheus_operator_is_rendered_by_default(helm: str) -> None:
     assert all("monitoring.coreos.com" not in one["apiVersion"] for one in render(helm))
     kinds = {one["kind"] for one in render(helm, *EVERYTHING)}
     assert {"ServiceMonitor", "PodMonitor", "PrometheusRule", "NetworkPolicy"} <= kinds

@@ -1,4 +1,5 @@
-"""A job planned for this machine: places, processes, identity. Pure, so tables."""
+"""How a job is planned for this machine: paths, processes and identity. The plan is a pure
+function, so tables suffice."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from finetune_api.messages.run import ProgressConfig, S3Config
 from finetune_api.resource import FineTuneJob, parse
-from finetune_api.run import ProgressConfig, S3Config
 from finetune_api.yaml import load
-from finetune_cli.local import CannotRunHere, LocalRun, Machine, Overrides, local_run
+from finetune_cli.local import CannotRunHere, LocalRun, Machine, Overrides, Workspace, local_run
 
 ROOT = Path(__file__).parents[2]
 AS_WRITTEN = Overrides()
@@ -22,19 +23,17 @@ def job(name: str = "quickstart", **spec: Any) -> FineTuneJob:
     return parse({**body, "spec": {**body["spec"], **spec}})
 
 
-def planned(given: FineTuneJob, overrides: Overrides = AS_WRITTEN, machine: Machine = CPU) -> LocalRun:
-    return local_run(
-        given,
-        overrides,
-        machine,
+def planned(job: FineTuneJob, overrides: Overrides = AS_WRITTEN, machine: Machine = CPU) -> LocalRun:
+    workspace = Workspace(
         folder=Path("/home/user"),
         scratch_root=Path("/scratch"),
         progress=ProgressConfig(url="http://127.0.0.1:1/v1/progress", token_path="/t"),
         s3=S3Config(),
     )
+    return local_run(job, overrides, machine, workspace)
 
 
-def test_paths_take_the_place_of_uris_and_the_default_output_lies_here() -> None:
+def test_paths_replace_uris_and_the_default_output_is_in_this_folder() -> None:
     config = planned(job(), Overrides(model="m", dataset="/d/train.jsonl", test="~nobody/t")).config
     assert config.model.location.uri == "file:///home/user/m"
     assert config.data.train.uri == "file:///d/train.jsonl"
@@ -42,7 +41,7 @@ def test_paths_take_the_place_of_uris_and_the_default_output_lies_here() -> None
     assert config.output.display == "/home/user/quickstart-output"
 
 
-def test_a_uri_may_take_the_place_of_a_uri() -> None:
+def test_a_uri_may_replace_a_uri() -> None:
     assert planned(job(), Overrides(model="hf://owner/name")).config.model.location.uri == "hf://owner/name"
 
 
@@ -53,22 +52,22 @@ def test_validation_rows_replace_the_held_out_share() -> None:
     assert planned(job()).config.data.validation_fraction == 0.05
 
 
-def test_as_many_processes_as_the_machine_has_cores_share_the_same_batch() -> None:
+def test_as_many_processes_as_cores_share_the_same_batch() -> None:
     run = planned(job())
     assert (run.config.world.nodes, run.config.world.size, run.config.world.threads_per_process) == (1, 2, 1)
     assert run.config.training.global_batch_size == 16
-    assert "2 processes here instead of 4; the global batch stays as it is" in run.notes
+    assert "2 processes instead of 4; the global batch size is unchanged" in run.notes
     assert planned(job(), Overrides(processes=1)).config.world.threads_per_process == 2
 
 
-def test_a_job_for_gpus_trains_on_the_cpu_where_there_is_none() -> None:
+def test_a_job_for_gpus_trains_on_the_cpu_if_there_is_no_gpu() -> None:
     gpu = job(resources={"gpu": {}})
     here = planned(gpu)
     assert here.config.world.device == "cpu"
-    assert any("no GPU here" in note for note in here.notes)
+    assert any("this machine has no GPU" in note for note in here.notes)
     there = planned(gpu, machine=Machine(cores=8, gpus=1, free_port=1))
     assert (there.config.world.device, there.config.world.size) == ("cuda", 1)
-    with pytest.raises(CannotRunHere, match="there are 1 GPUs"):
+    with pytest.raises(CannotRunHere, match="give at most 1, the number of GPUs"):
         planned(gpu, Overrides(processes=2), Machine(cores=8, gpus=1, free_port=1))
 
 
@@ -77,15 +76,20 @@ def test_a_volume_needs_a_path() -> None:
         planned(job("volume"))
 
 
-def test_secrets_are_not_read_and_that_is_said() -> None:
+def test_secrets_are_not_read_and_the_user_is_informed() -> None:
     run = planned(job())
     assert run.config.model.location.credentials is None
     assert any("AWS_*" in note for note in run.notes)
 
 
-def test_the_same_recipe_and_places_are_the_same_run_and_a_change_is_another() -> None:
+def test_the_same_recipe_and_paths_are_the_same_run_and_a_change_is_another() -> None:
     first = planned(job()).config.job.uid
     assert planned(job(), Overrides(processes=1)).config.job.uid == first
     assert planned(job(runPolicy={"stallSeconds": 5})).config.job.uid == first
     assert planned(job(training={"maxSteps": 17})).config.job.uid != first
     assert planned(job(), Overrides(output="elsewhere")).config.job.uid != first
+
+
+def test_the_scratch_limit_of_a_pod_does_not_hold_on_this_machine() -> None:
+    """A pod with this limit would be refused the model."""
+    assert planned(job(resources={"scratch": "1Mi"})).config.scratch_bytes is None

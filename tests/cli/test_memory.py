@@ -1,4 +1,5 @@
-"""`finetune plan --model DIR`: what a model needs and what would be chosen, read from its files' headers."""
+"""`finetune plan --model DIR` shows the memory that a model needs and the choices that would be
+made, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -18,22 +19,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("plan") / "model")
 
 
-def test_a_plan_shows_what_each_way_needs_and_what_auto_takes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_what_each_strategy_needs_and_what_auto_chooses(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", LORA, "--model", str(model)]) == 0
     out = capsys.readouterr().out
     for part in ("  ddp ", "  zero2 ", "  fsdp ", "weights", "chosen: ddp (it fits"):
         assert part in out
 
 
-def test_of_a_gpu_the_size_has_to_be_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_of_a_gpu_has_to_be_specified(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", FULL, "--model", str(model)]) == 0
     assert "--gpu-memory" in capsys.readouterr().out
     assert main(["plan", FULL, "--model", str(model), "--gpu-memory", "80Gi"]) == 0
-    assert "chosen: zero3 (distribution.strategy says so)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "chosen: zero3 (set by distribution.strategy)" in out
+    assert "of host memory in a pod to load the model)" in out
     assert main(["plan", FULL, "--model", str(model), "--gpu-memory", "large"]) == 1
     assert "is not a quantity" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", LORA, "--model", str(tmp_path)]) == 1
     assert "model.uri" in capsys.readouterr().err

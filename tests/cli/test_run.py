@@ -1,4 +1,5 @@
-"""`finetune run` as a person uses it: the real trainer on a tiny model, stopped by Ctrl-C and gone on with."""
+"""`finetune run` as a person uses it: the real trainer on a tiny model, stopped by Ctrl-C and
+resumed."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_to_a_result(folder: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes_to_a_result(folder: Path) -> None:
     first = start(folder)
     deadline = time.monotonic() + 120
     while not list((folder / "tiny-output").glob("checkpoints/step-*/manifest.json")):
@@ -66,13 +67,13 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_to_a_result(fold
     first.send_signal(signal.SIGINT)
     output, _ = first.communicate(timeout=60)
     assert first.returncode == 143, output
-    assert "saving a checkpoint; Ctrl-C again ends at once" in output
-    assert "The same command goes on." in output
+    assert "saving a checkpoint; press Ctrl-C again to stop immediately" in output
+    assert "Run the same command again to resume." in output
 
     second = start(folder, "-v")
     output, _ = second.communicate(timeout=180)
     assert second.returncode == 0, output
-    assert "going on from a checkpoint" in output
+    assert "resuming from a checkpoint" in output
     assert "adapter_model.safetensors" in output
     assert "test loss" in output
     assert "PeftModel.from_pretrained" in output

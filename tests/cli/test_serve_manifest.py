@@ -1,9 +1,11 @@
-"""What serves a result: checked against the servers' own schemas, and refused where a server can't load it."""
+"""Manifests that serve a result are checked against the servers' own schemas, and refused if a
+server can't load the result."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 
 from finetune_cli import serving
 from finetune_cli.main import main
+from finetune_cli.serving_kubernetes import IMAGES, IMAGES_CHECKED
 from localcluster.environments import environment
 
 ADAPTER = {
@@ -25,7 +28,7 @@ ADAPTER = {
 def result(
     folder: Path, *, kind: str = "adapter", merged: bool = False, base: str = "hf://org/base", **config: Any
 ) -> str:
-    """A finished result as far as its manifest tells."""
+    """A finished result, as far as its manifest describes it."""
     files = ["adapter_model.safetensors", "adapter_config.json"] if kind == "adapter" else ["model.safetensors"]
     files += ["merged/model.safetensors"] if merged else []
     manifest = {
@@ -43,8 +46,8 @@ def result(
 
 def served(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     assert main(["serve-manifest", *arguments]) == code
-    told = capsys.readouterr()
-    return told.out, told.err
+    output = capsys.readouterr()
+    return output.out, output.err
 
 
 def objects(text: str) -> list[dict[str, Any]]:
@@ -64,21 +67,51 @@ def test_a_deployment_and_its_service_are_kubernetes_objects(
     (container,) = pod["containers"]
     at = "/mnt/models/support/v1" if uri.startswith("pvc") else "/fetched/adapter"
     if target == "vllm":
+        assert container["command"] == ["vllm", "serve"]
         assert container["args"] == [
-            "--model", "org/base", "--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"support-replies={at}",
+            "org/base", "--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"support-replies={at}",
         ]  # fmt: skip
     else:
         assert {"name": "LORA_ADAPTERS", "value": f"support-replies={at}"} in container["env"]
         assert container["args"][:2] == ["--model-id", "org/base"]
     assert ("initContainers" in pod) == uri.startswith("s3")
     assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
-    assert "ask for the model support-replies" in err
+    assert "request the model support-replies" in err
+
+
+def test_the_output_names_the_date_of_an_images_tag_unless_the_user_chose_the_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target in ("vllm", "tgi"):
+        arguments = (result(tmp_path), "--for", target, "--uri", "s3://models/v1")
+        out, _ = served(capsys, *arguments)
+        assert objects(out)[0]["spec"]["template"]["spec"]["containers"][0]["image"] == IMAGES[target]
+        assert f"# The tag of {IMAGES[target]} was checked on {IMAGES_CHECKED}; --image replaces it.\n" in out
+        out, _ = served(capsys, *arguments, "--image", "registry/server:1")
+        assert objects(out)[0]["spec"]["template"]["spec"]["containers"][0]["image"] == "registry/server:1"
+        assert "was checked on" not in out
+    assert re.fullmatch(r"20\d\d-[01]\d-[0-3]\d", IMAGES_CHECKED)
+    assert all(re.search(r":v?\d+\.\d+\.\d+$", image) for image in IMAGES.values())
+
+
+def test_vllm_comes_first_and_the_output_for_tgi_says_that_it_is_in_maintenance_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serving.TARGETS[0] == "vllm"
+    out, _ = served(capsys, result(tmp_path), "--for", "tgi", "--uri", "s3://models/v1")
+    assert out.startswith("# TGI has been in maintenance mode since December 2025")
+    assert "use --for vllm if it can load the result.\n" in out
+    out, _ = served(capsys, result(tmp_path), "--for", "vllm", "--uri", "s3://models/v1")
+    assert "maintenance" not in out
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    assert "maintenance mode" in text
+    assert text.index("--for vllm") < text.index("--for tgi")
 
 
 def _kserve_schema() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
-    """(types, JSON names) by attribute, by class, out of the source of KServe's own client."""
-    folder = environment("kserve-0.21.0", alone=("kserve==0.21.0",))
-    found = {}
+    """Return (types, JSON names) by attribute, by class, from the source of KServe's own client."""
+    folder = environment("kserve-0.21.0", without_dependencies=("kserve==0.21.0",))
+    schema = {}
     for path in folder.glob("lib/python*/site-packages/kserve/models/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
@@ -90,12 +123,12 @@ def _kserve_schema() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
                     if isinstance(target, ast.Name)
                 }
                 if "openapi_types" in named:
-                    found[node.name] = (named["openapi_types"], named["attribute_map"])
-    return found
+                    schema[node.name] = (named["openapi_types"], named["attribute_map"])
+    return schema
 
 
 def _check(value: Any, kind: str, schema: dict[str, Any], at: str) -> int:
-    """Raises unless each key is one of the class's; returns how many were looked at."""
+    """Raise an error unless each key belongs to the class; return how many keys were checked."""
     if kind.startswith("list[") and isinstance(value, list):
         return sum(_check(item, kind[5:-1], schema, at) for item in value)
     if kind in schema:
@@ -122,7 +155,9 @@ def test_an_inference_service_has_kserves_own_fields(
     model = service["spec"]["predictor"]["model"]
     assert model["storageUri"] == "s3://models/support/v1" + ("/merged" if merged else "")
     assert ("--enable-lora" in model["args"]) != merged
-    assert ("the merged model is served, since it can't compute DoRA" in err) == merged
+    assert (
+        "the merged model is served, because kserve can't load the adapter: it doesn't support DoRA" in err
+    ) == merged
     misspelt = json.loads(json.dumps(service).replace("storageUri", "storageURI"))
     with pytest.raises(AssertionError, match="V1beta1ModelSpec has no"):
         _check(misspelt, "V1beta1InferenceService", schema, "")
@@ -139,7 +174,7 @@ for method, body in json.load(sys.stdin).items():
 """
 
 
-def test_sagemakers_calls_are_what_botocore_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sagemakers_calls_are_accepted_by_botocore(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = result(tmp_path, merged=True)
     out, _ = served(capsys, folder, "--for", "sagemaker", "--uri", "s3://models/support/v1")
     calls = json.loads(out)
@@ -161,21 +196,19 @@ def test_vertex_gets_the_documented_fields(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"use_dora": True}, "it can't compute DoRA"),
-        ({"modules_to_save": ["lm_head"]}, r"whole layers in an adapter aren't loaded \(lm_head\)"),
-        ({"bias": "lora_only"}, "biases in an adapter aren't loaded"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "adapters on embed_tokens aren't loaded"),
-        ({"r": 600}, "rank 600 is more than vLLM's 512"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "no encoder-decoder models"),
-        ({"peft_type": "IA3"}, "LoRA only, not IA3"),
+        ({"use_dora": True}, "it doesn't support DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"it doesn't load full layers in an adapter \(lm_head\)"),
+        ({"bias": "lora_only"}, "it doesn't load biases in an adapter"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "it doesn't load adapters on embed_tokens"),
+        ({"r": 600}, "rank 600 is above vLLM's maximum of 512"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "doesn't support encoder-decoder models"),
+        ({"peft_type": "IA3"}, "LoRA adapters only, not IA3"),
         ({"trainable_token_indices": [1]}, "trained tokens"),
     ],
 )
-def test_what_vllm_cant_load_is_told_with_the_way_out(
+def test_what_vllm_cant_load_is_reported_with_a_remedy(
     config: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     folder = result(tmp_path, **config)
     _, err = served(capsys, folder, "--for", "vllm", "--uri", "s3://models/v1", code=1)
     assert re.search(why, err), err
@@ -183,7 +216,7 @@ def test_what_vllm_cant_load_is_told_with_the_way_out(
 
 
 @pytest.mark.parametrize(("rank", "option"), [(4, "8"), (16, "16"), (17, "32"), (100, "128"), (512, "512")])
-def test_the_rank_that_vllm_has_to_be_told(
+def test_the_lora_rank_that_vllm_has_to_be_configured_with(
     rank: int, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, err = served(capsys, result(tmp_path, r=rank), "--for", "vllm", "--uri", "s3://models/v1")
@@ -192,21 +225,23 @@ def test_the_rank_that_vllm_has_to_be_told(
     assert (f"needs --max-lora-rank {option}" in err) == (rank > 16)
 
 
-def test_where_a_server_cant_reach_a_path_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_of_this_machine_is_refused_if_the_server_cant_reach_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, err = served(capsys, result(tmp_path), "--for", "vllm", code=1)
-    assert "say where it finds it by --uri (hf, pvc, s3://…)" in err
+    assert "give a URI that it can reach with --uri (hf, pvc, s3://…)" in err
     _, err = served(capsys, result(tmp_path, base="/models/x"), "--for", "tgi", "--uri", "s3://m/v1", code=1)
     assert "can't reach /models/x" in err
     assert "--base" in err
 
 
-def test_what_isnt_a_finished_result_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_isnt_a_finished_result_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = served(capsys, str(tmp_path), "--for", "vllm", code=2)
     assert "there is no finetune/manifest.json; has the job succeeded?" in err
     (tmp_path / "finetune").mkdir()
     (tmp_path / "finetune" / "manifest.json").write_text('{"kind": "checkpoint"}')
     _, err = served(capsys, str(tmp_path), "--for", "vllm", code=2)
-    assert "its manifest is of a checkpoint, not of a result" in err
+    assert "its manifest describes a checkpoint, not a result" in err
 
 
 def test_every_server_has_its_part_in_the_documentation() -> None:

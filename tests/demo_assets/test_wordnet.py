@@ -1,4 +1,4 @@
-"""The demo's data: what counts as a fit definition, and that train and test never meet."""
+"""The demo's data: which definitions are suitable, and that train and test sets never overlap."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_persons_and_short_definitions_are_left_out() -> None:
     assert set(wordnet.glosses(DATA)) == {"03670849", "00000003"}
 
 
-def test_only_single_words_that_real_text_contains_are_taken() -> None:
+def test_only_single_words_that_real_text_contains_are_used() -> None:
     assert [word for word, _ in wordnet.first_senses(INDEX)] == ["lighthouse", "insult", "tower"]
 
 
@@ -43,7 +43,7 @@ def test_a_definition_that_uses_its_own_word_is_left_out() -> None:
     assert wordnet.definitions(INDEX, DATA) == [Definition("lighthouse", "a tower with a light")]
 
 
-def test_no_word_and_no_gloss_stands_twice() -> None:
+def test_no_word_and_no_gloss_appears_twice() -> None:
     every = [Definition(f"word{number % 7}", f"gloss {number % 5}") for number in range(35)]
     parts = wordnet.split(every, {"train": 3, "test": 2})
     chosen = [definition for part in parts.values() for definition in part]
@@ -51,7 +51,7 @@ def test_no_word_and_no_gloss_stands_twice() -> None:
 
 
 def test_too_few_definitions_are_refused_with_their_number() -> None:
-    with pytest.raises(ValueError, match="1 different definitions, 2 wanted"):
+    with pytest.raises(ValueError, match="1 different definitions, but 2 are needed"):
         wordnet.split([Definition("a", "b")], {"train": 2})
 
 
@@ -60,7 +60,7 @@ def test_the_order_does_not_depend_on_the_order_of_the_source() -> None:
     assert wordnet.split(every, {"train": 20}) == wordnet.split(reversed(every), {"train": 20})
 
 
-def test_the_real_data_are_1200_and_120_pairs_without_a_leak() -> None:
+def test_the_real_data_has_1200_and_120_pairs_without_a_leak() -> None:
     folder = dataset.folder()
     parts = {name: _pairs(folder / f"{name}.jsonl") for name in ("train", "test")}
     assert {name: len(pairs) for name, pairs in parts.items()} == {"train": 1200, "test": 120}

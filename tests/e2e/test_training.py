@@ -1,4 +1,4 @@
-"""Every strategy on real pods, and what it leaves in object storage."""
+"""Every strategy on real pods, and what it writes to object storage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load
 
 from demo import watch
-from e2e.world import NAMESPACE, World, fine_tune_job
-from finetune_api.data_report import DataReport
+from e2e.support.jobs import NAMESPACE, World, fine_tune_job
+from finetune_api.messages.data_report import DataReport
 
 LORA = {"type": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0}}
 RECIPE = {"maxSteps": 12, "globalBatchSize": 8, "learningRate": 1e-3}
@@ -32,7 +32,8 @@ def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def lora_ddp(world: World) -> dict[str, torch.Tensor]:
-    """LoRA, ddp, 2 pods x 2 ranks; scored, with curves in files and an MLflow server that is down."""
+    """The result of LoRA with ddp on 2 pods × 2 ranks, with scores, with curves in files, and with
+    an MLflow server that is down."""
     return _trained(
         world, "lora-ddp", method=LORA, training=RECIPE,
         evaluation={"metrics": ["rouge"], "rows": 8, "maxNewTokens": 8},
@@ -42,7 +43,7 @@ def lora_ddp(world: World) -> dict[str, torch.Tensor]:
     )  # fmt: skip
 
 
-def test_lora_on_two_pods_of_two_ranks_leaves_an_adapter_that_peft_loads(
+def test_lora_on_two_pods_of_two_ranks_writes_an_adapter_that_peft_loads(
     world: World, lora_ddp: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import PeftModel
@@ -73,15 +74,15 @@ def test_the_manifest_lists_every_file_and_its_origin(world: World, lora_ddp: di
     assert status["evaluation"]["testLossAfter"] < status["evaluation"]["testLossBefore"]
 
 
-def test_the_data_report_lies_beside_the_result_and_few_examples_are_an_event(
+def test_the_data_report_is_stored_next_to_the_result_and_few_examples_are_an_event(
     world: World, lora_ddp: dict[str, torch.Tensor]
 ) -> None:
-    told = world.status("lora-ddp")["data"]
+    summary = world.status("lora-ddp")["data"]
     report = DataReport.model_validate_json(world.download("lora-ddp", "finetune/data-report.json"))
     rows = {split.split: split.rows for split in report.splits}
-    assert (told["rows"], told["validationRows"], told["testRows"]) == (rows["train"], rows["validation"], 20)
+    assert (summary["rows"], summary["validationRows"], summary["testRows"]) == (rows["train"], rows["validation"], 20)
     assert rows["train"] + rows["validation"] == 200
-    assert (told["dropped"], told["duplicates"], told["leaks"]) == (0, 0, 0)
+    assert (summary["dropped"], summary["duplicates"], summary["leaks"]) == (0, 0, 0)
     chosen = "involvedObject.name=lora-ddp,reason=DataWarning"
     (event,) = json.loads(world.kubectl("get", "events", "--field-selector", chosen, "-o", "json"))["items"]
     assert event["message"].startswith(f"FewExamples: {rows['train']} training rows")
@@ -91,7 +92,7 @@ def test_scores_are_in_status_and_in_what_kubectl_shows(world: World, lora_ddp: 
     status = world.status("lora-ddp")
     scores = {score["name"]: score for score in status["evaluation"]["scores"]}
     assert {"rouge1", "rouge2", "rougeL", "perplexity"} == set(scores)
-    assert scores["perplexity"]["high"] < 0  # the result's is lower, whichever rows are drawn
+    assert scores["perplexity"]["high"] < 0  # the result's is lower for any sample of the rows
     head, row = world.kubectl("get", "ftj", "lora-ddp", "-o", "wide").splitlines()
     for column, value in (
         ("TEST-LOSS", status["evaluation"]["testLossAfter"]),
@@ -102,28 +103,30 @@ def test_scores_are_in_status_and_in_what_kubectl_shows(world: World, lora_ddp: 
     assert "the result is in s3://outputs/lora-ddp; rougeL" in status["message"]
 
 
-def test_curves_lie_beside_the_result_though_mlflow_is_down(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:
+def test_curves_are_stored_next_to_the_result_although_mlflow_is_down(
+    world: World, lora_ddp: dict[str, torch.Tensor]
+) -> None:
     (file,) = (path for path in world.files("lora-ddp") if path.startswith("finetune/tensorboard/events.out.tfevents."))
     curves = world.download("lora-ddp", file)
     assert all(name in curves for name in (b"train/loss", b"validation/loss", b"test/loss", b"test/rougeL"))
     (first,) = (pod["metadata"]["name"] for pod in world.pods("lora-ddp") if "-1-0-" in pod["metadata"]["name"])
-    said = world.kubectl("logs", first)
-    assert said.count("mlflow doesn't record; training goes on") == 1
-    assert said.count("mlflow didn't take everything") == 1
+    log = world.kubectl("logs", first)
+    assert log.count("mlflow can't record; training continues") == 1
+    assert log.count("mlflow didn't receive everything") == 1
 
 
 def test_the_final_loss_is_in_prometheus_after_the_pods_are_gone(
     world: World, lora_ddp: dict[str, torch.Tensor]
 ) -> None:
     labels = f'namespace="{NAMESPACE}",job="lora-ddp"'
-    series = watch.prometheus(world.place, "query", query=f"last_over_time(finetune_train_loss{{{labels}}}[10m])")
+    series = watch.prometheus(world.cluster, "query", query=f"last_over_time(finetune_train_loss{{{labels}}}[10m])")
     assert series, "no loss series"
-    steps = watch.newest(world.place, f"max(last_over_time(finetune_train_steps_total{{{labels}}}[10m]))")
+    steps = watch.newest(world.cluster, f"max(last_over_time(finetune_train_steps_total{{{labels}}}[10m]))")
     assert steps == 12
 
 
 def test_a_gpu_series_is_absent_without_a_gpu(world: World, lora_ddp: dict[str, torch.Tensor]) -> None:
-    assert watch.prometheus(world.place, "query", query="last_over_time(finetune_gpu_utilization_ratio[1h])") == []
+    assert watch.prometheus(world.cluster, "query", query="last_over_time(finetune_gpu_utilization_ratio[1h])") == []
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
@@ -136,7 +139,7 @@ def test_lora_under_zero_equals_ddp(world: World, lora_ddp: dict[str, torch.Tens
     assert _largest_difference(adapter, lora_ddp) < 1e-5
 
 
-def test_full_training_under_zero3_leaves_a_model_that_loads(world: World, tmp_path: Path) -> None:
+def test_full_training_under_zero3_writes_a_model_that_loads(world: World, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     weights = _trained(

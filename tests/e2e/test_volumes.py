@@ -1,4 +1,4 @@
-"""Model, data and result on a persistent volume claim: no object storage at all."""
+"""Model, data and result are on a persistent volume claim, without any object storage."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from e2e.world import NAMESPACE, World, fine_tune_job
+from e2e.support.jobs import NAMESPACE, World, fine_tune_job
 from finetune_api.names import MANIFEST_PATH
 from testkit.tiny_models import tiny_llama
 
-CLAIM = "shelf"
+CLAIM = "volume"
 
 
 @pytest.fixture
-def shelf(world: World, tmp_path: Path) -> Iterator[Path]:
-    """A claim bound to a folder of this machine that any user may write."""
+def volume(world: World, tmp_path: Path) -> Iterator[Path]:
+    """The folder behind a claim that is bound to this machine and that any user may write."""
     tmp_path.chmod(0o755)
     for parent in (tmp_path.parent, tmp_path.parent.parent):
         parent.chmod(0o755)
-    folder = tmp_path / "shelf"
+    folder = tmp_path / "volume"
     folder.mkdir()
     folder.chmod(0o777)
     tiny_llama(folder / "tiny", seed=1)
@@ -55,7 +55,7 @@ def shelf(world: World, tmp_path: Path) -> Iterator[Path]:
     world.kubectl("delete", "pv", CLAIM, "--wait=false")
 
 
-def test_a_claim_can_hold_model_data_and_result(world: World, shelf: Path) -> None:
+def test_a_claim_can_hold_model_data_and_result(world: World, volume: Path) -> None:
     job = fine_tune_job(
         "on-a-volume",
         model={"uri": f"pvc://{CLAIM}/tiny", "dtype": "float32"},
@@ -66,5 +66,5 @@ def test_a_claim_can_hold_model_data_and_result(world: World, shelf: Path) -> No
     world.apply(job)
     status = world.until_phase("on-a-volume", "Succeeded", seconds=180)
     assert status["artifact"]["uri"] == f"pvc://{CLAIM}/out"
-    assert (shelf / "out" / "adapter_model.safetensors").stat().st_size > 0
-    assert json.loads((shelf / "out" / MANIFEST_PATH).read_text())["kind"] == "adapter"
+    assert (volume / "out" / "adapter_model.safetensors").stat().st_size > 0
+    assert json.loads((volume / "out" / MANIFEST_PATH).read_text())["kind"] == "adapter"

@@ -1,4 +1,5 @@
-"""The commands that the examples of data formats name, run as they stand: each reads the sample rows as it says."""
+"""The commands in the examples of data formats are run unchanged: each reads the sample rows as its
+example describes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.data_report import DataReport
+from finetune_api.messages.data_report import DataReport
 from finetune_cli.main import main
 from testkit.tiny_models import tokenizer
 
@@ -23,7 +24,7 @@ _FORMATS = {"alpaca", "sharegpt", "text", "messages", "label-studio", "snorkel",
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, and the configuration that goes with it."""
+    """A folder with a tokenizer and its configuration."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer().save_pretrained(str(folder))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -36,9 +37,9 @@ def test_a_data_report_of_an_example(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert main(command[1:]) == 0
-    said = capsys.readouterr().out
-    assert "length in characters" in said
-    assert "FewExamples" in said
+    output = capsys.readouterr().out
+    assert "length in characters" in output
+    assert "FewExamples" in output
     assert main([*command[1:], "--model", str(model), "-o", "json"]) == 0
     report = DataReport.model_validate_json(capsys.readouterr().out)
     train = report.splits[0]

@@ -1,12 +1,15 @@
-"""What changes an image's key, and what does not."""
+"""What changes an image's key, and what doesn't."""
 
 from __future__ import annotations
 
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from finetune_trainer import kernel_build
+from finetune_trainer.kernels import kernel_build
+from images.cache import uv_program
 from images.cli import REPOSITORY, files_of
 from images.errors import ImagesError
 from images.recipe import LABEL_KEY, RECIPES, content_key, order
@@ -50,17 +53,49 @@ def test_the_attention_kernel_is_compiled_and_named_as_the_trainer_does() -> Non
     assert f'-o "/opt/finetune/attention-$(sha256sum /src/{kernel_build.SOURCE.name} | cut -c1-16).so"' in dockerfile
 
 
+def _trainer_environment() -> dict[str, str]:
+    """Returns the variables of the trainer image's last stage."""
+    dockerfile = (REPOSITORY / "trainer_image/Dockerfile").read_text().replace("\\\n", " ")
+    (line,) = [line for line in dockerfile.splitlines() if line.startswith("ENV PATH=")]
+    return dict(word.split("=", 1) for word in shlex.split(line.removeprefix("ENV ")))
+
+
+def test_a_driver_that_is_too_old_for_the_locked_pytorch_is_refused_by_the_runtime() -> None:
+    packages = {one["name"]: one["version"] for one in tomllib.loads((REPOSITORY / "uv.lock").read_text())["package"]}
+    major, minor, *_ = packages["nvidia-cuda-runtime"].split(".")
+    assert _trainer_environment()["NVIDIA_REQUIRE_CUDA"] == f"cuda>={major}.{minor}"
+
+
+def test_a_driver_that_is_mounted_without_nvidias_runtime_is_found() -> None:
+    dockerfile = (REPOSITORY / "trainer_image/Dockerfile").read_text()
+    assert _trainer_environment()["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert "echo /usr/local/nvidia/lib64 > /etc/ld.so.conf.d/nvidia.conf && ldconfig" in dockerfile
+
+
+def test_the_image_has_what_nccl_loads_for_rdma() -> None:
+    (line,) = [
+        line
+        for line in (REPOSITORY / "trainer_image/Dockerfile").read_text().splitlines()
+        if "apt-get install" in line and "libibverbs1" in line
+    ]
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(line.split())
+
+
+def test_a_pod_without_a_gpu_sees_none() -> None:
+    assert _trainer_environment()["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_recipe_names_reaches_the_build(name: str) -> None:
     allowed = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert {*RECIPES[name].sources, "pyproject.toml", "uv.lock"} <= allowed
 
 
-def test_the_operator_image_knows_nothing_of_the_trainer() -> None:
+def test_the_operator_image_contains_nothing_of_the_trainer() -> None:
     assert not [name for name in files_of(RECIPES["operator"]) if "trainer" in name]
 
 
-def test_byte_code_never_counts() -> None:
+def test_byte_code_never_changes_the_key() -> None:
     assert not [name for recipe in RECIPES.values() for name in files_of(recipe) if name.endswith(".pyc")]
 
 
@@ -69,7 +104,7 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
         files_of(RECIPES["operator"], tmp_path)
 
 
-def test_an_order_carries_its_key_as_a_label_and_the_base_as_an_argument() -> None:
+def test_a_build_has_its_key_as_a_label_and_the_base_as_an_argument() -> None:
     placed = order(RECIPES["operator"], "v1", "debian:x", FILES, "0.1.0")
     options = placed.options()
     assert placed.image == "localhost/finetune-operator:v1"
@@ -92,3 +127,13 @@ def test_the_code_is_copied_after_everything_that_takes_long(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_image_runs_as_a_numbered_user_who_is_not_root(name: str) -> None:
     assert "\nUSER 65532:65532\n" in (REPOSITORY / RECIPES[name].dockerfile).read_text()
+
+
+def test_uv_is_found_where_make_venv_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    assert uv_program() is None
+    installed = tmp_path / "uv" / "bin" / "uv"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert uv_program() == installed

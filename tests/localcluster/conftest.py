@@ -1,4 +1,5 @@
-"""What the tests of hack/localcluster share: a static busybox as an image, and a look at what a host holds."""
+"""Fixtures for the tests of hack/localcluster: a static busybox as an image, and a snapshot of the
+host's state."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ HOST_SETTINGS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops",
 
 @dataclass(frozen=True)
 class Host:
-    """What of a cluster shows on the host. Equal before and after means that nothing was left."""
+    """What a cluster leaves visible on the host. If it is equal before and after, nothing was left
+    behind."""
 
     processes: tuple[str, ...]
     mounts: tuple[str, ...]
@@ -37,7 +39,7 @@ class Host:
 
 @pytest.fixture
 def host() -> Callable[[str], Host]:
-    """Looks at this machine for what belongs to the cluster of a name."""
+    """Returns a function that reads what belongs to the cluster of a name on this machine."""
     return _host
 
 
@@ -71,16 +73,16 @@ def _processes_naming(text: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OCI archive of Debian's static busybox, which stands in for a workload."""
-    kept = cache_root() / "test" / "busybox"
-    if not kept.exists():
+    """An OCI archive of Debian's static busybox, which is used as a workload."""
+    binary = cache_root() / "test" / "busybox"
+    if not binary.exists():
         folder = tmp_path_factory.mktemp("busybox")
         folder.chmod(0o777)
         subprocess.run(["apt-get", "-qq", "download", "busybox-static"], cwd=folder, check=True)
         [package] = folder.glob("*.deb")
         subprocess.run(["dpkg", "-x", package, folder], check=True)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "bin" / "busybox", kept)
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "bin" / "busybox", binary)
     archive = tmp_path_factory.mktemp("image") / "busybox.tar"
-    archive.write_bytes(one_file_image(BUSYBOX, "busybox", kept.read_bytes()))
+    archive.write_bytes(one_file_image(BUSYBOX, "busybox", binary.read_bytes()))
     return archive

@@ -1,4 +1,5 @@
-"""The control plane and its end, for real: what comes up, what is left, also after a crash half-way."""
+"""The control plane and its removal on a real machine: what starts and what is left, also after a
+crash halfway."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ pytestmark = [
 NAME = f"lc-{os.getpid()}"
 
 
-def test_two_clusters_stand_side_by_side_and_leave_nothing(host: Callable[[str], Any]) -> None:
+def test_two_clusters_run_side_by_side_and_leave_nothing(host: Callable[[str], Any]) -> None:
     names = (f"{NAME}-a", f"{NAME}-b")
     before = [host(name) for name in names]
     made = [localcluster.up(name, control_plane_only=True, audit=True) for name in names]
@@ -81,7 +82,7 @@ def test_down_cleans_up_after_an_up_that_was_killed(
     assert not cluster_paths(NAME).root.exists()
 
 
-def test_up_starts_afresh_where_an_up_was_killed() -> None:
+def test_up_starts_from_scratch_after_an_up_that_was_killed() -> None:
     up = _command("up", "--name", NAME, "--control-plane-only")
     _until(lambda: (cluster_paths(NAME).run / "control").exists())
     up.kill()
@@ -91,11 +92,11 @@ def test_up_starts_afresh_where_an_up_was_killed() -> None:
     made.down()
 
 
-def test_down_of_nothing_is_no_error() -> None:
+def test_down_without_a_cluster_is_not_an_error() -> None:
     assert _command("down", "--name", f"{NAME}-never").wait() == 0
 
 
-def test_a_failing_start_is_told_in_the_components_own_words(tmp_path: Path) -> None:
+def test_a_failing_start_is_reported_with_the_components_own_message(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "localcluster", "up", "--name", NAME, "--control-plane-only"],
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "FINETUNE_CACHE": "/proc/nowhere"},

@@ -1,4 +1,4 @@
-"""The pure parts of hack/localcluster: names, addresses, keys, targets, refusals."""
+"""The pure functions of hack/localcluster: names, addresses, keys, targets, refusals."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_a_name_has_the_same_network_on_every_run() -> None:
     assert network_for("demo", ["192.0.2.0/24"]) == network_for("demo", [])
 
 
-def test_a_taken_network_is_passed_over() -> None:
+def test_a_network_in_use_is_skipped() -> None:
     first = network_for("demo", [])
     second = network_for("demo", [first.block])
     assert second.octet != first.octet
     assert second.host_interface == first.host_interface
 
 
-def test_without_any_free_network_the_remedy_is_said() -> None:
+def test_without_any_free_network_the_remedy_is_named() -> None:
     with pytest.raises(LocalClusterError, match="take another cluster down"):
         network_for("demo", ["10.0.0.0/8"])
 
@@ -46,7 +46,7 @@ def test_an_interface_name_fits_the_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         pytest.param(ClusterSpec(name="Demo"), "--name 'Demo'", id="upper case"),
         pytest.param(ClusterSpec(name="../x"), "--name '../x'", id="a path"),
@@ -55,19 +55,19 @@ def test_an_interface_name_fits_the_kernel() -> None:
         pytest.param(ClusterSpec(pretend_gpus=8, control_plane_only=True), "has no node", id="GPUs without a node"),
     ],
 )
-def test_a_wrong_option_is_named_with_its_value(spec: ClusterSpec, words: str) -> None:
-    with pytest.raises(LocalClusterError, match=words):
+def test_a_wrong_option_is_named_with_its_value(spec: ClusterSpec, message: str) -> None:
+    with pytest.raises(LocalClusterError, match=message):
         checked(spec)
 
 
-def test_a_running_cluster_with_more_add_ons_will_do() -> None:
+def test_a_running_cluster_with_more_add_ons_is_accepted() -> None:
     running = ClusterSpec(addons=frozenset({"s3", "prometheus"}), audit=True)
     assert covers(running, ClusterSpec(addons=frozenset({"s3"})))
     assert not covers(running, ClusterSpec(control_plane_only=True))
     assert not covers(running, ClusterSpec(pretend_gpus=8))
 
 
-def test_a_program_is_built_anew_when_its_sources_change(tmp_path: Path) -> None:
+def test_a_program_is_rebuilt_when_its_sources_change(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE / "kube", tmp_path / "kube")
     kube = RECIPES[0]
     before = content_key(kube, tmp_path)
@@ -93,12 +93,12 @@ def test_the_version_of_go_is_read_as_numbers() -> None:
     assert parsed_version("no go") == (0, 0)
 
 
-def test_a_missing_program_is_said_as_its_package() -> None:
+def test_a_missing_program_is_reported_by_its_package() -> None:
     assert missing({"no-such-program": "some-package", "sh": "dash"}) == ["some-package"]
 
 
 @pytest.mark.parametrize(
-    ("given", "full"),
+    ("name", "full"),
     [
         ("trainer", "docker.io/library/trainer:latest"),
         ("trainer:dev", "docker.io/library/trainer:dev"),
@@ -107,17 +107,17 @@ def test_a_missing_program_is_said_as_its_package() -> None:
         ("registry.example:5000/trainer", "registry.example:5000/trainer:latest"),
     ],
 )
-def test_an_image_is_named_as_the_kubelet_will_look_it_up(given: str, full: str) -> None:
-    assert full_name(given) == full
+def test_an_image_is_named_as_the_kubelet_will_look_it_up(name: str, full: str) -> None:
+    assert full_name(name) == full
 
 
-def test_only_layers_in_the_same_places_are_shared() -> None:
+def test_only_layers_in_the_same_positions_are_shared() -> None:
     assert shared_layers(("a", "b", "c"), [["a", "x", "c"], ["a", "b", "d"]]) == {"a", "b"}
     assert shared_layers(("a", "b"), [["b", "a"]]) == frozenset()
     assert shared_layers(("a",), []) == frozenset()
 
 
-def test_a_layer_that_repeats_higher_up_is_not_taken_for_unpacked() -> None:
+def test_a_layer_that_repeats_higher_up_is_not_considered_unpacked() -> None:
     assert shared_layers(("a", "b", "a"), [["a", "c"]]) == frozenset()
 
 
@@ -136,7 +136,7 @@ def test_an_archive_is_copied_with_the_name_that_containerd_reads(tmp_path: Path
     assert manifest["annotations"]["io.containerd.image.name"] == "localhost/thing:1"
 
 
-def test_a_file_that_is_no_image_says_how_to_write_one(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_refused_with_how_to_write_one(tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("hello")
     with pytest.raises(LocalClusterError, match="buildah push"):
@@ -170,7 +170,7 @@ def test_a_cache_that_the_cluster_would_hide_is_refused() -> None:
         check_host(ClusterSpec(control_plane_only=True), ClusterPaths(Path("/var/lib/cache/clusters/demo")))
 
 
-def test_who_is_not_root_is_told_so() -> None:
+def test_a_user_who_is_not_root_is_refused() -> None:
     paths = ClusterPaths(cache_root() / "clusters" / "demo")
     if os.geteuid() != 0:
         with pytest.raises(LocalClusterError, match="needs root"):

@@ -1,4 +1,5 @@
-"""A cluster with a node, for real: pods, names, services, pretended GPUs, S3, Prometheus, kwok; then its end."""
+"""A real cluster with a node: pods, names, services, fake GPUs, S3, Prometheus and kwok, and then
+its removal."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def made(busybox: Path) -> Iterator[Cluster]:
 
 
 def pod(name: str, script: str, **extra: Any) -> dict[str, Any]:
-    """A pod that runs a busybox script; `extra` goes into its container."""
+    """Return a pod that runs a busybox script; `extra` is merged into its container."""
     container = {"name": "main", "image": IMAGE, "command": ["/busybox", "sh", "-c", script], **extra}
     return {
         "apiVersion": "v1",
@@ -54,7 +55,7 @@ def wait(made: Cluster, condition: str, what: str) -> None:
     made.kubectl("wait", f"--for={condition}", what, "--timeout=60s")
 
 
-def test_an_indexed_job_finds_its_peers_and_gets_pretended_gpus(made: Cluster) -> None:
+def test_an_indexed_job_finds_its_peers_and_gets_fake_gpus(made: Cluster) -> None:
     script = (
         "until /busybox nslookup peers-0.peers.default.svc.cluster.local >/dev/null && "
         "/busybox nslookup peers-1.peers.default.svc.cluster.local >/dev/null; do /busybox sleep 0.2; done; "
@@ -86,7 +87,7 @@ def test_an_indexed_job_finds_its_peers_and_gets_pretended_gpus(made: Cluster) -
     assert sorted(line for line in logs if line) == ["index 0", "index 1"]
 
 
-def test_a_pod_that_wants_more_gpus_than_are_pretended_stays_pending(made: Cluster) -> None:
+def test_a_pod_that_requests_more_gpus_than_exist_stays_pending(made: Cluster) -> None:
     apply(made, pod("greedy", "true", resources={"limits": {"nvidia.com/gpu": "9"}}))
     wait(made, "jsonpath={.status.conditions[?(@.type=='PodScheduled')].reason}=Unschedulable", "pod/greedy")
     assert "Insufficient nvidia.com/gpu" in made.kubectl("get", "pod", "greedy", "-o", "json")
@@ -121,7 +122,7 @@ def test_a_service_answers_from_a_pod_and_from_the_host_and_prometheus_scrapes_i
 
 
 def test_object_storage_answers_from_a_pod_and_keeps_what_a_client_writes(made: Cluster) -> None:
-    obstore = pytest.importorskip("obstore", reason="the trainer extra is not installed")
+    import obstore
     from obstore.store import S3Store
 
     assert made.s3 is not None
@@ -141,7 +142,7 @@ def test_object_storage_answers_from_a_pod_and_keeps_what_a_client_writes(made: 
     wait(made, "jsonpath={.status.phase}=Succeeded", "pod/s3")
 
 
-def test_a_pretended_node_runs_pods_that_tolerate_it(made: Cluster) -> None:
+def test_a_fake_node_runs_pods_that_tolerate_it(made: Cluster) -> None:
     fake = pod("fake", "true")
     fake["spec"] |= {
         "nodeSelector": {"type": "kwok"},
@@ -191,9 +192,9 @@ def fetch(url: str) -> str:
 
 
 def eventually(look: Callable[[], Any], seconds: float = 20) -> Any:
-    """The first answer that isn't empty."""
+    """Return the first answer of `look` that isn't empty."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (answer := look()):
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.3)
-    return found
+    return answer

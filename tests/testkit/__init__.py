@@ -1,1 +1,1 @@
-"""Real parts for tests: a model hub, an S3 server, tiny random models. Imported by tests alone."""
+"""Real parts for tests: a model hub, an S3 server, and tiny random models. Only tests import it."""

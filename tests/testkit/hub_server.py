@@ -1,7 +1,9 @@
-"""A small model hub on a loopback port, for tests: the real `huggingface_hub` talks to it by HF_ENDPOINT.
+"""A small model hub on a loopback port, for tests: the real `huggingface_hub` uses it through
+HF_ENDPOINT.
 
-Serves folders of this machine as model repositories: info, tree, HEAD and GET of files with ETag,
-X-Repo-Commit and ranges, and the hub's own error codes. Never writes; knows no data sets and no uploads.
+It serves local folders as repositories of models and, under names that begin with `datasets/`, of
+data sets: info, tree, HEAD and GET of files with ETag, X-Repo-Commit and ranges, and the hub's own
+error codes. It never writes.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ID = r"(?P<id>[^/]+/[^/]+)"
-INFO = re.compile(rf"^/api/models/{ID}(?:/revision/(?P<revision>[^/]+))?$")
-TREE = re.compile(rf"^/api/models/{ID}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?$")
-FILE = re.compile(rf"^/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
+KIND = r"(?P<kind>models|datasets)"
+INFO = re.compile(rf"^/api/{KIND}/{ID}(?:/revision/(?P<revision>[^/]+))?$")
+TREE = re.compile(rf"^/api/{KIND}/{ID}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?$")
+FILE = re.compile(rf"^/(?:(?P<kind>datasets)/)?{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
 RANGE = re.compile(r"^bytes=(?P<first>\d+)-(?P<last>\d*)$")
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A folder served as one model. With `token`, only who sends it may read; `gated` answers 403 instead of
-    401 to the others who sent some token. `revisions` are names that lead to the one commit."""
+    """A folder served as one model. With `token`, only requests with that token may read; if
+    `gated`, requests with another token get 403 instead of 401. `revisions` are names of the one
+    commit."""
 
     folder: Path
     token: str | None = None
@@ -43,7 +47,7 @@ class Repository:
         return file.relative_to(self.folder).as_posix()
 
     def commit(self) -> str:
-        """Forty hex digits, from names and contents: the same folder is the same commit."""
+        """Forty hex digits from names and contents: the same folder has the same commit."""
         digest = hashlib.sha1(usedforsecurity=False)
         for file in self.files():
             digest.update(f"{self.path_of(file)}\0{etag(file)}\n".encode())
@@ -52,7 +56,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What the hub answers instead: status, its X-Error-Code, and a sentence."""
+    """An error that the hub answers: status, X-Error-Code, and a sentence."""
 
     status: HTTPStatus
     code: str
@@ -61,9 +65,11 @@ class Refusal:
 
 @dataclass
 class Hub:
-    """A running hub. `requests` grows by "METHOD path" per request; `endpoint` is what HF_ENDPOINT takes.
+    """A running hub. `requests` gets "METHOD path" for each request; `endpoint` is the value for
+    HF_ENDPOINT.
 
-    `break_after` cuts every file's body after that many bytes, once per file (a client must resume).
+    `break_after` cuts every file's body after that many bytes, once per file, so that a client must
+    resume.
     """
 
     endpoint: str
@@ -73,7 +79,8 @@ class Hub:
     broken: set[str] = field(default_factory=set)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables for a child process: this hub, and a home of its own for the cache and the token."""
+        """Return variables for a child process: this hub, and a separate home for the cache and the
+        token."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
 
@@ -81,7 +88,7 @@ _etags: dict[tuple[str, int, int], str] = {}
 
 
 def etag(file: Path) -> str:
-    """SHA-256 of the content, remembered by size and time of change."""
+    """Return the SHA-256 of the content, cached by size and modification time."""
     stat = file.stat()
     key = (str(file), stat.st_size, stat.st_mtime_ns)
     if key not in _etags:
@@ -91,16 +98,16 @@ def etag(file: Path) -> str:
 
 
 @contextmanager
-def running_hub(repositories: Mapping[str, Repository], break_after: int = 0) -> Iterator[Hub]:
-    """Serve until the block ends, on a free loopback port.
+def running_hub(repositories: Mapping[str, Repository], break_after: int = 0, host: str = "127.0.0.1") -> Iterator[Hub]:
+    """Serve until the block ends, on a free port of this machine's address `host`.
 
     >>> with running_hub({"org/tiny": Repository(folder)}) as hub:
     ...     snapshot_download("org/tiny", endpoint=hub.endpoint, cache_dir=tmp)
     """
     hub = Hub(endpoint="", repositories=repositories, break_after=break_after)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer((host, 0), _handler(hub))
     server.daemon_threads = True
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.endpoint = f"http://{host}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -130,25 +137,26 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent: `hub.requests` is the log."""
+        """Print nothing: `hub.requests` is the log."""
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append(f"{self.command} {unquote(path)}")
         for pattern, answer in ((INFO, self._info), (TREE, self._tree), (FILE, self._file)):
             if match := pattern.match(path):
-                asked = {key: unquote(value) for key, value in match.groupdict().items() if value}
-                found = self._repository(asked["id"], asked.get("revision", "main"))
-                if isinstance(found, Refusal):
-                    self._refuse(found)
+                query = {key: unquote(value) for key, value in match.groupdict().items() if value}
+                prefix = "datasets/" if query.get("kind") == "datasets" else ""
+                repository = self._repository(prefix + query["id"], query.get("revision", "main"))
+                if isinstance(repository, Refusal):
+                    self._refuse(repository)
                 else:
-                    answer(found, asked)
+                    answer(repository, query)
                 return
         self._refuse(Refusal(HTTPStatus.NOT_FOUND, "RepoNotFound", f"no such page: {path}"))
 
     def _repository(self, name: str, revision: str) -> Repository | Refusal:
         repository = self.hub.repositories.get(name)
-        if repository is None:  # the hub says 401 for what does not exist, so that names don't leak
+        if repository is None:  # the hub answers 401 for what does not exist, so that names don't leak
             return Refusal(HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Repository not found")
         sent = self.headers.get("Authorization", "")
         if repository.token and sent != f"Bearer {repository.token}":
@@ -161,14 +169,14 @@ class _Handler(BaseHTTPRequestHandler):
             return Refusal(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repository
 
-    def _info(self, repository: Repository, asked: dict[str, str]) -> None:
-        siblings = [{"rfilename": repository.path_of(file)} for file in repository.files()]
+    def _info(self, repository: Repository, query: dict[str, str]) -> None:
+        siblings = [{"rfilename": repository.path_of(file), "size": file.stat().st_size} for file in repository.files()]
         self._json(
             repository,
             {
                 "_id": repository.commit()[:24],
-                "id": asked["id"],
-                "modelId": asked["id"],
+                "id": query["id"],
+                "modelId": query["id"],
                 "sha": repository.commit(),
                 "private": bool(repository.token),
                 "gated": "manual" if repository.gated else False,
@@ -182,8 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def _tree(self, repository: Repository, asked: dict[str, str]) -> None:
-        prefix = asked.get("path", "")
+    def _tree(self, repository: Repository, query: dict[str, str]) -> None:
+        prefix = query.get("path", "")
         entries = [
             {"type": "file", "path": path, "size": file.stat().st_size, "oid": etag(file)[:40]}
             for file in repository.files()
@@ -191,10 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._json(repository, entries)
 
-    def _file(self, repository: Repository, asked: dict[str, str]) -> None:
-        file = repository.folder / asked["path"]
+    def _file(self, repository: Repository, query: dict[str, str]) -> None:
+        file = repository.folder / query["path"]
         if file not in repository.files():
-            refusal = Refusal(HTTPStatus.NOT_FOUND, "EntryNotFound", f"Entry not found: {asked['path']}")
+            refusal = Refusal(HTTPStatus.NOT_FOUND, "EntryNotFound", f"Entry not found: {query['path']}")
             self._refuse(refusal, commit=repository.commit())
             return
         size = file.stat().st_size
@@ -217,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", repository.commit())
         self.end_headers()
         if self.command == "GET":
-            self._body(file, first, last, asked["path"])
+            self._body(file, first, last, query["path"])
 
     def _body(self, file: Path, first: int, last: int, path: str) -> None:
         limit = self.hub.break_after

@@ -1,7 +1,5 @@
-"""A real S3 server (versitygw) on a loopback port with a folder of its own, for tests.
-
-Started by tests that need object storage and no cluster; knows no user but its root.
-"""
+"""A real S3 server (versitygw) on a loopback port with its own folder, for tests that need object
+storage and no cluster. Its only user is root."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ START_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class S3:
-    """A running server. A bucket is a folder under `folder`, and what lies in it can be read there too."""
+    """A running server. A bucket is a folder under `folder`, where its objects can be read too."""
 
     endpoint: str
     folder: Path
@@ -41,7 +39,7 @@ class S3:
         (self.folder / name).mkdir()
 
     def store(self, bucket: str, prefix: str | None = None) -> S3Store:
-        """An obstore client of that bucket."""
+        """Return an obstore client of that bucket."""
         return S3Store(
             bucket,
             prefix=prefix,
@@ -53,7 +51,7 @@ class S3:
         )
 
     def environment(self) -> dict[str, str]:
-        """What a Secret that `credentialsRef` names holds, for this server."""
+        """Return what a Secret named by `credentialsRef` contains for this server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -64,7 +62,7 @@ class S3:
 
 @contextmanager
 def running_s3(folder: Path, buckets: tuple[str, ...] = ()) -> Iterator[S3]:
-    """Serve `folder` (made if need be) until the block ends; stopped even where the block raises.
+    """Serve `folder` (created if needed) until the block ends, even if it raises an error.
 
     >>> with running_s3(tmp_path / "s3", ("models", "outputs")) as s3:
     ...     obstore.put(s3.store("models"), "a", b"1")
@@ -76,7 +74,8 @@ def running_s3(folder: Path, buckets: tuple[str, ...] = ()) -> Iterator[S3]:
     s3 = S3(endpoint=f"http://127.0.0.1:{port}", folder=data)
     for bucket in buckets:
         (data / bucket).mkdir(exist_ok=True)
-    # A sidecar folder holds what versitygw would else put into extended attributes, which tmpfs may lack.
+    # A sidecar folder stores what versitygw would otherwise put into extended attributes, which
+    # tmpfs may lack.
     command = [versitygw(), "--port", f"127.0.0.1:{port}", "--region", REGION, "--quiet", "posix"]
     environment = {**os.environ, "ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
     with (folder / "server.log").open("wb") as log:
@@ -97,7 +96,8 @@ def running_s3(folder: Path, buckets: tuple[str, ...] = ()) -> Iterator[S3]:
 
 @cache
 def versitygw() -> str:
-    """The server's program, from the cache; built (1.5 min) where it isn't there yet."""
+    """Return the path of the server's program in the cache; it is built (1.5 min) if it isn't there
+    yet."""
     done = subprocess.run(
         [sys.executable, "-m", "localcluster", "tool", "versitygw"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "hack")},
@@ -117,7 +117,7 @@ def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
             urllib.request.urlopen(endpoint, timeout=1).close()
             return
         except urllib.error.HTTPError:
-            return  # it refuses who sends no key: it answers
+            return  # it answers: requests without a key are refused
         except OSError:
             time.sleep(0.02)
     raise RuntimeError(f"versitygw does not answer at {endpoint}: {log.read_text(errors='replace')[-2000:]}")

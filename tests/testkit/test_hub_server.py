@@ -1,4 +1,4 @@
-"""The hub of the testkit, asked by the real huggingface_hub client."""
+"""The hub of the testkit, used by the real huggingface_hub client."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def hub(folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_snapshot_holds_every_file_and_bears_its_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_snapshot_contains_every_file_and_has_its_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
     path = Path(snapshot_download("org/open", endpoint=hub.endpoint, cache_dir=tmp_path / "cache"))
     assert path.name == hub.repositories["org/open"].commit()
     for name in ("config.json", "model.safetensors", "sub dir/notes.txt"):
         assert (path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_allow_patterns_fetch_only_what_they_name(hub: Hub, tmp_path: Path) -> None:
+def test_allow_patterns_fetch_only_matching_files(hub: Hub, tmp_path: Path) -> None:
     path = snapshot_download("org/open", endpoint=hub.endpoint, cache_dir=tmp_path, allow_patterns=["*.json"])
     assert [file.name for file in Path(path).rglob("*") if file.is_file()] == ["config.json"]
     assert not any("safetensors" in request for request in hub.requests if request.startswith("GET"))
@@ -102,7 +102,7 @@ def test_a_private_model_looks_absent_without_its_token(hub: Hub, tmp_path: Path
 
 
 @pytest.mark.parametrize("token", [False, "hf_wrong"])
-def test_a_gated_model_says_that_it_is_gated(hub: Hub, tmp_path: Path, token: str | bool) -> None:
+def test_a_gated_model_is_reported_as_gated(hub: Hub, tmp_path: Path, token: str | bool) -> None:
     with pytest.raises(GatedRepoError):
         snapshot_download("org/gated", endpoint=hub.endpoint, cache_dir=tmp_path, token=token)
 

@@ -1,4 +1,4 @@
-"""The S3 server of the testkit, asked by the client that the trainer uses."""
+"""The S3 server of the testkit, used by the client that the trainer uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield server
 
 
-def test_what_is_put_comes_back_and_is_listed(s3: S3) -> None:
+def test_a_stored_object_can_be_read_and_is_listed(s3: S3) -> None:
     store = s3.store("models", prefix="org")
     obstore.put(store, "folder/weights", bytes(9_000_000))
     assert bytes(obstore.get(store, "folder/weights").bytes()) == bytes(9_000_000)
@@ -34,7 +34,7 @@ def test_a_key_that_exists_is_not_created_again(s3: S3) -> None:
         obstore.put(store, "once", b"2", mode="create")
 
 
-def test_a_bucket_is_made_while_the_server_runs(s3: S3) -> None:
+def test_a_bucket_is_created_while_the_server_runs(s3: S3) -> None:
     s3.create_bucket("outputs")
     obstore.put(s3.store("outputs"), "a", b"1")
 

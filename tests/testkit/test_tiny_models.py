@@ -1,4 +1,4 @@
-"""The tiny models load with Transformers alone, train, and are the same in every run."""
+"""The tiny models load with Transformers alone, can be trained, and are the same in every run."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def test_a_tiny_model_loads_and_gives_a_finite_loss(family: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_the_tokenizer_gives_back_any_text(family: str, tmp_path: Path) -> None:
-    words = AutoTokenizer.from_pretrained(BUILDERS[family](tmp_path))
-    ids = words(TEXT).input_ids
-    assert words.decode(ids) == TEXT
-    assert max(ids) < len(words) <= VOCABULARY
-    assert words.pad_token_id not in (None, words.eos_token_id)
+def test_the_tokenizer_decodes_any_text_that_it_encoded(family: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BUILDERS[family](tmp_path))
+    ids = tokenizer(TEXT).input_ids
+    assert tokenizer.decode(ids) == TEXT
+    assert max(ids) < len(tokenizer) <= VOCABULARY
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
 
 
-def test_the_chat_template_makes_the_prompt_a_prefix_of_the_whole(tmp_path: Path) -> None:
-    words = AutoTokenizer.from_pretrained(tiny_llama(tmp_path))
+def test_the_chat_template_makes_the_prompt_a_prefix_of_the_conversation(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama(tmp_path))
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    prompt = words.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
-    whole = words.apply_chat_template(turns, tokenize=False)
-    assert whole == prompt + "Hello.<|im_end|>\n"
-    assert words.eos_token == "<|im_end|>"
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    conversation = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert conversation == prompt + "Hello.<|im_end|>\n"
+    assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_has_none(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tiny_gpt2(tmp_path)).chat_template is None
 
 
@@ -71,7 +71,7 @@ def test_building_a_model_leaves_the_random_state_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_the_pickle_folder_holds_no_safetensors(tmp_path: Path) -> None:
+def test_the_pickle_folder_contains_no_safetensors(tmp_path: Path) -> None:
     folder = pickle_only(tmp_path)
     assert (folder / "pytorch_model.bin").exists()
     assert not list(folder.glob("*.safetensors"))

@@ -1,6 +1,7 @@
 """Tiny random models with a real tokenizer, written to a folder in well under a second, for tests.
 
-Every builder is deterministic (seed) and returns the folder that it wrote. Never reads the network.
+Every builder is deterministic (seed) and returns the folder that it wrote. Nothing is read from the
+network.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from transformers import (
 
 VOCABULARY = 300
 MAX_POSITIONS = 512
-# The last one is there because Qwen2's own tokenizer class adds it where it is missing.
+# The last one is there because Qwen2's own tokenizer class adds it if it is missing.
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 PAD, BOS, EOS, TURN_START, TURN_END = SPECIAL_TOKENS[:5]
 
@@ -59,9 +60,10 @@ CORPUS = (
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained here on a few sentences: any text goes in and comes out unchanged.
+    """Return a byte-level BPE tokenizer trained here on a few sentences: any text is encoded and
+    decoded unchanged.
 
-    The stop token is the end of a turn where there is a chat template, "</s>" where there is none.
+    The stop token is the end of a turn if there is a chat template, otherwise "</s>".
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,13 +92,14 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 def tiny_llama(
     folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, tied: bool = True, chat: bool = True
 ) -> Path:
-    """Decoder-only with grouped-query attention and a chat template: the shape of SmolLM2, 5,000x less."""
+    """Decoder-only model with grouped-query attention and a chat template: SmolLM2's shape, 5,000
+    times smaller."""
     config = LlamaConfig(**_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=tied, **_token_ids(chat))
     return _save(folder, LlamaForCausalLM, config, tokenizer(chat), seed)
 
 
 def tiny_llama3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Llama 3.1's: rotary frequencies that are scaled, an output head of its own, several stop tokens."""
+    """Llama 3.1's shape: scaled rotary frequencies, an untied output head, several stop tokens."""
     scaled = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -109,7 +112,7 @@ def tiny_llama3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 3
 
 
 def tiny_qwen2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Decoder-only with biases on q, k and v and an output head of its own."""
+    """Decoder-only model with biases on q, k and v and an untied output head."""
     config = Qwen2Config(
         **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=False, **_token_ids(chat=True)
     )
@@ -117,7 +120,8 @@ def tiny_qwen2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32
 
 
 def tiny_qwen3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Norms of queries and keys, heads wider than the model's width says, tied embeddings."""
+    """Model with norms of queries and keys, heads wider than the hidden size implies, and tied
+    embeddings."""
     config = Qwen3Config(
         **_sizes(hidden, layers), num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **_token_ids(chat=True)
     )
@@ -125,7 +129,8 @@ def tiny_qwen3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32
 
 
 def tiny_gpt2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Decoder-only, with Conv1D projections (`c_attn`), learnt positions, and no chat template."""
+    """Decoder-only model with Conv1D projections (`c_attn`), trained positions, and no chat
+    template."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=hidden,
@@ -138,9 +143,9 @@ def tiny_gpt2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32)
 
 
 def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, flan: bool = False) -> Path:
-    """Encoder-decoder: its projections are called `q` and `v`, and its loss is its own (a mean).
+    """Encoder-decoder model whose projections are called `q` and `v`, and whose own loss is a mean.
 
-    `flan`: T5 1.1's and Flan-T5's shape, with a gated product and an output head of its own.
+    `flan`: the shape of T5 1.1 and Flan-T5, with a gated product and an untied output head.
     """
     config = T5Config(
         vocab_size=VOCABULARY,
@@ -159,7 +164,7 @@ def tiny_t5(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, f
 
 
 def tiny_mistral(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int | None = None) -> Path:
-    """Llama's shape with a sliding window in every layer, or with none."""
+    """Llama's shape with a sliding window in every layer, or without one."""
     config = MistralConfig(
         **_sizes(hidden, layers), num_key_value_heads=2, sliding_window=window, **_token_ids(chat=True)
     )
@@ -167,13 +172,14 @@ def tiny_mistral(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 
 
 
 def tiny_phi3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """q, k and v in one projection, and gate and up in another."""
+    """Model with q, k and v in one projection, and gate and up in another."""
     config = Phi3Config(**_sizes(hidden, layers), num_key_value_heads=2, sliding_window=None, **_token_ids(chat=True))
     return _save(folder, Phi3ForCausalLM, config, tokenizer(), seed)
 
 
 def tiny_gemma3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int = 8) -> Path:
-    """A sliding window in every other layer, norms of queries and keys, and scaled embeddings."""
+    """Model with a sliding window in every other layer, norms of queries and keys, and scaled
+    embeddings."""
     kinds = ["sliding_attention", "full_attention"] * layers
     config = Gemma3TextConfig(
         **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=window,
@@ -183,13 +189,14 @@ def tiny_gemma3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 3
 
 
 def tiny_gemma(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Scaled embeddings that are the output layer too, and norms that count from one."""
+    """Model with scaled embeddings that are also the output layer, and norms whose weights are
+    offset by one."""
     config = GemmaConfig(**_sizes(hidden, layers), num_key_value_heads=1, head_dim=8, **_token_ids(chat=True))
     return _save(folder, GemmaForCausalLM, config, tokenizer(), seed)
 
 
 def tiny_gemma2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Scores and logits that are squashed by a tanh."""
+    """Model with attention scores and logits that are soft-capped by a tanh."""
     config = Gemma2Config(
         **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **_token_ids(chat=True)
     )
@@ -201,7 +208,8 @@ def tiny_flan_t5(folder: Path, *, seed: int = 0) -> Path:
 
 
 def pickle_only(folder: Path, *, seed: int = 0) -> Path:
-    """A model whose weights exist as `pytorch_model.bin` alone: to be refused, since loading it runs code."""
+    """Model whose weights exist only as `pytorch_model.bin`; it must be refused, since loading it
+    runs code."""
     tiny_llama(folder, seed=seed)
     weights = LlamaForCausalLM.from_pretrained(folder).state_dict()
     (folder / "model.safetensors").unlink()
@@ -236,11 +244,13 @@ def _token_ids(chat: bool) -> dict[str, Any]:
     }
 
 
-def _save(folder: Path, model: type[PreTrainedModel], config: Any, words: PreTrainedTokenizerFast, seed: int) -> Path:
+def _save(
+    folder: Path, model: type[PreTrainedModel], config: Any, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = model(config)
     folder.mkdir(parents=True, exist_ok=True)
     built.save_pretrained(folder)
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
-"""The door of a trainer pod: `python -m finetune_trainer` supervises one node, `… preflight` only checks.
+"""Starts a trainer pod. `python -m finetune_trainer` supervises a node; `… preflight` only checks.
 
-Reads environment, arguments and files once, writes the termination message, and returns the exit code that
-finetune_api.reasons gives. Decides nothing else.
+It reads the environment, arguments and files once, writes the termination message, and returns the
+exit code that finetune_api.reasons gives. It decides nothing else.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from finetune_api import __version__, names, result
+from finetune_api import __version__, names
+from finetune_api.messages import result
 from finetune_api.reasons import REASONS
-from finetune_trainer import node as nodes
-from finetune_trainer.failure import Failed
+from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
-from finetune_trainer.node import Node
-from finetune_trainer.stopping import StopRequest
+from finetune_trainer.supervisor import node as node_module
+from finetune_trainer.supervisor.node import Node
+from finetune_trainer.supervisor.signals import StopRequest
 
 _EPILOG = f"""environment:
   {names.ENV_RUN_CONFIG}     file with the RunConfig (JSON); default {names.RUN_CONFIG_PATH}
   {names.ENV_NODE_RANK}     this node's rank, from 0; default 0
-  {names.ENV_TERMINATION_LOG}  where the result is written; default {names.TERMINATION_LOG_PATH}
+  {names.ENV_TERMINATION_LOG}  file to which the result is written; default {names.TERMINATION_LOG_PATH}
   FINETUNE_LOG_FORMAT     json (default) or text
-  FINETUNE_TRACKING_PATIENCE  seconds that trackers get at the end; default 30
-  AWS_*, HF_*             credentials and endpoints where the RunConfig names no Secret
+  FINETUNE_TRACKING_PATIENCE  seconds to wait for trackers at the end; default 30
+  AWS_*, HF_*             credentials and endpoints if the RunConfig names no Secret
 
 exit codes:
-  0 done; {REASONS["Preempted"].exit_code} asked to leave (with a checkpoint where there was something to save);
-  else by reason:
+  0 succeeded; {REASONS["Preempted"].exit_code} asked to stop (a checkpoint was saved if there was something to save);
+  otherwise by reason:
   {", ".join(f"{r.exit_code} {r.name}" for r in REASONS.values() if r.exit_code and r.name != "Preempted")}
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code of the pod."""
+    """Runs one command and returns the exit code of the pod."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune_trainer",
-        description="Trains one FineTuneJob's part of one node: fetches model and data, starts the ranks, watches "
-        "them, serves metrics, uploads checkpoints and the result.",
+        description="Runs one node's part of a FineTuneJob: downloads the model and the data, starts and watches "
+        "the ranks, serves metrics, and uploads checkpoints and the result.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,50 +55,50 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="?",
         choices=("supervise", "preflight"),
         default="supervise",
-        help="supervise (default): train. preflight: only check destination, model and data, without a GPU.",
+        help="supervise (default): train. preflight: only check the output, the model and the data, without a GPU.",
     )
     parser.add_argument(
         "--rank-command",
         metavar="PROGRAM",
-        help="another program for the ranks, split at blanks; for tests",
+        help="another program to run as the ranks, split at spaces; for tests",
     )
     options = parser.parse_args(arguments)
     environment = dict(os.environ)
     log = Log(text=environment.get("FINETUNE_LOG_FORMAT") == "text")
     try:
-        node = nodes.parse(environment)
-    except Failed as failed:
-        log.error(failed.message, reason=failed.reason)
-        return _end(result.Result(outcome="failed", reason=failed.reason, message=failed.message),
-                    nodes.termination_log(environment), log)  # fmt: skip
+        node = node_module.parse(environment)
+    except RunError as error:
+        return _finish(_failed(error, log), node_module.termination_log(environment), log)
     if options.rank_command:
         node = replace(node, rank_command=tuple(options.rank_command.split()))
     if options.command == "preflight":
-        return _end(_preflight(node, log), node.termination_log, log)
+        return _finish(_preflight(node, log), node.termination_log, log)
     return _supervise(node, log)
 
 
 def _supervise(node: Node, log: Log) -> int:
-    from finetune_trainer.ranks import become_subreaper
-    from finetune_trainer.supervisor import Supervisor
+    from finetune_trainer.supervisor.processes import become_subreaper
+    from finetune_trainer.supervisor.supervisor import Supervisor
 
     stop = StopRequest(max(1.0, node.run.grace_seconds - node.timing.grace_margin))
     stop.install()
     become_subreaper()
-    code = _end(Supervisor(node, stop, log).run(), node.termination_log, log)
+    code = _finish(Supervisor(node, stop, log).run(), node.termination_log, log)
     deadline = time.monotonic() + (node.run.metrics_linger_seconds if node.run.metrics_port else 0)
-    while time.monotonic() < deadline and not stop.asked:
+    while time.monotonic() < deadline and not stop.requested:
         time.sleep(0.1)
     return code
 
 
 def _preflight(node: Node, log: Log) -> result.Result:
-    from finetune_trainer import preflight
+    from finetune_trainer.supervisor import preflight
 
-    # As PID 1 we have no default action for signals: without this, a deleted pod would stay its grace period.
+    # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
+    # period.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
-    # In a thread, since a signal is heard by the main one only, and only between two steps of Python.
+    # The checks run in a thread, as Python handles signals only in the main thread, between two
+    # bytecode instructions.
     checks = ThreadPoolExecutor(1).submit(preflight.check, node.run, node.paths, node.access, log.info)
     try:
         while True:
@@ -106,32 +107,35 @@ def _preflight(node: Node, log: Log) -> result.Result:
             except TimeoutError:
                 if checks.done():
                     raise
-    except Failed as failed:
-        log.error(failed.message, reason=failed.reason)
-        return result.Result(outcome="failed", reason=failed.reason, message=failed.message)
+    except RunError as error:
+        return _failed(error, log)
     finally:
         shutil.rmtree(node.paths.model, ignore_errors=True)
 
 
-def _end(ended: result.Result, termination_log: Path, log: Log) -> int:
-    """Leaves the last word and returns the exit code."""
-    text = result.encode(ended)
+def _failed(error: RunError, log: Log) -> result.Result:
+    log.error(error.message, reason=error.reason)
+    return result.Result(outcome="failed", reason=error.reason, message=error.message)
+
+
+def _finish(outcome: result.Result, termination_log: Path, log: Log) -> int:
+    """Writes the termination message and returns the exit code."""
     try:
-        termination_log.write_text(text)
+        termination_log.write_text(result.encode(outcome))
     except OSError as error:
-        log.warning("no termination message can be written", file=str(termination_log), detail=str(error))
-    log.info(f"ended: {ended.outcome}", reason=ended.reason or None, detail=ended.message or None)
-    if ended.outcome == "succeeded":
+        log.warning("can't write the termination message", file=str(termination_log), detail=str(error))
+    log.info(f"ended: {outcome.outcome}", reason=outcome.reason or None, detail=outcome.message or None)
+    if outcome.outcome == "succeeded":
         return 0
-    return REASONS[ended.reason].exit_code
+    return REASONS[outcome.reason].exit_code
 
 
-def _leave(code: int) -> None:
-    """Ends the process even while a thread still waits for a store."""
+def _exit(code: int) -> None:
+    """Ends the process even if a thread still waits for a storage."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    _leave(main())
+    _exit(main())

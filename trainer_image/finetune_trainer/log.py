@@ -1,6 +1,6 @@
-"""The supervisor's own log: one JSON object a line on stdout, or plain text for a person at a terminal.
+"""Writes the supervisor's log: one JSON object per line on stdout, or plain text for a terminal.
 
-Shared with the ranks' output, which goes through `relay`, so that lines are never torn. Never decides anything.
+The ranks' output goes through `relay` of the same object, so lines never interleave.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Level = Literal["info", "warning", "error"]
 
 
 class Log:
-    """Thread-safe; `fields` are JSON values; None is left out."""
+    """Writes log entries; thread-safe. `fields` are JSON values; None is omitted."""
 
     def __init__(self, stream: TextIO | None = None, *, text: bool = False) -> None:
         self._stream = stream if stream is not None else sys.stdout
@@ -23,27 +23,30 @@ class Log:
         self._lock = threading.Lock()
 
     def info(self, message: str, **fields: Any) -> None:
-        self._say("info", message, fields)
+        """Logs an event of normal operation."""
+        self._log("info", message, fields)
 
     def warning(self, message: str, **fields: Any) -> None:
-        self._say("warning", message, fields)
+        """Logs a problem that doesn't end the attempt."""
+        self._log("warning", message, fields)
 
     def error(self, message: str, **fields: Any) -> None:
-        self._say("error", message, fields)
+        """Logs a problem that ends the attempt."""
+        self._log("error", message, fields)
 
     def relay(self, rank: int, line: str) -> None:
-        """One line that a rank printed."""
+        """Writes one line that a rank printed, prefixed with its number."""
         self._write(f"[rank {rank}] {line}")
 
-    def _say(self, level: Level, message: str, fields: dict[str, Any]) -> None:
+    def _log(self, level: Level, message: str, fields: dict[str, Any]) -> None:
         now = datetime.now(UTC)
         fields = {key: value for key, value in fields.items() if value is not None}
         if self._text:
-            tail = "".join(f" {key}={value}" for key, value in fields.items())
-            self._write(f"{now.astimezone():%H:%M:%S} {level}: {message}{tail}")
+            suffix = "".join(f" {key}={value}" for key, value in fields.items())
+            self._write(f"{now.astimezone():%H:%M:%S} {level}: {message}{suffix}")
         else:
-            line = {"time": now.isoformat(timespec="milliseconds"), "level": level, "message": message, **fields}
-            self._write(json.dumps(line, default=str, ensure_ascii=False))
+            entry = {"time": now.isoformat(timespec="milliseconds"), "level": level, "message": message, **fields}
+            self._write(json.dumps(entry, default=str, ensure_ascii=False))
 
     def _write(self, line: str) -> None:
         with self._lock:
@@ -51,4 +54,4 @@ class Log:
                 self._stream.write(line + "\n")
                 self._stream.flush()
             except (OSError, ValueError):
-                return  # whoever read our log has gone; training goes on
+                return  # the reader of stdout is gone; training continues

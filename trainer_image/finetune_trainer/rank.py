@@ -1,7 +1,7 @@
-"""A rank: `python -m finetune_trainer.rank`, started by the supervisor with torchrun's environment.
+"""Runs one rank: `python -m finetune_trainer.rank`, with torchrun's environment variables.
 
-Reads run.json, the model and the rows from the node's scratch disk; says everything through its events file. Top to
-bottom: model → data → loop → save. Fetches nothing, uploads nothing, serves nothing.
+A rank reads run.json, the model and the rows from the node's scratch disk, and reports everything
+through its events file. It downloads nothing, uploads nothing and serves nothing.
 """
 
 from __future__ import annotations
@@ -17,60 +17,64 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+from finetune_api.messages.run import RunConfig, parse
 from finetune_api.names import SCRATCH_ROOT
 from finetune_api.reasons import REASONS
-from finetune_api.run import RunConfig, parse
-from finetune_trainer import lean
-from finetune_trainer.diagnosis import failed_from
+from finetune_trainer.errors import run_error_from
 from finetune_trainer.paths import Paths
-from finetune_trainer.reporter import Reporter
+from finetune_trainer.reporting.event_writer import EventWriter
 
-_LONGEST_WAIT = timedelta(minutes=60)  # for another rank in a collective; the supervisor's stall watchdog is shorter
+# How long a collective waits for another rank; the supervisor's stall timeout is shorter.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 
 def main() -> int:
-    """0 after the result or an agreed stop; else the exit code of the reason that the error event tells."""
+    """Returns 0 after the result or an agreed stop. After a failure it doesn't return: the process
+    exits with the code of the reason that its error event reports."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches a whole terminal; stopping is agreed by the flag file
-    signal.signal(signal.SIGTERM, _flag)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; stopping is agreed by the flag
+    signal.signal(signal.SIGTERM, _set_stop_flag)
     paths = _paths()
-    reporter = Reporter(paths.rank_events(int(os.environ.get("RANK", "0"))), int(os.environ.get("RANK", "0")))
+    reporter = EventWriter(paths.rank_events(int(os.environ.get("RANK", "0"))), int(os.environ.get("RANK", "0")))
     try:
         run = parse(paths.run_config.read_bytes())
-        _quieten()
-        _tell(run, paths, reporter)
+        _quiet_libraries()
+        _run_job(run, paths, reporter)
     except Exception as error:
-        failed = failed_from(error)
+        run_error = run_error_from(error)
         traceback.print_exc()
-        reporter.error(failed, error)
-        _end(REASONS[failed.reason].exit_code or 1)
+        reporter.error(run_error, error)
+        _exit(REASONS[run_error.reason].exit_code or 1)
     return 0
 
 
-def _tell(run: RunConfig, paths: Paths, reporter: Reporter) -> None:
-    """Importing torch and its friends takes seconds, so it comes after the run configuration was read."""
-    from finetune_trainer import story, world
+def _run_job(run: RunConfig, paths: Paths, reporter: EventWriter) -> None:
+    """Joins the other ranks and trains. Importing torch takes seconds, so it happens only here,
+    after the run configuration was read."""
+    from finetune_trainer.parallel import world
+    from finetune_trainer.training import job
+    from finetune_trainer.training.context import RankContext
 
-    who = world.from_environment(os.environ, run.world.device)
-    world.join(who, expected=run.world.size, timeout=_LONGEST_WAIT)
-    story.tell(run, paths, who, reporter)
-    world.leave(who)
+    group = world.from_environment(os.environ, run.world.device)
+    world.join(group, expected=run.world.size, timeout=_COLLECTIVE_TIMEOUT)
+    job.run_job(RankContext(run, paths, group, reporter))
+    world.leave(group)
 
 
 def _paths() -> Paths:
     return Paths(Path(os.environ.get("FINETUNE_SCRATCH", SCRATCH_ROOT)))
 
 
-def _flag(number: int, frame: FrameType | None) -> None:
-    """A rank that is asked to leave asks all of them: they agree after the step, and save the same one."""
+def _set_stop_flag(number: int, frame: FrameType | None) -> None:
+    """Asks all ranks to stop, because this one was asked. They agree after a step and save it."""
     with suppress(OSError):
         _paths().stop.touch()
 
 
-def _quieten() -> None:
-    """No network, no advice, no progress bars: the log is read by people who look for an error."""
-    lean.without_trackers()
+def _quiet_libraries() -> None:
+    """Turns off network access, advice and progress bars: people read the log to find an error."""
+    without_trackers()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,8 +82,18 @@ def _quieten() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def _end(code: int) -> None:
-    """At once: peers notice by their connections, and a collective that hangs can't hold us."""
+def without_trackers() -> None:
+    """Makes the libraries of trackers count as not installed for the life of this process.
+
+    Accelerate imports MLflow and W&B if they are installed, which takes seconds and starts threads.
+    A rank has no use for them, as the supervisor's tracker process records what ranks report.
+    """
+    for name in ("mlflow", "wandb", "tensorboard", "tensorboardX"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def _exit(code: int) -> None:
+    """Exits immediately: peers notice lost connections, and a hanging collective can't block it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Seeds that are a pure function of what they are for, so that no random state has to be carried through a restart."""
+"""Derives seeds as a pure function of their purpose, so no random state must survive a restart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 
 
 def mix(seed: int, *parts: int | str) -> int:
-    """63 bits out of the job's seed and a place in the run, e.g. mix(42, "dropout", step, micro, rank)."""
+    """Returns a 63-bit seed derived from the job's seed and a purpose within the run, for example
+    mix(42, "dropout", step, micro_batch, rank)."""
     text = "/".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -38,11 +38,13 @@ pods:
   metricsLingerSeconds: {{ .Values.pods.metricsLingerSeconds | toJson }}
   preflightCpu: {{ .Values.pods.preflightCpu | toString | quote }}
   preflightMemory: {{ .Values.pods.preflightMemory | toString | quote }}
+  preflightNodeSelector: {{ .Values.pods.preflightNodeSelector | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}
   nodeSelector: {{ .Values.pods.nodeSelector | toJson }}
   schedulerName: {{ .Values.pods.schedulerName | quote }}
   runtimeClassName: {{ .Values.pods.runtimeClassName | quote }}
   imagePullSecrets: {{ .Values.pods.imagePullSecrets | toJson }}
+  env: {{ .Values.pods.env | toJson }}
 metricsPort: 9090
 probesPort: 8081
 sweepSeconds: {{ .Values.sweepSeconds | toJson }}

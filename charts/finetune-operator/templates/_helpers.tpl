@@ -43,6 +43,22 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $image.repository }}:{{ default (index . 1) $image.tag }}{{ if $image.digest }}@{{ $image.digest }}{{ end }}
 {{- end }}
 
+{{/* What a pod with the operator's image needs to be pulled and scheduled: the Deployment's and the test's. */}}
+{{- define "finetune-operator.scheduling" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{/* What the operator may do with jobs and their children; the same in all namespaces or in some. No secrets, no wildcard. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune-operator.io]
@@ -51,7 +67,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
   verbs: [patch]
-# Children name their FineTuneJob as an owner that can't go first (checked by OwnerReferencesPermissionEnforcement).
+# Jobs and Services name their FineTuneJob as an owner whose deletion they block; the admission plugin
+# OwnerReferencesPermissionEnforcement demands this right for that.
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/finalizers]
   verbs: [update]

@@ -1,0 +1,1 @@
+"""Runs two groups of tests in parallel: those that wait for a cluster, and those that compute."""

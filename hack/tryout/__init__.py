@@ -1,0 +1,1 @@
+"""Implements `make try`: it fine-tunes a small model without root, containers or a cluster."""

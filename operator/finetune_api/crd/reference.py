@@ -1,0 +1,192 @@
+"""Renders docs/reference.md and docs/troubleshooting.md from the models and the table of reasons.
+
+It returns text and does no I/O.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+from finetune_api.base import Model, Rule, model_in
+from finetune_api.crd.schema import JsonSchema, object_schema
+from finetune_api.crd.transitions import MUTABLE
+from finetune_api.names import API_VERSION, KIND, SHORT_NAME
+from finetune_api.reasons import REASONS, Reason
+from finetune_api.resource import Spec
+from finetune_api.status import Status
+
+NOT_YET = "is not supported yet"
+
+
+def reference() -> str:
+    """Returns the page that lists every field: type, default, range, meaning and rules."""
+    changeable = ", ".join(f"`{section}.{field}`" for section, field in sorted(MUTABLE))
+    return "\n".join(
+        [
+            f"# {KIND}, `{API_VERSION}`",
+            "",
+            f"Short name `{SHORT_NAME}`, category `ml`, namespaced. `kubectl explain {SHORT_NAME}.spec` shows the "
+            "same text.",
+            "",
+            "- A field without a default is absent unless it is set. **required** fields must be set.",
+            _wrapped(
+                f"- After creation, only these fields of `spec` can be changed: {changeable} (`queueName` only while "
+                "the job is suspended)."
+            ),
+            _wrapped(
+                "- The API server rejects unknown fields and violations of the rules below, and names the field; "
+                "`finetune validate FILE` does the same without a cluster."
+            ),
+            "- *Not supported yet* marks a value that is part of the API but that this version rejects.",
+            "- `metadata.name` has at most 50 characters, because the names of the pods start with it.",
+            "",
+            *_section("spec", Spec),
+            *_section("status", Status),
+        ]
+    )
+
+
+def _section(path: str, model: type[Model]) -> list[str]:
+    schema = object_schema(model, with_defaults=path.startswith("spec"))
+    lines = [f"## {path}", "", _wrapped(schema["description"]), ""]
+    lines += ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
+    nested: list[tuple[str, type[Model]]] = []
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        inner = model_in(field.annotation)
+        is_list = schema["properties"][key]["type"] == "array" if inner else False
+        if inner:
+            nested.append((f"{path}.{key}{'[]' if is_list else ''}", inner))
+        lines.append(_row(path, key, schema, inner, is_list))
+    lines += ["", *_rules(model.rules)]
+    for inner_path, inner in nested:
+        lines += _section(inner_path, inner)
+    return lines
+
+
+def _row(path: str, key: str, schema: JsonSchema, inner: type[Model] | None, is_list: bool) -> str:
+    field = schema["properties"][key]
+    kind = f"[{'list of ' if is_list else ''}object](#{_anchor(path, key)})" if inner else type_name(field)
+    default = "**required**" if key in schema.get("required", []) else _default(field, inner is not None)
+    return f"| `{key}` | {_cell(kind)} | {_cell(default)} | {_cell(field['description'] or '')} |"
+
+
+def _anchor(path: str, key: str) -> str:
+    """Returns the anchor of the heading `path.key`; renderers drop its dots and brackets."""
+    return f"{path}{key}".replace(".", "").replace("[]", "").lower()
+
+
+def type_name(field: JsonSchema) -> str:
+    """Describes the type of a scalar field and its range in words."""
+    if field.get("x-kubernetes-int-or-string"):
+        return "`auto` or integer, at least 1" if field["pattern"] == "^auto$" else "quantity"
+    match field["type"]:
+        case "array":
+            length = _between(field.get("minItems"), field.get("maxItems"), "entries")
+            return f"list of {type_name(field['items'])}{length}"
+        case "object":
+            return f"map of strings, at most {field['maxProperties']} entries"
+        case "string" if "enum" in field:
+            return " | ".join(f"`{choice}`" for choice in field["enum"])
+        case "string":
+            return "string" + (f", at most {field['maxLength']} characters" if "maxLength" in field else "")
+        case "integer" | "number":
+            return f"{field['type']}{_range(field)}"
+        case kind:
+            return str(kind)
+
+
+def _range(field: JsonSchema) -> str:
+    bounds = []
+    if "minimum" in field:
+        bounds.append(f"{'more than' if field.get('exclusiveMinimum') else 'at least'} {field['minimum']}")
+    if "maximum" in field:
+        bounds.append(f"{'less than' if field.get('exclusiveMaximum') else 'at most'} {field['maximum']}")
+    return "".join(f", {bound}" for bound in bounds)
+
+
+def _between(low: Any, high: Any, noun: str) -> str:
+    bounds = [f"at least {low}"] if low else []
+    bounds += [f"at most {high}"] if high else []
+    return f", {' and '.join(bounds)} {noun}" if bounds else ""
+
+
+def _default(field: JsonSchema, has_fields: bool) -> str:
+    if "default" not in field:
+        return ""
+    if has_fields and field["type"] == "object":
+        return "`{}`"  # its fields list their own defaults
+    return f"`{json.dumps(field['default'])}`"
+
+
+def _rules(rules: tuple[Rule, ...]) -> list[str]:
+    lines = [
+        _wrapped(
+            f"- *Not supported yet*: `{rule.field}`: {rule.message.replace(' ' + NOT_YET, '')}."
+            if NOT_YET in rule.message
+            else f"- `{rule.field}`: {rule.message}."
+        )
+        for rule in rules
+    ]
+    return [*lines, ""] if lines else []
+
+
+def troubleshooting() -> str:
+    """Returns the page that lists every reason why an attempt or a job fails, and what to do."""
+    return "\n".join(
+        [
+            "# Troubleshooting",
+            "",
+            _wrapped(
+                "`status.failure.reason`, which is also the reason of the `Failed` condition, is one of the names "
+                "below. Its cause decides whether the job is restarted:"
+            ),
+            "",
+            "- **user**: the job fails immediately. Fix the problem and create a new job.",
+            _wrapped(
+                "- **application**: the whole group restarts from the last checkpoint, at most "
+                "`runPolicy.maxRestarts.application` times."
+            ),
+            "- **infrastructure**: the same, at most `runPolicy.maxRestarts.infrastructure` times.",
+            "- **preemption**: the group resumes from the last checkpoint, without a limit.",
+            "",
+            _wrapped(
+                "If a job is waiting, `status.message` (`kubectl get ftj -o wide`) explains why: it quotes the "
+                "scheduler if no node has capacity, and the kubelet if a Secret or a PersistentVolumeClaim is missing."
+            ),
+            "",
+            *(line for reason in REASONS.values() for line in _reason(reason)),
+            "## Overfitting",
+            "",
+            _wrapped(
+                "This is not a failure but an Event and `status.evaluation.overfitting`: over at least two "
+                "evaluations the validation loss rose by at least 1% while the training loss fell. The model is "
+                "memorizing its training rows."
+            ),
+            "",
+            _wrapped(
+                "With `training.keepBest` (the default), the weights from before the rise are written. For the next "
+                "run, use fewer `training.epochs`, `training.earlyStopping`, more rows, a smaller `method.lora.rank` "
+                "or more dropout."
+            ),
+            "",
+        ]
+    )
+
+
+def _reason(reason: Reason) -> list[str]:
+    code = f" Exit code of the pod: {reason.exit_code}." if reason.exit_code else ""
+    meaning = _wrapped(f"{reason.meaning} Cause: {reason.cause}.{code}")
+    return [f"## {reason.name}", "", meaning, "", _wrapped(reason.hint), ""]
+
+
+def _wrapped(text: str) -> str:
+    """Wraps a paragraph or a list item at 100 characters."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,228 @@
+"""Defines spec.distribution, spec.resources and spec.pod: what a job runs on, and where."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api import scalars as s
+from finetune_api.base import Model, Rule
+from finetune_api.spec.environment import EnvVarSpec, unique_names
+from finetune_api.spec.inputs import SecretRef
+from finetune_api.spec.rules import not_yet
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+"""How training is distributed; `DistributionSpec.strategy` says what each one shards."""
+
+StrategyOption = Literal["auto", Strategy]
+"""A strategy as a user specifies it."""
+
+Offload = Literal["none", "optimizer", "parameters"]
+"""What is kept in the host's memory instead of the GPU's."""
+
+_RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
+
+
+class DistributionSpec(Model):
+    """Specifies the number of processes, and what is sharded across them."""
+
+    nodes: int = Field(default=1, ge=1, le=1024, description="Number of pods, one per node.")
+    processes_per_node: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="Processes per pod, one per GPU. With resources.gpu, a pod requests this many GPUs.",
+    )
+    strategy: StrategyOption = Field(
+        default="auto",
+        description="ddp replicates everything on each process; zero1 shards the optimizer state, zero2 also the "
+        "gradients, zero3 also the weights (DeepSpeed ZeRO); fsdp shards all three as well (PyTorch FSDP2). auto "
+        "picks the fastest one that fits into memory, by an estimate that the log shows.",
+    )
+    offload: Offload = Field(
+        default="none",
+        description="What is kept in host memory instead of GPU memory: the optimizer state (zero2, zero3), or the "
+        "weights too (zero3, fsdp). Slower; it never changes the result. With strategy auto this is a minimum: more "
+        "is offloaded if memory requires it.",
+    )
+
+    rules = (
+        Rule("offload", "optimizer needs strategy auto, zero2 or zero3",
+             "self.offload != 'optimizer' || self.strategy in ['auto', 'zero2', 'zero3']",
+             lambda m: m.offload != "optimizer" or m.strategy in ("auto", "zero2", "zero3")),
+        Rule("offload", "parameters needs strategy auto, zero3 or fsdp",
+             "self.offload != 'parameters' || self.strategy in ['auto', 'zero3', 'fsdp']",
+             lambda m: m.offload != "parameters" or m.strategy in ("auto", "zero3", "fsdp")),
+    )  # fmt: skip
+
+
+class GpuSpec(Model):
+    """Specifies the kind of GPU."""
+
+    name: s.ResourceName = Field(
+        default="nvidia.com/gpu",
+        description="Extended resource that the pods request, one per process: nvidia.com/gpu, or one for MIG slices "
+        "such as nvidia.com/mig-3g.40gb.",
+    )
+
+    rules = (
+        not_yet(
+            "name",
+            "self.name.startsWith('nvidia.com/')",
+            lambda m: m.name.startswith("nvidia.com/"),
+            "a device of another vendor",
+            "use a resource that begins with nvidia.com/, because the trainer image has CUDA only",
+        ),
+    )
+
+
+def _cel_quantity(field: str) -> str:
+    """Returns the CEL expression for the value of a quantity."""
+    return f"quantity(string(self.{field}))"
+
+
+def _positive(field: str) -> Rule:
+    """Returns the rule that a quantity is more than 0."""
+    attribute = {"sharedMemory": "shared_memory"}.get(field, field)
+    return Rule(
+        field=field,
+        message="must be more than 0",
+        cel=f"{_cel_quantity(field)}.isGreaterThan(quantity('0'))",
+        holds=lambda m: s.quantity_value(getattr(m, attribute)) > 0,
+    )
+
+
+_Extra = Annotated[dict[s.ResourceName, s.Quantity], Field(max_length=8)]
+_HUGE_PAGES = "hugepages-"
+_GPUS = "^nvidia[.]com/(gpu|mig-)"
+
+
+def _extra_rules() -> tuple[Rule, ...]:
+    """Returns the rules for the names and amounts of additional resources."""
+    is_native = "^([^/]*|([^/]*[.])?kubernetes[.]io/.*)$"
+    return (
+        Rule("extra", "must have names such as rdma/hca or hugepages-2Mi; cpu, memory and scratch are fields of their "
+             "own",
+             f"self.extra.all(k, k.startsWith('{_HUGE_PAGES}') || !k.matches('{is_native}'))",
+             lambda m: all(k.startswith(_HUGE_PAGES) or not re.search(is_native, k) for k in m.extra)),
+        Rule("extra", "must not contain GPUs; use resources.gpu and distribution.processesPerNode",
+             f"self.extra.all(k, !k.matches('{_GPUS}') && (!has(self.gpu) || k != self.gpu.name))",
+             lambda m: not any(re.search(_GPUS, k) or (m.gpu and k == m.gpu.name) for k in m.extra)),
+        Rule("extra", "must have amounts of more than 0, which are whole numbers except for huge pages",
+             "self.extra.all(k, quantity(string(self.extra[k])).isGreaterThan(quantity('0'))"
+             f" && (k.startsWith('{_HUGE_PAGES}') || string(self.extra[k]).matches('^[0-9]+$')))",
+             lambda m: all(s.quantity_value(amount) > 0 and (k.startswith(_HUGE_PAGES) or amount.isdigit())
+                           for k, amount in m.extra.items())),
+    )  # fmt: skip
+
+
+class ResourcesSpec(Model):
+    """Specifies the resources of one pod; requests and limits are the same."""
+
+    gpu: GpuSpec | None = Field(
+        default=None, description="Request one GPU of this kind per process. Empty means training on the CPU."
+    )
+    cpu: s.Quantity = Field(default="4", description="CPU cores of a pod.")
+    memory: s.Quantity = Field(default="16Gi", description="Memory of a pod, in bytes with a suffix such as Gi.")
+    shared_memory: s.Quantity = Field(
+        default="1Gi", description="Size of /dev/shm, which counts toward memory. NCCL and data loaders use it."
+    )
+    scratch: s.Quantity = Field(
+        default="20Gi", description="Local disk of a pod, for the model, the data and one checkpoint."
+    )
+    extra: _Extra = Field(
+        default_factory=dict,
+        description="Additional resources of a training pod, by name: devices of a network for RDMA, such as rdma/hca "
+        "or vpc.amazonaws.com/efa, and huge pages, such as hugepages-2Mi.",
+    )
+
+    rules = (
+        *(_positive(field) for field in ("cpu", "memory", "sharedMemory", "scratch")),
+        Rule("sharedMemory", "must be less than memory, toward which it counts",
+             f"{_cel_quantity('sharedMemory')}.isLessThan({_cel_quantity('memory')})",
+             lambda m: s.quantity_value(m.shared_memory) < s.quantity_value(m.memory)),
+        *_extra_rules(),
+    )  # fmt: skip
+
+
+class TolerationSpec(Model):
+    """Specifies a toleration, as in a pod's spec."""
+
+    key: s.LabelKey | None = Field(default=None, description="Taint key. Empty means every key, with operator Exists.")
+    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists or Equal.")
+    value: s.LabelValue | None = Field(default=None, description="Taint value, for operator Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="Taint effect. Empty means every effect."
+    )
+    toleration_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        le=31536000,
+        description="For NoExecute: seconds until the pod is evicted. Empty means never.",
+    )
+
+    rules = (
+        Rule("operator", "must be Exists when key is empty",
+             "has(self.key) || self.operator == 'Exists'",
+             lambda m: m.key is not None or m.operator == "Exists"),
+        Rule("value", "must be empty when operator is Exists",
+             "self.operator != 'Exists' || !has(self.value) || self.value == ''",
+             lambda m: m.operator != "Exists" or not m.value),
+        Rule("tolerationSeconds", "needs effect NoExecute",
+             "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+             lambda m: m.toleration_seconds is None or m.effect == "NoExecute"),
+    )  # fmt: skip
+
+
+_Labels = Annotated[dict[s.LabelKey, s.LabelValue], Field(max_length=32)]
+_Annotations = Annotated[dict[s.LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=32)]
+
+
+def _no_reserved_keys(field: str) -> Rule:
+    """Returns the rule that labels or annotations don't use a prefix of the operator's own."""
+    return Rule(
+        field=field,
+        message="must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/",
+        cel=f"self.{field}.all(k, " + " && ".join(f"!k.startsWith('{prefix}')" for prefix in _RESERVED) + ")",
+        holds=lambda m: not any(key.startswith(_RESERVED) for key in getattr(m, field)),
+    )
+
+
+class PodSpec(Model):
+    """Specifies where the pods run, and their labels and annotations. It isn't a free-form pod
+    template: the pods stay restricted."""
+
+    node_selector: _Labels = Field(default_factory=dict, description="Labels that a node must have.")
+    tolerations: Annotated[tuple[TolerationSpec, ...], Field(max_length=16)] = Field(
+        default=(), description="Taints that the pods tolerate."
+    )
+    service_account_name: s.ObjectName = Field(
+        default="",
+        description="ServiceAccount of the pods, for a cloud's workload identity. Its API token is never mounted. "
+        "Empty means the namespace's default ServiceAccount.",
+    )
+    priority_class_name: s.ObjectName = Field(default="", description="PriorityClass of the pods.")
+    labels: _Labels = Field(
+        default_factory=dict, description="Labels added to the pods; those of the operator can't be replaced."
+    )
+    annotations: _Annotations = Field(default_factory=dict, description="Annotations added to the pods.")
+    image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(
+        default=(), description="Secrets for pulling the trainer image."
+    )
+    env: Annotated[tuple[EnvVarSpec, ...], Field(max_length=32)] = Field(
+        default=(),
+        description="Environment variables of the pods, for NCCL, RDMA libraries, PyTorch and proxies. They replace "
+        "those of the chart's pods.env that have the same name.",
+    )
+
+    termination_grace_period_seconds: int | None = Field(
+        default=None,
+        ge=15,
+        le=3600,
+        description="Seconds from SIGTERM to SIGKILL, in which a pod saves and uploads a checkpoint. Empty means the "
+        "chart's pods.gracePeriodSeconds.",
+    )
+
+    rules = (_no_reserved_keys("labels"), _no_reserved_keys("annotations"), unique_names("env"))

@@ -1,0 +1,73 @@
+"""Defines spec.model, which training starts from, and the reference to a Secret."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api import scalars as s
+from finetune_api.base import Model, Rule
+from finetune_api.spec.rules import clean_uri, not_yet, reachable
+
+
+class SecretRef(Model):
+    """Refers to a Secret in the job's own namespace."""
+
+    name: s.SecretName = Field(
+        description="Name of a Secret in the job's namespace. Its keys are mounted into the pods as files; the "
+        "operator never reads it. Known keys: HF_TOKEN; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
+        "AWS_REGION, AWS_ENDPOINT_URL; spec.tracking lists those of the trackers. With an identity of the pod, a "
+        "Secret may have only AWS_REGION or AWS_ENDPOINT_URL."
+    )
+
+
+class BaseModelSpec(Model):
+    """Specifies the model that training starts from."""
+
+    uri: s.ModelUri = Field(
+        description="Location of the base model: hf://owner/name, s3://bucket/prefix or pvc://claim/path. A folder "
+        "with config.json, safetensors weights and a tokenizer."
+    )
+    revision: s.Revision | None = Field(
+        default=None,
+        description="Branch, tag or commit of an hf:// model. Empty means the default branch. status.model.revision is "
+        "the commit that it resolved to.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Data type of the weights in memory. auto probes the hardware and picks bfloat16 if that is fast, "
+        "else float32. LoRA matrices are always float32.",
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none",
+        description="Store the linear layers of the frozen base in 8 bits (int8) or in 4 bits (nf4, as in QLoRA), by "
+        "bitsandbytes. Needs method.type lora.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that ships with the model. Only an administrator may allow it.",
+    )
+    allowed_licenses: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=64)
+    ] = Field(
+        default=(),
+        description="Licenses that the model may have, as model READMEs name them (apache-2.0, mit, llama3, …; "
+        "unknown stands for a model that names none). Empty means any. The operator may have its own list.",
+    )
+    credentials_ref: SecretRef | None = Field(
+        default=None,
+        description="Secret with the credentials for uri. Empty means anonymous access or the pod's identity.",
+    )
+
+    rules = (
+        clean_uri(),
+        reachable(),
+        not_yet("dtype", "self.dtype != 'float16'", lambda m: m.dtype != "float16",
+                 "float16", "use auto, bfloat16 or float32"),
+        not_yet("trustRemoteCode", "!self.trustRemoteCode", lambda m: not m.trust_remote_code,
+                 "code that ships with a model", "use a model of a family that Transformers has"),
+        Rule("revision", "is for hf:// models only; for other locations the digest of the content is recorded",
+             "!has(self.revision) || self.uri.startsWith('hf://')",
+             lambda m: m.revision is None or m.uri.startswith("hf://")),
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""Carries out the actions of a decision: creates and deletes the children of a FineTuneJob.
+
+Before anything irreversible, the cache is compared with the API server. The executor decides
+nothing; it raises one of four exceptions if the API server rejects a request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_api import names
+from finetune_operator.controller.cache import Cache, JobSnapshot
+from finetune_operator.core import manifests
+from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob
+from finetune_operator.core.objects import Observed
+from finetune_operator.core.plan import plan
+from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class OutOfDate(Exception):
+    """Is raised if the cache was out of date.
+
+    It was refreshed, and the decision must be made again.
+    """
+
+
+class NameTaken(Exception):
+    """Is raised if an object of another owner has the name that a child needs."""
+
+
+class SpecRefused(Exception):
+    """Is raised if the API server rejects an object; only another spec can change that."""
+
+
+class Blocked(Exception):
+    """Is raised if the cluster can't accept an object yet.
+
+    The cause is a quota, a missing permission, or an earlier object that is still being deleted.
+    """
+
+
+class Executor:
+    """Carries out the actions of all jobs."""
+
+    def __init__(self, client: KubeClient, cache: Cache, settings: Settings) -> None:
+        self._client = client
+        self._cache = cache
+        self._settings = settings
+
+    async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
+        """Carries out one action.
+
+        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError or
+        kube.client.Unavailable.
+        """
+        match action:
+            case CreateAttempt():
+                await self._create_attempt(snapshot, observed, action)
+            case CreatePreflight():
+                await self._create_preflight(snapshot, observed)
+            case DeleteJob():
+                await self._delete_job(observed, action)
+
+    async def refresh(self, snapshot: JobSnapshot) -> None:
+        """Reads the FineTuneJob from the API server into the cache."""
+        meta = snapshot.body["metadata"]
+        try:
+            self._cache.put_body(await self._client.get(names.PLURAL, meta["namespace"], meta["name"]))
+        except NotFound:
+            self._cache.drop_body(snapshot.body)
+
+    async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
+        run = plan(observed.job, self._settings, action.number)
+        if not _is_new(observed):
+            await self._confirm(snapshot, with_children=action.number > 1)
+        if run.world.nodes > 1:
+            await self._create("services", manifests.service(observed.job), observed)
+        manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
+        await self._create("jobs", manifest, observed)
+
+    async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
+        run = plan(observed.job, self._settings)
+        if not _is_new(observed):
+            await self._confirm(snapshot, with_children=False)
+        await self._create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)
+
+    async def _confirm(self, snapshot: JobSnapshot, with_children: bool) -> None:
+        """Compares the snapshot with the API server, before anything irreversible.
+
+        Raises OutOfDate if they differ.
+        """
+        uid, version = snapshot.uid, snapshot.resource_version
+        await self.refresh(snapshot)
+        current = self._cache.snapshot(snapshot.key)
+        if current is None or current.uid != uid or current.resource_version != version:
+            raise OutOfDate
+        if with_children and await self._children_differ(snapshot):
+            raise OutOfDate
+
+    async def _children_differ(self, snapshot: JobSnapshot) -> bool:
+        namespace, _ = snapshot.key
+        jobs = await self._client.children("jobs", namespace, snapshot.uid)
+        pods = await self._client.children("pods", namespace, snapshot.uid)
+        for job in jobs:
+            self._cache.put_job(job)
+        for pod in pods:
+            self._cache.put_pod(pod)
+        cached_jobs = {attempt.job.uid for attempt in snapshot.attempts} | (
+            {snapshot.preflight.job.uid} if snapshot.preflight else set()
+        )
+        missing = cached_jobs - {job["metadata"]["uid"] for job in jobs}
+        self._cache.drop_missing("jobs", missing)
+        current = self._cache.snapshot(snapshot.key)
+        return current is None or _fingerprint(current) != _fingerprint(snapshot)
+
+    async def _create(self, resource: str, manifest: Mapping[str, Any], observed: Observed) -> None:
+        meta = manifest["metadata"]
+        created: Mapping[str, Any]
+        try:
+            created = await self._client.create(resource, manifest)
+            log.info(
+                "created %s %s", manifest["kind"], meta["name"], extra={"job": meta["labels"][names.LABEL_JOB_NAME]}
+            )
+        except AlreadyExists:
+            created = await self._existing(resource, manifest, observed)
+        except NotFound as error:
+            raise OutOfDate from error
+        except Refused as error:
+            if error.code == 403:
+                raise Blocked(error.message) from error
+            raise SpecRefused(error.message) from error
+        if resource == "jobs":
+            self._cache.put_job(created)
+
+    async def _existing(self, resource: str, manifest: Mapping[str, Any], observed: Observed) -> Mapping[str, Any]:
+        """Returns the existing object of the same name if it is ours: we crashed after creating it.
+
+        Raises Blocked if it is being deleted, NameTaken if it belongs to another owner.
+        """
+        meta = manifest["metadata"]
+        kind_and_name = f"{manifest['kind']} {meta['name']}"
+        try:
+            existing = await self._client.get(resource, meta["namespace"], meta["name"])
+        except NotFound as error:
+            raise OutOfDate from error
+        owner = _controller(existing)
+        if owner.get("uid") == observed.job.metadata.uid:
+            if "deletionTimestamp" in existing["metadata"]:
+                raise Blocked(f"{kind_and_name} is being deleted; it will be created again when it is gone")
+            return existing
+        if owner.get("kind") == names.KIND and owner.get("name") == observed.job.metadata.name:
+            raise Blocked(
+                f"{kind_and_name} of a deleted FineTuneJob of the same name still exists; waiting until it is gone"
+            )
+        ownership = f"belongs to {owner.get('kind')} {owner.get('name')}" if owner else "has no owner"
+        raise NameTaken(
+            f"{kind_and_name} already exists and {ownership}; rename the FineTuneJob or delete the {resource[:-1]}"
+        )
+
+    async def _delete_job(self, observed: Observed, action: DeleteJob) -> None:
+        namespace = observed.job.metadata.namespace
+        preconditions = {"uid": action.uid, "resourceVersion": action.resource_version}
+        try:
+            remaining = await self._client.delete("jobs", namespace, action.name, preconditions, action.wait)
+            log.info("deleted Job %s", action.name, extra={"job": observed.job.metadata.name})
+        except NotFound:
+            self._cache.drop_job(action.uid)
+            return
+        except Conflict as error:
+            await self._refresh_job(namespace, action)
+            raise OutOfDate from error
+        if remaining.get("kind") == "Job":
+            self._cache.put_job(remaining)
+        else:
+            self._cache.drop_job(action.uid)
+
+    async def _refresh_job(self, namespace: str, action: DeleteJob) -> None:
+        try:
+            self._cache.put_job(await self._client.get("jobs", namespace, action.name))
+        except NotFound:
+            self._cache.drop_job(action.uid)
+
+
+def _is_new(observed: Observed) -> bool:
+    """Whether no status has been written yet.
+
+    The first child can be created without comparing the cache with the API server: if the child
+    exists already, creating it fails; if the FineTuneJob is gone, the garbage collector deletes
+    the child.
+    """
+    return observed.job.status.observed_generation == 0
+
+
+def _fingerprint(snapshot: JobSnapshot) -> tuple[object, ...]:
+    """Returns what a decision about a new attempt depends on."""
+    children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
+    return (
+        tuple((child.job.uid, child.job.is_finished, child.job.deleting, child.is_live) for child in children),
+        tuple(sorted(pod.uid for pod in snapshot.orphaned_pods)),
+    )
+
+
+def _controller(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    owners = body["metadata"].get("ownerReferences") or ()
+    return next((owner for owner in owners if owner.get("controller")), {})

@@ -1,0 +1,226 @@
+"""Reconciles one FineTuneJob: observe, decide, act, write status.
+
+It may run twice, late, or after a crash, and keeps no state that mustn't be lost in a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api import errors
+from finetune_api.resource import FineTuneJob
+from finetune_api.status import TERMINAL_PHASES, Status
+from finetune_operator.controller.cache import JobSnapshot, Key
+from finetune_operator.controller.event_recorder import EventRecorder
+from finetune_operator.controller.executor import Blocked, Executor, NameTaken, OutOfDate, SpecRefused
+from finetune_operator.controller.spec_cache import SpecCache
+from finetune_operator.controller.state import ControllerState
+from finetune_operator.controller.warning_events import WarningEvents
+from finetune_operator.core import decide, status, verdict
+from finetune_operator.core.actions import Decision, DesiredStatus
+from finetune_operator.core.objects import Attempt, Observed, seconds_between
+from finetune_operator.core.plan import PlanError
+from finetune_operator.kube.client import Conflict, KubeClient, NotFound
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_BLOCKED_SECONDS = 10.0
+_UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
+_FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
+_LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
+
+
+class Reconciler:
+    """Reconciles any job; several workers may call it for different jobs at the same time."""
+
+    def __init__(self, client: KubeClient, state: ControllerState, settings: Settings, recorder: EventRecorder) -> None:
+        self._client = client
+        self._cache = state.cache
+        self._queue = state.queue
+        self._progress = state.progress
+        self._settings = settings
+        self._recorder = recorder
+        self._executor = Executor(client, state.cache, settings)
+        self._warning_events = WarningEvents(client)
+        self._specs = SpecCache()
+        self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
+
+    async def reconcile(self, key: Key) -> None:
+        """Reconciles one job. Raises kube.client.Unavailable if it has to be retried later."""
+        snapshot = self._cache.snapshot(key)
+        if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
+            self._forget(key, snapshot)
+            return
+        now = datetime.now(UTC)
+        try:
+            job = self._specs.job(key, snapshot.body)
+        except ValidationError as error:
+            if fields := errors.unknown_fields(error):
+                await self._wait_for_upgrade(snapshot, fields, now)
+            else:
+                await self._fail_unreadable(snapshot, error, now)
+            return
+        observed = self._observe(snapshot, job)
+        decision = decide.decide(observed, now)
+        try:
+            if decision.status_first and await self._write_status_if_due(
+                snapshot, observed, decision.desired, now, immediately=True
+            ):
+                self._queue.add(key)
+                return
+            desired = await self._act(snapshot, observed, decision)
+            observed = self._observe(self._cache.snapshot(key) or snapshot, job)
+            await self._write_status_if_due(snapshot, observed, desired, now)
+        except OutOfDate:
+            self._queue.add(key)
+            return
+        await self._schedule_requeue(key, observed, decision, now)
+
+    def _observe(self, snapshot: JobSnapshot, job: FineTuneJob) -> Observed:
+        """Combines a snapshot with what the cache doesn't contain."""
+        return Observed(
+            job=job,
+            attempts=snapshot.attempts,
+            preflight=snapshot.preflight,
+            orphaned_pods=snapshot.orphaned_pods,
+            warning_events=self._warning_events.messages,
+            report=self._progress.get(snapshot.uid),
+        )
+
+    async def _act(self, snapshot: JobSnapshot, observed: Observed, decision: Decision) -> DesiredStatus | None:
+        """Carries out the actions.
+
+        Returns the status to write, which depends on whether they succeeded.
+        """
+        desired = decision.desired
+        try:
+            for action in decision.actions:
+                await self._executor.act(snapshot, observed, action)
+        except NameTaken as error:
+            return decide.failed_to_start(observed, desired, "NameConflict", str(error)) if desired else None
+        except (SpecRefused, PlanError) as error:
+            return decide.failed_to_start(observed, desired, "InvalidSpec", str(error)) if desired else None
+        except Blocked as error:
+            self._queue.add_after(snapshot.key, _BLOCKED_SECONDS)
+            return decide.blocked(observed, desired, str(error)) if desired else None
+        return desired
+
+    async def _write_status_if_due(
+        self,
+        snapshot: JobSnapshot,
+        observed: Observed,
+        desired: DesiredStatus | None,
+        now: datetime,
+        *,
+        immediately: bool = False,
+    ) -> bool:
+        """Writes status if it is due, else requeues the job for later.
+
+        Returns whether it was written.
+        """
+        key = snapshot.key
+        before, generation = observed.job.status, observed.job.metadata.generation
+        after = status.status(observed, desired, now) if desired else status.acknowledged(before, generation)
+        pending = time.monotonic() - self._differs_since.setdefault(key, time.monotonic())
+        due = status.seconds_until_due(before, after, pending, self._settings.progress.write_every_seconds, now)
+        if due is None:
+            self._differs_since.pop(key, None)
+        elif due > 0 and not immediately:
+            self._queue.add_after(key, due)
+        else:
+            await self._write(snapshot, after)
+            await self._recorder.record(observed.job, before, after, now)
+            return True
+        return False
+
+    async def _write(self, snapshot: JobSnapshot, after: Status) -> None:
+        """Writes status if the object still has the version that the decision was based on.
+
+        An outdated status therefore never overwrites a newer one. Raises OutOfDate if the version
+        has changed.
+        """
+        namespace, name = snapshot.key
+        try:
+            body = await self._client.apply_status(namespace, name, snapshot.resource_version, after.to_json())
+        except Conflict as error:
+            await self._executor.refresh(snapshot)
+            raise OutOfDate from error
+        except NotFound:
+            self._cache.drop_body(snapshot.body)
+            return
+        self._differs_since.pop(snapshot.key, None)
+        self._cache.put_body(body)
+        log.info("status written: %s: %s", after.phase, after.message, extra={"namespace": namespace, "job": name})
+
+    async def _schedule_requeue(self, key: Key, observed: Observed, decision: Decision, now: datetime) -> None:
+        """Sets timers for what no watch reports: back-off, deadlines, and warning events."""
+        if decision.requeue_after is not None:
+            self._queue.add_after(key, max(0.05, decision.requeue_after))
+        waiting = observed.current or observed.preflight
+        if waiting is None or observed.job.status.phase in TERMINAL_PHASES:
+            return
+        uids = verdict.needs_warning_events(waiting)
+        if not uids:
+            return
+        age = seconds_between(waiting.job.created, now)
+        if age < _FIRST_EVENTS_SECONDS:
+            self._queue.add_after(key, _FIRST_EVENTS_SECONDS - age)
+            return
+        if await self._warning_events.refresh(observed.job.metadata.namespace, uids):
+            self._queue.add(key)
+        self._queue.add_after(key, min(max(_FIRST_EVENTS_SECONDS, age / 2), _LONGEST_EVENTS_INTERVAL_SECONDS))
+
+    async def _wait_for_upgrade(self, snapshot: JobSnapshot, fields: tuple[str, ...], now: datetime) -> None:
+        """Leaves a job alone that has fields of a newer CRD.
+
+        During an upgrade, the CRD is newer for a few seconds, so this is reported only after a
+        while.
+        """
+        key, before = snapshot.key, _readable_status(snapshot.body)
+        if before.phase in TERMINAL_PHASES:
+            return
+        since = self._differs_since.setdefault(key, time.monotonic())
+        wait = since + _UPGRADE_SECONDS - time.monotonic()
+        if wait > 0:
+            self._queue.add_after(key, wait)
+            return
+        after = status.from_newer_version(before, int(snapshot.body["metadata"].get("generation", 1)), fields, now)
+        if after.message != before.message:
+            await self._write(snapshot, after)
+
+    async def _fail_unreadable(self, snapshot: JobSnapshot, error: ValidationError, now: datetime) -> None:
+        """Fails a job whose body this version can't parse, unless it has ended already."""
+        before = _readable_status(snapshot.body)
+        if before.phase in TERMINAL_PHASES:
+            return
+        meta = snapshot.body["metadata"]
+        after = status.unreadable(before, int(meta.get("generation", 1)), "; ".join(errors.describe(error)), now)
+        await self._write(snapshot, after)
+
+    def _forget(self, key: Key, snapshot: JobSnapshot | None) -> None:
+        """Removes all that is in memory about a job that is gone or being deleted."""
+        self._differs_since.pop(key, None)
+        self._specs.forget(key)
+        self._queue.forget(key)
+        if snapshot:
+            self._progress.forget(snapshot.uid)
+            self._warning_events.forget(_child_uids(snapshot))
+
+
+def _child_uids(snapshot: JobSnapshot) -> tuple[str, ...]:
+    children: tuple[Attempt, ...] = (*snapshot.attempts, *((snapshot.preflight,) if snapshot.preflight else ()))
+    return tuple(uid for child in children for uid in (child.job.uid, *(pod.uid for pod in child.pods)))
+
+
+def _readable_status(body: Any) -> Status:
+    """Returns the status of a raw body; an empty one if this version can't parse it."""
+    try:
+        return Status.model_validate(body.get("status") or {})
+    except ValidationError:
+        return Status()

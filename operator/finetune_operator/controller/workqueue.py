@@ -1,0 +1,108 @@
+"""Queues the keys of FineTuneJobs to reconcile, so that at most one worker has a job at a time.
+
+It knows nothing about a job except its key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune_operator.controller.cache import Key
+
+_FIRST_BACKOFF_SECONDS = 0.1
+_LONGEST_BACKOFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Timer:
+    """Holds a timer that queues a key later."""
+
+    due: float  # in the event loop's time
+    handle: asyncio.TimerHandle
+
+
+class WorkQueue:
+    """Hands out each key to one worker at a time.
+
+    A key that is added while a worker has it is handed out once more when that worker is done.
+    """
+
+    def __init__(self, observe_wait: Callable[[float], None] = lambda _: None) -> None:
+        self._queue: deque[Key] = deque()
+        self._queued_at: dict[Key, float] = {}  # keys in _queue
+        self._busy: set[Key] = set()
+        self._requeue: set[Key] = set()
+        self._timers: dict[Key, _Timer] = {}
+        self._failures: dict[Key, int] = {}
+        self._filled = asyncio.Event()
+        self._observe_wait = observe_wait
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, key: Key) -> None:
+        """Queues the key unless it is queued already."""
+        if key in self._busy:
+            self._requeue.add(key)
+        elif key not in self._queued_at:
+            self._queued_at[key] = time.monotonic()
+            self._queue.append(key)
+            self._filled.set()
+
+    def add_after(self, key: Key, seconds: float) -> None:
+        """Queues the key after a delay; of several timers, only the earliest is kept."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds
+        timer = self._timers.get(key)
+        if timer and timer.due <= due:
+            return
+        if timer:
+            timer.handle.cancel()
+        self._timers[key] = _Timer(due, loop.call_at(due, self._fire, key))
+
+    async def take(self) -> Key:
+        """Waits for the next key; `done` or `failed` has to be called for it afterwards."""
+        while not self._queue:
+            self._filled.clear()
+            await self._filled.wait()
+        key = self._queue.popleft()
+        self._observe_wait(time.monotonic() - self._queued_at.pop(key))
+        self._busy.add(key)
+        return key
+
+    def done(self, key: Key) -> None:
+        """Reports that the key was reconciled."""
+        self._busy.discard(key)
+        self._failures.pop(key, None)
+        self._add_if_requeued(key)
+
+    def failed(self, key: Key) -> float:
+        """Requeues the key with exponential back-off. Returns the delay in seconds."""
+        self._busy.discard(key)
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        longest = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16), _LONGEST_BACKOFF_SECONDS)
+        delay = longest * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+        self._requeue.discard(key)
+        self.add_after(key, delay)
+        return delay
+
+    def forget(self, key: Key) -> None:
+        """Cancels the timer of a job that is gone."""
+        timer = self._timers.pop(key, None)
+        if timer:
+            timer.handle.cancel()
+        self._failures.pop(key, None)
+
+    def _fire(self, key: Key) -> None:
+        self._timers.pop(key, None)
+        self.add(key)
+
+    def _add_if_requeued(self, key: Key) -> None:
+        if key in self._requeue:
+            self._requeue.discard(key)
+            self.add(key)

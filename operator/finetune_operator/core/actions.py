@@ -1,0 +1,78 @@
+"""Defines what a decision consists of: actions, the desired status, and when to requeue.
+
+It contains values only and does no I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_api.status import TERMINAL_PHASES, FailureStatus, Phase, Restarts
+from finetune_operator.core.verdict import Verdict
+
+CHECKING = "Checking"
+SUSPENDING = "Suspending"
+SUSPENDED = "Suspended"
+
+
+@dataclass(frozen=True)
+class CreateAttempt:
+    """Stands for creating the Job of an attempt and, if it has several nodes, its Service.
+
+    Its pods avoid `avoided_nodes`, whose GPUs failed in earlier attempts.
+    """
+
+    number: int
+    restarts: Restarts
+    avoided_nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CreatePreflight:
+    """Stands for creating the Job that checks the inputs and the output destination."""
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Stands for deleting a child Job; with `wait` it stays visible until its pods have stopped."""
+
+    name: str
+    uid: str
+    resource_version: str
+    wait: bool
+
+
+Action = CreateAttempt | CreatePreflight | DeleteJob
+
+
+@dataclass(frozen=True)
+class DesiredStatus:
+    """Says what status has to report; `core.status` adds conditions and times."""
+
+    phase: Phase
+    reason: str
+    message: str
+    attempt: int
+    restarts: Restarts
+    failure: FailureStatus | None = None
+    suspension: str = ""  # "", SUSPENDING or SUSPENDED
+    verdict: Verdict | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job has succeeded or failed for good."""
+        return self.phase in TERMINAL_PHASES
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Holds the outcome of one reconcile.
+
+    `status_first` means that the status has to be written before the actions are carried out.
+    `requeue_after` is in seconds.
+    """
+
+    desired: DesiredStatus | None  # None: a finished job's status stays as it is
+    actions: tuple[Action, ...] = ()
+    status_first: bool = False
+    requeue_after: float | None = None

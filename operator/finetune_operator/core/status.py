@@ -1,0 +1,258 @@
+"""Computes the status of a FineTuneJob, and when it has to be written.
+
+Conditions follow batch/v1 Job and kstatus. Whether two statuses differ is decided here, so that
+nothing is written when nothing has changed. The clock is an argument, and there is no I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from finetune_api import reasons
+from finetune_api.messages.progress import Progress
+from finetune_api.messages.result import Result
+from finetune_api.status import (
+    CONDITION_COMPLETE,
+    CONDITION_FAILED,
+    CONDITION_RECONCILING,
+    CONDITION_STALLED,
+    CONDITION_SUSPENDED,
+    CheckpointStatus,
+    Condition,
+    DataStatus,
+    EvaluationStatus,
+    FailureStatus,
+    ModelStatus,
+    Status,
+)
+from finetune_operator.core import plan, restart_policy
+from finetune_operator.core.actions import SUSPENDED, SUSPENDING, DesiredStatus
+from finetune_operator.core.objects import Observed, Report
+from finetune_operator.core.progress_status import progress
+
+# A change that isn't urgent waits this long, so that one write includes a change that follows
+# immediately.
+SETTLE_SECONDS = 2.0
+# A new spec is acknowledged this much later than its pods are created: under load they would have
+# to wait for that write.
+ACKNOWLEDGE_SECONDS = 0.2
+# A new message about the same condition waits this long: a kubelet repeats itself with different
+# port numbers.
+MESSAGE_SETTLE_SECONDS = 60.0
+
+_COMMON_FIELDS = EvaluationStatus.model_fields.keys() & Progress.model_fields.keys()
+_URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
+
+
+@dataclass(frozen=True)
+class _DesiredCondition:
+    """Holds a condition without its times; its status is True if it holds."""
+
+    holds: bool
+    reason: str
+    message: str = ""
+
+
+def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
+    """Returns the complete status that has to be written in this reconcile."""
+    before = observed.job.status
+    time = timestamp(now)
+    result = desired.verdict.result if desired.verdict else None
+    report = _current_report(observed, desired)
+    return Status(
+        observed_generation=observed.job.metadata.generation,
+        phase=desired.phase,
+        message=desired.message,
+        conditions=_conditions(before, observed.job.metadata.generation, desired, time),
+        start_time=before.start_time or _start_time(observed, desired, time),
+        completion_time=before.completion_time or (time if desired.is_terminal else None),
+        attempt=desired.attempt,
+        gpus=plan.gpu_count(observed.job.spec),
+        restarts=desired.restarts,
+        restarts_total=restart_policy.total(desired.restarts),
+        progress=progress(observed, desired, report, result),
+        checkpoint=None if desired.phase == "Succeeded" else _checkpoint(observed),
+        model=_model(before.model, report, result),
+        data=_data(observed, report, result),
+        artifact=(result.artifact if result else None) or before.artifact,
+        evaluation=_evaluation(before.evaluation, report, result),
+        failure=None if desired.phase == "Succeeded" else desired.failure,
+    )
+
+
+def unreadable(before: Status, generation: int, message: str, now: datetime) -> Status:
+    """Returns the status of a job whose spec can't be parsed: its CRD has another version."""
+    time = timestamp(now)
+    failure = FailureStatus(reason="InvalidSpec", message=message, hint=reasons.hint("InvalidSpec"))
+    desired = DesiredStatus("Failed", "InvalidSpec", message, before.attempt, before.restarts, failure)
+    return before.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": desired.phase,
+            "message": message,
+            "conditions": _conditions(before, generation, desired, time),
+            "completion_time": time,
+            "failure": failure,
+        }
+    )
+
+
+def from_newer_version(before: Status, generation: int, fields: tuple[str, ...], now: datetime) -> Status:
+    """Returns the status of a job with fields that only a newer operator knows.
+
+    Nothing is done to such a job until that operator takes over, so its phase remains.
+    """
+    message = f"{', '.join(fields)}: this operator doesn't know the field, and changes nothing; upgrade the operator"
+    waiting = DesiredStatus("Pending", "OperatorTooOld", message, before.attempt, before.restarts, before.failure)
+    return before.model_copy(
+        update={
+            "message": message,
+            "conditions": _conditions(before, generation, waiting, timestamp(now)),
+        }
+    )
+
+
+def acknowledged(before: Status, generation: int) -> Status:
+    """Returns a finished job's status after a change of its spec, which has no other effect."""
+    return before.model_copy(
+        update={
+            "observed_generation": generation,
+            "conditions": tuple(c.model_copy(update={"observed_generation": generation}) for c in before.conditions),
+        }
+    )
+
+
+def seconds_until_due(
+    before: Status, after: Status, pending: float | None, write_every: float, now: datetime
+) -> float | None:
+    """Returns how many seconds the new status may wait: None if it is the same, 0 if it is due.
+
+    `pending` is the number of seconds since it first differed from the written one; `write_every`
+    is the interval, in seconds, between writes that change only the progress.
+    """
+    if before == after:
+        return None
+    if _without_progress(before) == _without_progress(after):
+        if before.progress is None or before.progress.update_time is None:
+            return 0.0
+        age = (now - datetime.fromisoformat(before.progress.update_time)).total_seconds()
+        return max(0.0, write_every - age)
+    if _is_urgent(before, after):
+        return 0.0
+    if before.observed_generation != after.observed_generation:
+        return max(0.0, ACKNOWLEDGE_SECONDS - (pending or 0.0))
+    settle = MESSAGE_SETTLE_SECONDS if _without_messages(before) == _without_messages(after) else SETTLE_SECONDS
+    return max(0.0, settle - (pending or 0.0))
+
+
+def timestamp(moment: datetime) -> str:
+    """Formats a time as RFC 3339 in UTC with whole seconds, as Kubernetes does."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _is_urgent(before: Status, after: Status) -> bool:
+    """Whether a job ended, restarted, or was suspended, which status reports immediately."""
+    return (
+        (after.phase in _URGENT_PHASES and before.phase != after.phase)
+        or before.restarts != after.restarts
+        or _suspension_reason(before) != _suspension_reason(after)
+    )
+
+
+def _suspension_reason(status: Status) -> str:
+    return next((c.reason for c in status.conditions if c.type == CONDITION_SUSPENDED), "")
+
+
+def _without_progress(status: Status) -> Status:
+    """Returns a status without all that a progress report changes."""
+    return status.model_copy(
+        update={"progress": None, "checkpoint": None, "evaluation": None, "model": None, "data": None}
+    )
+
+
+def _without_messages(status: Status) -> Status:
+    conditions = tuple(c.model_copy(update={"message": ""}) for c in status.conditions)
+    return _without_progress(status).model_copy(update={"message": "", "conditions": conditions})
+
+
+def _start_time(observed: Observed, desired: DesiredStatus, time: str) -> str | None:
+    if observed.attempts:
+        return observed.attempts[0].job.created
+    return time if desired.attempt > 0 else None
+
+
+def _conditions(before: Status, generation: int, desired: DesiredStatus, time: str) -> tuple[Condition, ...]:
+    failed = desired.phase == "Failed"
+    working = desired.phase in ("Pending", "Queued", "Starting", "Restarting") or desired.suspension == SUSPENDING
+    met = _DesiredCondition(True, desired.reason, desired.message)
+    not_met = _DesiredCondition(False, "Finished" if desired.is_terminal else "NotFinished")
+    conditions = {
+        CONDITION_COMPLETE: met if desired.phase == "Succeeded" else not_met,
+        CONDITION_FAILED: met if failed else not_met,
+        CONDITION_SUSPENDED: _DesiredCondition(desired.suspension == SUSPENDED, desired.suspension or "NotSuspended"),
+        CONDITION_RECONCILING: met if working else _DesiredCondition(False, desired.phase),
+        CONDITION_STALLED: met if failed else _DesiredCondition(False, "Healthy"),
+    }
+    earlier = {condition.type: condition for condition in before.conditions}
+    return tuple(
+        _condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in conditions.items()
+    )
+
+
+def _condition(
+    kind: str, desired: _DesiredCondition, before: Condition | None, generation: int, time: str
+) -> Condition:
+    value: Literal["True", "False"] = "True" if desired.holds else "False"
+    unchanged = before is not None and before.status == value
+    return Condition(
+        type=kind,
+        status=value,
+        observed_generation=generation,
+        last_transition_time=before.last_transition_time if before and unchanged else time,
+        reason=desired.reason,
+        message=desired.message,
+    )
+
+
+def _current_report(observed: Observed, desired: DesiredStatus) -> Report | None:
+    """Returns the report of the current attempt; that of an earlier attempt is obsolete."""
+    report = observed.report
+    return report if report and report.progress.attempt == desired.attempt else None
+
+
+def _checkpoint(observed: Observed) -> CheckpointStatus | None:
+    """Returns the newest checkpoint that status, the report or a terminated pod mentions."""
+    reported = observed.report.progress.checkpoint if observed.report else None
+    ended = (pod.result.checkpoint for attempt in observed.attempts for pod in attempt.pods if pod.result)
+    return _newest(observed.job.status.checkpoint, reported, *ended)
+
+
+def _newest(*checkpoints: CheckpointStatus | None) -> CheckpointStatus | None:
+    existing = [checkpoint for checkpoint in checkpoints if checkpoint]
+    return max(existing, key=lambda checkpoint: checkpoint.step) if existing else None
+
+
+def _model(before: ModelStatus | None, report: Report | None, result: Result | None) -> ModelStatus | None:
+    return (result.model if result else None) or (report.progress.model if report else None) or before
+
+
+def _data(observed: Observed, report: Report | None, result: Result | None) -> DataStatus | None:
+    """Returns the ranks' figures if they exist, else the older ones of the preflight check."""
+    checks = (pod.result.data for pod in (observed.preflight.pods if observed.preflight else ()) if pod.result)
+    current = (result.data if result else None, report.progress.data if report else None)
+    return next((data for data in (*current, observed.job.status.data, *checks) if data), None)
+
+
+def _evaluation(
+    before: EvaluationStatus | None, report: Report | None, result: Result | None
+) -> EvaluationStatus | None:
+    if result and result.evaluation:
+        return result.evaluation.rounded
+    if report is None:
+        return before
+    current = report.progress
+    if current.test_loss_before is None and current.eval_loss is None:
+        return before
+    return EvaluationStatus(**{name: getattr(current, name) for name in _COMMON_FIELDS}).rounded

@@ -1,0 +1,269 @@
+"""Judges an attempt by its Job, its pods and the warning events about them.
+
+A verdict depends only on what is observed, so it is the same after a crash. There is no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finetune_api import reasons
+from finetune_api.messages.result import Result
+from finetune_operator.core import objects
+from finetune_operator.core.objects import Attempt, Pod
+
+State = Literal["queued", "waiting", "running", "ending", "succeeded", "failed"]
+
+# Reasons of a waiting attempt. They aren't in reasons.REASONS, which lists how attempts end. Other
+# reasons to wait are the kubelet's own: FailedMount, CreateContainerConfigError …
+STARTING = "PodsStarting"
+UNSCHEDULABLE = "Unschedulable"
+IMAGE_PULL = "ImagePullBackOff"
+QUEUED = "Queued"
+
+_DISRUPTIONS = {
+    "DeletionByPodGC": "NodeLost",
+    "DeletionByTaintManager": "NodeLost",
+    "PreemptionByScheduler": "Evicted",
+    "EvictionByEvictionAPI": "Evicted",
+    "TerminationByKubelet": "Evicted",
+}
+_START_ERRORS = ("StartError", "ContainerCannotRun")
+_REFUSAL_CHARACTERS = 400  # the cause is at the end of what the runtime reports
+_DISK_TERMS = ("ephemeral", "emptydir")
+_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff")  # the kubelet alternates between them
+_NORMAL_WAITING = ("", "ContainerCreating", "PodInitializing")
+
+# One dead pod takes the others down with it, so the root cause is the pod reason with the highest
+# precedence: first what a person or the program did, then what the cluster did, last what is only a
+# consequence.
+_PRECEDENCE = (
+    ("GpuFault", "GpuUnavailable"),  # the other pods lose their connections, or raise errors of NCCL
+    ("OutOfMemory", "NonFiniteLoss", "TrainingError"),
+    ("NodeLost",),
+    ("StorageUnavailable",),
+    ("RankKilled",),
+    ("Evicted",),
+    ("Stalled",),
+    ("PodFailed", "PeerLost", "Preempted", "PodDeleted"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Describes the state of an attempt. If it failed, `reason` is one of reasons.REASONS."""
+
+    state: State
+    reason: str
+    message: str
+    result: Result | None = None
+
+    @property
+    def cause(self) -> reasons.Cause:
+        """The cause of the reason, which decides about a restart."""
+        return reasons.cause(self.reason)
+
+
+def verdict(attempt: Attempt, warning_events: Mapping[str, str] | None = None) -> Verdict:
+    """Returns the verdict on an attempt.
+
+    `warning_events` holds "reason: message" of the last warning about a stuck pod or Job, by its
+    uid.
+    """
+    attempt = replace(attempt, pods=_without_replaced(attempt.pods))
+    job, pods = attempt.job, attempt.pods
+    live = [pod for pod in pods if pod.is_live]
+    if (job.complete or _all_succeeded(attempt)) and not live:
+        return Verdict("succeeded", "Trained", "all pods have completed", _leading_result(pods))
+    if job.failed and not live:
+        return _root_cause(attempt)
+    ends = job.is_finished or job.failing or job.deleting
+    if job.suspended and not ends and not live:
+        return Verdict("queued", QUEUED, f"Job {job.name} is suspended until a queue, such as Kueue's, admits it")
+    if ends or job.suspended or _has_failed_pod(attempt):
+        return Verdict("ending", "PodsEnding", _ending(live))
+    if len(_present(pods)) >= job.expected_pods and all(pod.started for pod in live):
+        verb = "is" if job.expected_pods == 1 else "are"
+        return Verdict("running", "Running", f"{_count(job.expected_pods)} of {job.name} {verb} running")
+    return _waiting(attempt, warning_events or {})
+
+
+def needs_warning_events(attempt: Attempt) -> tuple[str, ...]:
+    """Returns the uids of a waiting attempt's objects that only the cluster's events can explain.
+
+    Their own status doesn't show what they are waiting for.
+    """
+    if verdict(attempt).state != "waiting":
+        return ()
+    unexplained = tuple(
+        pod.uid
+        for pod in attempt.pods
+        if pod.is_live and not pod.started and not pod.unschedulable and pod.waiting_reason in _NORMAL_WAITING
+    )
+    missing_pods = len(_present(attempt.pods)) < attempt.job.expected_pods
+    return (attempt.job.uid, *unexplained) if missing_pods else unexplained
+
+
+def _all_succeeded(attempt: Attempt) -> bool:
+    """Whether a pod of every index has succeeded.
+
+    The Job controller reports completion a second or two later.
+    """
+    done = {pod.index for pod in attempt.pods if pod.phase == objects.SUCCEEDED}
+    return not attempt.job.failed and done >= set(range(attempt.job.expected_pods))
+
+
+def _present(pods: tuple[Pod, ...]) -> tuple[Pod, ...]:
+    return tuple(pod for pod in pods if not pod.gone)
+
+
+def _without_replaced(pods: tuple[Pod, ...]) -> tuple[Pod, ...]:
+    """Returns the pods without those that are gone and have a successor of the same index."""
+    existing = {pod.index for pod in _present(pods)}
+    return tuple(pod for pod in pods if not pod.gone or pod.index not in existing)
+
+
+def _has_failed_pod(attempt: Attempt) -> bool:
+    """Whether a pod has failed, which ends an attempt even before the Job controller reports it.
+
+    A preflight check doesn't end by that: its Job retries it. Nor does an attempt end by the pods
+    that stopped because a queue had suspended their Job: those are gone, and the Job didn't count
+    them.
+    """
+    return attempt.number > 0 and any(pod.phase == objects.FAILED for pod in _present(attempt.pods))
+
+
+def _waiting(attempt: Attempt, warning_events: Mapping[str, str]) -> Verdict:
+    for pod in attempt.pods:
+        if pod.is_live and not pod.started and pod.unschedulable:
+            return Verdict("waiting", UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
+    for pod in attempt.pods:
+        if pod.is_live and pod.waiting_reason not in _NORMAL_WAITING:
+            reason = IMAGE_PULL if pod.waiting_reason in _IMAGE_REASONS else pod.waiting_reason
+            return Verdict("waiting", reason, f"pod {pod.name}: {reason}: {pod.waiting_message}".rstrip(": "))
+    for pod in attempt.pods:
+        if pod.is_live and not pod.started and pod.uid in warning_events:
+            warning = warning_events[pod.uid]
+            return Verdict("waiting", _reason_of_warning(warning), f"pod {pod.name}: {warning}")
+    if attempt.job.uid in warning_events and len(_present(attempt.pods)) < attempt.job.expected_pods:
+        warning = warning_events[attempt.job.uid]
+        return Verdict("waiting", _reason_of_warning(warning), f"job {attempt.job.name}: {warning}")
+    started = sum(pod.started for pod in attempt.pods)
+    return Verdict("waiting", STARTING, f"{started} of {_count(attempt.job.expected_pods)} running")
+
+
+def _reason_of_warning(warning: str) -> str:
+    """Returns the reason of a warning event, which precedes its message."""
+    return warning.partition(":")[0] or STARTING
+
+
+def _ending(live: list[Pod]) -> str:
+    if not live:
+        return "the attempt is ending"
+    return f"waiting for {_count(len(live))} to stop: {', '.join(pod.name for pod in live[:3])}"
+
+
+def _root_cause(attempt: Attempt) -> Verdict:
+    """Returns the verdict on the pod whose failure caused the others."""
+    failures = [_pod_verdict(pod) for pod in attempt.pods if pod.phase != objects.SUCCEEDED]
+    if not failures:
+        reason = "PodDeleted" if attempt.job.failure_reason != "DeadlineExceeded" else "DeadlineExceeded"
+        return Verdict("failed", reason, f"no pod of {attempt.job.name} exists anymore; {attempt.job.failure_message}")
+    return min(failures, key=lambda failure: (_precedence(failure[1].reason), failure[0]))[1]
+
+
+def _precedence(reason: str) -> int:
+    """Returns the sort key of a reason: the lowest one is the root cause."""
+    if reasons.cause(reason) == "user":
+        return -1
+    return next((index for index, group in enumerate(_PRECEDENCE) if reason in group), len(_PRECEDENCE))
+
+
+def _pod_verdict(pod: Pod) -> tuple[str, Verdict]:
+    """Returns when a pod failed (a sort key; unknown times come last), and the verdict on it."""
+    end = pod.termination
+    finished = end.finished_at if end else ""
+    reason, message = pod_reason(pod)
+    result = pod.result or _bare_result(pod, reason)
+    return finished or "9", Verdict("failed", reason, f"pod {pod.name}: {message}".rstrip(": "), result)
+
+
+def pod_reason(pod: Pod) -> tuple[str, str]:
+    """Returns reason and message of a failed pod, from the most specific source that exists."""
+    end, result = pod.termination, pod.result
+    if result and result.outcome == "failed" and result.reason:
+        return result.reason, result.message
+    if pod.disruption:
+        return _disruption(pod)
+    if result and result.outcome == "preempted":
+        return "Preempted", result.message or "was asked to stop"
+    if end and end.reason == "OOMKilled":
+        return "OutOfMemory", f"was killed because it ran out of memory (exit code {end.exit_code})"
+    if pod.status_reason in ("Evicted", "NodeLost", "NodeShutdown", "Terminated"):
+        return _disruption(pod)
+    if refusal := _gpu_refusal(pod):
+        return "GpuUnavailable", refusal
+    if end and end.exit_code == _exit_code("Preempted"):
+        return "Preempted", "exited after SIGTERM"
+    if pod.deleting or pod.gone:
+        return "PodDeleted", "was deleted while it was running"
+    if end:
+        return _reason_of_exit_code(end.exit_code), f"ended with exit code {end.exit_code}"
+    return "PodFailed", f"{pod.status_reason} {pod.status_message}".strip() or "ended without reporting a reason"
+
+
+def _gpu_refusal(pod: Pod) -> str:
+    """Returns why a container couldn't start with its GPU; empty if that wasn't the cause.
+
+    NVIDIA's runtime refuses a driver that is older than the image needs, and the kubelet refuses a
+    GPU that became unhealthy after the pod was scheduled.
+    """
+    end = pod.termination
+    if end and end.reason in _START_ERRORS and "nvidia" in end.message.lower():
+        return end.message[-_REFUSAL_CHARACTERS:]
+    if pod.status_reason == "UnexpectedAdmissionError" and "nvidia.com/" in pod.status_message:
+        return pod.status_message
+    return ""
+
+
+def _disruption(pod: Pod) -> tuple[str, str]:
+    message = pod.disruption_message or pod.status_message
+    status_message = pod.status_message.lower()
+    if "exceed" in status_message and any(term in status_message for term in _DISK_TERMS):
+        return "DiskFull", pod.status_message  # more than its own limit; a full node says that it is low on it
+    reason = _DISRUPTIONS.get(pod.disruption) or ("NodeLost" if pod.status_reason != "Evicted" else "Evicted")
+    return reason, message
+
+
+def _exit_code(reason: str) -> int:
+    return reasons.REASONS[reason].exit_code
+
+
+def _reason_of_exit_code(code: int) -> str:
+    """Returns the reason of a pod without a result, if its exit code has only one."""
+    matching = [reason.name for reason in reasons.REASONS.values() if reason.exit_code == code]
+    return matching[0] if len(matching) == 1 else "PodFailed"
+
+
+def _bare_result(pod: Pod, reason: str) -> Result:
+    """Returns a result for a pod that left none; its termination message is the end of its log."""
+    end = pod.termination
+    tail = end.message if end else ""
+    return Result(outcome="failed", reason=reason, exit_code=end.exit_code if end else None, log_tail=tail)
+
+
+def _leading_result(pods: tuple[Pod, ...]) -> Result | None:
+    """Returns the result of the first succeeded pod that has one; pods are ordered by index.
+
+    Node 0 uploads the artifact, so its pod's result describes it.
+    """
+    for pod in pods:
+        if pod.phase == objects.SUCCEEDED and pod.result:
+            return pod.result
+    return None
+
+
+def _count(pods: int) -> str:
+    return "1 pod" if pods == 1 else f"{pods} pods"

@@ -1,0 +1,251 @@
+"""Sends all requests to the API server, except kopf's watches.
+
+Each method sends a request, counts it, and turns an error response into one of a few exceptions. It
+decides nothing and never retries. No other module imports the client library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from finetune_api import names
+from finetune_operator.kube.rate_limiter import ORDINARY, URGENT, RateLimiter
+
+Raw = dict[str, Any]
+Count = Callable[[str, str, str], None]
+"""Counts a request by verb, resource and response code."""
+
+_TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
+_PAGE_SIZE = 500
+_CHILD_SELECTOR = f"app.kubernetes.io/managed-by={names.COMMON_LABELS['app.kubernetes.io/managed-by']}"
+
+_API_PATHS = {
+    names.PLURAL: f"/apis/{names.API_VERSION}",
+    "jobs": "/apis/batch/v1",
+    "pods": "/api/v1",
+    "services": "/api/v1",
+    "events": "/api/v1",
+    "leases": "/apis/coordination.k8s.io/v1",
+}
+
+
+class ApiError(Exception):
+    """Is raised if the API server rejects a request; `message` is its own."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(f"{code} {reason}: {message}")
+        self.code = code
+        self.reason = reason
+        self.message = message
+
+
+class NotFound(ApiError):
+    """Is raised for code 404: the object, or its namespace, is gone."""
+
+
+class AlreadyExists(ApiError):
+    """Is raised for code 409 if the name is taken."""
+
+
+class Conflict(ApiError):
+    """Is raised for code 409 if the request is based on an outdated version."""
+
+
+class Refused(ApiError):
+    """Is raised for another 4xx: the same request fails again unless something else changes."""
+
+
+class Unavailable(ApiError):
+    """Is raised if the server doesn't respond or is overloaded; the request may succeed later."""
+
+
+class KubeClient:
+    """Wraps one connection pool and one rate limiter."""
+
+    def __init__(self, api: client.ApiClient, limiter: RateLimiter, count: Count) -> None:
+        self._api = api
+        self._limiter = limiter
+        self._count = count
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._api.close()
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    async def get(self, resource: str, namespace: str, name: str) -> Raw:
+        """Reads the newest version of an object. Raises NotFound."""
+        return await self._request("GET", resource, _path(resource, namespace, name))
+
+    async def children(self, resource: str, namespace: str, owner_uid: str) -> list[Raw]:
+        """Lists the newest versions of the Jobs or pods that have a FineTuneJob's label."""
+        selector = f"{names.LABEL_JOB_UID}={owner_uid}"
+        return [item async for item in self.items(resource, namespace, selector)]
+
+    async def all_of(self, resource: str, namespaces: tuple[str, ...]) -> list[Raw]:
+        """Lists FineTuneJobs, or their Jobs or pods, in the namespaces; empty means all."""
+        selector = "" if resource == names.PLURAL else _CHILD_SELECTOR
+        return [item for namespace in (namespaces or ("",)) async for item in self.items(resource, namespace, selector)]
+
+    async def items(self, resource: str, namespace: str, labels: str = "", fields: str = "") -> AsyncIterator[Raw]:
+        """Lists objects page by page; `labels` and `fields` are selectors."""
+        token = ""
+        while True:
+            query = {"limit": str(_PAGE_SIZE), "labelSelector": labels, "fieldSelector": fields, "continue": token}
+            page = await self._request("GET", resource, _path(resource, namespace), query, verb="list")
+            for item in page["items"]:
+                yield item
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    async def create(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
+        """Creates an object. Raises AlreadyExists if there is one of that name."""
+        path = _path(resource, manifest["metadata"]["namespace"])
+        query = {"fieldManager": names.FIELD_MANAGER}
+        return await self._request("POST", resource, path, query, dict(manifest), priority=URGENT)
+
+    async def apply_status(self, namespace: str, name: str, resource_version: str, status: Raw) -> Raw:
+        """Writes the complete status by server-side apply, as its only field manager.
+
+        Raises Conflict if the object has changed since `resource_version`.
+        """
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {"name": name, "namespace": namespace, "resourceVersion": resource_version},
+            "status": status,
+        }
+        path = _path(names.PLURAL, namespace, name) + "/status"
+        query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
+        content_type = "application/apply-patch+yaml"
+        return await self._request("PATCH", f"{names.PLURAL}/status", path, query, body, content_type=content_type)
+
+    async def delete(self, resource: str, namespace: str, name: str, preconditions: Raw, wait: bool) -> Raw:
+        """Deletes an object. With `wait` it stays visible until its dependents are gone.
+
+        Raises Conflict if the preconditions (uid, resourceVersion) don't hold.
+        """
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": preconditions,
+            "propagationPolicy": "Foreground" if wait else "Background",
+        }
+        return await self._request("DELETE", resource, _path(resource, namespace, name), {}, body)
+
+    async def replace(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
+        """Replaces an object. Raises Conflict if the manifest's resourceVersion is outdated."""
+        meta = manifest["metadata"]
+        path = _path(resource, meta["namespace"], meta["name"])
+        return await self._request("PUT", resource, path, {}, dict(manifest), priority=URGENT)
+
+    async def review_token(self, token: str, audience: str) -> Raw:
+        """Has the API server review a bearer token. Returns the status of the TokenReview."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        path = "/apis/authentication.k8s.io/v1/tokenreviews"
+        response = await self._request("POST", "tokenreviews", path, {}, body)
+        review: Raw = response.get("status", {})
+        return review
+
+    # -- one request -------------------------------------------------------------------------------
+
+    async def _request(
+        self,
+        method: str,
+        resource: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Raw | None = None,
+        *,
+        verb: str = "",
+        content_type: str = "application/json",
+        priority: int = ORDINARY,
+    ) -> Raw:
+        """Sends one request when the rate limit allows it. Returns the parsed response.
+
+        Raises a subclass of ApiError.
+        """
+        await self._limiter.acquire(priority)
+        query_string = urlencode({key: value for key, value in (query or {}).items() if value})
+        url = f"{self._api.configuration.host}{path}" + (f"?{query_string}" if query_string else "")
+        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.FIELD_MANAGER}
+        await self._api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        verb = verb or method.lower()
+        try:
+            response = await self._api.call_api(method, url, headers, body, _request_timeout=_TIMEOUT)
+            content = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._count(verb, resource, "error")
+            raise Unavailable(0, type(error).__name__, f"{method} {path}: {error}") from error
+        self._count(verb, resource, str(response.status))
+        if response.status < 300:
+            value: Raw = json.loads(content)
+            return value
+        raise _error(response.status, content)
+
+
+async def connect(rate: float, burst: int, count: Count, kubeconfig: Path | None = None) -> KubeClient:
+    """Connects to the API server with at most `rate` requests per second and bursts of `burst`.
+
+    Credentials come from the kubeconfig if one is passed, else from the pod's service account, else
+    from $KUBECONFIG or ~/.kube/config.
+    """
+    configuration = client.Configuration()
+    in_cluster = "KUBERNETES_SERVICE_HOST" in os.environ
+    if kubeconfig is None and in_cluster:
+        config.load_incluster_config(client_configuration=configuration)
+    else:
+        file = str(kubeconfig) if kubeconfig else None
+        await config.load_kube_config(config_file=file, client_configuration=configuration)
+    configuration.connection_pool_maxsize = 100
+    return KubeClient(client.ApiClient(configuration), RateLimiter(rate, burst), count)
+
+
+async def wait_until_available(client: KubeClient, resource: str, namespaces: tuple[str, ...]) -> None:
+    """Returns once the resource can be listed; the API server may start after the operator."""
+    delay = 0.5
+    while True:
+        try:
+            async for _ in client.items(resource, namespaces[0] if namespaces else ""):
+                break
+            return
+        except Unavailable:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 5.0)
+
+
+def _path(resource: str, namespace: str, name: str = "") -> str:
+    prefix = _API_PATHS[resource]
+    scope = f"/namespaces/{quote(namespace)}" if namespace else ""
+    return f"{prefix}{scope}/{resource}" + (f"/{quote(name)}" if name else "")
+
+
+def _error(code: int, content: bytes) -> ApiError:
+    try:
+        status = json.loads(content)
+        reason, message = str(status.get("reason", "")), str(status.get("message", ""))
+    except (ValueError, AttributeError):
+        reason, message = "", content[:500].decode(errors="replace")
+    if code == 404:
+        return NotFound(code, reason, message)
+    if code == 409:
+        return (AlreadyExists if reason == "AlreadyExists" else Conflict)(code, reason, message)
+    if code == 429 or code >= 500:
+        return Unavailable(code, reason, message)
+    return Refused(code, reason, message)

@@ -1,0 +1,92 @@
+"""The status reports what pods wait for in the original message, and the job continues without help
+once the cause is fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from k8s_operator.support.kubelet_stand_in import World
+from k8s_operator.support.operator_process import Operator
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_missing_secret_is_reported_with_the_kubelets_message_and_recovers(world: World, operator: Operator) -> None:
+    world.submit("keyless", output={"credentialsRef": {"name": "s3-writer"}})
+    (pod,) = world.wait_pods("keyless-1")
+    world.waiting_container(pod, "ContainerCreating", "")
+    message = 'MountVolume.SetUp failed for volume "credentials-output" : secret "s3-writer" not found'
+    world.warn(pod, "FailedMount", message)
+
+    def is_reported() -> bool:
+        status = world.status("keyless")
+        return status.get("phase") == "Pending" and message in status["message"]
+
+    world.wait(is_reported, 20)
+    assert world.condition("keyless", "Stalled")["status"] == "False"
+    assert world.condition("keyless", "Reconciling")["status"] == "True"
+    world.run_pod(pod)
+    assert message not in world.wait_phase("keyless", "Running")["message"]
+
+
+def test_a_pod_that_fits_no_node_is_reported_with_the_schedulers_message(world: World, operator: Operator) -> None:
+    world.submit("huge", resources={"cpu": "1000"})
+    world.wait_pods("huge-1")
+    message = world.wait_phase("huge", "Pending")["message"]
+    assert "nodes are available" in message
+    assert "huge-1-0" in message
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("ImagePullBackOff", 'Back-off pulling image "example.test/trainer:1"'),
+        ("CreateContainerConfigError", 'configmap "x" not found'),
+    ],
+)
+def test_a_container_that_cannot_start_is_reported_with_the_kubelets_message(
+    world: World, operator: Operator, reason: str, message: str
+) -> None:
+    world.submit("image")
+    (pod,) = world.wait_pods("image-1")
+    world.waiting_container(pod, reason, message)
+    world.wait(lambda: f"{reason}: {message}" in world.status("image").get("message", ""))
+    assert world.condition("image", "Reconciling")["reason"] == reason
+
+
+def test_a_quota_that_refuses_the_job_is_reported_with_its_message_and_recovers(
+    world: World, operator: Operator
+) -> None:
+    quota: Any = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none"},
+        "spec": {"hard": {"count/jobs.batch": "0"}},
+    }
+    world.create("resourcequotas", quota)
+    world.wait(lambda: (world.get("resourcequotas", "none") or {}).get("status", {}).get("hard"))
+    world.submit("limited")
+    status = world.wait_phase("limited", "Pending")
+    assert "exceeded quota: none" in status["message"]
+    assert status["attempt"] == 0
+    world.delete("resourcequotas", "none")
+    world.wait_job("limited-1", 20)
+    assert world.status("limited")["restartsTotal"] == 0
+
+
+def test_pods_that_a_quota_refuses_are_reported_with_the_job_controllers_message(
+    world: World, operator: Operator
+) -> None:
+    quota: Any = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "small"},
+        "spec": {"hard": {"pods": "0"}},
+    }
+    world.create("resourcequotas", quota)
+    world.wait(lambda: (world.get("resourcequotas", "small") or {}).get("status", {}).get("hard"))
+    world.submit("podless")
+    world.wait_job("podless-1")
+    world.wait(lambda: "exceeded quota: small" in world.status("podless").get("message", ""), 20)

@@ -1,0 +1,165 @@
+"""What auto chooses for well-known models on common GPUs, and which memory an error names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+
+from finetune_api.resource import LoraSpec
+from finetune_trainer.errors import RunError
+from finetune_trainer.parallel import model_size, strategy_choice
+from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
+from finetune_trainer.parallel.memory_estimate import TrainingSetup
+from finetune_trainer.parallel.model_size import ModelSize
+from finetune_trainer.parallel.speed_estimate import seconds_per_token
+from finetune_trainer.parallel.strategy_choice import Choice, UserChoice
+from finetune_trainer.training.resolve import Facts, resolve
+from sizing.fits import METHODS, run_config
+from sizing.models import MODELS, tensor_shapes
+
+_GIB = 2**30
+_MODELS = {model.name: model for model in MODELS}
+_LORA = LoraSpec(rank=16, target_modules=("all-linear",), dropout=0.05)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Describes a run. `free` and `host` are the GiB that each process has of its GPU and of the
+    host."""
+
+    model: str
+    method: Literal["lora", "qlora", "full"]
+    ranks: int
+    free: float
+    host: float
+    longest: int = 2048
+    nodes: int = 1
+    strategy: Any = "auto"
+
+    @property
+    def size(self) -> ModelSize:
+        model = _MODELS[self.model]
+        lora = None if self.method == "full" else _LORA
+        return model_size.size_of(model.config, tensor_shapes(model), lora)
+
+    @property
+    def setup(self) -> TrainingSetup:
+        full = self.method == "full"
+        quantized = "nf4" if self.method == "qlora" else "none"
+        return TrainingSetup(self.ranks, "adamw", 4 if full else 2, True, full, quantized, nodes=self.nodes)
+
+    def choose(self) -> Choice:
+        memory = FreeMemory("cuda", int(self.free * _GIB), int(self.host * _GIB))
+        user_choice = UserChoice(self.strategy, "none", "auto", self.longest)
+        return strategy_choice.choose(user_choice, self.size, self.setup, memory)
+
+
+_LORA_8B_4090 = Scenario("Llama-3.1-8B", "lora", 1, 23.2, 60)
+_LORA_8B_H100 = Scenario("Llama-3.1-8B", "lora", 8, 78.5, 120)
+_FULL_8B_H100 = Scenario("Llama-3.1-8B", "full", 8, 78.5, 120)
+_QLORA_8B_A10G = Scenario("Llama-3.1-8B", "qlora", 4, 21.9, 40)
+_FULL_70B = Scenario("Llama-3.1-70B", "full", 32, 78.5, 200, nodes=4)
+
+_CHOICES = [
+    pytest.param(_LORA_8B_4090, "ddp, activations recomputed", id="LoRA 8B on a 4090"),
+    pytest.param(
+        replace(_LORA_8B_4090, longest=8192), "ddp, activations recomputed", id="LoRA 8B on a 4090, rows of 8,192"
+    ),
+    pytest.param(replace(_LORA_8B_4090, free=21.9), "ddp, activations recomputed", id="LoRA 8B on an A10G"),
+    pytest.param(_QLORA_8B_A10G, "ddp, activations recomputed", id="QLoRA 8B on four A10G"),
+    pytest.param(
+        replace(_QLORA_8B_A10G, longest=16384), "ddp, activations recomputed", id="QLoRA 8B on A10G, rows of 16,384"
+    ),
+    pytest.param(_LORA_8B_H100, "ddp", id="LoRA 8B on eight H100"),
+    pytest.param(replace(_LORA_8B_H100, host=14), "fsdp", id="LoRA 8B on eight H100 with too little host memory"),
+    pytest.param(
+        replace(_LORA_8B_H100, longest=32768), "ddp, activations recomputed", id="LoRA 8B on H100, rows of 32,768"
+    ),
+    pytest.param(_FULL_8B_H100, "fsdp", id="full 8B on eight H100"),
+    pytest.param(Scenario("Llama-3.2-3B", "full", 8, 78.5, 60), "fsdp", id="full 3B on eight H100"),
+    pytest.param(
+        Scenario("Llama-3.1-70B", "qlora", 8, 78.5, 200), "ddp, activations recomputed", id="QLoRA 70B on eight H100"
+    ),
+    pytest.param(
+        Scenario("Llama-3.1-70B", "lora", 8, 78.5, 200), "fsdp, activations recomputed", id="LoRA 70B on eight H100"
+    ),
+    pytest.param(replace(_LORA_8B_H100, ranks=32, nodes=4), "ddp", id="LoRA 8B on 4 x 8 H100"),
+    pytest.param(
+        replace(_FULL_8B_H100, ranks=32, nodes=4), "zero2, activations recomputed", id="full 8B on 4 x 8 H100"
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scenario", "expected"), _CHOICES)
+def test_auto_chooses(scenario: Scenario, expected: str) -> None:
+    choice = scenario.choose()
+    assert str(choice.parallel) == expected
+    assert choice.tokens >= scenario.longest
+
+
+@pytest.mark.parametrize("scenario", [*(param.values[0] for param in _CHOICES), _FULL_70B], ids=str)
+def test_more_host_memory_never_leads_to_a_slower_choice(scenario: Scenario) -> None:
+    previous: tuple[bool, float] | None = None
+    for host in (1, 2, 4, 8, 14, 16, 30, 60, 120, 200, 500, 1000):
+        try:
+            choice = replace(scenario, host=host).choose()
+        except TooLittleMemory:
+            assert previous is None
+            continue
+        seconds = seconds_per_token(scenario.size, scenario.setup, choice.parallel, choice.tokens)
+        preference = choice.parallel.offload != "none", seconds
+        assert previous is None or preference <= previous
+        previous = preference
+
+
+def test_a_choice_that_host_memory_prevents_is_explained() -> None:
+    reason = replace(_LORA_8B_H100, host=14).choose().reason
+    for part in ("of host memory in a pod to load the model", "112.00 GiB are free", "raise resources.memory"):
+        assert part in reason
+
+
+@pytest.mark.parametrize(
+    ("scenario", "parts"),
+    [
+        pytest.param(
+            replace(_LORA_8B_4090, host=14),
+            ("needs 15.11 GiB of host memory in a pod to load the model", "14.00 GiB are free", "by at least 2Gi"),
+            id="loading on one GPU",
+        ),
+        pytest.param(
+            replace(_FULL_8B_H100, host=8, strategy="fsdp"),
+            ("to train and to copy checkpoints", "64.00 GiB are free", "by at least 26Gi"),
+            id="copies for checkpoints",
+        ),
+        pytest.param(
+            Scenario("Llama-3.1-8B", "full", 32, 78.5, 5, nodes=4, strategy="fsdp"),
+            ("to save the result", "40.00 GiB are free"),
+            id="saving at the end",
+        ),
+    ],
+)
+def test_an_error_about_the_host_names_its_memory(scenario: Scenario, parts: tuple[str, ...]) -> None:
+    with pytest.raises(TooLittleMemory) as error:
+        scenario.choose()
+    assert error.value.field == "resources.memory"
+    for part in parts:
+        assert part in str(error.value)
+    assert "GPU memory" not in str(error.value)
+
+
+def test_an_error_about_the_gpu_names_its_memory() -> None:
+    with pytest.raises(TooLittleMemory) as error:
+        replace(_LORA_8B_4090, free=8, longest=65536).choose()
+    assert error.value.field == "distribution.strategy"
+    assert "of GPU memory in total for each of 1 processes, but only 6.80 GiB of 8.00 GiB free" in str(error.value)
+    assert "host" not in str(error.value)
+
+
+def test_a_run_that_lacks_host_memory_ends_before_it_loads_anything() -> None:
+    memory = FreeMemory("cuda", int(23.2 * _GIB), 14 * _GIB)
+    facts = Facts(("bfloat16", "set by model.dtype"), 2048, _LORA_8B_4090.size, memory, 0, None)
+    with pytest.raises(RunError, match=r"^InvalidConfig: resources\.memory: the GPUs suffice") as error:
+        resolve(run_config(METHODS[0], 1), facts)
+    assert error.value.reason == "InvalidConfig"

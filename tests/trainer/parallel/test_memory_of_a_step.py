@@ -1,0 +1,113 @@
+"""The memory estimate is compared with the trainer's own step on fake tensors, on the branches of a
+GPU and in the sizes of real models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from finetune_api.resource import LoraSpec
+from finetune_trainer.parallel import model_size
+from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
+from finetune_trainer.parallel.model_size import ModelSize
+from sizing.models import PublishedModel, tensor_shapes
+from trainer.support.fake_step import Step, peak_bytes
+
+_MAX_ABOVE = 1.15
+_MIN_BELOW = 0.95
+_TOKENS = 8192
+_MODELS: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+}
+_METHODS = {
+    "q and v": LoraSpec(rank=16, target_modules=("q_proj", "v_proj"), dropout=0.05),
+    "all-linear": LoraSpec(rank=16, target_modules=("all-linear",), dropout=0.05),
+    "no dropout": LoraSpec(rank=16, target_modules=("all-linear",), dropout=0.0),
+    "full": None,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Describes what is measured. `strategy` is that of `ranks` ranks."""
+
+    model: str
+    method: str
+    recompute: bool = False
+    strategy: Any = "ddp"
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        again = ", recomputed" if self.recompute else ""
+        return f"{self.model} {self.method} {self.strategy}{again}"
+
+
+_CASES = (
+    Case("1B", "q and v"),
+    Case("1B", "all-linear", recompute=True),
+    Case("1B", "full"),
+    Case("1B", "full", recompute=True),
+    Case("8B", "q and v"),
+    Case("8B", "q and v", recompute=True),
+    Case("8B", "all-linear"),
+    Case("8B", "all-linear", recompute=True),
+    Case("8B", "no dropout"),
+    Case("8B", "full"),
+    Case("8B", "full", recompute=True),
+    Case("8B", "all-linear", strategy="zero2"),
+    Case("8B", "full", strategy="zero2"),
+    Case("8B", "all-linear", strategy="fsdp", ranks=8),
+    Case("8B", "full", strategy="fsdp", ranks=8),
+    Case("8B", "full", recompute=True, strategy="fsdp", ranks=8),
+)
+
+
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_the_estimate_is_at_most_15_percent_above_what_a_step_needs(case: Case) -> None:
+    """Weights and optimizer state are left out on both sides."""
+    measured = peak_bytes(_step(case), _MODELS[case.model]["num_hidden_layers"])
+    assert _MIN_BELOW <= _estimated(case) / measured <= _MAX_ABOVE
+
+
+def _step(case: Case) -> Step:
+    return Step(
+        shape=tuple(_MODELS[case.model].items()),
+        lora=_METHODS[case.method],
+        recompute=case.recompute,
+        tokens=_TOKENS,
+        fused=case.strategy == "ddp",
+        ranks=case.ranks if case.strategy == "fsdp" else None,
+    )
+
+
+def _estimated(case: Case) -> int:
+    """Returns the estimate without what exists between steps."""
+    setup = TrainingSetup(case.ranks, "adamw", 4 if case.method == "full" else 2, True, case.method == "full")
+    size = _size(case)
+    estimate = memory_estimate(size, setup, ParallelConfig(case.strategy, recompute=case.recompute))
+    stored = (size.parameters - size.trained) * setup.stored + size.trained * 4
+    return estimate.total(_TOKENS) - stored // case.ranks - estimate.optimizer
+
+
+def _size(case: Case) -> ModelSize:
+    model = PublishedModel(case.model, _MODELS[case.model])
+    return model_size.size_of(model.config, tensor_shapes(model), _METHODS[case.method])

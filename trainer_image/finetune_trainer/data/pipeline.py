@@ -1,0 +1,153 @@
+"""Turns files of rows into splits of tokens and their data report.
+
+Preflight, the ranks and `finetune validate --data` all read rows this way, so they accept and
+report the same. The module doesn't import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from finetune_api.messages.data_report import DataReport, SplitName
+from finetune_api.messages.run import DataConfig, RunConfig
+from finetune_trainer.data import preparation, quality_report, sources, template_checks, token_cache
+from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.preparation import ReadOptions
+from finetune_trainer.data.reading.rows import InputFile
+from finetune_trainer.data.row_statistics import RowStatistics
+from finetune_trainer.data.splits import SplitRows, split_rows
+from finetune_trainer.data.tokenizer import chat_template
+from finetune_trainer.paths import Paths
+
+
+class Group(Protocol):
+    """Describes processes that read rows together; `parallel.world.World` is one."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process of the group."""
+        ...
+
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this is the first process of its node."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every process of the group has called it."""
+
+
+class _OneProcess:
+    """Stands for a single process, which never waits."""
+
+    is_first = is_first_of_node = True
+
+    def barrier(self) -> None:
+        """Return immediately."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Names the files of each split, and where their tokens are cached.
+
+    `fields` are what messages call the files of a split: a field of the spec or a command-line
+    option. `cache_names` are the folders of `cache` that hold a split's tokens.
+    """
+
+    config: DataConfig
+    files: Mapping[SplitName, tuple[InputFile, ...]]
+    fields: Mapping[SplitName, str]
+    cache: Path
+    cache_names: Mapping[SplitName, str]
+
+    @classmethod
+    def of_run(cls, run: RunConfig, paths: Paths) -> Inputs:
+        """Return the downloaded files of a run. Raises RunError DatasetNotFound without any."""
+        names = sources.splits(run.data)
+        files = {name: sources.of(run.data, paths, name) for name in names}
+        return cls(
+            run.data,
+            files,
+            {name: sources.field(run.data, name) for name in names},
+            paths.token_cache,
+            {name: _cache_name(run, paths, files[name]) for name in names},
+        )
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Holds splits of rows. Only the first process of a node knows `template_checks`."""
+
+    config: DataConfig
+    renderer: Renderer | None
+    template_checks: tuple[str, ...]
+    rows: Mapping[SplitName, RowStatistics]
+    splits: Mapping[SplitName, SplitRows]
+
+    def report(self) -> DataReport:
+        """Return the data report of these rows."""
+        return quality_report.report(
+            self.splits,
+            max_length=self.config.max_sequence_length,
+            renderer=self.renderer,
+            template_checks=self.template_checks,
+        )
+
+
+def load_renderer(run: RunConfig, paths: Paths) -> Renderer:
+    """Load the tokenizer and chat template of a run.
+
+    Raises RunError ModelInvalid or InvalidConfig if one of them can't be used.
+    """
+    return Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template, run.added_tokens)
+
+
+def prepare(
+    inputs: Inputs,
+    renderer: Renderer | None,
+    group: Group | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> PreparedRows:
+    """Check the chat template, render the rows, cache their tokens, and split them.
+
+    All processes of `group` call it together. The first process of a node fills the cache, and the
+    others map it into memory. Without a renderer nothing is cached, and lengths are characters.
+
+    Raises RunError DatasetInvalid with the numbers of unusable rows if dataset.onInvalid
+    is fail, and ModelInvalid or InvalidConfig for a template.
+    """
+    group = group or _OneProcess()
+    config = inputs.config
+    checks: tuple[str, ...] = ()
+    options = {name: ReadOptions(inputs.fields[name], renderer, config.on_invalid, heartbeat) for name in inputs.files}
+    if renderer is None:
+        rows = {
+            name: RowStatistics.of_examples(preparation.prepare(files, options[name]))
+            for name, files in inputs.files.items()
+        }
+    else:
+        if group.is_first_of_node:
+            checks = template_checks.check_template(renderer, own=config.chat_template is None)
+            for name, files in inputs.files.items():
+                token_cache.build(inputs.cache, inputs.cache_names[name], files, options[name])
+        group.barrier()
+        rows = {
+            name: RowStatistics.of_tokens(token_cache.load(inputs.cache, inputs.cache_names[name]))
+            for name in inputs.files
+        }
+    splits = split_rows(rows, config.validation_fraction, config.test_fraction)
+    return PreparedRows(config, renderer, checks, rows, splits)
+
+
+def _cache_name(run: RunConfig, paths: Paths, files: tuple[InputFile, ...]) -> str:
+    return token_cache.key(
+        files,
+        paths.model,
+        max_length=run.data.max_sequence_length,
+        on_invalid=run.data.on_invalid,
+        chat_template=chat_template(paths.model, run.data.chat_template),
+        **({"added": run.added_tokens} if run.added_tokens else {}),
+    )

@@ -1,0 +1,281 @@
+"""Builds the data report, which describes the rows of each split.
+
+The module is pure and doesn't import torch. The report is computed from the arrays of the token
+cache and never reads the files again, so it costs a second or two per million rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_api.messages import data_report as r
+from finetune_api.status import DataStatus
+from finetune_trainer.data import dedup
+from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.splits import SplitRows
+from finetune_trainer.data.token_cache import Tokens
+
+_BINS = 20
+_PADDED_BATCH = 8  # examples
+_LINES_PER_GROUP = 10
+_SAMPLES = {"train": 3, "validation": 1, "test": 1}
+_SAMPLE_TOKENS = 512
+_NEARLY = "only in case, spaces, punctuation or numbers"
+
+
+def report(
+    splits: Mapping[r.SplitName, SplitRows],
+    *,
+    max_length: int,
+    renderer: Renderer | None,
+    template_checks: tuple[str, ...] = (),
+) -> r.DataReport:
+    """Return the data report of these splits.
+
+    `max_length` is dataset.maxSequenceLength. Without a renderer, lengths are characters and no
+    sample is shown. `template_checks` are the checks that the chat template passed.
+    """
+    reports = tuple(_split_report(name, split) for name, split in splits.items())
+    leaks = tuple(_leaks(splits))
+    rule = renderer.rule if renderer else None
+    return r.DataReport(
+        unit="tokens" if renderer else "characters",
+        max_sequence_length=max_length,
+        template=r.Template(choice=rule[0], reason=rule[1], checks=template_checks) if rule else None,
+        splits=reports,
+        leaks=leaks,
+        warnings=tuple(_warnings(reports, leaks)),
+        samples=tuple(
+            sample
+            for name, split in splits.items()
+            if renderer and split.rows.tokens is not None
+            for sample in samples(name, split.rows.tokens, np.unique(split.index), renderer.tokenizer)
+        ),
+    )
+
+
+def summary(report: r.DataReport) -> DataStatus:
+    """Return the part of the report that the status of a FineTuneJob shows."""
+    rows = {split.split: split.rows for split in report.splits}
+    train = report.splits[0]
+    return DataStatus(
+        rows=rows.get("train", 0),
+        validation_rows=rows.get("validation"),
+        test_rows=rows.get("test"),
+        tokens=train.tokens,
+        label_share=round(train.label_share, 4) if train.label_share is not None else None,
+        dropped=sum(split.dropped for split in report.splits),
+        duplicates=sum(split.duplicates.rows for split in report.splits),
+        leaks=sum(leak.rows for leak in report.leaks),
+        truncated=sum(split.truncated.rows for split in report.splits),
+        warnings=tuple(f"{warning.reason}: {warning.message}"[:160] for warning in report.warnings[:6]),
+    )
+
+
+def samples(name: r.SplitName, tokens: Tokens, rows: NDArray[np.int64], tokenizer: Any) -> Iterator[r.RenderedSample]:
+    """Yield the first few of `rows` as training sees them.
+
+    A sample is the text of a row, in which the tokens that count in the loss are marked.
+    """
+    for row in rows[: _SAMPLES[name]].tolist():
+        ids, loss_mask = tokens.example(row)
+        shown = min(len(ids), _SAMPLE_TOKENS)
+        file_index = int(tokens.file_index[row])
+        yield r.RenderedSample(
+            split=name,
+            row=int(tokens.line_numbers[row]),
+            file=tokens.facts.files[file_index].name if len(tokens.facts.files) > 1 else "",
+            tokens=len(ids),
+            cut=int(tokens.uncut_lengths[row]) > shown,
+            pieces=pieces(tokenizer, ids[:shown], loss_mask[:shown]),
+        )
+
+
+def pieces(tokenizer: Any, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> tuple[r.Piece, ...]:
+    """Return the text of `ids`, split where tokens begin or cease to count in the loss."""
+    borders = [0, *(np.flatnonzero(loss_mask[1:] != loss_mask[:-1]) + 1).tolist(), len(ids)]
+    return tuple(
+        r.Piece(text=str(tokenizer.decode(ids[begin:end].tolist())), learnt=bool(loss_mask[begin]))
+        for begin, end in itertools.pairwise(borders)
+        if end > begin
+    )
+
+
+def _split_report(name: r.SplitName, split: SplitRows) -> r.SplitReport:
+    rows = split.rows
+    index = np.unique(split.index)
+    lengths, label_counts = rows.lengths[index], rows.label_counts[index]
+    tokens = int(lengths.sum()) if rows.tokens is not None else None
+    label_tokens = int(label_counts.sum()) if rows.tokens is not None else None
+    lines = rows.line_numbers[index]
+    first_equal = dedup.first_occurrence(rows.digests[index])
+    first_similar = dedup.first_occurrence(rows.near_duplicate_digests[index])
+    positions = np.arange(len(index))
+    first_prompts = dedup.first_occurrence(rows.prompts[index]) == positions
+    similar = np.flatnonzero((first_equal == positions) & (first_similar != positions))
+    cut = index[rows.uncut_lengths[index] > lengths]
+    return r.SplitReport(
+        split=name,
+        files=() if split.held_out else rows.files,
+        held_out=split.held_out,
+        rows=len(index),
+        examples=len(split.index),
+        read=0 if split.held_out else len(rows.line_numbers) + rows.dropped,
+        left_out=split.left_out,
+        dropped=0 if split.held_out else rows.dropped,
+        unlabelled=0 if split.held_out else rows.unlabelled,
+        dropped_rows=() if split.held_out else tuple(
+            r.DroppedRow(row=problem.number, file=problem.file, reason=problem.message)
+            for problem in rows.problems[: r.LISTED]
+        ),
+        duplicates=_groups(first_equal, np.flatnonzero(first_equal != positions), lines),
+        near_duplicates=_groups(first_similar, similar, lines),
+        same_prompts=int((first_equal == positions).sum() - first_prompts.sum()),
+        characters=int(rows.characters[index].sum()),
+        tokens=tokens,
+        label_tokens=label_tokens,
+        label_share=label_tokens / tokens if tokens and label_tokens is not None else None,
+        lengths=_histogram(lengths),
+        answer_lengths=_histogram(label_counts),
+        padding_share=_padding_share(lengths) if tokens else None,
+        truncated=r.TruncatedRows(
+            rows=len(cut),
+            tokens=int((rows.uncut_lengths[cut] - rows.lengths[cut]).sum()),
+            numbers=tuple(int(line) for line in rows.line_numbers[cut][: r.LISTED]),
+        ),
+        shared=_shared_prefixes(rows.tokens, index, tokens or 0),
+    )  # fmt: skip
+
+
+def _groups(first: NDArray[np.int64], repeated: NDArray[np.int64], lines: NDArray[np.int64]) -> r.Duplicates:
+    """Group duplicates.
+
+    `repeated` are indices of rows that repeat an earlier row; `first[i]` is the index of the
+    earliest row equal to row i; `lines[i]` is its line number.
+    """
+    groups: dict[int, list[int]] = {}
+    for index in repeated.tolist():
+        earliest = int(first[index])
+        if earliest in groups or len(groups) < r.LISTED:
+            group = groups.setdefault(earliest, [int(lines[earliest])])
+            if len(group) < _LINES_PER_GROUP:
+                group.append(int(lines[index]))
+    return r.Duplicates(rows=len(repeated), groups=tuple(map(tuple, groups.values())))
+
+
+def _leaks(splits: Mapping[r.SplitName, SplitRows]) -> list[r.Leak]:
+    """Return the rows that train shares with validation or test, and validation with test."""
+    leaks = (_leak(first, second, splits) for first, second in itertools.combinations(splits, 2))
+    return [leak for leak in leaks if leak.rows or leak.prompts or leak.near]
+
+
+def _leak(first: r.SplitName, second: r.SplitName, splits: Mapping[r.SplitName, SplitRows]) -> r.Leak:
+    first_rows, second_rows = splits[first].rows, splits[second].rows
+    first_index, second_index = np.unique(splits[first].index), np.unique(splits[second].index)
+    equal, similar, same_prompt = (
+        dedup.first_match(second_digests[second_index], first_digests[first_index])
+        for second_digests, first_digests in (
+            (second_rows.digests, first_rows.digests),
+            (second_rows.near_duplicate_digests, first_rows.near_duplicate_digests),
+            (second_rows.prompts, first_rows.prompts),
+        )
+    )
+
+    def line_pairs(matches: NDArray[np.int64], chosen: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+        """Return (line in the first split, line in the second one) for the first chosen rows."""
+        positions = np.flatnonzero(chosen)[: r.LISTED]
+        lines = first_rows.line_numbers[first_index[matches[positions]]]
+        return tuple(zip(lines.tolist(), second_rows.line_numbers[second_index[positions]].tolist(), strict=True))
+
+    near = (equal < 0) & (similar >= 0)
+    return r.Leak(
+        first=first,
+        second=second,
+        rows=int((equal >= 0).sum()),
+        prompts=int((same_prompt >= 0).sum()),
+        near=int(near.sum()),
+        examples=line_pairs(equal, equal >= 0),
+        near_examples=line_pairs(similar, near),
+    )
+
+
+def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> list[r.DataWarning]:
+    warnings = []
+    train = splits[0]
+    if train.split == "train" and train.rows < r.FEW_EXAMPLES:
+        message = (
+            f"{train.rows} training rows; gains are robust from about {r.FEW_EXAMPLES:,} on, 100 to 200 "
+            "can already show something"
+        )
+        warnings.append(r.DataWarning(reason="FewExamples", message=message))
+    for leak in leaks:
+        for count, reason, description in (
+            (leak.rows, "Leaks", f"that {leak.first} holds too"),
+            (leak.near, "NearLeaks", f"different from a {leak.first} row {_NEARLY}"),
+        ):
+            if count:
+                effect = f"so the {leak.second} loss looks better than it is"
+                message = f"{_counted_rows(count, leak.second)} {description}, {effect}"
+                warnings.append(r.DataWarning(reason=reason, message=message))
+    for split in splits:
+        for count, reason, description in (
+            (split.duplicates.rows, "Duplicates", "that repeat an earlier row"),
+            (split.near_duplicates.rows, "NearDuplicates", f"different from an earlier one {_NEARLY}"),
+            (split.truncated.rows, "Truncated", "longer than dataset.maxSequenceLength, cut at the end"),
+            (split.dropped - split.unlabelled, "RowsDropped", "that can't be used, left out"),
+            (split.unlabelled, "Unlabelled", "without a confident label, left out"),
+        ):
+            if count:
+                warnings.append(
+                    r.DataWarning(reason=reason, message=f"{_counted_rows(count, split.split)} {description}")
+                )
+    return warnings
+
+
+def _counted_rows(count: int, split: r.SplitName) -> str:
+    return f"{count:,} {split} row{'s' if count != 1 else ''}"
+
+
+def _histogram(lengths: NDArray[np.int64]) -> r.Histogram:
+    """Return about 20 bins whose width is 1, 2 or 5 times a power of ten."""
+    if not len(lengths):
+        return r.Histogram()
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = next(s * 10**e for e in range(12) for s in (1, 2, 5) if s * 10**e * _BINS >= longest - shortest)
+    edges = np.arange(shortest // width * width, longest + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    median, p95, p99 = (round(float(value), 1) for value in np.percentile(lengths, (50, 95, 99)))
+    return r.Histogram(
+        edges=tuple(edges.tolist()),
+        counts=tuple(counts.tolist()),
+        minimum=shortest,
+        mean=round(float(lengths.mean()), 1),
+        median=median,
+        p95=p95,
+        p99=p99,
+        maximum=longest,
+    )
+
+
+def _padding_share(lengths: NDArray[np.int64]) -> float:
+    """Return the share of padding, from 0 to 1, among the tokens of padded batches of 8 examples in
+    random order."""
+    shuffled = np.random.Generator(np.random.PCG64(0)).permutation(lengths)
+    fill = -len(shuffled) % _PADDED_BATCH
+    batches = np.concatenate([shuffled, np.zeros(fill, np.int64)]).reshape(-1, _PADDED_BATCH)
+    sizes = np.full(len(batches), _PADDED_BATCH)
+    sizes[-1] -= fill
+    return float(1 - lengths.sum() / (batches.max(axis=1) * sizes).sum())
+
+
+def _shared_prefixes(tokens: Tokens | None, index: NDArray[np.int64], total: int) -> r.SharedPrefixes:
+    """Return how many of `total` tokens are saved by computing shared prefixes only once."""
+    if tokens is None or not total:
+        return r.SharedPrefixes()
+    saved = tokens.prefixes.saved(index, tokens.lengths)
+    return r.SharedPrefixes(tokens=saved, share=saved / total)

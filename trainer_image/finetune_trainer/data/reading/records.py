@@ -1,0 +1,186 @@
+"""Reads a file as numbered records (JSON objects).
+
+A file holds JSON lines, a JSON array, CSV or parquet, and may be compressed. One record is held at
+a time, of at most MAX_RECORD_BYTES; a longer one is reported by its number. The number of a record
+is its line (JSON lines; CSV: the line on which it begins) or its position (JSON array, parquet),
+from 1.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune_trainer.data.reading import compression, parquet
+from finetune_trainer.data.reading.compression import CorruptData, Readable
+from finetune_trainer.data.reading.json_array import READ_BYTES, json_array
+from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
+
+FileFormat = Literal["jsonl", "json", "csv", "parquet"]
+_BOM = codecs.BOM_UTF8
+_DELIMITERS = ",\t;|"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSION_SUFFIXES = ("", ".gz", ".zst", ".bz2", ".xz")
+
+
+def is_named_as_data(name: str) -> bool:
+    """Whether a file of a folder holds rows.
+
+    Its suffix decides, because a folder holds READMEs too.
+    """
+    lower = name.lower()
+    return any(lower.endswith(suffix + packed) for suffix in SUFFIXES for packed in COMPRESSION_SUFFIXES)
+
+
+def file_format(path: Path, name: str) -> FileFormat:
+    """Detect the format by the first bytes, and by the name if those leave it open.
+
+    Raises Unreadable.
+    """
+    try:
+        with compression.opened(path) as file:
+            head = file.read(4096)
+    except CorruptData as corrupt:
+        raise Unreadable(0, str(corrupt)) from None
+    if head.startswith(b"PAR1"):
+        if compression.kind(path):
+            raise Unreadable(0, "is parquet inside a compressed file; unpack it (parquet is compressed already)")
+        return "parquet"
+    if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
+        raise Unreadable(0, "is an archive of several files; unpack it, and give a folder or a single file")
+    text = head.removeprefix(_BOM).lstrip()
+    lower = name.lower()
+    stem = next((lower.removesuffix(suffix) for suffix in COMPRESSION_SUFFIXES[1:] if lower.endswith(suffix)), lower)
+    if stem.endswith((".csv", ".tsv")):
+        return "csv"
+    if text.startswith(b"[") and not stem.endswith((".jsonl", ".ndjson")):
+        return "json"
+    if text.startswith((b"{", b"[")) or stem.endswith((".jsonl", ".ndjson", ".json")) or not text:
+        return "jsonl"
+    first = text.split(b"\n", 1)[0]
+    return "csv" if any(first.count(mark.encode()) for mark in _DELIMITERS) and b"{" not in first else "jsonl"
+
+
+def records(path: Path, format: FileFormat) -> Iterator[Record]:
+    """Yield all records of a file. Raises Unreadable if the rest of it can't be read."""
+    if format == "parquet":
+        yield from parquet.records(path)
+        return
+    number = 0
+    try:
+        with compression.opened(path) as file:
+            by_line = {"jsonl": json_lines, "csv": csv_rows}
+            numbered = json_array(file) if format == "json" else by_line[format](lines(file))
+            for number, value in numbered:
+                yield number, value
+    except CorruptData as corrupt:
+        raise Unreadable(number + 1, str(corrupt)) from None
+
+
+def lines(file: Readable) -> Iterator[bytes | None]:
+    """Yield lines with their line breaks, and None for a line that is too long."""
+    pending = b""
+    skipping = False
+    while piece := file.read(READ_BYTES):
+        *complete, rest = (pending + piece).split(b"\n") if not skipping else piece.split(b"\n")
+        if skipping and complete:
+            yield None
+            skipping = False
+            complete = complete[1:]
+        for line in complete:
+            yield line + b"\n" if len(line) <= MAX_RECORD_BYTES else None
+        pending = rest
+        if skipping or len(pending) > MAX_RECORD_BYTES:
+            pending, skipping = b"", True
+    if skipping:
+        yield None
+    elif pending:
+        yield pending
+
+
+def json_lines(lines: Iterable[bytes | None]) -> Iterator[Record]:
+    """Yield one object per line. Blank lines are counted, but they aren't records."""
+    for number, line in enumerate(lines, start=1):
+        if line is None:
+            yield number, too_long("a line")
+        elif line.strip():
+            yield number, _object(line)
+
+
+def csv_rows(lines: Iterable[bytes | None]) -> Iterator[Record]:
+    """Yield the rows of a CSV file, whose first line names the columns.
+
+    Raises Unreadable for a quote that is never closed, because the rows after it can't be
+    separated.
+    """
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    record_start = _RecordStart()
+    text = _csv_lines(lines, record_start)
+    head = next(text, None)
+    if head is None:
+        return
+    delimiter = max(_DELIMITERS, key=head.count)
+    reader = csv.reader(_chained(head, text), delimiter=delimiter if head.count(delimiter) else ",", strict=True)
+    columns: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        record_start.line = reader.line_num
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise Unreadable(number, f"isn't CSV ({error}); is a quote left open?") from None
+        if columns is None:
+            columns = [name.strip() for name in values]
+            repeated = next((name for index, name in enumerate(columns) if name in columns[:index]), None)
+            if repeated:
+                raise Unreadable(number, f"the first line names the column {repeated!r} twice")
+        elif len(values) == len(columns):
+            yield number, {name: value for name, value in zip(columns, values, strict=True) if name}
+        elif values:
+            yield number, f"has {len(values)} fields, but the first line names {len(columns)} columns"
+
+
+class _RecordStart:
+    """The number of lines before the current CSV record, which may extend over several lines."""
+
+    line = 0
+
+
+def _csv_lines(lines: Iterable[bytes | None], record_start: _RecordStart) -> Iterator[str]:
+    record_bytes = 0
+    for number, line in enumerate(lines, start=1):
+        record_bytes = len(line or b"") + (record_bytes if number > record_start.line + 1 else 0)
+        if line is None or record_bytes > MAX_RECORD_BYTES:
+            raise Unreadable(number, too_long("a record"))
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise Unreadable(number, f"isn't UTF-8 (byte {error.start})") from None
+        if "\x00" in text:
+            raise Unreadable(number, "contains a NUL character; is it UTF-16? Save it as UTF-8")
+        yield text
+
+
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _object(line: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"isn't UTF-8 (byte {error.start})"
+    except json.JSONDecodeError as error:
+        return f"isn't JSON ({error.msg} at column {error.colno})"
+    except RecursionError:
+        return "isn't a row (nested too deeply)"
+    except ValueError as error:
+        return f"isn't a row ({error})"
+    return value if isinstance(value, dict) else "isn't a JSON object"

@@ -1,0 +1,88 @@
+"""Defines a row (one example as turns) and a problem (why a record can't be used).
+
+The module also has the checks that all formats share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Holds one turn of a conversation.
+
+    `in_loss` is whether an assistant's turn counts in the loss. `more` is a JSON object of further
+    keys (tool_calls, ...) that a chat template may use; it is empty if there are none.
+    """
+
+    role: str
+    content: str
+    in_loss: bool = True
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds one example as turns.
+
+    `number` is that of its record; `file_index` is the position of its file in the split.
+    """
+
+    number: int
+    turns: tuple[Turn, ...]  # prompt-completion is ("user", prompt), ("assistant", completion)
+    plain: bool = False  # may be rendered without a chat template
+    file_index: int = 0
+    tools: str = ""  # JSON of a list of functions, for the chat template
+    rejected: tuple[Turn, ...] = ()  # a preference pair: the turns with the rejected answer
+    plain_prompt: str = ""  # the prompt without a chat template; if empty, it is the user's turn
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the row is a document: it has no prompt, and all of it counts in the loss."""
+        return self.turns[0].role == "text"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Describes why a row can't be used.
+
+    `file` is the name of its file, or empty if the split has only one file. `unlabelled` marks a
+    row that merely has no label yet, which isn't a mistake (see `labeling_tools`).
+    """
+
+    number: int
+    message: str
+    file: str = ""
+    unlabelled: bool = False
+
+    def __str__(self) -> str:
+        return f"{f'{self.file} ' if self.file else ''}row {self.number}: {self.message}"
+
+
+def text(value: Values, key: str, prefix: str = "") -> str:
+    """Return the string at `key`, which can be encoded as UTF-8.
+
+    Raises ValueError with a message that names `prefix` and the key.
+    """
+    if key not in value:
+        raise ValueError(f"{prefix}{key} is missing")
+    content = value[key]
+    if not isinstance(content, str):
+        raise ValueError(f"{prefix}{key} isn't a string")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{prefix}{key} contains half a character (a lone surrogate)") from None
+    return content
+
+
+def short_repr(value: Any) -> str:
+    """Return the repr of a value for a message, cut to 60 characters."""
+    full = repr(value)
+    return full if len(full) <= 60 else f"{full[:57]}…"

@@ -1,0 +1,250 @@
+"""Turns a record (a JSON object) into one row, by the format that its keys reveal.
+
+The formats are widely used ones: prompt and completion, messages, text, Alpaca, ShareGPT. The
+exports of labeling tools are in `labeling_tools`. A ValueError names the key and what is wrong
+with it. The module is pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from finetune_trainer.data.reading import preference_rows
+from finetune_trainer.data.reading.row import ROLES, Row, Turn, Values, short_repr, text
+
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bard": "assistant", "bing": "assistant", "model": "assistant", "function_call": "assistant", "system": "system",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+RowFormat = Callable[[int, Values], Row]
+
+
+def prompt_completion(number: int, value: Values) -> Row:
+    """Read two strings, or two lists of turns, of which only the completion counts in the loss."""
+    for key in ("prompt", "completion"):
+        if key not in value:
+            raise ValueError(f"{key} is missing")
+    if isinstance(value["prompt"], list) and isinstance(value["completion"], list):
+        before = tuple(replace(turn, in_loss=False) for turn in turns(value["prompt"], "prompt"))
+        after = turns(value["completion"], "completion")
+        return _conversation(number, (*before, *after), value, "completion")
+    prompt, completion = text(value, "prompt"), text(value, "completion")
+    if not completion.strip():
+        raise ValueError("completion is empty")
+    system = _system(value)
+    return Row(number, (*system, Turn("user", prompt), Turn("assistant", completion)), plain=not system)
+
+
+def messages(number: int, value: Values) -> Row:
+    """Read a conversation as chat APIs have it: a list of turns with role and content."""
+    if "messages" not in value:
+        raise ValueError("messages is missing")
+    return _conversation(number, turns(value["messages"], "messages"), value, "messages")
+
+
+def plain_text(number: int, value: Values) -> Row:
+    """Read a document, of which every token counts in the loss."""
+    content = text(value, "text")
+    if not content.strip():
+        raise ValueError("text is empty")
+    return Row(number, (Turn("text", content),), plain=True)
+
+
+def alpaca(number: int, value: Values) -> Row:
+    """Read the keys of Stanford Alpaca.
+
+    With a chat template the instruction and its input become the user's turn; without one they are
+    put into Stanford's own prompt.
+    """
+    instruction, output = text(value, "instruction"), text(value, "output")
+    context = text(value, "input") if value.get("input") is not None else ""
+    if not output.strip():
+        raise ValueError("output is empty")
+    if not instruction.strip() and not context.strip():
+        raise ValueError("instruction and input are empty")
+    history = _history(value.get("history") or [])
+    system = _system(value)
+    question = "\n\n".join(part for part in (instruction, context) if part.strip())
+    template = ALPACA_INPUT if context.strip() else ALPACA
+    return Row(
+        number,
+        (*system, *history, Turn("user", question), Turn("assistant", output)),
+        plain=not system and not history,
+        plain_prompt=template.format(instruction=instruction, input=context),
+    )
+
+
+def sharegpt(number: int, value: Values) -> Row:
+    """Read a conversation in ShareGPT's format: a list of turns with from and value."""
+    if "conversations" not in value:
+        raise ValueError("conversations is missing")
+    conversation = value["conversations"]
+    if not isinstance(conversation, list) or not conversation:
+        raise ValueError("conversations isn't a list with at least one turn")
+    parsed = []
+    for index, turn in enumerate(conversation):
+        path = f"conversations[{index}]"
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"{path} isn't an object with from and value")
+        role = turn.get("from", turn.get("role"))
+        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+            raise ValueError(f"{path}.from is {short_repr(role)}; it must be one of {', '.join(_SHAREGPT_ROLES)}")
+        key = "value" if "value" in turn or "content" not in turn else "content"
+        parsed.append(Turn(_SHAREGPT_ROLES[role], text(turn, key, f"{path}.")))
+    return _conversation(number, tuple(parsed), value, "conversations")
+
+
+FORMATS: dict[str, RowFormat] = {
+    "prompt-completion": prompt_completion,
+    "messages": messages,
+    "text": plain_text,
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    preference_rows.FORMAT: lambda number, value: preference_rows.row(number, value, prompt_completion, messages),
+}
+
+
+def turns(value: Any, path: str) -> tuple[Turn, ...]:
+    """Parse a list of objects with role and content, as chat APIs have them.
+
+    `path` is what messages call the list. Raises ValueError.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path} isn't a list with at least one turn")
+    return tuple(_turn(f"{path}[{index}]", turn) for index, turn in enumerate(value))
+
+
+def _conversation(number: int, turns: tuple[Turn, ...], value: Values, path: str) -> Row:
+    if turns[0].role != "system":
+        turns = (*_system(value), *turns)
+    last = turns[-1]
+    if last.role != "assistant":
+        raise ValueError(f"the last turn's role is {last.role!r}; it must be 'assistant', the answer to train on")
+    if turns[0].role == "assistant":
+        raise ValueError("the first turn's role is 'assistant'; there is nothing to answer")
+    if not last.content.strip() and not last.more:
+        raise ValueError("the last turn's content is empty")
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise ValueError("role 'system' must be the first turn")
+    if not any(turn.in_loss for turn in turns if turn.role == "assistant"):
+        raise ValueError(f"{path}: every assistant turn has weight 0, so there is nothing to train on")
+    return Row(number, turns, tools=_tools(value.get("tools")))
+
+
+def _turn(path: str, turn: Any) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"{path} isn't an object with role and content")
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{path}.role is {short_repr(role)}; it must be one of {', '.join(ROLES)}")
+    weight = turn.get("weight", 1)
+    if weight not in (0, 1):
+        raise ValueError(f"{path}.weight is {short_repr(weight)}; it must be 0 (not trained on) or 1")
+    further = {key: turn[key] for key in _FURTHER_KEYS if turn.get(key)}
+    if "tool_calls" in further:
+        further["tool_calls"] = _calls(further["tool_calls"], f"{path}.tool_calls")
+    content = turn.get("content")
+    if content is None and "tool_calls" in further:
+        content = ""
+    elif isinstance(content, list):
+        content = "".join(_part(f"{path}.content[{index}]", part) for index, part in enumerate(content))
+    else:
+        content = text(turn, "content", f"{path}.")
+    return Turn(role, content, in_loss=bool(weight), more=_canonical(further, path) if further else "")
+
+
+def _calls(value: Any, path: str) -> list[Any]:
+    """Parse tool calls.
+
+    APIs give their arguments as JSON text, but chat templates serialize objects themselves.
+    """
+    if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
+        raise ValueError(f"{path} isn't a list of calls")
+    return [_call(call) for call in value]
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _call(inner)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return dict(call)
+        if isinstance(parsed, Mapping):
+            return {**call, "arguments": parsed}
+    return dict(call)
+
+
+def _part(path: str, part: Any) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise ValueError(f"{path} is of type {short_repr(kind)}; only text is supported")
+    return text(part, "text", f"{path}.")
+
+
+def _tools(value: Any) -> str:
+    """Parse a list of functions, or such a list as JSON text, as parquet files often have it."""
+    if value is None or value == "" or value == []:
+        return ""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("tools isn't JSON") from None
+        if not value:
+            return ""
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise ValueError("tools isn't a list of functions")
+    return _canonical(value, "tools")
+
+
+def _canonical(value: Any, path: str) -> str:
+    try:
+        serialized = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        serialized.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} contains half a character (a lone surrogate)") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be written as JSON ({error})") from None
+    return serialized
+
+
+def _system(value: Values) -> tuple[Turn, ...]:
+    if value.get("system") in (None, ""):
+        return ()
+    return (Turn("system", text(value, "system")),)
+
+
+def _history(value: Any) -> tuple[Turn, ...]:
+    if not isinstance(value, list):
+        raise ValueError("history isn't a list of [instruction, output] pairs")
+    earlier: list[Turn] = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history[{index}] isn't a pair of instruction and output")
+        by_name = {"[0]": pair[0], "[1]": pair[1]}
+        earlier += [
+            Turn("user", text(by_name, "[0]", f"history[{index}]")),
+            Turn("assistant", text(by_name, "[1]", f"history[{index}]")),
+        ]
+    return tuple(earlier)

@@ -1,0 +1,66 @@
+"""Finds the files on this node that hold the rows of a split, and how each of them is read.
+
+The module is pure, except that it lists folders.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from finetune_api.messages.data_report import SplitName
+from finetune_api.messages.run import DataConfig, DataSource
+from finetune_trainer.data.reading.rows import InputFile
+from finetune_trainer.errors import RunError
+from finetune_trainer.paths import Paths
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+_FIELDS = {"train": "dataset.uri", "validation": "dataset.validation.uri", "test": "dataset.test.uri"}
+
+
+def splits(data: DataConfig) -> tuple[SplitName, ...]:
+    """Return the splits that have files of their own."""
+    return tuple(split for split in SPLITS if data.sources_of(split))
+
+
+def field(data: DataConfig, split: str) -> str:
+    """Return the field of the job that names the files of a split, for messages."""
+    return "dataset.sources" if split == "train" and data.sources else _FIELDS[split]
+
+
+def is_folder_or_pattern(source: DataSource) -> bool:
+    """Whether a URI names a folder or a pattern instead of a single file."""
+    return source.location.uri.endswith("/") or "*" in source.location.uri
+
+
+def input_file(path: Path, name: str, source: DataSource, data: DataConfig) -> InputFile:
+    """Return a file of a source, to be read as the job describes. `name` is for messages."""
+    return InputFile(
+        path,
+        name,
+        source=source.location.display,
+        format=source.format,
+        columns=source.columns.named() if source.columns else {},
+        labels=data.labels,
+        min_label_probability=data.min_label_probability,
+        weight=source.weight,
+    )
+
+
+def of(data: DataConfig, paths: Paths, split: str) -> tuple[InputFile, ...]:
+    """Return the downloaded files of a split in a fixed order.
+
+    Raises RunError DatasetNotFound if nothing was downloaded.
+    """
+    files: list[InputFile] = []
+    sources = data.sources_of(split)
+    for index, source in enumerate(sources):
+        if len(sources) == 1 and not is_folder_or_pattern(source):
+            files.append(input_file(paths.data(split), PurePosixPath(source.location.display).name, source, data))
+            continue
+        folder = paths.data_folder(split, index)
+        members = sorted(path for path in folder.rglob("*") if path.is_file())
+        prefix = f"sources[{index}]/" if len(sources) > 1 else ""
+        files += [input_file(path, prefix + path.relative_to(folder).as_posix(), source, data) for path in members]
+    if not files or not all(file.path.is_file() for file in files):
+        raise RunError("DatasetNotFound", f"{field(data, split)}: no file was fetched; give the URI of a file of rows")
+    return tuple(files)

@@ -1,0 +1,98 @@
+"""Reads what a model's folder determines about text: tokenizer, end tokens, chat template.
+
+The module uses neither torch nor the network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.errors import RunError
+
+
+def load(folder: Path, added: tuple[str, ...] = ()) -> Any:
+    """Load the folder's fast tokenizer and add the job's tokens `added` to it.
+
+    Torch isn't imported if the folder has a tokenizer.json. Raises RunError ModelInvalid.
+    """
+    tokenizer = _load(folder)
+    if added:
+        add(tokenizer, added)
+    return tokenizer
+
+
+def _load(folder: Path) -> Any:
+    import transformers  # its absence isn't the model's fault
+
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, json.JSONDecodeError) as error:
+        raise RunError("ModelInvalid", f"model.uri: no tokenizer can be loaded from the folder ({error})") from None
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether config.json declares an encoder-decoder model.
+
+    Raises RunError ModelInvalid if it can't be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError("ModelInvalid", f"model.uri: config.json can't be read ({error})") from None
+    return bool(config.get("is_encoder_decoder", False)) if isinstance(config, dict) else False
+
+
+def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """Return the tokens that end an answer, according to the tokenizer and the generation
+    configuration.
+
+    Raises RunError ModelInvalid if there is none.
+    """
+    stops: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        stops.add(int(tokenizer.eos_token_id))
+    path = folder / "generation_config.json"
+    if path.is_file():
+        declared = json.loads(path.read_text()).get("eos_token_id")
+        stops.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    if not stops:
+        raise RunError(
+            "ModelInvalid",
+            "model.uri: neither the tokenizer nor generation_config.json names an end-of-sequence token, so an answer "
+            "could never end; set eos_token in tokenizer_config.json",
+        )
+    return frozenset(stops)
+
+
+def chat_template(folder: Path, setting: str | None) -> str | None:
+    """Return the template that `setting` (dataset.chatTemplate) holds or names, or None for the
+    tokenizer's own.
+
+    Raises RunError InvalidConfig if it names a file that is missing or isn't UTF-8.
+    """
+    if setting is None or "{" in setting:
+        return setting
+    path = folder / setting
+    if path.parent != folder or not path.is_file():
+        raise RunError("InvalidConfig", f"dataset.chatTemplate: the model's folder has no file {setting!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunError("InvalidConfig", f"dataset.chatTemplate: {setting!r} isn't UTF-8") from None
+
+
+def add(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add tokens to a tokenizer. Tokens that it already has don't change."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+
+
+def ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids of tokens in ascending order, each of them once."""
+    return tuple(sorted({int(number) for number in tokenizer.convert_tokens_to_ids(list(tokens))}))

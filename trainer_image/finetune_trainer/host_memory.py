@@ -1,0 +1,65 @@
+"""Reads how much memory of this container is free, and how often a process was killed for memory.
+
+It also releases memory that the C library retains. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+# (limit, statistics, the statistic of memory in use by programs): cgroup v2, then v1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat"), "anon"),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.stat"), "total_rss"),
+)
+# The counter of kills in the container's own cgroup: v2, then v1.
+_OOM_FILES = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
+_OOM_KILLS = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+
+
+def free_bytes(ranks: int) -> int:
+    """Returns the bytes that are free for each of the `ranks` processes that share the container.
+
+    Files in the page cache count as free.
+    """
+    free = _read_number(Path("/proc/meminfo"), "MemAvailable:", unit=1024)
+    for limit, statistics, in_use in _CGROUPS:
+        try:
+            text = limit.read_text().strip()
+            if text.isdigit():
+                free = min(free, int(text) - _read_number(statistics, in_use))
+        except OSError:
+            continue
+    return max(0, free) // ranks
+
+
+def release_unused() -> None:
+    """Returns memory that the C library retains for reuse to the kernel.
+
+    Until then the kernel counts it as in use. See `processes.allocator_environment` for why the
+    library retains it.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def oom_kills(files: tuple[Path, ...] = _OOM_FILES) -> int:
+    """Returns how many processes were killed for memory since the container started; 0 if no file
+    has the counter."""
+    for file in files:
+        try:
+            match = _OOM_KILLS.search(file.read_text())
+        except OSError:
+            continue
+        if match:
+            return int(match.group(1))
+    return 0
+
+
+def _read_number(path: Path, name: str, unit: int = 1) -> int:
+    """Returns the value of the line `name value` in a file, times `unit`; 0 without such a line."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next((int(line[1]) * unit for line in lines if line and line[0] == name), 0)

@@ -1,0 +1,42 @@
+"""Prepares the loaded model for training as spec.method specifies."""
+
+from __future__ import annotations
+
+import torch
+
+from finetune_api.messages.run import RunConfig
+from finetune_trainer import seeds
+from finetune_trainer.data import tokenizer
+from finetune_trainer.data.dataset import Data
+from finetune_trainer.model import added_tokens, freezing, loading, lora
+from finetune_trainer.model.loading import LoadedModel, Quantization
+from finetune_trainer.reporting.event_writer import EventWriter
+
+
+def quantized(run: RunConfig, device: torch.device, reporter: EventWriter) -> Quantization | None:
+    """Returns how the base is quantized and logs it, or returns None if it isn't quantized."""
+    kind = run.model.quantization
+    if kind == "none":
+        return None
+    reason = "set by model.quantization; embeddings, norms and the output layer stay as they are"
+    reporter.decision("quantization", kind, reason)
+    return Quantization(kind, device)
+
+
+def apply(run: RunConfig, loaded: LoadedModel, data: Data, reporter: EventWriter) -> LoadedModel:
+    """Adds adapters to the frozen base, or makes the base's own weights trainable. Logs how many
+    parameters are trained.
+
+    Raises RunError if a token has no embedding, or if a configured name doesn't exist in the model.
+    """
+    token_ids = tokenizer.ids(data.renderer.tokenizer, run.added_tokens)
+    added_tokens.resize_embeddings(loaded.base, token_ids)
+    loading.check_tokens(loaded, data.highest)
+    if run.lora is None:
+        loaded = freezing.unfreeze(loaded, run.full)
+    else:
+        loaded = lora.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora"), token_ids)
+    trainable, parameters = loaded.trainable, loaded.parameters
+    reason = f"{trainable} of {parameters} parameters are trained"
+    reporter.decision("trainable", f"{trainable / parameters:.3%}", reason)
+    return loaded

@@ -1,0 +1,73 @@
+"""Judges whether the folder of a base model can be used for a run. The module is pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import PurePosixPath
+
+from finetune_trainer.errors import RunError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+
+
+def check_files(names: Collection[str], at: str) -> None:
+    """Checks that a folder has a config.json and safetensors weights that Transformers reads.
+
+    `names` are the names of its files, without those in subfolders. `at` is what messages call the
+    folder. Raises RunError(ModelInvalid).
+    """
+    if "config.json" not in names:
+        raise RunError("ModelInvalid", f"model.uri: {at} has no config.json; use the folder of a Transformers model")
+    if WEIGHTS in names or WEIGHTS_INDEX in names:
+        return
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    if others:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: {at} has {others[0]}, but Transformers reads {WEIGHTS}, or the files that {WEIGHTS_INDEX} "
+            "lists; use the model in Transformers' format",
+        )
+    pickles = sorted(name for name in names if PurePosixPath(name).suffix in _PICKLE_SUFFIXES)
+    problem = (
+        f"has only {', '.join(pickles[:3])}, which are pickles and never loaded; convert the weights to"
+        if pickles
+        else "has no weights; add them as"
+    )
+    raise RunError("ModelInvalid", f"model.uri: {at} {problem} *.safetensors")
+
+
+def weight_files(names: Collection[str], index: bytes | None, at: str) -> tuple[str, ...]:
+    """Returns the names of the weight files that Transformers would read, sorted.
+
+    That is model.safetensors if it is among `names`, else the files that the index lists. Others,
+    such as a consolidated.safetensors next to the shards, hold the same weights a second time.
+    `index` is the content of the index, or None if there is none. Raises RunError(ModelInvalid) if
+    the index can't be read, or if one of its files is missing.
+    """
+    if WEIGHTS in names:
+        return (WEIGHTS,)
+    try:
+        shards = {str(name) for name in json.loads(index or b"")["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise RunError("ModelInvalid", f"model.uri: {at}/{WEIGHTS_INDEX} can't be read") from None
+    missing = sorted(shards - set(names))
+    if missing:
+        raise RunError("ModelInvalid", f"model.uri: {at} lacks {missing[0]}, one of {len(shards)} weight files")
+    return tuple(sorted(shards))
+
+
+def check_positions(limit: int | None, longest: int, field: str) -> None:
+    """Checks that a model has as many positions as the longest row has tokens.
+
+    `limit` is the number of positions, or None if the model has no limit. `field` is the field that
+    the rows come from. Raises RunError(InvalidConfig).
+    """
+    if limit is not None and longest > limit:
+        raise RunError(
+            "InvalidConfig",
+            f"{field} has a row of {longest} tokens, but the model has {limit} positions; lower "
+            f"dataset.maxSequenceLength to {limit}",
+        )

@@ -1,0 +1,98 @@
+"""Estimates how many bytes of activations a rank needs for each token that it computes at a time.
+
+This module is pure and doesn't import torch. tests/trainer/parallel/test_memory_of_a_step.py
+compares the formulas with the trainer's own step on fake tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_trainer.parallel.model_size import LayerShape, ModelSize
+
+_OUTSIDE, _WIDE_OUTSIDE = 12, 24
+"""Bytes per value of a hidden state that the last norm and the output layer need."""
+_GRADIENTS = 6
+"""Bytes per value of a gated product that the backward pass of one layer needs besides."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Describes the number formats that activations have.
+
+    With `half`, matrix products are in bfloat16. With `trained`, the base's own weights are
+    trained. Activations between products are in the format of the weights: in bfloat16 if the
+    weights are frozen or `gathered` in it, and otherwise in float32. With `fused`, frozen norms and
+    gated products store less (`kernels.fused_modules`), except for the products of a `quantized`
+    base.
+    """
+
+    half: bool
+    trained: bool
+    fused: bool
+    quantized: bool
+    gathered: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether activations between products are in float32."""
+        return self.trained and not self.gathered
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Holds the bytes that each token needs: `stored` from the forward pass to the backward pass;
+    besides, `outside` of the layers while the loss is computed, and later `layer` in the backward
+    pass of one layer."""
+
+    stored: int
+    outside: int
+    layer: int
+
+
+def bytes_per_token(size: ModelSize, precision: Precision, *, recompute: bool) -> TokenBytes:
+    """Returns the bytes that each token needs. With `recompute`, only each layer's input is stored,
+    and the rest of one layer at a time."""
+    if size.layer is None or not precision.half:
+        return _generic(size, half=precision.half, recompute=recompute)
+    layer = _layer(size, size.layer, precision)
+    # The masks of the layer's last product are freed before most of these gradients exist.
+    gradients = _GRADIENTS * size.intermediate - min(2 * size.intermediate, size.layer.dropout_masks)
+    outside = size.hidden * (_WIDE_OUTSIDE if precision.wide else _OUTSIDE)
+    if not recompute:
+        return TokenBytes(size.layers * layer, outside, gradients)
+    layer_input = size.hidden * (4 if precision.wide else 2)
+    return TokenBytes(size.layers * layer_input, outside, layer + gradients)
+
+
+def _layer(size: ModelSize, shape: LayerShape, precision: Precision) -> int:
+    """Returns the bytes that the backward pass of one layer needs, in bfloat16.
+
+    Attention stores q, k, v and its output. A gated product stores its two factors and, unless it
+    is fused, the activated one.
+    """
+    attention = 2 * (2 * shape.queries + 2 * shape.keys)
+    fused = precision.fused and shape.fusible
+    gated = (4 if fused and not precision.quantized else 6) * size.intermediate
+    if not precision.trained:
+        norms = (2 if fused else 4) * shape.norms
+        return norms + attention + gated + 2 * shape.adapter_inputs + shape.dropout_masks
+    # Norms store their inputs in float32 and what they multiply by their weights. Matrix products
+    # store their inputs in bfloat16: q, k and v; gate and up; and down, whose input is the gated
+    # product. The input of o is attention's output. If norms are in float32, each product stores
+    # its own copy of its input.
+    inputs = 8 * shape.norms + (5 * 2 * size.hidden if precision.wide else 0)
+    return inputs + attention + gated + 2 * size.intermediate
+
+
+def _generic(size: ModelSize, *, half: bool, recompute: bool) -> TokenBytes:
+    """Returns the bytes for layers of an unknown shape, and in float32.
+
+    In each layer, these are the norms; q, k, v and their rotated copies; attention's output; and
+    gate, up and their product. In half precision, the inputs of matrix products are added.
+    """
+    value = 2 if half else 4
+    layer = (12 * size.hidden + 5 * size.intermediate) * value + (4 * size.hidden * 2 if half else 0)
+    if not recompute:
+        return TokenBytes(size.layers * layer, 0, 0)
+    return TokenBytes(size.layers * size.hidden * 4, 2 * layer, 0)

@@ -1,0 +1,144 @@
+"""Compares memory estimates with the memory that is free, and reports which memory is short.
+
+This module is pure and doesn't import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finetune_trainer.parallel.memory_estimate import (
+    MemoryEstimate,
+    ParallelConfig,
+    TrainingSetup,
+    gib,
+    memory_estimate,
+)
+from finetune_trainer.parallel.model_size import ModelSize
+
+_USABLE = 0.85  # of free memory: the estimate ignores fragmentation and libraries
+_MAX_RANKS = 1024
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Holds the free bytes of one rank: of its device and, if that is a GPU, its share of the
+    host's memory too."""
+
+    device: Literal["cpu", "cuda"]
+    free: int
+    host: int
+
+    @property
+    def usable(self) -> int:
+        """The bytes of the device that an estimate may add up to."""
+        return int(self.free * _USABLE)
+
+    def __str__(self) -> str:
+        return f"{gib(self.usable)} of {gib(self.free)} free"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Holds what a configuration needs to compute `tokens` tokens at a time."""
+
+    parallel: ParallelConfig
+    estimate: MemoryEstimate
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """The bytes of the device."""
+        return self.estimate.total(self.tokens)
+
+
+class TooLittleMemory(ValueError):
+    """Signals that no permitted configuration fits. `field` is the field of the job to change, and
+    the message has figures and a remedy."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def fits_host(estimate: MemoryEstimate, free_memory: FreeMemory) -> bool:
+    """Returns whether the host's memory suffices from loading to saving. On the CPU, the estimate
+    has no separate figure for it."""
+    return free_memory.device == "cpu" or estimate.host.per_rank <= free_memory.host
+
+
+def fits(estimate: MemoryEstimate, tokens: int, free_memory: FreeMemory) -> bool:
+    """Returns whether `tokens` tokens at a time fit into the device's memory and, if that is a GPU,
+    the whole run also into the host's."""
+    return estimate.total(tokens) <= free_memory.usable and fits_host(estimate, free_memory)
+
+
+def shortage(need: Need, free_memory: FreeMemory) -> str:
+    """Returns, for a configuration that doesn't fit, what it needs and what is free."""
+    if need.total > free_memory.usable:
+        return f"{need.parallel} needs {gib(need.total)}, and {free_memory} may be used"
+    return f"{_host_shortage(need, free_memory)}; raise resources.memory to use it"
+
+
+def refusal(needs: list[Need], size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory) -> TooLittleMemory:
+    """Returns the error for `needs`, of which none fits.
+
+    It names the host's memory if that is all that one of them lacks, and otherwise the device's.
+    """
+    on_device = [need for need in needs if need.total <= free_memory.usable]
+    if not on_device:
+        return _too_little_on_device(min(needs, key=lambda need: need.total), size, setup, free_memory)
+    need = min(on_device, key=lambda need: need.estimate.host.peak)
+    return too_little_on_host(need, free_memory, _more_ranks(need.tokens, size, setup, free_memory))
+
+
+def too_little_on_host(need: Need, free_memory: FreeMemory, alternative: str = "") -> TooLittleMemory:
+    """Returns the error for a configuration that lacks only the host's memory. `alternative` is
+    another remedy as a sentence."""
+    missing = need.estimate.host.peak - free_memory.host * need.estimate.host.ranks
+    return TooLittleMemory(
+        "resources.memory",
+        f"the GPUs suffice, but the host's memory doesn't: {_host_shortage(need, free_memory)}. Raise "
+        f"resources.memory by at least {math.ceil(missing / _GIB)}Gi. {alternative}".rstrip(),
+    )
+
+
+def _host_shortage(need: Need, free_memory: FreeMemory) -> str:
+    host = need.estimate.host
+    return (
+        f"{need.parallel} needs {gib(host.peak)} of host memory in a pod {host.purpose}, and "
+        f"{gib(free_memory.host * host.ranks)} are free"
+    )
+
+
+def _too_little_on_device(
+    need: Need, size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory
+) -> TooLittleMemory:
+    """Returns the error for a device that is too small even for the configuration that needs the
+    least."""
+    more = _more_ranks(need.tokens, size, setup, free_memory)
+    device = "GPU memory" if free_memory.device == "cuda" else "memory"
+    adapters = "method lora, " if setup.full else ""
+    return TooLittleMemory(
+        "distribution.strategy",
+        f"the model doesn't fit: even {need.parallel} needs {need.estimate.table(need.tokens)}, "
+        f"{gib(need.total)} of {device} in total for each of {setup.ranks} processes, but only "
+        f"{free_memory} may be used. {f'{more} ' if more else ''}Use {adapters}more processes, "
+        f"more {device} for each, or a smaller dataset.maxSequenceLength (micro-batches have at least {need.tokens} "
+        "tokens)",
+    )
+
+
+def _more_ranks(tokens: int, size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory) -> str:
+    """Returns, as a sentence, how many ranks would be enough with fsdp, determined by repeated
+    doubling; nothing if _MAX_RANKS aren't enough, or if fsdp can't train the setup."""
+    ranks, nodes = 2 * setup.ranks, 2 * setup.nodes
+    while ranks <= _MAX_RANKS and setup.supports("fsdp"):
+        larger = replace(setup, ranks=ranks, nodes=nodes)
+        if fits(memory_estimate(size, larger, ParallelConfig("fsdp", recompute=True)), tokens, free_memory):
+            return f"{ranks} processes of this size with strategy fsdp would do."
+        ranks, nodes = 2 * ranks, 2 * nodes
+    return ""

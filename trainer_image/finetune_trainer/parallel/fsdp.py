@@ -1,0 +1,207 @@
+"""Implements full sharding: weights, gradients and moments are split over the ranks (fsdp).
+
+It uses PyTorch's FSDP2 (`fully_shard`), which gathers a layer only while that layer is computed. In
+a run in half precision it gathers the layer in that format, and reduces gradients in float32.
+Only rank 0 reads the model. The others start from its outline (`loading.load(outline=True)`) and
+receive each layer's weights just before that layer is sharded, so no other rank ever holds more
+than its shard and one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetune_trainer.model.loading import layers
+from finetune_trainer.parallel.gradient_clipping import clip_by_global_norm
+from finetune_trainer.parallel.optimizers import OptimizerConfig, adamw, set_rate
+from finetune_trainer.parallel.strategy import MOMENTS, Extent, TensorSource, to_cpu, trained
+from finetune_trainer.parallel.world import World
+
+
+class FullyShardedDataParallel:
+    """Keeps a shard of everything on each rank. With `offload`, weights, gradients and moments stay
+    in the host's memory until they are needed."""
+
+    independent_micro_batches = False  # ranks communicate in forward and backward passes
+
+    def __init__(
+        self, model: Any, config: OptimizerConfig, world: World, *, offload: bool, half: torch.dtype | None = None
+    ) -> None:
+        self._world = world
+        self._max_norm = config.max_grad_norm
+        self._storage_device = torch.device("cpu") if offload else world.device
+        _shard_model(model, world, offload=offload, half=half)
+        self._model = model
+        self._optimizer = adamw(trained(model), config, fused=True)
+        self._parameters = trained(model)
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def unwrapped(self) -> Any:
+        return self._model
+
+    def autocast(self, model: Any) -> AbstractContextManager[Any]:
+        """Returns a context that does nothing.
+
+        The weights are gathered in the format of the products. Autocast would convert weights that
+        were gathered in float32, and keep all copies until the end of the forward pass.
+        """
+        return nullcontext()
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Returns a context that does nothing.
+
+        Gradients are reduced after each micro-batch: waiting for the last one would keep them
+        unsharded until then.
+        """
+        yield
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, rate: float) -> float:
+        norm = clip_by_global_norm(list(self._parameters.values()), self._max_norm, self._full_norm)
+        if math.isfinite(norm):
+            set_rate(self._optimizer, rate)
+            self._optimizer.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._gathered(self._parameters)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        return self._gathered(
+            {
+                f"{moment}/{name}": state[parameter][moment]
+                for name, parameter in self._parameters.items()
+                for moment in MOMENTS
+                if parameter in state
+            }
+        )
+
+    def extents(self) -> dict[str, Extent]:
+        return {name: self._extent(parameter) for name, parameter in self._parameters.items()}
+
+    def own_weights(self) -> dict[str, Tensor]:
+        return {name: _local_part(parameter) for name, parameter in self._parameters.items()}
+
+    def own_optimizer_state(self) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        return {
+            f"{moment}/{name}": _local_part(state[parameter][moment])
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }
+
+    def set_optimizer_state(self, moments: TensorSource, steps: int) -> None:
+        for name, parameter in self._parameters.items():
+            state = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+            for moment, value in state.items():
+                self._load_part(value, moments, f"{moment}/{name}")
+            step = torch.tensor(float(steps), device=self._storage_device)
+            self._optimizer.state[parameter] = {"step": step, **state}
+
+    def set_weights(self, weights: TensorSource) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                # A layer that an evaluation left gathered would be computed with its old weights.
+                module.reshard()
+        for name, parameter in self._parameters.items():
+            self._load_part(parameter, weights, name)
+
+    def _full_norm(self, norm: Tensor) -> Tensor:
+        return _full(norm, self._world).to(self._storage_device)
+
+    def _extent(self, sharded: Any) -> Extent:
+        """Returns which part of a sharded tensor this rank holds. FSDP2 divides the first
+        dimension, as torch.chunk does."""
+        rows = sharded.shape[0]
+        first = min(-(-rows // self._world.size) * self._world.rank, rows)
+        return Extent(tuple(sharded.shape), first * math.prod(sharded.shape[1:]), sharded.to_local().numel())
+
+    def _load_part(self, sharded: Any, tensors: TensorSource, name: str) -> None:
+        """Copies this rank's part of the tensor `name` into a sharded tensor."""
+        extent = self._extent(sharded)
+        with torch.no_grad():
+            local = sharded.to_local()
+            local.copy_(tensors.part(name, extent.offset, extent.length).view(local.shape))
+
+    def _gathered(self, sharded_tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Gathers one tensor at a time, so that only rank 0, which keeps them, holds more than
+        one."""
+        gathered: dict[str, Tensor] = {}
+        for name, sharded in sharded_tensors.items():
+            full = _full(sharded, self._world)
+            if self._world.is_first:
+                gathered[name] = to_cpu(full)
+        return gathered
+
+
+def _shard_model(model: Any, world: World, *, offload: bool, half: torch.dtype | None) -> None:
+    """Shards each layer, and then what remains outside of the layers (embeddings, output layer,
+    norms)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
+    precision = MixedPrecisionPolicy() if half is None else MixedPrecisionPolicy(half, torch.float32)
+    for unit in [*layers(model), model]:
+        _broadcast_tensors(unit, world)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=policy)
+
+
+def _broadcast_tensors(unit: torch.nn.Module, world: World) -> None:
+    """Gives every rank a copy of rank 0's weights and buffers, on its own device. Tied weights stay
+    tied."""
+    from torch.distributed.tensor import DTensor
+
+    received: dict[int, Any] = {}
+    for module in unit.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in received:
+                value = _broadcast(parameter.data, world)
+                # The old parameter stays referenced, so that no other object gets its id.
+                received[id(parameter)] = parameter, torch.nn.Parameter(value, parameter.requires_grad)
+            module._parameters[name] = received[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _broadcast(buffer, world)
+
+
+def _broadcast(value: Tensor, world: World) -> Tensor:
+    """Returns rank 0's value, on this rank's device."""
+    local = value.to(world.device) if world.is_first else torch.empty_like(value, device=world.device)
+    dist.broadcast(local, src=0)
+    return local
+
+
+def _full(sharded: Any, world: World) -> Tensor:
+    """Gathers a sharded tensor on the device that the ranks use to communicate."""
+    full: Tensor = sharded.to(world.device).full_tensor()
+    return full
+
+
+def _local_part(sharded: Any) -> Tensor:
+    """Returns a flat copy of this rank's part on the CPU."""
+    return to_cpu(sharded.to_local()).reshape(-1)

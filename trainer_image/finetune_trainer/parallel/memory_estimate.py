@@ -1,0 +1,283 @@
+"""Estimates how much memory a rank needs, in bytes by purpose, from a model's size, a setup and a
+strategy.
+
+This module is pure and doesn't import torch.
+
+Whatever can't be known is estimated on the safe side. docs/decisions/0019 compares the estimates
+with measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finetune_api.spec.hardware import Offload, Strategy
+from finetune_trainer.kernels.sizes import SOFTMAX_BYTES
+from finetune_trainer.parallel import activations
+from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
+from finetune_trainer.parallel.model_size import ModelSize
+
+_MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
+_QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}  # including their constants
+_LOGIT_BYTES = 3 * max(SOFTMAX_BYTES.values())
+"""Float32 logits of the largest chunk, their gradient, and what is computed in between."""
+_FILE_BYTES = 2  # per weight of a result: one in float32 needs no copy in another number format
+_ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """Describes what is trained, and how.
+
+    `stored` is the number of bytes per weight of the base. With `half`, matrix products are in
+    bfloat16. `full` means full fine-tuning, as opposed to adapters. With `reads_base`, the method
+    reads the base's weights outside of their layers. The ranks run on `nodes` nodes. Unless
+    `shards_checkpoints`, rank 0 holds a copy of everything that a checkpoint contains.
+    """
+
+    ranks: int
+    optimizer: str
+    stored: int
+    half: bool
+    full: bool
+    quantized: Literal["none", "int8", "nf4"] = "none"
+    reads_base: bool = False
+    device: Literal["cpu", "cuda"] = "cuda"
+    nodes: int = 1
+    shards_checkpoints: bool = True
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many ranks share the memory of a host."""
+        return max(1, self.ranks // self.nodes)
+
+    def supports(self, strategy: Strategy) -> bool:
+        """Returns whether a strategy can train this setup. The API rejects a named strategy that
+        can't."""
+        if self.optimizer != "adamw" or self.quantized != "none":
+            return strategy == "ddp"
+        return not (self.reads_base and strategy == "zero3")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Describes how weights, gradients and moments are distributed. With `recompute`, activations
+    are computed again in the backward pass instead of being stored."""
+
+    strategy: Strategy
+    offload: Offload = "none"
+    recompute: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The strategy and the offload in words."""
+        return self.strategy if self.offload == "none" else f"{self.strategy}, {self.offload} offloaded"
+
+    def __str__(self) -> str:
+        return f"{self.kind}, activations recomputed" if self.recompute else self.kind
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Holds the bytes of the host's memory that the `ranks` ranks of the first node need together
+    while the model is loaded, while it is trained and checkpoints are copied, and while the result
+    is saved."""
+
+    ranks: int
+    loading: int
+    training: int
+    saving: int
+
+    @property
+    def peak(self) -> int:
+        """The bytes that suffice for the whole run."""
+        return max(self.loading, self.training, self.saving)
+
+    @property
+    def per_rank(self) -> int:
+        """The share of one rank."""
+        return self.peak // self.ranks
+
+    @property
+    def purpose(self) -> str:
+        """What needs the most, in words."""
+        if self.peak == self.loading:
+            return "to load the model"
+        return "to train and to copy checkpoints" if self.peak == self.training else "to save the result"
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Holds the bytes that one rank needs.
+
+    `token` is needed for each token that is computed at a time. `logits` are needed while the loss
+    is computed, and `buffers`, the messages with gradients, only later. `host` is needed if the
+    ranks compute on GPUs.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    logits: int
+    token: activations.TokenBytes
+    host: HostMemory
+
+    @property
+    def fixed(self) -> int:
+        """The bytes that don't depend on the number of tokens."""
+        return self.total(0)
+
+    @property
+    def per_token(self) -> int:
+        """The bytes of a further token if there are many."""
+        return self.token.stored + max(self.token.outside, self.token.layer)
+
+    def total(self, tokens: int) -> int:
+        """Returns the bytes that are needed to compute `tokens` tokens at a time."""
+        return sum(self._parts(tokens).values())
+
+    def fitting_tokens(self, size: int) -> int:
+        """Returns how many tokens can be computed at a time in `size` bytes; negative if not even
+        the rest fits."""
+        left = size - self.weights - self.gradients - self.optimizer
+        loss = (left - self.logits) // max(1, self.token.stored + self.token.outside)
+        backward = (left - self.buffers) // max(1, self.token.stored + self.token.layer)
+        return min(loss, backward)
+
+    def table(self, tokens: int) -> str:
+        """Returns the parts of `total` in words, for the log."""
+        return ", ".join(f"{name} {gib(size)}" for name, size in self._parts(tokens).items())
+
+    def _parts(self, tokens: int) -> dict[str, int]:
+        """Returns what is needed at the end of the forward pass or in the backward pass of a layer,
+        whichever is more."""
+        loss, backward = self.token.outside * tokens, self.token.layer * tokens
+        at_loss = self.logits + loss >= self.buffers + backward
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            f"activations of {tokens} tokens": self.token.stored * tokens + (loss if at_loss else backward),
+            **({"logits": self.logits} if at_loss else {"buffers": self.buffers}),
+        }
+
+
+def memory_estimate(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> MemoryEstimate:
+    """Returns the bytes that each rank needs. They are the same on all ranks."""
+    ranks, sharded = setup.ranks, parallel.strategy in ("zero3", "fsdp")
+    base = _base_bytes(size, setup)
+    weights = base // ranks if sharded else base
+    optimizer = _optimizer_bytes(size, setup, parallel)
+    gradients = size.trained * 4 // (ranks if sharded or parallel.strategy == "zero2" else 1)
+    offloaded = 0
+    if parallel.offload != "none":
+        offloaded += optimizer + gradients
+        optimizer = 0
+        gradients = 0 if parallel.offload == "parameters" else gradients
+    if parallel.offload == "parameters":
+        offloaded += weights
+        weights = 0
+    return MemoryEstimate(
+        weights=weights + _copies_of_weights(size, setup, parallel),
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=_buffers(size, setup, parallel),
+        logits=_logits(size, setup),
+        token=_bytes_per_token(size, setup, parallel),
+        host=_host_memory(size, setup, parallel, offloaded),
+    )
+
+
+def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> activations.TokenBytes:
+    """Returns the bytes of activations per token. The formulas for known layers are those of GPUs;
+    decision 0019 has measurements of the others on CPUs."""
+    precision = activations.Precision(
+        setup.half,
+        trained=setup.full,
+        fused=parallel.strategy in ("ddp", "zero1"),
+        quantized=setup.quantized != "none",
+        gathered=parallel.strategy == "fsdp",
+    )
+    known = size if setup.device == "cuda" else replace(size, layer=None)
+    return activations.bytes_per_token(known, precision, recompute=parallel.recompute)
+
+
+def _logits(size: ModelSize, setup: TrainingSetup) -> int:
+    """Returns the bytes of the logits that are computed at a time and, if the output layer is
+    trained, of its gradient in float32, which is stored from the forward pass to the backward pass
+    and multiplied there."""
+    trained = setup.full or size.trains_head
+    return _LOGIT_BYTES + (2 * 4 * size.vocabulary * size.hidden if trained else 0)
+
+
+def _host_memory(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, offloaded: int) -> HostMemory:
+    """Returns the bytes that the first node needs. `offloaded` is what each rank leaves there.
+
+    With fsdp and zero3, only rank 0 loads the model. A checkpoint is written from a copy of the
+    trained weights and their moments, and a result from the gathered weights and from all weights
+    in the number format of its files.
+    """
+    ranks_here = setup.ranks_per_node
+    base = _base_bytes(size, setup)
+    copy = size.trained * 4 + int(size.trained * _MOMENT_BYTES.get(setup.optimizer, 8.0))
+    if setup.shards_checkpoints and parallel.strategy != "ddp":
+        copy = copy * ranks_here // setup.ranks
+    result = size.trained * 4 + (size.parameters * _FILE_BYTES if setup.full else size.trained * 4)
+    return HostMemory(
+        ranks=ranks_here,
+        loading=max(base if parallel.strategy in ("zero3", "fsdp") else ranks_here * base, ranks_here * offloaded),
+        training=ranks_here * offloaded + copy,
+        saving=ranks_here * offloaded + result,
+    )
+
+
+def _base_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """Returns the bytes of all weights: those that are trained in float32, the others as they are
+    stored or quantized."""
+    quantized = size.matrices if setup.quantized != "none" else 0
+    full_precision = (size.parameters - size.trained - quantized) * setup.stored + size.trained * 4
+    return full_precision + int(quantized * _QUANTIZED_BYTES.get(setup.quantized, 0.0))
+
+
+def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
+    """Returns the bytes of the moments, and of the float32 copy of the trained weights that
+    DeepSpeed's optimizer works on."""
+    moments = int(size.trained * _MOMENT_BYTES.get(setup.optimizer, 8.0))
+    masters = size.trained * 4 if parallel.strategy in _ZERO_STAGES else 0
+    return (moments + masters) // (setup.ranks if parallel.strategy != "ddp" else 1)
+
+
+def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
+    """Returns the bytes of the weights that are gathered at a time, and of the trained weights in
+    bfloat16."""
+    casts = size.trained * 2 if setup.half and setup.full else 0
+    if parallel.strategy == "zero3":
+        gathered = min(size.parameters, ZERO_LIVE_PARAMETERS + size.largest)
+        return gathered * setup.stored + casts // setup.ranks
+    if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
+        return (size.largest + 2 * _layer_values(size)) * (2 if setup.half else setup.stored)
+    return casts
+
+
+def _layer_values(size: ModelSize) -> int:
+    """Returns the number of values in the matrices of a layer, or more if it isn't known."""
+    return size.matrices // size.layers or size.largest
+
+
+def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
+    """Returns the bytes of the gradient messages in float32. `ddp` has a message in memory twice
+    while packing it, and so does `fsdp`, whose message has the gradients of a layer."""
+    if setup.ranks == 1 and parallel.strategy == "ddp":
+        return 0
+    if parallel.strategy in _ZERO_STAGES:
+        return 4 * min(size.trained, ZERO_BUCKET)
+    if parallel.strategy == "fsdp":
+        return 2 * 4 * min(size.trained, _layer_values(size))
+    return 2 * 4 * min(size.trained, GRADIENT_BUCKET)
+
+
+def gib(size: float) -> str:
+    """Formats a number of bytes in GiB."""
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,221 @@
+"""Determines how large a model is, from config.json and the headers of its safetensors files.
+
+This module loads no weights and doesn't import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.resource import FullSpec, LoraSpec
+from finetune_trainer.errors import RunError
+from finetune_trainer.model import freezing
+
+_LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks?)\.\d+)\.")
+_OUTSIDE_LAYERS = ("embed", "wte", "wpe", "shared", "lm_head", "head")
+"""Parts of the names of weights outside of the layers, which all-linear never adapts."""
+_MAX_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Holds the widths in one layer that determine its activations, in numbers of values per token.
+
+    `queries` and `keys` are all heads together, and `norms` is what enters the layer's norms.
+    `adapter_inputs` is what adapters store of their inputs, and `dropout_masks` is how many values
+    have a mask. With `fusible`, norms and gated products are of the kind that `fused_modules`
+    replaces.
+    """
+
+    queries: int
+    keys: int
+    norms: int
+    adapter_inputs: int = 0
+    dropout_masks: int = 0
+    fusible: bool = True
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Holds the size of a model, in numbers of values, not bytes.
+
+    `largest` is what must be gathered at a time when weights are split: the largest layer, or
+    everything outside of the layers. `matrices` is the number of values in the layers' matrices,
+    which are those that a quantized base stores in few bits. `trains_head` says whether, with
+    adapters, a copy of the embeddings or the output layer is trained. `layer` is known only for
+    layers that are built like those of Llama.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    matrices: int = 0
+    trains_head: bool = False
+    layer: LayerShape | None = None
+
+
+def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> ModelSize:
+    """Returns the size of the model in a folder.
+
+    With `lora`, only its adapters are trained; otherwise, every weight is, or those that `full`
+    selects. Raises RunError if the files can't be read.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            shapes.update(tensor_shapes(path))
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}") from None
+    return size_of(config, shapes, lora, full)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes by name from the header of a safetensors file.
+
+    Raises ValueError if the header is too large to be one.
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path.name} isn't a safetensors file: its header would have {length} bytes")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def size_of(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    lora: LoraSpec | None,
+    full: FullSpec | None = None,
+) -> ModelSize:
+    """Returns the size of a model with this configuration and these tensors. This function is pure.
+
+    The configuration is read by the names that Transformers uses; a default replaces a missing
+    setting.
+    """
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
+    units: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        layer = _LAYER.match(name)
+        units[layer.group(1) if layer else ""] += math.prod(shape)
+    total = sum(units.values())
+    adapters = 0 if lora is None else sum(_adapter(name, shape, lora) for name, shape in shapes.items())
+    hidden = _first(config, 512, "hidden_size", "n_embd", "d_model")
+    untied = any(name.endswith("lm_head.weight") for name in shapes)
+    outside = [name for name in shapes if _is_outside_layers(name)]
+    copied = lora.modules_to_save if lora is not None else ()
+    if lora is not None:
+        adapters += len(lora.added_tokens) * hidden * (2 if untied else 1)
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not _is_outside_layers(name)]
+    return ModelSize(
+        parameters=total + adapters,
+        trained=_trained(shapes, full) if lora is None else adapters,
+        largest=max(units.values(), default=0),
+        layers=len([unit for unit in units if unit])
+        or _first(config, 12, "num_hidden_layers", "n_layer", "num_layers"),
+        hidden=hidden,
+        intermediate=_first(config, 4 * hidden, "intermediate_size", "n_inner", "d_ff"),
+        vocabulary=_first(config, 32000, "vocab_size"),
+        matrices=sum(math.prod(shape) for shape in matrices),
+        trains_head=any(_belongs(name, module) for name in outside for module in copied),
+        layer=_layer_shape(config, shapes, lora),
+    )
+
+
+def _layer_shape(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lora: LoraSpec | None
+) -> LayerShape | None:
+    """Returns the widths of a layer, or None if its feed-forward part isn't one gated product."""
+    names = [name for name in shapes if _LAYER.match(name)]
+    if not all(any(part in name for name in names) for part in (".gate_proj.", ".up_proj.", ".q_proj.")):
+        return None
+    if any("expert" in name for name in names):
+        return None
+    layers = len({match.group(1) for name in names if (match := _LAYER.match(name))})
+    hidden, heads = _first(config, 512, "hidden_size"), _first(config, 1, "num_attention_heads")
+    head = _first(config, hidden // heads, "head_dim")
+    queries, keys = heads * head, _first(config, heads, "num_key_value_heads") * head
+    widths = {"q_norm": queries, "k_norm": keys}
+    norms = [
+        next((width for norm, width in widths.items() if norm in name), hidden)
+        for name in names
+        if "norm" in name and name.endswith(".weight")
+    ]
+    inputs, masks = (0, 0) if lora is None else _adapter_inputs(shapes, lora)
+    silu = config.get("hidden_act", config.get("hidden_activation", "silu")) in ("silu", "swish")
+    return LayerShape(queries, keys, sum(norms) // layers, inputs // layers, masks // layers, silu)
+
+
+def _adapter_inputs(shapes: Mapping[str, tuple[int, ...]], lora: LoraSpec) -> tuple[int, int]:
+    """Returns (the values of adapters' inputs that are stored, the values that have a dropout mask)
+    in all layers.
+
+    Dropout gives each adapter an input of its own. Without it, the adapters of a module with the
+    same input share it.
+    """
+    inputs = [(name, shape[1]) for name, shape in shapes.items() if _is_adapted(name, shape, lora)]
+    if lora.dropout:
+        total = sum(width for _, width in inputs)
+        return total, total
+    return sum(width for _, width in {(name.rsplit(".", 2)[0], width) for name, width in inputs}), 0
+
+
+def _trained(shapes: Mapping[str, tuple[int, ...]], full: FullSpec | None) -> int:
+    """Counts the values that full fine-tuning trains.
+
+    If a pattern of `full` matches no name, since the files name the weights differently than the
+    model does, all values are counted.
+    """
+    try:
+        trained = freezing.trainable_names({name: (name,) for name in shapes}, full)
+    except RunError:
+        trained = set(shapes)
+    return sum(math.prod(shapes[name]) for name in trained)
+
+
+def _adapter(name: str, shape: tuple[int, ...], lora: LoraSpec) -> int:
+    """Counts the values that are trained for a weight: those of its adapter's two matrices and
+    magnitudes, or all values of the weight if a copy of it is trained or if it is a trained
+    bias."""
+    if any(_belongs(name, module) for module in lora.modules_to_save):
+        return math.prod(shape)
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return math.prod(shape) if name.endswith(".bias") and lora.bias != "none" else 0
+    return lora.rank * sum(shape) + (shape[0] if lora.dora else 0) if _is_adapted(name, shape, lora) else 0
+
+
+def _is_adapted(name: str, shape: tuple[int, ...], lora: LoraSpec) -> bool:
+    module = name.removesuffix(".weight")
+    if len(shape) != 2 or module == name:
+        return False
+    if list(lora.target_modules) == ["all-linear"]:
+        return not _is_outside_layers(module)
+    return any(module == target or module.endswith(f".{target}") for target in lora.target_modules)
+
+
+def _is_outside_layers(name: str) -> bool:
+    return any(part in name for part in _OUTSIDE_LAYERS)
+
+
+def _belongs(name: str, module: str) -> bool:
+    return f".{module}." in f".{name}"
+
+
+def _first(config: Mapping[str, Any], default: int, *names: str) -> int:
+    """Returns the first of these settings that is an integer other than 0, or `default`."""
+    values = (config.get(name) for name in names)
+    return next((int(value) for value in values if isinstance(value, int) and value), default)

@@ -1,0 +1,76 @@
+"""Estimates how long a rank needs for a token, to order configurations by speed.
+
+This module is pure. Only ratios matter: the rates are rough values of one kind of hardware per
+device, and none of them was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup
+from finetune_trainer.parallel.model_size import ModelSize
+
+_GRADIENT_BYTES = 4  # per trained weight, since gradients are sent in float32
+_OPTIMIZER_BYTES = 8  # per trained weight of a rank: its gradient to the host, and the weight back
+_MICRO_BATCHES = 4  # of a step, over which what happens once per step is spread
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Holds what a device does per second: floating-point operations, bytes read from its memory,
+    bytes exchanged with the ranks of the same node and of others, and bytes exchanged with the
+    host. `launches` is the number of seconds that a layer's operations take at least."""
+
+    operations: float
+    memory: float
+    same_node: float
+    other_nodes: float
+    host: float
+    optimizer: float  # weights that the host's processor updates
+    launches: float
+
+
+_RATES = {
+    "cuda": _Rates(300e12, 2e12, 100e9, 10e9, 20e9, 1e9, 1e-3),
+    "cpu": _Rates(200e9, 20e9, 5e9, 1e9, 20e9, 1e9, 1e-4),
+}
+
+
+def seconds_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, tokens: int) -> float:
+    """Returns how long a rank needs for a token if it computes `tokens` tokens at a time.
+
+    On GPUs, fsdp sends while it computes; DeepSpeed, as it is configured here, sends in between.
+    """
+    rates = _RATES[setup.device]
+    passes = (3 if setup.full else 2) + parallel.recompute  # a forward pass is one
+    operations = 2 * size.parameters * passes * tokens / rates.operations
+    reading = size.parameters * setup.stored * passes / rates.memory
+    computing = max(operations + reading, size.layers * rates.launches * passes / 2)
+    sending = _sent_bytes(size, setup, parallel) / (rates.same_node if setup.nodes == 1 else rates.other_nodes)
+    if parallel.strategy == "fsdp" and setup.device == "cuda":
+        seconds = max(computing, sending) + min(computing, sending) / 4
+    else:
+        seconds = computing + sending
+    return (seconds + _host_seconds(size, setup, parallel, rates)) / tokens
+
+
+def _sent_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> float:
+    """Returns the bytes that a rank sends in a micro-batch: gradients, and gathered weights for the
+    forward pass and for the backward pass. ddp sends gradients once per step, and all of them
+    twice."""
+    others = (setup.ranks - 1) / setup.ranks
+    gradients = size.trained * _GRADIENT_BYTES * (2 / _MICRO_BATCHES if parallel.strategy == "ddp" else 1)
+    stored = 2 if setup.half and parallel.strategy == "fsdp" else setup.stored
+    weights = 2 * size.parameters * stored if parallel.strategy in ("zero3", "fsdp") else 0
+    return others * (gradients + weights)
+
+
+def _host_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, rates: _Rates) -> float:
+    """Returns the seconds of a micro-batch that offloading adds."""
+    if parallel.offload == "none":
+        return 0.0
+    trained = size.trained / setup.ranks
+    optimizer = (trained * _OPTIMIZER_BYTES / rates.host + trained / rates.optimizer) / _MICRO_BATCHES
+    weights = 2 * size.parameters * setup.stored / setup.ranks if parallel.offload == "parameters" else 0
+    return optimizer + weights / rates.host

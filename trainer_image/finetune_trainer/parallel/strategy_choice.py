@@ -1,0 +1,250 @@
+"""Chooses which strategy splits a run over its ranks, and how many tokens a rank computes at a
+time, from memory estimates and free memory.
+
+This module is pure. The choice changes speed and memory, never the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finetune_api.messages.run import RunConfig
+from finetune_api.spec.hardware import Offload, Strategy, StrategyOption
+from finetune_trainer.parallel.free_memory import (
+    FreeMemory,
+    Need,
+    fits,
+    fits_host,
+    refusal,
+    shortage,
+    too_little_on_host,
+)
+from finetune_trainer.parallel.memory_estimate import (
+    MemoryEstimate,
+    ParallelConfig,
+    TrainingSetup,
+    gib,
+    memory_estimate,
+)
+from finetune_trainer.parallel.model_size import ModelSize
+from finetune_trainer.parallel.speed_estimate import seconds_per_token
+
+# Beyond a few hundred tokens, matrix products on a CPU hardly get faster while memory use grows. A
+# GPU needs thousands of tokens.
+_MAX_USEFUL_TOKENS = {"cpu": 768, "cuda": 16384}
+_LITTLE = 0.05  # of the memory needed: zero2 or offloading isn't considered if it saves less
+_PAIRS: tuple[tuple[Strategy, Offload], ...] = (
+    ("ddp", "none"),
+    ("zero2", "none"),
+    ("fsdp", "none"),
+    ("zero2", "optimizer"),
+    ("zero3", "optimizer"),
+    ("zero3", "parameters"),
+)
+
+
+@dataclass(frozen=True)
+class UserChoice:
+    """Holds what the user configured.
+
+    `longest` is the number of tokens in the longest row. `tokens` is how many are computed at a
+    time, if microBatchSize is a number. With `from_checkpoint`, strategy and offload are those of
+    the checkpoint that the run resumes from.
+    """
+
+    strategy: StrategyOption
+    offload: Offload
+    recompute: Literal["auto", "always", "never"]
+    longest: int
+    tokens: int | None = None
+    from_checkpoint: bool = False
+
+    @property
+    def min_tokens(self) -> int:
+        """The fewest tokens that a rank can compute at a time."""
+        return self.tokens or self.longest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Holds what was chosen.
+
+    `reason` says why this strategy and no faster one was chosen; `table` is the estimate in words,
+    for the log.
+    """
+
+    parallel: ParallelConfig
+    reason: str
+    tokens: int
+    tokens_reason: str
+    estimate: MemoryEstimate
+    table: str
+
+
+def user_choice(run: RunConfig, longest: int) -> UserChoice:
+    """Returns what a run's configuration says. `longest` is the number of tokens in the longest
+    row."""
+    micro_batch_size = run.training.micro_batch_size
+    return UserChoice(
+        run.world.strategy,
+        run.world.offload,
+        run.training.activation_checkpointing,
+        longest,
+        micro_batch_size * run.data.max_sequence_length if isinstance(micro_batch_size, int) else None,
+    )
+
+
+def training_setup(run: RunConfig, *, half: bool) -> TrainingSetup:
+    """Returns what a run trains, and how. With `half`, matrix products are in bfloat16, and so is a
+    frozen base."""
+    full = run.method == "full"
+    stored = 2 if half and not full else 4
+    lora = run.lora
+    reads_base = lora is not None and (lora.dora or lora.init != "default" or bool(lora.added_tokens))
+    return TrainingSetup(
+        run.world.size,
+        run.training.optimizer,
+        stored,
+        half,
+        full,
+        run.model.quantization,
+        reads_base,
+        device=run.world.device,
+        nodes=run.world.nodes,
+        shards_checkpoints=run.checkpoint.shards != "never",
+    )
+
+
+@dataclass(frozen=True)
+class _Option:
+    """Holds a configuration and, if it fits, how fast it is with as many tokens at a time as fit.
+    One that doesn't fit has the fewest permitted tokens."""
+
+    need: Need
+    fits: bool
+    seconds: float
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.need.parallel
+
+    @property
+    def preference(self) -> tuple[bool, float]:
+        """What auto minimizes. Offloading is the last resort, since it depends on the host."""
+        return self.parallel.offload != "none", self.seconds
+
+
+def choose(choice: UserChoice, size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory) -> Choice:
+    """Returns the configuration that is estimated to be the fastest of those that fit. Nothing is
+    offloaded if any configuration fits without.
+
+    More memory never leads to a slower choice. Raises TooLittleMemory if auto finds none. A
+    strategy that the user named is tried anyway, unless what doesn't depend on the number of tokens
+    already needs more than is free, or the host's memory is too small.
+    """
+    options = [_option(choice, size, setup, config, free_memory) for config in candidates(choice, setup, free_memory)]
+    if choice.strategy == "auto" and choice.offload == "none":
+        options = [option for option in options if not _saves_little(option, options)]
+    fitting = [option for option in options if option.fits]
+    if fitting:
+        best = min(fitting, key=lambda option: option.preference)
+        return _choice(choice, best, _auto_reason(best, options, size, setup, free_memory), free_memory)
+    last = options[-1]
+    if choice.strategy != "auto" and last.need.estimate.fixed <= free_memory.free:
+        if not fits_host(last.need.estimate, free_memory):
+            raise too_little_on_host(last.need, free_memory)
+        return _choice(choice, last, "", free_memory)
+    raise refusal([option.need for option in options], size, setup, free_memory)
+
+
+def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory) -> list[ParallelConfig]:
+    """Returns the permitted configurations.
+
+    On the CPU, auto offloads nothing unless the user asks for it, since device and host share the
+    same memory.
+    """
+    recompute = {"auto": (False, True), "always": (True,), "never": (False,)}[choice.recompute]
+    if choice.strategy != "auto":
+        return [ParallelConfig(choice.strategy, choice.offload, again) for again in recompute]
+    pairs = [pair for pair in _PAIRS if setup.supports(pair[0])]
+    if choice.offload != "none":
+        pairs = [pair for pair in pairs if pair[1] in (choice.offload, "parameters")]
+    elif free_memory.device == "cpu":
+        pairs = [pair for pair in pairs if pair[1] == "none"]
+    if setup.ranks == 1:
+        pairs = [pair for pair in pairs if pair[0] == "ddp" or pair[1] != "none"]
+        if not setup.full and choice.offload == "none":  # adapters have few moments
+            pairs = [pair for pair in pairs if pair[0] != "zero2"]
+    return [ParallelConfig(*pair, again) for again in recompute for pair in pairs]
+
+
+def micro_batch_tokens(estimate: MemoryEstimate, free_memory: FreeMemory, longest: int) -> int:
+    """Returns how many tokens to compute at a time: as many as fit and make computing faster, but
+    at least those of the longest row."""
+    fitting = estimate.fitting_tokens(free_memory.usable)
+    return max(longest, min(_MAX_USEFUL_TOKENS[free_memory.device], fitting))
+
+
+def _option(
+    choice: UserChoice, size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, free_memory: FreeMemory
+) -> _Option:
+    estimate = memory_estimate(size, setup, parallel)
+    tokens = choice.tokens or micro_batch_tokens(estimate, free_memory, choice.longest)
+    need = Need(parallel, estimate, tokens)
+    seconds = seconds_per_token(size, setup, parallel, tokens)
+    return _Option(need, fits(estimate, tokens, free_memory), seconds)
+
+
+def _saves_little(option: _Option, options: list[_Option]) -> bool:
+    """Returns whether offloading needs hardly less of the device than the leanest configuration
+    without it, or zero2 hardly less than ddp."""
+    parallel = option.parallel
+    if parallel.offload == "none" and parallel.strategy != "zero2":
+        return False
+    tokens = min(other.need.tokens for other in options)
+    simpler = [
+        other.need.estimate.total(tokens)
+        for other in options
+        if other.parallel.offload == "none"
+        and other.parallel.recompute == parallel.recompute
+        and (parallel.offload != "none" or other.parallel.strategy == "ddp")
+    ]
+    return bool(simpler) and option.need.estimate.total(tokens) > (1 - _LITTLE) * min(simpler)
+
+
+def _choice(choice: UserChoice, option: _Option, auto_reason: str, free_memory: FreeMemory) -> Choice:
+    estimate, tokens = option.need.estimate, option.need.tokens
+    reason = auto_reason
+    if choice.strategy != "auto":
+        reason = "the checkpoint was trained with it" if choice.from_checkpoint else "set by distribution.strategy"
+    return Choice(
+        parallel=option.parallel,
+        reason=reason,
+        tokens=tokens,
+        tokens_reason="set by training.microBatchSize"
+        if choice.tokens
+        else f"each token needs about {estimate.per_token / 2**20:.2f} MiB, {free_memory} may be used, and the longest "
+        f"row has {choice.longest} tokens",
+        estimate=estimate,
+        table=f"{estimate.table(tokens)}: {gib(estimate.total(tokens))} in total; {free_memory} may be used",
+    )
+
+
+def _auto_reason(
+    best: _Option, options: list[_Option], size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory
+) -> str:
+    """Returns why no faster configuration than `best` was chosen."""
+    too_large = [
+        replace(option, seconds=seconds_per_token(size, setup, option.parallel, best.need.tokens))
+        for option in options
+        if not option.fits
+    ]
+    faster = [option for option in too_large if option.preference < best.preference]
+    if faster:
+        return shortage(max(faster, key=lambda option: option.preference).need, free_memory)
+    slower = next((option for option in options if option.fits), best)
+    if slower is not best:
+        tokens, fewer = best.need.tokens, slower.need.tokens
+        return f"with {tokens} tokens at a time, it is estimated to be faster than {slower.parallel} with {fewer}"
+    return f"it fits: {gib(best.need.total)} of {gib(free_memory.usable)}, and nothing is faster"

@@ -1,0 +1,149 @@
+"""Checks the output, the model and the data before hardware is allocated.
+
+`python -m finetune_trainer preflight` runs all of them in a pod without a GPU. The supervisor runs
+the cheap ones again before it starts the ranks. None of them loads the model's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from finetune_api.messages.result import Result
+from finetune_api.messages.run import RunConfig
+from finetune_api.status import DataStatus, ModelStatus
+from finetune_trainer import model_folder
+from finetune_trainer.data import sources
+from finetune_trainer.data.reading import rows
+from finetune_trainer.data.reading.row import Problem
+from finetune_trainer.errors import RunError
+from finetune_trainer.paths import Paths
+from finetune_trainer.storage.base import Storage
+from finetune_trainer.storage.schemes import Access, open_folder
+from finetune_trainer.supervisor import download, output_check
+from finetune_trainer.supervisor.download import Report
+from finetune_trainer.supervisor.output_check import Destination
+
+
+def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
+    """Runs all checks. `report` receives lines of progress for the log.
+
+    Raises RunError with the field, the value and the remedy.
+    """
+    report(f"checking the output {run.output.display}")
+    _, destination = check_destination(run, access, write=True)
+    if destination.finished is not None:
+        return Result(outcome="succeeded", message="the output already holds this job's result")
+    model = download.model(run, paths, access, report, weights=False)
+    download.data(run, paths, access, report)
+    counts, data = check_tokens(run, paths, report)
+    # The model's digest covers all of its files, so it isn't known before the weights are
+    # downloaded.
+    status = ModelStatus(revision=model.revision, license=model.license)
+    return Result(outcome="succeeded", message=counts, model=status, data=data)
+
+
+def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[Storage, Destination]:
+    """Checks that the output is empty or this job's own and, with `write`, that it can be written.
+
+    Raises RunError for an output of another job, or one that can't be reached.
+    """
+    storage = open_folder(run.output, "output", access)
+    destination = output_check.inspect(storage, run.job)
+    if write and destination.finished is None:
+        output_check.probe(storage, run.job)
+    return storage, destination
+
+
+def check_rows(run: RunConfig, paths: Paths, report: Report) -> None:
+    """Checks without a tokenizer that the format of every row is known, and that one is usable.
+
+    Raises RunError DatasetInvalid with the numbers of unusable rows if dataset.onInvalid is fail.
+    """
+    for split in sources.splits(run.data):
+        field, files = sources.field(run.data, split), sources.of(run.data, paths, split)
+        counts = _count_rows(files, field)
+        report(f"{field}: {counts}")
+        if not counts.rows or (counts.unusable and run.data.on_invalid == "fail"):
+            raise RunError("DatasetInvalid", _refusal(field, counts, on_invalid=run.data.on_invalid))
+
+
+@dataclass
+class _RowCounts:
+    """Counts rows. `problems` are the first unusable rows, without those that lack a label."""
+
+    rows: int = 0
+    unusable: int = 0
+    unlabelled: int = 0
+    duplicates: int = 0
+    formats: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        unlabelled = f", {self.unlabelled} without a confident label" if self.unlabelled else ""
+        formats = ", ".join(dict.fromkeys(self.formats))
+        return f"{self.rows} rows of {formats}, {self.unusable} unusable{unlabelled}, {self.duplicates} duplicates"
+
+
+def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
+    import numpy as np
+
+    from finetune_trainer.data import dedup, preparation
+
+    counts = _RowCounts()
+    digests = bytearray()
+    for index, file in enumerate(files):
+        stream, _ = rows.stream(file, name, file_index=index, named=len(files) > 1)
+        for row in stream:
+            if not isinstance(row, Problem):
+                counts.rows += 1
+                digests += rows.digest(row)
+            elif row.unlabelled:
+                counts.unlabelled += 1
+            else:
+                counts.unusable += 1
+                counts.problems += [row] if counts.unusable <= preparation.MAX_PROBLEMS else []
+        counts.formats.append(stream.format or "no readable row")
+    first = dedup.first_occurrence(np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16))
+    counts.duplicates = int((first != np.arange(counts.rows)).sum())
+    return counts
+
+
+def _refusal(name: str, counts: _RowCounts, *, on_invalid: str) -> str:
+    unlabelled = f"{counts.unlabelled} have no confident label" if counts.unlabelled else "it is empty"
+    reasons = rows.listing(counts.problems) or unlabelled
+    remedy = "" if on_invalid == "drop" else "; fix them, or set dataset.onInvalid: drop"
+    none_left = "" if counts.rows else ", and no usable one is left"
+    return f"{name}: {counts.unusable} rows can't be used{none_left}: {reasons}{remedy}"
+
+
+def check_tokens(run: RunConfig, paths: Paths, report: Report) -> tuple[str, DataStatus]:
+    """Checks the rows as tokens, writes the data report, and reports its lines.
+
+    Returns what was counted, as a sentence and for the status. Raises RunError DatasetInvalid for
+    unusable rows, and InvalidConfig for a row that is longer than the model has positions.
+    """
+    from finetune_trainer.data import pipeline, quality_report, quality_report_text
+
+    inputs = pipeline.Inputs.of_run(run, paths)
+    prepared = pipeline.prepare(inputs, pipeline.load_renderer(run, paths))
+    limit = _position_limit((paths.model / "config.json").read_bytes())
+    for name, statistics in prepared.rows.items():
+        model_folder.check_positions(limit, int(statistics.lengths.max()), inputs.fields[name])
+    data_report = prepared.report()
+    for line in quality_report_text.lines(data_report):
+        report(line)
+    paths.data_report.write_text(data_report.model_dump_json(by_alias=True, exclude_none=True))
+    counts = "; ".join(
+        f"{split.split}: {split.rows} rows, {split.tokens} tokens of which {split.label_tokens} are trained on, "
+        f"{split.dropped} rows dropped, {split.truncated.rows} truncated, {split.duplicates.rows} duplicates"
+        for split in data_report.splits
+    )
+    return counts, quality_report.summary(data_report)
+
+
+def _position_limit(config: bytes) -> int | None:
+    """Returns the number of positions that a config.json lists; None if there is no limit."""
+    body = json.loads(config)
+    limit = body.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and not body.get("is_encoder_decoder") else None

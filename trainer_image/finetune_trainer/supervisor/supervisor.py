@@ -1,0 +1,300 @@
+"""Runs one pod's attempt: checks the destination, downloads, trains, uploads and reports.
+
+It is PID 1 of the pod. It never imports torch, as it has to outlive a rank that was killed for
+memory, and to report why.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from finetune_api import names
+from finetune_api.messages import events
+from finetune_api.messages.result import Result
+from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
+from finetune_trainer.errors import RunError
+from finetune_trainer.log import Log
+from finetune_trainer.manifest import Contents, build_manifest
+from finetune_trainer.reporting import event_log, history, run_state
+from finetune_trainer.reporting.html import writer
+from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting.phase_clock import PhaseClock
+from finetune_trainer.reporting.progress import Poster, progress_of
+from finetune_trainer.reporting.prometheus import Metrics
+from finetune_trainer.reporting.trackers.recorder import Recorder
+from finetune_trainer.reporting.trackers.worker import Ending, small_files
+from finetune_trainer.storage.base import Storage
+from finetune_trainer.supervisor import download, exit_reason, oom_backoff, outcomes, preflight, provenance, upload
+from finetune_trainer.supervisor.checkpoint_uploader import CheckpointUploader, StoredCheckpoint, ThisNode
+from finetune_trainer.supervisor.download import Inputs
+from finetune_trainer.supervisor.monitor import Monitor
+from finetune_trainer.supervisor.node import Node
+from finetune_trainer.supervisor.signals import StopRequest, in_thread
+
+T = TypeVar("T")
+
+
+class StopRequested(Exception):
+    """Reports that the pod was asked to stop, and that nothing is left to save."""
+
+
+class Supervisor:
+    """Runs one attempt on one node."""
+
+    def __init__(self, node: Node, stop: StopRequest, log: Log) -> None:
+        self._node = node
+        self._stop = stop
+        self._log = log
+        self._gpus = Gpus()
+        self._metrics = Metrics(node.run.job, self._gpus)
+        self._poster = Poster(node.run.progress if node.leads else None, self._gpus, log)
+        self._state = run_state.RunState()
+        self._history = history.History()
+        self._phases = PhaseClock()
+        self._model: ModelStatus | None = None
+        self._checkpoint: CheckpointStatus | None = None
+        self._uploader: CheckpointUploader | None = None
+        self._storage: Storage | None = None
+        self._halvings = 0
+        self._recorder = Recorder(node.tracked_attempt, log)
+
+    def run(self) -> Result:
+        """Trains, unless the result exists already. Every failure is returned as a Result."""
+        try:
+            self._metrics.serve(self._node.run.metrics_port, self._log)
+            return self._run_attempt()
+        except StopRequested:
+            return self._preempted()
+        except RunError as error:
+            return self._failed(error)
+        except Exception as error:
+            return self._failed(outcomes.unexpected(error, self._log))
+        finally:
+            self._enter(self._phases.phase, self._phases.message)
+            self._poster.close()
+
+    def _run_attempt(self) -> Result:
+        inputs = self._in_thread(self._prepare)
+        if inputs.destination.finished is not None:
+            return self._already_finished(inputs)
+        self._resume(inputs)
+        self._enter("loading", "starting the ranks")
+        end = Monitor(self._node, self._stop, self._log, self._handle_event, self._report).run()
+        if end.how == "stopped" or self._state.preempted is not None:
+            raise StopRequested
+        if not self._node.leads:
+            if self._stop.requested:
+                raise StopRequested
+            self._in_thread(self._finish_uploads)
+            return Result(outcome="succeeded")
+        artifact = self._in_thread(lambda: self._publish(inputs))
+        self._enter("done")
+        return outcomes.succeeded(self._state, artifact, self._model)
+
+    # ---- before the ranks
+
+    def _prepare(self) -> Inputs:
+        """Downloads the inputs. It runs in a thread, so a request to stop is noticed meanwhile."""
+        node, run = self._node, self._node.run
+        self._enter("fetching", f"checking {run.output.display}")
+        _reset_scratch(node)
+        storage, destination = preflight.check_destination(run, node.access, write=node.leads)
+        if destination.finished is not None:
+            return Inputs(storage, destination)
+        self._storage, self._halvings = storage, oom_backoff.read(storage, run.job)
+        node.paths.halvings.write_text(str(self._halvings))
+        data = download.data(run, node.paths, node.access, self._set_message)
+        if node.leads and run.world.device == "cpu":
+            self._enter("checking", "checking the rows")
+            preflight.check_rows(run, node.paths, self._set_message)
+            self._enter("fetching")
+        model = download.model(run, node.paths, node.access, self._set_message)
+        resume = download.checkpoint(storage, destination.checkpoints, run.job, node.paths.resume, self._set_message)
+        return Inputs(storage, destination, model, data, resume)
+
+    def _resume(self, inputs: Inputs) -> None:
+        """Restores the history, the losses and the checkpoint in status from an earlier attempt, if
+        there was one, and starts the trackers and the uploader."""
+        run = self._node.run
+        if inputs.model is not None:
+            self._model = ModelStatus(
+                revision=inputs.model.revision, digest=inputs.model.digest, license=inputs.model.license
+            )
+        if inputs.resume is not None:
+            file = inputs.resume.folder / names.CHECKPOINT_HISTORY
+            lines = history.parse(file.read_text() if file.exists() else "", inputs.resume.step)
+            self._history = history.History(lines)
+            self._state = run_state.restored(lines, inputs.resume.step)
+            self._checkpoint = upload.checkpoint_status(inputs.storage, inputs.resume.step)
+            self._log.info("resuming from a checkpoint", step=inputs.resume.step)
+        if self._node.leads:
+            self._recorder.start()
+        if self._node.leads or run.world.nodes > 1:
+            self._uploader = CheckpointUploader(
+                inputs.storage,
+                ThisNode(run.job, self._node.rank, run.world.nodes, self._node.timing.marker_timeout),
+                links=self._node.paths.scratch / "uploads",
+                keep=run.checkpoint.keep,
+                log=self._log,
+                on_result=self._handle_upload,
+                timeout=self._node.timing.checkpoint_timeout,
+            )
+
+    # ---- while the ranks run; the monitor calls these in the main thread
+
+    def _handle_event(self, event: events.Event) -> None:
+        overfitting = self._state.overfitting
+        self._state = run_state.after(self._state, event)
+        self._history.add(event)
+        self._metrics.observe(event)
+        if isinstance(event, events.PhaseEvent) and event.phase != "done":  # the result isn't uploaded yet
+            self._enter(event.phase, event.detail)
+        if isinstance(event, events.PlanEvent) and self._model is not None:
+            counts = {"parameters": event.parameters, "trainable_parameters": event.trainable_parameters}
+            self._model = self._model.model_copy(update=counts)
+        event_log.log_event(self._log, event)
+        event_log.log_overfitting(self._log, overfitting, self._state.overfitting)
+        if isinstance(event, events.CheckpointEvent) and self._uploader is not None:
+            try:
+                self._uploader.submit(event.step, Path(event.path), self._history.text(event.step), event.bytes)
+            except OSError as error:
+                self._log.warning("a checkpoint can't be linked for its upload", step=event.step, detail=str(error))
+
+    def _report(self) -> None:
+        self._recorder.poll()
+        self._poster.offer(
+            progress_of(
+                self._state,
+                attempt=self._node.run.job.attempt,
+                phase=self._phases.phase,
+                message=self._phases.message,
+                checkpoint=self._checkpoint,
+                model=self._model,
+            )
+        )
+
+    def _handle_upload(self, stored: StoredCheckpoint | None) -> None:
+        """Shows a stored checkpoint in status and metrics; None means that its upload failed."""
+        if stored is None:
+            self._metrics.count_failed_checkpoint()
+            return
+        self._checkpoint = stored.status
+        self._recorder.upload_curves(self._storage, self._history)
+        self._metrics.record_checkpoint(tier="remote", seconds=stored.seconds, size=stored.bytes, at=time.time())
+
+    # ---- after the ranks
+
+    def _publish(self, inputs: Inputs) -> ArtifactStatus:
+        """Completes the result folder and uploads it. It runs in a thread.
+
+        A storage that doesn't answer is retried, because otherwise the training would be lost.
+        """
+        node, run, saved = self._node, self._node.run, self._state.saved
+        if saved is None or inputs.model is None or inputs.data is None:
+            raise RunError("TrainingError", "the ranks ended without a result and without an error")
+        self._enter("uploading", f"uploading to {run.output.display}")
+        export = Path(saved.path)
+        shown, scored = self._state.samples_shown, self._state.scored
+        history.write_result_files(export, self._history.text(), shown, scored, node.paths.data_report)
+        figures = provenance.metrics(self._state)
+        self._recorder.add_files(export, self._history, scored, figures)
+        origin = provenance.provenance(run, inputs.model, inputs.data, self._state)
+        provenance.add_to_cards(export, origin)
+        origin = {**origin, "cost": writer.cost(self._phases.seconds), "tracking": self._recorder.urls}
+        contents = Contents("adapter" if run.method == "lora" else "model", run.job, saved.step, origin, figures)
+        writer.write(export, contents, self._log)
+        manifest = build_manifest(export, contents)
+        artifact = upload.retry_while_unavailable(
+            lambda: upload.publish(inputs.storage, export, manifest, run.job),
+            name="the upload of the result",
+            timeout=node.timing.upload_timeout,
+            log=self._log,
+        )
+        self._log.info("result uploaded", uri=artifact.uri, bytes=artifact.size_bytes)
+        if self._uploader is not None and not self._uploader.close(node.timing.checkpoint_timeout):
+            self._log.warning("a checkpoint is still being uploaded; some of its files may remain in the destination")
+        try:
+            upload.remove_checkpoints(inputs.storage)
+        except RunError as error:
+            self._log.warning("can't delete the checkpoints", reason=error.reason, detail=error.message)
+        self._recorder.end(
+            Ending(how="succeeded", artifact=artifact, metrics=figures, files=small_files(export)),
+            node.timing.tracking_timeout,
+        )
+        return artifact
+
+    def _finish_uploads(self) -> None:
+        """Waits for this node's shards: the next attempt needs them if node 0 can't upload."""
+        if self._uploader is not None and not self._uploader.wait(self._node.timing.checkpoint_timeout):
+            self._log.warning("time is up before this node's shards of the last checkpoint were uploaded")
+
+    def _already_finished(self, inputs: Inputs) -> Result:
+        """Handles a destination that has an earlier attempt's result, whose message was lost."""
+        if inputs.destination.finished is None:
+            raise ValueError("only for a finished destination")
+        manifest, data = inputs.destination.finished
+        self._log.info("the result exists already; nothing is trained", uri=inputs.storage.display)
+        self._enter("done")
+        scored = history.read_scores(inputs.storage)
+        return outcomes.already_finished(manifest, upload.artifact(inputs.storage, manifest, data), scored)
+
+    def _preempted(self) -> Result:
+        """Handles a request to stop: the checkpoint's upload has the time that is left."""
+        if self._uploader is not None and not self._uploader.wait(self._stop.seconds_left):
+            self._log.warning("time is up before the checkpoint was uploaded")
+        self._recorder.end(Ending(how="preempted"), min(5.0, self._stop.seconds_left))
+        return outcomes.preempted(self._state, self._checkpoint, self._model)
+
+    def _failed(self, error: RunError) -> Result:
+        """Handles a failure, after a checkpoint's upload: the next attempt resumes from it."""
+        error = exit_reason.with_gpu_faults(error, self._gpus.faults())
+        self._log.error(error.message, reason=error.reason, rank=error.rank, exit_code=error.exit_code)
+        if error.reason == "OutOfMemory" and error.rank is not None:
+            halvings = max(self._halvings, self._state.halvings) + 1
+            oom_backoff.write(self._storage, self._node.run.job, halvings, self._log)
+        if self._uploader is not None:
+            self._uploader.wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))
+        ending = Ending(how="failed", message=f"{error.reason}: {error.message}")
+        self._recorder.end(ending, min(10.0, self._stop.seconds_left))
+        result = outcomes.failed(error, self._state, self._checkpoint, self._model)
+        if self._node.leads:
+            failed = writer.FailedRun(result, self._state, self._history.lines, self._phases.seconds)
+            writer.write_failure(self._storage, self._node.run, failed, self._log)
+        return result
+
+    # ---- throughout
+
+    def _in_thread(self, work: Callable[[], T]) -> T:
+        """Runs slow work while progress is reported. Raises StopRequested if the pod must stop
+        first; an upload may use the time until the pod is killed."""
+
+        def check() -> None:
+            """Reports progress, and raises StopRequested if the work must be abandoned."""
+            self._report()
+            if self._stop.requested and (self._phases.phase != "uploading" or self._stop.seconds_left <= 0):
+                raise StopRequested
+
+        return in_thread(work, check, self._node.timing.tick)
+
+    def _set_message(self, sentence: str) -> None:
+        self._phases.message = sentence
+        self._log.info(sentence)
+
+    def _enter(self, phase: str, message: str = "") -> None:
+        self._metrics.add_phase_seconds(*self._phases.enter(phase, message))
+        self._report()
+
+
+def _reset_scratch(node: Node) -> None:
+    """Deletes what an earlier attempt left on this disk, except downloads, and writes run.json."""
+    paths = node.paths
+    for folder in (paths.events, paths.checkpoints, paths.export, paths.resume):
+        shutil.rmtree(folder, ignore_errors=True)
+    paths.stop.unlink(missing_ok=True)
+    for folder in (paths.events, paths.checkpoints, paths.model):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths.run_config.write_text(node.run.model_dump_json(by_alias=True, exclude_none=True))

@@ -1,0 +1,49 @@
+"""Gathers what `resolve` decides by: the hardware's number format, the model's size, the memory
+that is free."""
+
+from __future__ import annotations
+
+from finetune_trainer import host_memory
+from finetune_trainer.checkpoint.state import CheckpointState
+from finetune_trainer.data.dataset import Data
+from finetune_trainer.model import device_memory, loading, precision
+from finetune_trainer.parallel import model_size
+from finetune_trainer.parallel.free_memory import FreeMemory
+from finetune_trainer.parallel.world import World
+from finetune_trainer.paths import Paths
+from finetune_trainer.training.context import RankContext
+from finetune_trainer.training.resolve import Facts
+
+
+def gather(context: RankContext, data: Data, saved: CheckpointState | None) -> Facts:
+    """All ranks call it together and get the same. Raises RunError for a model folder that can't be
+    used."""
+    run, world = context.run, context.world
+    dtype: tuple[str, str] = world.broadcast(
+        precision.choose(run.model.dtype, world.device) if world.is_first and not (saved and saved.dtype) else ("", "")
+    )
+    loading.check(context.paths.model)
+    return Facts(
+        dtype=dtype,
+        longest=data.longest,
+        size=model_size.read(context.paths.model, run.lora if run.method == "lora" else None, run.full),
+        free_memory=_free_memory(world),
+        halvings=world.broadcast(_earlier_halvings(context.paths)),
+        saved=saved,
+    )
+
+
+def _free_memory(world: World) -> FreeMemory:
+    """The least that any rank has, so that all decide the same."""
+    host = host_memory.free_bytes(world.local_size)
+    device = device_memory.free_bytes(world.device, world.local_size)
+    everywhere = world.all_gather((device, host))
+    return FreeMemory(
+        "cuda" if world.device.type == "cuda" else "cpu",
+        min(device for device, _ in everywhere),
+        min(host for _, host in everywhere),
+    )
+
+
+def _earlier_halvings(paths: Paths) -> int:
+    return int(paths.halvings.read_text()) if paths.halvings.is_file() else 0

@@ -1,0 +1,107 @@
+"""Loads the model as a run was resolved, makes it trainable, and wraps it in its parallel
+strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from finetune_trainer.data.batching.collator import Collator
+from finetune_trainer.data.dataset import Data
+from finetune_trainer.model import activation_checkpointing, loading, method
+from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.parallel import deepspeed, deepspeed_config, fsdp, optimizers
+from finetune_trainer.parallel.ddp import DataParallel
+from finetune_trainer.parallel.strategy import ParallelStrategy
+from finetune_trainer.training.context import RankContext
+from finetune_trainer.training.resolve import ResolvedRun
+
+_STAGES: dict[str, deepspeed_config.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+def half(resolved: ResolvedRun) -> torch.dtype | None:
+    """Returns the format of the matrix products if it isn't float32."""
+    return torch.bfloat16 if resolved.half else None
+
+
+def stored(resolved: ResolvedRun) -> torch.dtype:
+    """Returns the format in which the base is stored. A base that is trained is float32."""
+    return torch.bfloat16 if resolved.half and resolved.run.method == "lora" else torch.float32
+
+
+@dataclass(frozen=True)
+class WrappedModel:
+    """A model that is ready to train.
+
+    `parameters` and `trainable` count weights before they are split over ranks. `collate` pads
+    rows on the right; whether examples may share a row is decided later.
+    """
+
+    loaded: LoadedModel
+    strategy: ParallelStrategy
+    parameters: int
+    trainable: int
+    collate: Collator
+
+
+def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> WrappedModel:
+    """Load the model of `context`, whose run must be the resolved one. All ranks call it together.
+
+    Raises RunError for a model that can't be loaded or trained this way.
+    """
+    run, world = context.run, context.world
+    options = _zero_options(resolved)
+    if options is not None:
+        deepspeed_config.prepare_environment(run.world.device)
+    dtype = stored(resolved)
+    with deepspeed_config.split_while_loading(options, dtype):
+        loaded = loading.load(
+            context.paths.model,
+            dtype=dtype,
+            # What one token attends to at most: the row of a preference pair holds two answers.
+            longest=min(data.longest, run.data.max_sequence_length),
+            outline=run.world.strategy == "fsdp" and not world.is_first,
+            quantized=method.quantized(run, world.device, context.reporter),
+        )
+    loaded = method.apply(run, loaded, data, context.reporter)
+    if resolved.recompute:
+        activation_checkpointing.enable(loaded)
+    parameters, trainable = loaded.parameters, loaded.trainable
+    strategy = _wrapped(context, resolved, loaded)
+    return WrappedModel(loaded, strategy, parameters, trainable, _collator(context, loaded, data))
+
+
+def _zero_options(resolved: ResolvedRun) -> deepspeed_config.ZeroOptions | None:
+    """Returns the options of DeepSpeed, or None for a strategy without it."""
+    world = resolved.run.world
+    stage = _STAGES.get(world.strategy)
+    return None if stage is None else deepspeed_config.ZeroOptions(stage, world.offload, half(resolved))
+
+
+def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -> ParallelStrategy:
+    run, world = context.run, context.world
+    name, dtype = run.world.strategy, half(resolved)
+    config = optimizers.optimizer_config(run.training, run.lora, world.device.type)
+    context.reporter.decision("optimizer", config.optimizer, optimizers.reason(run.training, config, name))
+    if name == "fsdp":
+        offload = run.world.offload == "parameters"
+        return fsdp.FullyShardedDataParallel(loaded.model, config, world, offload=offload, half=dtype)
+    options = _zero_options(resolved)
+    if options is None:
+        return DataParallel(loaded.model, config, world, dtype)
+    return deepspeed.DeepSpeedZero(loaded.model, config, world, options)
+
+
+def _collator(context: RankContext, loaded: LoadedModel, data: Data) -> Collator:
+    tokenizer = data.renderer.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(data.renderer.stops)
+    start = getattr(loaded.base.config, "decoder_start_token_id", None)
+    return Collator(
+        packed=False,
+        shared=False,
+        encoder_decoder=loaded.encoder_decoder,
+        pad_token=pad,
+        decoder_start_token=pad if start is None else start,
+        device=context.world.device,
+    )

@@ -1,0 +1,192 @@
+"""How examples share a row and how many a rank computes at a time: the last step of the set-up.
+
+Three shortcuts change nothing but speed: the head computes logits in chunks, examples are packed
+end to end into one row, and a prefix that examples share is computed once. Each is compared with
+the plain computation on two of the run's own examples and the very model that will train. A
+shortcut whose loss differs isn't used, and the decision says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from finetune_trainer.data.batching import batch_plan
+from finetune_trainer.data.batching.batch_plan import BatchPlan, MicroBatch
+from finetune_trainer.data.batching.collator import Collator
+from finetune_trainer.data.splits import Split
+from finetune_trainer.kernels import attention_avx512
+from finetune_trainer.model.loss import LossSum
+from finetune_trainer.parallel.strategy import ParallelStrategy
+from finetune_trainer.reporting.event_writer import EventWriter
+from finetune_trainer.training.context import RankContext
+from finetune_trainer.training.load import WrappedModel
+from finetune_trainer.training.resolve import ResolvedRun
+
+_MIN_SAVED_SHARE = 0.05  # of the tokens that shared prefixes must save
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the comparisons need; the same on every rank. `padded` collates without any shortcut."""
+
+    strategy: ParallelStrategy
+    train: Split
+    reporter: EventWriter
+    padded: Collator
+
+    def loss(self, micro_batch: MicroBatch, collate: Collator, loss_sum: LossSum) -> float:
+        """The summed loss of these examples in one batch, without dropout or gradients."""
+        batch = collate(self.train, micro_batch)
+        self.strategy.model.eval()
+        with loss_sum.packed_context(batch), torch.no_grad():
+            loss = float(loss_sum(self.strategy.model, batch))
+        self.strategy.model.train()
+        return loss
+
+    def one_by_one_loss(self, micro_batch: MicroBatch, loss_sum: LossSum) -> float:
+        """The summed loss of these examples, each in a padded batch of its own."""
+        return sum(self.loss((index,), self.padded, loss_sum) for index in micro_batch)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How examples are computed. `unhalved` is the plan before micro-batches were halved."""
+
+    plan: BatchPlan
+    unhalved: BatchPlan
+    collate: Collator
+
+
+def choose_head(trial: Trial, loss_sum: LossSum) -> LossSum:
+    """Keep the chunked head if it computes the model's own loss."""
+    report = trial.reporter.decision
+    if loss_sum.head is None:
+        report("head", "whole logits", "the output layer isn't a plain matrix")
+        return loss_sum
+    micro_batch = _shortest(trial.train)
+    chunked = trial.one_by_one_loss(micro_batch, loss_sum)
+    full = trial.one_by_one_loss(micro_batch, loss_sum.unchunked)
+    figures = f"loss {chunked:.6f}, with whole logits {full:.6f}"
+    if _differ(chunked, full, loss_sum):
+        report("head", "whole logits", f"the model changes them after its output layer ({figures})")
+        return loss_sum.unchunked
+    report("head", "chunked", f"only the logits that the loss needs, a chunk at a time ({figures})")
+    return loss_sum
+
+
+def plan_micro_batches(
+    context: RankContext, resolved: ResolvedRun, wrapped: WrappedModel, trial: Trial, loss_sum: LossSum
+) -> MicroBatches:
+    """Decide on packing and shared prefixes, and plan all steps. All ranks call it together."""
+    run, train = context.run, trial.train
+    packed = _packs(trial, loss_sum, enabled=run.data.packing, obstacle=wrapped.loaded.packing_obstacle)
+    if packed and trial.padded.device.type == "cpu":
+        trial.reporter.decision("attention", *attention_avx512.choice(loss_sum.autocast))
+    size, tokens, longest = run.training.micro_batch_size, resolved.micro_batch_tokens, resolved.longest
+    shape = batch_plan.shape(run.world.size, size, tokens, longest, packed=packed)
+    options = batch_plan.PlanOptions(
+        seed=run.training.seed,
+        global_batch=run.training.global_batch_size,
+        epochs=run.training.epochs,
+        max_steps=run.training.max_steps,
+        by_length=run.training.group_by_length,
+    )
+    unhalved = batch_plan.make(options, train.lengths, train.label_counts, shape, train.prefixes)
+    dropout = run.lora.dropout if run.method == "lora" and run.lora else 0.0
+    shared = _shares_prefixes(trial, loss_sum, unhalved, enabled=run.data.shared_prefix != "off", dropout=dropout)
+    unhalved = replace(unhalved, shape=replace(shape, shared=shared))
+    _report_order(unhalved, trial.reporter)
+    plan = unhalved.halved(resolved.halvings)
+    reason = resolved.micro_batch_reason
+    if resolved.halvings:
+        reason = f"halved {resolved.halvings} times, since an earlier attempt had no memory for more"
+    trial.reporter.decision("microBatchSize", str(plan.shape), reason)
+    return MicroBatches(plan, unhalved, replace(trial.padded, packed=packed, shared=shared))
+
+
+def _packs(trial: Trial, loss_sum: LossSum, *, enabled: bool, obstacle: str) -> bool:
+    """Whether several examples share a row. `obstacle` says why this model's can't, or is empty."""
+    report = trial.reporter.decision
+    if not enabled or obstacle:
+        report("packing", "off", obstacle or "dataset.packing is false")
+        return False
+    differs, figures = _compare(trial, _shortest(trial.train), loss_sum, shared=False)
+    if differs:
+        report("packing", "off", f"in this model examples that share a row see each other ({figures})")
+        return False
+    report("packing", "on", f"examples that share a row don't see each other ({figures})")
+    return True
+
+
+def _shares_prefixes(trial: Trial, loss_sum: LossSum, plan: BatchPlan, *, enabled: bool, dropout: float) -> bool:
+    """Whether a prefix that examples share is computed once, as it is in `plan`."""
+    report = trial.reporter.decision
+    if not enabled:
+        report("sharedPrefix", "off", "set by dataset.sharedPrefix")
+        return False
+    if not plan.shape.packed:
+        report("sharedPrefix", "off", "examples don't share rows")
+        return False
+    tokens, computed = plan.work()
+    _, computed_separately = replace(plan, shape=replace(plan.shape, shared=False)).work()
+    saved = 1 - computed / computed_separately
+    figures = f"{computed} tokens computed for {tokens} in the examples"
+    if saved < _MIN_SAVED_SHARE:
+        report("sharedPrefix", "off", f"the examples have too little in common ({figures})")
+        return False
+    differs, losses = _compare(trial, _most_similar(plan, trial.train), loss_sum, shared=True)
+    if differs:
+        report("sharedPrefix", "off", f"in this model a shared prefix changes the loss ({losses})")
+        return False
+    once = "; adapter dropout is drawn once for a shared prefix" if dropout else ""
+    report(
+        "sharedPrefix", "on", f"prefixes that repeat are computed once: {figures}, {saved:.0%} less ({losses}){once}"
+    )
+    return True
+
+
+def _compare(trial: Trial, micro_batch: MicroBatch, loss_sum: LossSum, *, shared: bool) -> tuple[bool, str]:
+    """Whether the loss in a packed row differs from the one by one, and both losses."""
+    collate = replace(trial.padded, packed=True, shared=shared)
+    packed, one_by_one = trial.loss(micro_batch, collate, loss_sum), trial.one_by_one_loss(micro_batch, loss_sum)
+    return _differ(packed, one_by_one, loss_sum), f"loss {packed:.6f} together, {one_by_one:.6f} one by one"
+
+
+def _most_similar(plan: BatchPlan, split: Split) -> MicroBatch:
+    """Of the pairs that the first steps compute together, the one with the longest shared
+    prefix."""
+    steps = (plan.step(number) for number in range(1, min(plan.total_steps, 20) + 1))
+    micro_batches = (micro_batch for step in steps for rank in step.micro_batches for micro_batch in rank)
+    pairs = [pair for micro_batch in micro_batches for pair in itertools.pairwise(micro_batch)]
+    if not pairs:
+        return _shortest(split)
+    return max(pairs, key=lambda pair: split.prefixes.shared(pair, split.lengths)[1])
+
+
+def _shortest(split: Split) -> MicroBatch:
+    """The two shortest examples; one of them twice if there is no other."""
+    shortest = sorted(range(len(split)), key=lambda index: (int(split.lengths[index]), index))[:2]
+    return tuple(shortest if len(shortest) == 2 else shortest * 2)
+
+
+def _differ(loss: float, reference: float, loss_sum: LossSum) -> bool:
+    """Whether they differ by more than rounding: 1e-4 in float32, 2 % in bfloat16. NaN differs."""
+    tolerance = 1e-4 if loss_sum.autocast is None else 2e-2
+    return not abs(loss - reference) <= tolerance * max(1.0, abs(reference))
+
+
+def _report_order(plan: BatchPlan, reporter: EventWriter) -> None:
+    if not plan.by_length:
+        return
+    if plan.shape.packed:
+        reason = "set by training.groupByLength, though packed rows have no padding to save"
+        reporter.decision("order", "by length", reason)
+        return
+    random = replace(plan, by_length=False, _orders={})
+    figures = (
+        f"{plan.padding_share():.1%} of the computed tokens are padding, {random.padding_share():.1%} in random order"
+    )
+    reporter.decision("order", "by length", f"set by training.groupByLength; {figures}")

@@ -1,0 +1,172 @@
+"""Everything that is decided and built before the first step, in three steps.
+
+`resolve` decides what the loaded model isn't needed for, `load` loads the model and wraps it in
+its parallel strategy, and `packing_setup` tries on that model how examples may share a row. Every
+automatic choice is reported with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from finetune_api.messages import events
+from finetune_trainer.checkpoint import resume
+from finetune_trainer.checkpoint.state import CheckpointState
+from finetune_trainer.data.batching.batch_plan import BatchPlan
+from finetune_trainer.data.dataset import Data, of_objective
+from finetune_trainer.errors import RunError
+from finetune_trainer.kernels import fused_modules
+from finetune_trainer.model import compilation, loading, precision
+from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.model.loss import LossSum
+from finetune_trainer.parallel.strategy import trained
+from finetune_trainer.training import dpo_reference, facts, packing_setup
+from finetune_trainer.training.context import RankContext, Training
+from finetune_trainer.training.load import WrappedModel, half, load_and_wrap, stored
+from finetune_trainer.training.resolve import ResolvedRun, resolve
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What the loop starts from. `data` has everything that the loss needs to know of each row."""
+
+    training: Training
+    loaded: LoadedModel
+    state: CheckpointState
+    data: Data
+
+
+def check_same_data(saved: CheckpointState | None, data: Data) -> None:
+    """Raises RunError DatasetInvalid if the checkpoint was computed from other rows."""
+    if saved is not None and saved.data_key != data.key:
+        raise RunError(
+            "DatasetInvalid",
+            "dataset.uri: the rows, or the model's tokenizer, changed since the checkpoint was taken, so the run "
+            "can't resume from it; restore the old file, or start a new FineTuneJob",
+        )
+
+
+def build(context: RankContext, data: Data, saved: CheckpointState | None) -> PreparedRun:
+    """Prepare a run, which resumes from `saved` if there is one. All ranks call it together.
+
+    Ends with a PlanEvent. Raises RunError for a run that can't be trained.
+    """
+    data = of_objective(data, context.run.training.objective)
+    resolved = resolve(context.run, facts.gather(context, data, saved))
+    for decision in resolved.decisions:
+        context.reporter.decision(decision.topic, decision.choice, decision.reason)
+    context = replace(context, run=resolved.run)
+    run, paths, world, reporter = context.run, context.paths, context.world, context.reporter
+    wrapped = load_and_wrap(context, resolved, data)
+    strategy, loaded = wrapped.strategy, wrapped.loaded
+    sharding = resume.sharding(run, strategy, world, reporter, wrapped.trainable)
+    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate)
+    loss_sum = _checked_loss(resolved, wrapped, trial)
+    batches = packing_setup.plan_micro_batches(context, resolved, wrapped, trial, loss_sum)
+    if run.training.objective == "dpo":
+        data, loss_sum = dpo_reference.prepare(context, strategy, batches, loss_sum, data)
+    if saved is not None:  # only now, because the reference is the model before its first step
+        resume.put_weights(strategy, trained(loaded.model), paths)
+    compiled = _compile(context, resolved, loaded, batches.unhalved, saved)
+    _fuse(context, loaded, enabled=strategy.independent_micro_batches and not compiled)
+    training = Training(
+        context=context,
+        plan=batches.plan,
+        unhalved=batches.unhalved,
+        train=data.train,
+        validation=data.validation,
+        strategy=strategy,
+        collate=batches.collate,
+        loss_sum=loss_sum,
+        sharding=sharding,
+    )
+    state = _state(resolved, saved, data.key, compiled=compiled)
+    resume.put_optimizer_state(strategy, training.best, saved, paths, keep_best=run.training.keep_best)
+    _report_plan(training, data, state, wrapped)
+    return PreparedRun(training, loaded, state, data)
+
+
+def _checked_loss(resolved: ResolvedRun, wrapped: WrappedModel, trial: packing_setup.Trial) -> LossSum:
+    """The loss, after the model's first forward passes have shown that it computes in the decided
+    format.
+
+    These passes choose the output layer. Raises RunError(TrainingError) for another format.
+    """
+    base, strategy = wrapped.loaded.base, wrapped.strategy
+    loss_sum = LossSum.of(base, half(resolved), trial.padded.device.type)
+    loss_sum = replace(loss_sum, context=strategy.autocast)
+    with precision.observing(base) as layers:
+        loss_sum = packing_setup.choose_head(trial, loss_sum)
+        if not layers.called:
+            trial.one_by_one_loss((0,), loss_sum)
+    precision.check(half(resolved) or torch.float32, stored(resolved), layers, resolved.run.world.strategy)
+    return loss_sum
+
+
+def _state(resolved: ResolvedRun, saved: CheckpointState | None, data_key: str, *, compiled: bool) -> CheckpointState:
+    """Where the run resumes, with what was decided since."""
+    micro_tokens = resolved.micro_batch_tokens
+    state = saved or CheckpointState(data_key=data_key, dtype=resolved.dtype, micro_tokens=micro_tokens)
+    world = resolved.run.world
+    return state.model_copy(
+        update={
+            "strategy": world.strategy,
+            "offload": world.offload,
+            "compiled": compiled,
+            "halvings": resolved.halvings,
+        }
+    )
+
+
+def _compile(
+    context: RankContext, resolved: ResolvedRun, loaded: LoadedModel, plan: BatchPlan, saved: CheckpointState | None
+) -> bool:
+    """Compile the decoder's layers if the time that it saves is worth it. Returns whether they are
+    compiled."""
+    run, world = context.run, context.world
+    ddp = run.world.strategy == "ddp"
+    conditions = compilation.Conditions(world.device.type, resolved.half, ddp, resolved.recompute, plan.shape.packed)
+
+    def decide() -> tuple[bool, str]:
+        choice = compilation.choice(run.training.compile, conditions, saved.compiled if saved else None)
+        if choice is not None:
+            return choice
+        tokens = plan.epochs * float(plan.lengths.sum()) * plan.computed_share() / world.size
+        speed = precision.gflops(torch.bfloat16 if resolved.half else torch.float32)
+        lora = run.method == "lora"
+        return compilation.pays(compilation.training_seconds(tokens, loaded.parameters, lora=lora, gflops=speed))
+
+    compiled, reason = world.broadcast(decide() if world.is_first else None)
+    context.reporter.decision("compile", "on" if compiled else "off", reason)
+    if compiled:
+        compilation.compile_layers(loading.layers(loaded.base), context.paths.compiled)
+    return bool(compiled)
+
+
+def _fuse(context: RankContext, loaded: LoadedModel, *, enabled: bool) -> None:
+    """Replace modules by fused ones, which compute the same and keep less for the backward pass."""
+    norms, products = fused_modules.replace_modules(loaded.base) if enabled else (0, 0)
+    if norms or products:
+        reason = f"{norms} frozen norms and {products} gated products compute the same and keep less"
+        context.reporter.decision("fused", "on", reason)
+
+
+def _report_plan(training: Training, data: Data, state: CheckpointState, wrapped: WrappedModel) -> None:
+    plan = training.plan
+    training.reporter.report(
+        events.PlanEvent,
+        total_steps=plan.total_steps,
+        start_step=state.step,
+        epochs=plan.epochs,
+        rows=plan.rows,
+        dropped_rows=data.dropped,
+        tokens_per_epoch=int(data.train.lengths.sum()),
+        label_tokens_per_epoch=int(data.train.label_counts.sum()),
+        padding_share=plan.padding_share(),
+        computed_share=plan.computed_share(),
+        parameters=wrapped.parameters,
+        trainable_parameters=wrapped.trainable,
+        halvings=state.halvings,
+    )
