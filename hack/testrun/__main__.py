@@ -62,7 +62,7 @@ class _Run:
         self.group = group
         self.report, self.output = folder / f"{group.name}.xml", folder / f"{group.name}.log"
         self.cache = folder / f"{group.name}-cache"
-        kept = ["-p", "cacheprovider", "-o", f"cache_dir={self.cache}", f"--junitxml={self.report}"]
+        kept = ["-o", f"cache_dir={self.cache}", f"--junitxml={self.report}"]
         command = [sys.executable, "-m", "pytest", *group.paths, *kept, *options]
         self.process = subprocess.Popen(
             command,
