@@ -66,8 +66,11 @@ class ControlPlane:
         return done.stdout + ("" if check else done.stderr)
 
 
-def localcluster(*arguments: str, timeout: float = 1200) -> str:
-    """Return the standard output of the local cluster's command line."""
+def localcluster(*arguments: str, timeout: float = 3600) -> str:
+    """Return the standard output of the local cluster's command line.
+
+    On a busy machine, the first start takes more than 20 minutes, since it builds Kubernetes.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "localcluster", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT / "hack")},
