@@ -62,8 +62,8 @@ class _Run:
         self.group = group
         self.report, self.output = folder / f"{group.name}.xml", folder / f"{group.name}.log"
         self.cache = folder / f"{group.name}-cache"
-        kept = ["-o", f"cache_dir={self.cache}", f"--junitxml={self.report}"]
-        command = [sys.executable, "-m", "pytest", *group.paths, *kept, *options]
+        output = ["-o", f"cache_dir={self.cache}", f"--junitxml={self.report}"]
+        command = [sys.executable, "-m", "pytest", *group.paths, *output, *options]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
