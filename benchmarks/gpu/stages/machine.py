@@ -72,7 +72,7 @@ def _varlen(stage: child.Stage) -> None:
 
 
 def _samples(stage: child.Stage) -> None:
-    from finetune_trainer.reporting.nvml import Gpus
+    from finetune_trainer.reporting.gpus.watch import Gpus
 
     samples = [sample.model_dump() for sample in Gpus().sample()]
     if stage.setting.device != "cuda":

@@ -23,7 +23,7 @@ from benchmarks.gpu.kit import Recipe
 from finetune_api import names
 from finetune_api.messages.run import Location, parse
 from finetune_trainer.paths import Paths
-from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting.gpus.watch import Gpus
 from testkit.rows import pairs
 
 _STALL_SECONDS = 30

@@ -21,6 +21,7 @@ class GpuSample(LenientModel):
     """Holds NVML's figures for one GPU of the posting pod."""
 
     index: int
+    uuid: str | None = None
     utilization_ratio: float | None = Field(default=None, description="0 to 1.")
     memory_used_bytes: int | None = None
     memory_total_bytes: int | None = None

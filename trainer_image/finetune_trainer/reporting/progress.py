@@ -17,7 +17,7 @@ from finetune_api.messages.progress import Progress
 from finetune_api.messages.run import ProgressConfig
 from finetune_api.status import CheckpointStatus, ModelStatus
 from finetune_trainer.log import Log
-from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.run_state import RunState, accuracy, loss, margin
 
 _MAX_REDIRECTS = 3

@@ -6,18 +6,15 @@ value is known. No label holds a step, a URI or a UID, so the number of series s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, start_http_server
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from finetune_api.messages import events as e
 from finetune_api.messages.events import SkipReason
 from finetune_api.messages.run import JobRef
 from finetune_trainer.log import Log
-from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting.gpus.collector import GpuCollector, ObservedGpus
 
 _LABELS = ("namespace", "job", "attempt")
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
@@ -26,11 +23,11 @@ _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 6
 class Metrics:
     """Holds the metrics of one attempt, in a registry of their own."""
 
-    def __init__(self, job: JobRef, gpus: Gpus) -> None:
+    def __init__(self, job: JobRef, gpus: ObservedGpus) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self._job = {"namespace": job.namespace, "job": job.name, "attempt": str(job.attempt)}
         self._total_steps = 0
-        self.registry.register(_GpuCollector(gpus, self._job))
+        self.registry.register(GpuCollector(gpus, self._job))
         self._define_losses()
         self._define_steps()
         self._define_checkpoints()
@@ -216,32 +213,3 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, (*_LABELS, *labels), registry=self.registry)
-
-
-class _GpuCollector(Collector):
-    """Samples the GPUs when Prometheus scrapes."""
-
-    def __init__(self, gpus: Gpus, labels: dict[str, str]) -> None:
-        self._gpus = gpus
-        self._labels = labels
-
-    def collect(self) -> Iterator[Metric]:
-        """Yields one family for each value that a GPU reports."""
-        samples = self._gpus.sample()
-        families: tuple[tuple[str, str, Any], ...] = (
-            (
-                "finetune_gpu_utilization_ratio",
-                "Share of time in which a kernel ran, 0 to 1.",
-                "utilization_ratio",
-            ),
-            ("finetune_gpu_memory_used_bytes", "GPU memory in use.", "memory_used_bytes"),
-            ("finetune_gpu_memory_total_bytes", "Total GPU memory.", "memory_total_bytes"),
-        )
-        for name, text, attribute in families:
-            family = GaugeMetricFamily(name, text, labels=(*self._labels, "gpu"))
-            for sample in samples:
-                value = getattr(sample, attribute)
-                if value is not None:
-                    family.add_metric((*self._labels.values(), str(sample.index)), value)
-            if family.samples:
-                yield family
