@@ -66,6 +66,42 @@ class PlanEvent(LenientModel):
     parameters: int
     trainable_parameters: int
     halvings: int = Field(default=0, description="How often micro-batches were halved for lack of memory.")
+    flops_per_token: float | None = Field(
+        default=None, description="Floating-point operations that one token needs; None if they aren't known."
+    )
+    peak_flops: float | None = Field(
+        default=None, description="Peak FLOP/s of a rank's GPU in the chosen dtype; None if it isn't known."
+    )
+
+
+class NetworkEvent(LenientModel):
+    """Reports the bandwidth between nodes, as measured at the start."""
+
+    type: Literal["network"] = "network"
+    time: float
+    bytes_per_second: float
+    backend: str
+    warning: str = Field(default="", description="Set if the strategy needs a faster network.")
+
+
+class StragglerEvent(LenientModel):
+    """Reports that a rank stays slower than the others, or no longer does."""
+
+    type: Literal["straggler"] = "straggler"
+    time: float
+    step: int
+    rank: int
+    node: int
+    ratio: float = Field(description="Its time per token divided by the median of the other ranks.")
+    ended: bool = Field(default=False, description="Whether the rank is no longer slower than the others.")
+
+
+class RankSeconds(LenientModel):
+    """Compares the time that each rank needed for its own part of a step, before they met."""
+
+    fastest: float
+    slowest: float
+    slowest_rank: int
 
 
 class Rewards(LenientModel):
@@ -97,6 +133,9 @@ class StepEvent(LenientModel):
     samples: int
     seconds: dict[str, float] = Field(description="Wall time by part: data, forward, backward, optimizer, total.")
     rewards: Rewards | None = None
+    ranks: RankSeconds | None = Field(
+        default=None, description="Absent with one rank, and if ranks wait for each other within a step."
+    )
 
 
 class EvalEvent(LenientModel):
@@ -232,6 +271,8 @@ Event = Annotated[
     | DecisionEvent
     | DataEvent
     | PlanEvent
+    | NetworkEvent
+    | StragglerEvent
     | StepEvent
     | EvalEvent
     | CheckpointEvent

@@ -50,7 +50,7 @@ class Supervisor:
         self._stop = stop
         self._log = log
         self._gpus = Gpus(log)
-        self._metrics = Metrics(node.run.job, self._gpus)
+        self._metrics = Metrics(node.run.job, self._gpus, node.gpus_of_job)
         self._poster = Poster(node.run.progress if node.leads else None, self._gpus, log)
         self._state = run_state.RunState()
         self._history = history.History()
@@ -294,7 +294,8 @@ def _reset_scratch(node: Node) -> None:
     paths = node.paths
     for folder in (paths.events, paths.checkpoints, paths.export, paths.resume):
         shutil.rmtree(folder, ignore_errors=True)
-    paths.stop.unlink(missing_ok=True)
+    for flag in (paths.stop, paths.flight_request):
+        flag.unlink(missing_ok=True)
     for folder in (paths.events, paths.checkpoints, paths.model):
         folder.mkdir(parents=True, exist_ok=True)
     paths.run_config.write_text(node.run.model_dump_json(by_alias=True, exclude_none=True))
