@@ -121,11 +121,11 @@ class Paths:
     @property
     def flight_request(self) -> Path:
         """If the file exists, each rank writes its flight recorder to `flight_record`."""
-        return self.scratch / "flight-request"
+        return self.events / "flight-request"
 
     def flight_record(self, rank: int) -> Path:
         """Returns the file with the last collectives of a rank that hung."""
-        return self.scratch / "logs" / f"flight-{rank}.json"
+        return self.events / f"flight-{rank}.json"
 
     def nccl_log(self, rank: int) -> Path:
         """Returns the file to which NCCL logs how a rank communicates."""

@@ -14,6 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune_api.base import LenientModel
 from finetune_api.messages.evaluation import Evaluation
+from finetune_api.messages.rank_events import NetworkEvent as NetworkEvent
+from finetune_api.messages.rank_events import RankSeconds as RankSeconds
+from finetune_api.messages.rank_events import StragglerEvent as StragglerEvent
 from finetune_api.status import DataStatus
 
 
@@ -72,36 +75,6 @@ class PlanEvent(LenientModel):
     peak_flops: float | None = Field(
         default=None, description="Peak FLOP/s of a rank's GPU in the chosen dtype; None if it isn't known."
     )
-
-
-class NetworkEvent(LenientModel):
-    """Reports the bandwidth between nodes, as measured at the start."""
-
-    type: Literal["network"] = "network"
-    time: float
-    bytes_per_second: float
-    backend: str
-    warning: str = Field(default="", description="Set if the strategy needs a faster network.")
-
-
-class StragglerEvent(LenientModel):
-    """Reports that a rank stays slower than the others, or no longer does."""
-
-    type: Literal["straggler"] = "straggler"
-    time: float
-    step: int
-    rank: int
-    node: int
-    ratio: float = Field(description="Its time per token divided by the median of the other ranks.")
-    ended: bool = Field(default=False, description="Whether the rank is no longer slower than the others.")
-
-
-class RankSeconds(LenientModel):
-    """Compares the time that each rank needed for its own part of a step, before they met."""
-
-    fastest: float
-    slowest: float
-    slowest_rank: int
 
 
 class Rewards(LenientModel):

@@ -144,7 +144,8 @@ def test_a_result_that_differs_from_the_trained_model_fails_the_run(
 
 
 # What is free on the host and the GPU, whether the base was quantized on the GPU, the device that
-# is chosen and a part of the reason. A copy needs 13 bytes, and 4 of the host on its way to the GPU.
+# is chosen and a part of the reason. A copy needs 13 bytes, and 4 of the host on the way to the
+# GPU.
 _RELOADS: dict[str, tuple[int, int, bool, str, str]] = {
     "the GPU has room, and the host only for tensors in flight": (4, 13, False, "gpu", "next to the trained one"),
     "the GPU has room, and the host has none": (3, 13, False, "nowhere", "on their way to the GPU"),

@@ -30,10 +30,10 @@ PEAKS = {
 
 def peak(gpu: str) -> float | None:
     """Returns the peak FLOP/s of a GPU by its name; None if it isn't listed, or is a MIG slice."""
-    words = gpu.replace("-", " ").split()
-    if "MIG" in words:
+    parts = gpu.replace("-", " ").split()
+    if "MIG" in parts:
         return None
-    padded = f" {' '.join(words)} "
+    padded = f" {' '.join(parts)} "
     matching = [name for name in PEAKS if f" {name} " in padded]
     return PEAKS[max(matching, key=len)] if matching else None
 

@@ -294,8 +294,7 @@ def _reset_scratch(node: Node) -> None:
     paths = node.paths
     for folder in (paths.events, paths.checkpoints, paths.export, paths.resume):
         shutil.rmtree(folder, ignore_errors=True)
-    for flag in (paths.stop, paths.flight_request):
-        flag.unlink(missing_ok=True)
+    paths.stop.unlink(missing_ok=True)
     for folder in (paths.events, paths.checkpoints, paths.model):
         folder.mkdir(parents=True, exist_ok=True)
     paths.run_config.write_text(node.run.model_dump_json(by_alias=True, exclude_none=True))
