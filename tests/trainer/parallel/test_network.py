@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,3 +72,63 @@ def test_two_nodes_measure_once_and_compute_the_same_losses_as_one(tmp_path: Pat
     decision = two.decision("network")
     assert decision.choice.endswith("GB/s by gloo")
     assert "4 MiB on 2 ranks" in decision.reason
+
+
+_ROOT = Path(__file__).parents[3]
+_MEASURE = """
+import os
+from datetime import timedelta
+from finetune_trainer.parallel import world
+from finetune_trainer.parallel.network import bandwidth
+group = world.from_environment(os.environ, "cpu")
+world.join(group, expected=2, timeout=timedelta(seconds=60))
+print(bandwidth.measure(group).bytes_per_second, flush=True)
+world.leave(group)
+"""
+
+
+@pytest.fixture
+def slow_network() -> Iterator[list[str]]:
+    """Returns two network namespaces with the addresses 10.251.7.1 and 10.251.7.2, whose connection
+    carries 200 Mbit/s in each direction."""
+    spaces = [f"network-{os.getpid()}-{number}" for number in (0, 1)]
+    try:
+        for space in spaces:
+            _ip("netns", "add", space)
+        _ip("link", "add", "eth0", "netns", spaces[0], "type", "veth", "peer", "name", "eth0", "netns", spaces[1])
+        for number, space in enumerate(spaces, 1):
+            _ip("-n", space, "addr", "add", f"10.251.7.{number}/24", "dev", "eth0")
+            _ip("-n", space, "link", "set", "lo", "up")
+            _ip("-n", space, "link", "set", "eth0", "up")
+            limit = ["tbf", "rate", "200mbit", "burst", "256kb", "latency", "400ms"]
+            subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", "eth0", "root", *limit], check=True)
+        yield spaces
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], check=False)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+def test_the_bandwidth_of_a_real_slow_network_is_measured(slow_network: list[str]) -> None:
+    shared = {
+        **os.environ, "PYTHONPATH": f"{_ROOT / 'operator'}:{_ROOT / 'trainer_image'}", "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "10.251.7.1", "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", space, sys.executable, "-c", _MEASURE],
+            env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank, space in enumerate(slow_network)
+    ]  # fmt: skip
+    try:
+        measured = [float(rank.communicate(timeout=120)[0]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(0.5 * 25e6 < bytes_per_second < 1.3 * 25e6 for bytes_per_second in measured)

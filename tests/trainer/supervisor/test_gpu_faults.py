@@ -31,7 +31,7 @@ def _ended(folder: Path, nvml: Path, then: str, *faults: str) -> FinishedSupervi
     behavior = {"at_step": 2, "then": then, "on_rank": 1, "hold": str(folder / "go"), "hold_at": 1}
     running = supervisor_process.start(setup.run(), folder, behavior=behavior, environment=environment)
     events = folder / "scratch/events/rank-0.jsonl"
-    supervisor_process.wait_until(lambda: events.exists() and '"type":"step"' in events.read_text())
+    supervisor_process.wait_until(lambda: events.exists() and '"type":"step"' in events.read_text(), 60)
     (folder / "faults").write_text("".join(f"{fault}\n" for fault in faults))
     (folder / "go").touch()
     return running.wait()
