@@ -59,8 +59,8 @@ def agree(
     """Join the outcomes of all ranks, which call it together.
 
     Every rank may see a request to stop; only rank 0 looks at its clock for checkpoints. The
-    seconds of each rank are summed with zeros of the others. They come last, so that no other sum
-    changes with the number of ranks.
+    seconds of each rank are summed with zeros of the others. They come last, and the loss
+    first, so that the loss is summed in the same order as without them.
     """
     total = sum(own.nll)
     bad = not math.isfinite(total)
