@@ -37,7 +37,7 @@ STAGES = (
     ),
     Stage("fsdp", 60, "How much memory does one of eight ranks of a sharded 8B model need, and how long is its step?"),
     Stage("resume", 60, "How close to bit-identical is a run that was stopped or killed and resumed?", 180),
-    Stage("operations", 45, "Does the supervisor detect a stalled rank, and is the GPU free after a kill?", 180),
+    Stage("operations", 60, "Does the supervisor detect a stalled rank, and is the GPU free after a kill?", 180),
 )
 
 

@@ -83,6 +83,7 @@ def _fragments(findings: Findings) -> bool | None:
 _PRECISION = "0033-mixed-precision.md"
 _ESTIMATE = "0019-memory-estimate.md"
 _PODS = "0034-pods-for-gpu-clusters.md"
+_OBSERVED = "0042-what-a-gpu-says.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -134,9 +135,11 @@ CLAIMS = (
     Claim("G25", "the check of a result is placed on the GPU because of its memory alone", BY_READING, fixed_in=_PODS),
     Claim("G26", "to check a result, a quantized base is quantized again on the CPU", BY_READING,
           _verdict("ranks/nf4", "wrong"), _PODS),
-    Claim("G27", "power, temperature, clocks, errors and UUIDs of GPUs aren't exported", BY_READING),
-    Claim("G28", "a slow rank isn't identified", BY_READING),
-    Claim("G29", "NCCL's flight recorder isn't used", BY_READING),
+    Claim("G27", "power, temperature, clocks, errors and UUIDs of GPUs aren't exported", BY_READING,
+          _verdict("machine/GPU figures", "wrong"), _OBSERVED),
+    Claim("G28", "a slow rank isn't identified", BY_READING, fixed_in=_OBSERVED),
+    Claim("G29", "NCCL's flight recorder isn't used", BY_READING,
+          _verdict("operations/flight recorder", "wrong"), _OBSERVED),
     Claim("G30", "every pod of every attempt downloads the model again", BY_READING),
     Claim("G31", "a quantized base trains with ddp only", BY_READING),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),

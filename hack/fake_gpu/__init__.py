@@ -11,12 +11,13 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 
 
-def build_nvml(folder: Path) -> Path:
+def build_nvml(folder: Path, *, old_driver: bool = False) -> Path:
     """Builds `folder`/libnvidia-ml.so.1 from nvml.c, under the name that nvidia-ml-py loads.
 
-    Returns the folder, for LD_LIBRARY_PATH. Raises CalledProcessError if the compiler fails.
+    With `old_driver`, it lacks the functions that newer drivers have. Returns the folder, for
+    LD_LIBRARY_PATH. Raises CalledProcessError if the compiler fails.
     """
-    return _build(_HERE / "nvml.c", folder / "libnvidia-ml.so.1")
+    return _build(_HERE / "nvml.c", folder / "libnvidia-ml.so.1", *(["-DOLD_DRIVER"] if old_driver else []))
 
 
 def build_driver(folder: Path) -> Path:
@@ -27,8 +28,8 @@ def build_driver(folder: Path) -> Path:
     return _build(_HERE / "cuda.c", folder / "libcuda.so.1")
 
 
-def _build(source: Path, library: Path) -> Path:
+def _build(source: Path, library: Path, *options: str) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     command = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(library)]
-    subprocess.run([*command, str(source)], check=True)
+    subprocess.run([*command, *options, str(source)], check=True)
     return library.parent

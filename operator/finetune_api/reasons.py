@@ -69,13 +69,15 @@ _ALL = (
            "restart prefers other nodes; if all nodes are alike, update the driver or build a trainer image whose "
            "PyTorch suits it."),
     Reason("GpuFault", "infrastructure", 80, "A GPU failed: memory errors, a lost device, or a fatal Xid error.",
-           "The message names the GPU, and the pod its node. A restart prefers other nodes. Drain the node and reset "
-           "or replace the GPU; NVIDIA's documentation explains the Xid number."),
+           "The message names the GPU by its UUID and explains the Xid number, and the pod names the node. A restart "
+           "prefers other nodes. Drain the node and reset or replace the GPU. Xid errors that programs cause (13, 31, "
+           "43, 45, 68, 109) are TrainingErrors."),
     Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that this project didn't send.",
            "The node is the usual cause: look at its events. The group is restarted from the last checkpoint."),
     Reason("Stalled", "infrastructure", 73, "No step finished for runPolicy.stallSeconds.",
-           "The message names the rank that the others wait for, failure.logTail has its stack trace, and the logs of "
-           "the pods have all stack traces. Look at the node and the network of that pod. If steps really take that "
+           "The message names the rank that the others wait for, also by the collectives that each rank has called "
+           "(PyTorch's flight recorder). failure.logTail has its stack trace, and the logs of the pods have all stack "
+           "traces and the last collectives. Look at the node and the network of that pod. If steps really take that "
            "long, raise stallSeconds."),
     Reason("StorageUnavailable", "infrastructure", 74, "Object storage didn't respond.",
            "The operation is retried. Look at the storage endpoint and the network."),

@@ -40,6 +40,14 @@ class Restarts(LenientModel):
     preemption: int = Field(default=0, description="Evictions and preemptions, which never count against a limit.")
 
 
+class StragglerStatus(LenientModel):
+    """Names a rank that stays slower than the others."""
+
+    rank: int = Field(description="Number of the rank.")
+    node: int = Field(description="Number of its pod, which is the last one in the pod's name.")
+    ratio: float = Field(description="Its time per token divided by the median of the other ranks.")
+
+
 class ProgressStatus(LenientModel):
     """Reports the progress of training; it is written at most every 30 s."""
 
@@ -74,6 +82,9 @@ class ProgressStatus(LenientModel):
     eta_seconds: int | None = Field(default=None, description="Estimated seconds of training left.")
     skipped_steps: int = Field(
         default=0, description="Steps that had no effect: skipped, or rolled back after a loss spike."
+    )
+    straggler: StragglerStatus | None = Field(
+        default=None, description="Set while a rank is at least 20% slower than the others in most steps."
     )
     message: str = Field(default="", description="What the trainer is doing, e.g. loading the model.")
     update_time: str | None = Field(default=None, description="When this was reported, RFC 3339 in UTC.")

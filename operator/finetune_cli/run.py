@@ -149,7 +149,7 @@ def _show_end(ended: session.Ended, output: str, model: str, scratch: Path, cons
 
 
 def _machine() -> Machine:
-    from finetune_trainer.reporting.nvml import Gpus
+    from finetune_trainer.reporting.gpus.watch import Gpus
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

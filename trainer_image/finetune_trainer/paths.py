@@ -119,6 +119,19 @@ class Paths:
         return self.scratch / "logs" / f"rank-{rank}.log"
 
     @property
+    def flight_request(self) -> Path:
+        """If the file exists, each rank writes its flight recorder to `flight_record`."""
+        return self.events / "flight-request"
+
+    def flight_record(self, rank: int) -> Path:
+        """Returns the file with the last collectives of a rank that hung."""
+        return self.events / f"flight-{rank}.json"
+
+    def nccl_log(self, rank: int) -> Path:
+        """Returns the file to which NCCL logs how a rank communicates."""
+        return self.scratch / "logs" / f"nccl-{rank}.log"
+
+    @property
     def tracking(self) -> Path:
         """The folder belongs to the tracker process: its log and the files that trackers write."""
         return self.scratch / "tracking"

@@ -53,11 +53,13 @@ def _run_job(run: RunConfig, paths: Paths, reporter: EventWriter) -> None:
     """Joins the other ranks and trains. Importing torch takes seconds, so it happens only here,
     after the run configuration was read."""
     from finetune_trainer.parallel import world
+    from finetune_trainer.parallel.network import flight_recorder
     from finetune_trainer.training import job
     from finetune_trainer.training.context import RankContext
 
     group = world.from_environment(os.environ, run.world.device)
     world.join(group, expected=run.world.size, timeout=_COLLECTIVE_TIMEOUT)
+    flight_recorder.answer_requests(paths.flight_request, paths.flight_record(group.rank))
     job.run_job(RankContext(run, paths, group, reporter))
     world.leave(group)
 

@@ -72,11 +72,15 @@ def _varlen(stage: child.Stage) -> None:
 
 
 def _samples(stage: child.Stage) -> None:
-    from finetune_trainer.reporting.nvml import Gpus
+    from finetune_trainer.model import flops
+    from finetune_trainer.reporting.gpus.watch import Gpus
 
-    samples = [sample.model_dump() for sample in Gpus().sample()]
+    observation = Gpus().observe(timeout=10)
+    samples = [sample.model_dump() for sample in observation.samples]
     if stage.setting.device != "cuda":
-        stage.report("GPU samples", "skipped", f"{len(samples)} GPUs visible to NVML; there is none to compare with")
+        text = f"{len(samples)} GPUs visible to NVML; there is none to compare with"
+        stage.report("GPU samples", "skipped", text)
+        stage.report("GPU figures", "skipped", text)
         return
     total = samples[0]["memory_total_bytes"] if samples else None
     expected = torch.cuda.get_device_properties(0).total_memory
@@ -86,6 +90,16 @@ def _samples(stage: child.Stage) -> None:
         "GPU samples", "right" if close and complete else "wrong",
         f"{len(samples)} visible to NVML; memory {total}, PyTorch reports {expected}; utilization "
         f"{samples[0]['utilization_ratio'] if samples else None}", samples=samples,
+    )  # fmt: skip
+    figures = {} if not observation.readings else vars(observation.readings[0]) | {"device": ""}
+    figures["uuid"] = samples[0]["uuid"] if samples else None
+    missing = [name for name, value in figures.items() if value is None or value == {}]
+    needed = {"uuid", "power_watts", "temperature_celsius", "sm_clock_hertz", "throttled", "ecc_errors"}
+    name = torch.cuda.get_device_name(0)
+    stage.report(
+        "GPU figures", "right" if samples and not needed & set(missing) else "wrong",
+        f"not reported: {', '.join(missing) or 'nothing'}; faults: {'; '.join(observation.faults) or 'none'}; "
+        f"peak of {name}: {flops.peak(name) or 'unknown'}", figures=figures,
     )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from benchmarks.gpu.kit import Recipe
 from finetune_api import names
 from finetune_api.messages.run import Location, parse
 from finetune_trainer.paths import Paths
-from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting import flight_records
+from finetune_trainer.reporting.gpus.watch import Gpus
 from testkit.rows import pairs
 
 _STALL_SECONDS = 30
@@ -117,6 +118,7 @@ def _watch(stage: child.Stage, pod: Pod, before: int | None) -> None:
         stage.report("stacks", "failed", "the rank's process isn't found")
         return
     _stacks(stage, pod, rank)
+    _flight_record(stage, pod)
     training = _used()
     _stall(stage, pod, rank)
     _freed(stage, before, training)
@@ -130,6 +132,18 @@ def _stacks(stage: child.Stage, pod: Pod, rank: int) -> None:
     continues = _until(lambda: pod.steps() > before, 10)
     text = f"SIGUSR1 wrote {'' if dumped else 'no '}stacks, and training {'continued' if continues else 'stopped'}"
     stage.report("stacks", "right" if dumped and continues else "wrong", text)
+
+
+def _flight_record(stage: child.Stage, pod: Pod) -> None:
+    """Tests whether a rank that trains writes its last collectives on request."""
+    file = pod.paths.flight_record(0)
+    pod.paths.flight_request.touch()
+    written = _until(file.exists, 10)
+    calls = flight_records.calls(file.read_text()) if written else ()
+    backend = "nccl" if stage.setting.device == "cuda" else "gloo"
+    own = [call for call in calls if call.group.startswith(backend)]
+    text = f"{len(own)} of {len(calls)} collectives are {backend}'s; the last: {flight_records.last_calls(calls)}"
+    stage.report("flight recorder", "right" if own else "wrong", text)
 
 
 def _stall(stage: child.Stage, pod: Pod, rank: int) -> None:

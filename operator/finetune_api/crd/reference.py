@@ -158,6 +158,21 @@ def troubleshooting() -> str:
             ),
             "",
             *(line for reason in REASONS.values() for line in _reason(reason)),
+            "## Straggler",
+            "",
+            _wrapped(
+                "This is not a failure but an Event and `status.progress.straggler`: in more than half of the last 20 "
+                "steps, the same rank needed at least 20% longer per token than the median of the others, which all "
+                "wait for it."
+            ),
+            "",
+            _wrapped(
+                "Compare `finetune_gpu_sm_clock_hertz`, `finetune_gpu_throttled` and "
+                "`finetune_gpu_temperature_celsius` of its GPU with the others, and look for other load on its node. "
+                "A pod on another node (cordon this one, then delete the pod) costs one restart from the last "
+                "checkpoint."
+            ),
+            "",
             "## Overfitting",
             "",
             _wrapped(

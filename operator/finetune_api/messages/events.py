@@ -14,6 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune_api.base import LenientModel
 from finetune_api.messages.evaluation import Evaluation
+from finetune_api.messages.rank_events import NetworkEvent as NetworkEvent
+from finetune_api.messages.rank_events import RankSeconds as RankSeconds
+from finetune_api.messages.rank_events import StragglerEvent as StragglerEvent
 from finetune_api.status import DataStatus
 
 
@@ -66,6 +69,12 @@ class PlanEvent(LenientModel):
     parameters: int
     trainable_parameters: int
     halvings: int = Field(default=0, description="How often micro-batches were halved for lack of memory.")
+    flops_per_token: float | None = Field(
+        default=None, description="Floating-point operations that one token needs; None if they aren't known."
+    )
+    peak_flops: float | None = Field(
+        default=None, description="Peak FLOP/s of a rank's GPU in the chosen dtype; None if it isn't known."
+    )
 
 
 class Rewards(LenientModel):
@@ -97,6 +106,9 @@ class StepEvent(LenientModel):
     samples: int
     seconds: dict[str, float] = Field(description="Wall time by part: data, forward, backward, optimizer, total.")
     rewards: Rewards | None = None
+    ranks: RankSeconds | None = Field(
+        default=None, description="Absent with one rank, and if ranks wait for each other within a step."
+    )
 
 
 class EvalEvent(LenientModel):
@@ -232,6 +244,8 @@ Event = Annotated[
     | DecisionEvent
     | DataEvent
     | PlanEvent
+    | NetworkEvent
+    | StragglerEvent
     | StepEvent
     | EvalEvent
     | CheckpointEvent

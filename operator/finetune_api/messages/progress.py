@@ -12,7 +12,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from finetune_api.base import LenientModel
-from finetune_api.status import CheckpointStatus, DataStatus, ModelStatus, OverfittingStatus
+from finetune_api.status import CheckpointStatus, DataStatus, ModelStatus, OverfittingStatus, StragglerStatus
 
 MAX_BODY_BYTES = 16384
 
@@ -21,6 +21,7 @@ class GpuSample(LenientModel):
     """Holds NVML's figures for one GPU of the posting pod."""
 
     index: int
+    uuid: str | None = None
     utilization_ratio: float | None = Field(default=None, description="0 to 1.")
     memory_used_bytes: int | None = None
     memory_total_bytes: int | None = None
@@ -55,6 +56,7 @@ class Progress(LenientModel):
     samples: int = Field(default=0, description="Examples that all ranks have trained on so far.")
     eta_seconds: int | None = None
     skipped_steps: int = Field(default=0, description="Steps of all attempts that were skipped or rolled back.")
+    straggler: StragglerStatus | None = None
     overfitting: OverfittingStatus | None = None
     checkpoint: CheckpointStatus | None = None
     model: ModelStatus | None = None

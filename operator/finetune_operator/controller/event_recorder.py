@@ -30,6 +30,13 @@ def event_of_change(before: Status, after: Status) -> tuple[str, str] | None:
         return "Restarted", after.message
     if _skipped(after) > _skipped(before):
         return "StepsSkipped", f"{_skipped(after)} steps have been skipped so far; the trainer's log says why"
+    straggler = after.progress.straggler if after.progress else None
+    before_rank = before.progress.straggler.rank if before.progress and before.progress.straggler else None
+    if straggler and straggler.rank != before_rank:
+        return "Straggler", (
+            f"rank {straggler.rank} (pod {straggler.node} of the attempt) needs {straggler.ratio:g} times as long as "
+            "the others; look at the clock, the temperature and the throttling of its GPU, and at its node"
+        )
     overfitting = _overfitting(after)
     if overfitting and not _overfitting(before):
         return "Overfitting", (

@@ -36,6 +36,7 @@ def progress(
         tokens_per_second=_rounded(current.tokens_per_second, 1),
         eta_seconds=current.eta_seconds,
         skipped_steps=current.skipped_steps,
+        straggler=current.straggler,
         message=current.message or current.phase,
         update_time=report.time,
     )

@@ -20,6 +20,7 @@ from finetune_api.status import (
     ProgressStatus,
     Restarts,
     Status,
+    StragglerStatus,
 )
 from finetune_operator.controller.event_recorder import event_of_change
 from finetune_operator.core.actions import DesiredStatus
@@ -232,6 +233,14 @@ def test_events_are_written_only_for_what_goes_wrong() -> None:
     event = ("StepsSkipped", "2 steps have been skipped so far; the trainer's log says why")
     assert event_of_change(running, skipping) == event
     assert event_of_change(skipping, skipping) is None
+    straggler = StragglerStatus(rank=9, node=1, ratio=1.35)
+    slowed = running.model_copy(update={"progress": ProgressStatus(step=9, straggler=straggler)})
+    event = event_of_change(running, slowed)
+    assert event is not None
+    assert event[0] == "Straggler"
+    assert "rank 9 (pod 1 of the attempt) needs 1.35 times as long" in event[1]
+    slower = straggler.model_copy(update={"ratio": 1.6})
+    assert event_of_change(slowed, running.model_copy(update={"progress": ProgressStatus(straggler=slower)})) is None
     overfit = OverfittingStatus(best_step=20, best_loss=1.5, step=40, loss=1.8)
     overfitting = running.model_copy(update={"evaluation": EvaluationStatus(overfitting=overfit)})
     event = event_of_change(running, overfitting)

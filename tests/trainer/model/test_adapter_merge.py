@@ -143,12 +143,32 @@ def test_a_result_that_differs_from_the_trained_model_fails_the_run(
     assert error.value.reason == "ResultMismatch"
 
 
-def test_a_second_copy_that_doesnt_fit_into_memory_isnt_loaded_and_that_is_reported() -> None:
-    assert export_check.reload_device(10, host=0, gpu=13)[0] == "gpu"
-    assert export_check.reload_device(10, host=13, gpu=12)[0] == "cpu"
-    device, reason = export_check.reload_device(10**10, host=12 * 10**9, gpu=0)
-    assert device == "nowhere"
-    assert "a second copy needs 13.0 GB, and 12.0 GB are free" in reason
+# What is free on the host and the GPU, whether the base was quantized on the GPU, the device that
+# is chosen and a part of the reason. A copy needs 13 bytes, and 4 of the host on the way to the
+# GPU.
+_RELOADS: dict[str, tuple[int, int, bool, str, str]] = {
+    "the GPU has room, and the host only for tensors in flight": (4, 13, False, "gpu", "next to the trained one"),
+    "the GPU has room, and the host has none": (3, 13, False, "nowhere", "on their way to the GPU"),
+    "only the host has room": (13, 12, False, "cpu", "in the host's memory"),
+    "neither has room": (12, 12, False, "nowhere", "raise resources.memory"),
+    "quantized on a GPU that has room": (4, 13, True, "gpu", "next to the trained one"),
+    "quantized on a GPU, and only the host has room": (99, 12, True, "nowhere", "the base was quantized on a GPU"),
+}
+
+
+@pytest.mark.parametrize(("host", "gpu", "needs_gpu", "device", "reason"), _RELOADS.values(), ids=_RELOADS)
+def test_a_result_is_loaded_where_all_of_its_way_fits_and_its_base_is_quantized_alike(
+    host: int, gpu: int, needs_gpu: bool, device: str, reason: str
+) -> None:
+    memory = export_check.Memory(needed=10, passing=4, host=host, gpu=gpu)
+    choice = export_check.reload_device(memory, needs_gpu=needs_gpu)
+    assert choice[0] == device
+    assert reason in choice[1]
+
+
+def test_a_second_copy_that_doesnt_fit_into_memory_is_reported_with_both_sizes() -> None:
+    memory = export_check.Memory(needed=10**10, passing=0, host=12 * 10**9, gpu=0)
+    assert "a second copy needs 13.0 GB, and 12.0 GB are free" in export_check.reload_device(memory)[1]
 
 
 _WAYS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from finetune_api.messages.manifest import Manifest, ManifestJob
 from finetune_api.messages.run import JobRef
 from finetune_cli import screen
 from finetune_trainer.reporting import run_state
+from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.html import page
-from finetune_trainer.reporting.nvml import Gpus
 from finetune_trainer.reporting.progress import progress_of
 from finetune_trainer.reporting.prometheus import Metrics
 from finetune_trainer.reporting.trackers import scalars

@@ -84,7 +84,7 @@ def test_no_label_holds_a_step_a_uri_or_a_uid(setup: JobSetup) -> None:
     running = supervisor_process.start(setup.run(), setup.folder, behavior=hold)
     supervisor_process.wait_until(lambda: value(scrape(setup), "finetune_train_steps_total") == 2)
     labels = {label for _, pairs in scrape(setup) for label in pairs}
-    assert {name for name, _ in labels} <= {"split", "phase", "tier", "gpu", "le", "reason"}
+    assert {name for name, _ in labels} <= {"split", "phase", "tier", "gpu", "uuid", "le", "reason"}
     assert not any("uid-1" in text or "://" in text for _, text in labels)
     running.terminate()
     running.wait()
@@ -110,13 +110,13 @@ def test_a_gpu_is_reported_by_the_real_binding(setup: JobSetup, nvml: Path) -> N
     running = supervisor_process.start(setup.run(), setup.folder, behavior=hold, environment=environment)
     supervisor_process.wait_until(lambda: value(scrape(setup), "finetune_train_steps_total") == 1)
     series = scrape(setup)
-    assert value(series, "finetune_gpu_utilization_ratio", gpu="0") == 0.87
-    assert value(series, "finetune_gpu_memory_used_bytes", gpu="0") == 1000
-    assert value(series, "finetune_gpu_memory_total_bytes", gpu="0") == 80000
-    assert value(series, "finetune_gpu_utilization_ratio", gpu="1") is None
-    assert value(series, "finetune_gpu_memory_used_bytes", gpu="1") == 5
+    assert value(series, "finetune_gpu_utilization_ratio", gpu="0", uuid="GPU-fake-0") == 0.87
+    assert value(series, "finetune_gpu_memory_used_bytes", gpu="0", uuid="GPU-fake-0") == 1000
+    assert value(series, "finetune_gpu_memory_total_bytes", gpu="0", uuid="GPU-fake-0") == 80000
+    assert value(series, "finetune_gpu_utilization_ratio", gpu="1", uuid="GPU-fake-1") is None
+    assert value(series, "finetune_gpu_memory_used_bytes", gpu="1", uuid="GPU-fake-1") == 5
     gpus.write_text("12 2000 80000\n- 5 10\n")
-    assert value(scrape(setup), "finetune_gpu_utilization_ratio", gpu="0") == 0.12
+    assert value(scrape(setup), "finetune_gpu_utilization_ratio", gpu="0", uuid="GPU-fake-0") == 0.12
     running.terminate()
     running.wait()
 
@@ -128,7 +128,9 @@ def test_a_node_that_does_not_lead_serves_its_gpus_but_no_training_series(setup:
     run = setup.with_changes(world=setup.run().world.model_copy(update={"nodes": 2})).run()
     hold = {"hold": str(setup.folder / "go"), "hold_at": 1}
     running = supervisor_process.start(run, setup.folder, behavior=hold, node=1, environment=environment)
-    supervisor_process.wait_until(lambda: value(scrape(setup), "finetune_gpu_utilization_ratio", gpu="0") == 0.5)
+    supervisor_process.wait_until(
+        lambda: value(scrape(setup), "finetune_gpu_utilization_ratio", gpu="0", uuid="GPU-fake-0") == 0.5
+    )
     assert not any(name.startswith("finetune_train") for name, _ in scrape(setup))
     running.terminate()
     assert running.wait().code == 143

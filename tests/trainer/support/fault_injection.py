@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakSet
@@ -17,14 +18,15 @@ class Fault:
 
     memory: a micro-batch of more than `value` tokens runs out of memory; evaluations do so too, but
     only with a model whose training ran out of memory before. gradient: the gradient is NaN if the
-    micro-batch contains token `value`.
+    micro-batch contains token `value`. slow: every forward pass with gradients takes `value` ms
+    longer.
     """
 
-    kind: Literal["memory", "gradient"]
+    kind: Literal["memory", "gradient", "slow"]
     value: int
 
     def install(self) -> None:
-        {"memory": _lack_memory, "gradient": _spoil_gradient}[self.kind](self.value)
+        {"memory": _lack_memory, "gradient": _spoil_gradient, "slow": _slow_down}[self.kind](self.value)
 
 
 def _lack_memory(tokens: int) -> None:
@@ -52,3 +54,11 @@ def _spoil_gradient(token: int) -> None:
             output.register_hook(lambda gradient: gradient * float("nan"))
 
     register_module_forward_hook(spoil)
+
+
+def _slow_down(milliseconds: int) -> None:
+    def wait(module: torch.nn.Module, inputs: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and torch.is_grad_enabled():
+            time.sleep(milliseconds / 1000)
+
+    register_module_forward_pre_hook(wait)

@@ -153,8 +153,8 @@ ALL = (
     ),
     _one(
         15, "each rank stops as soon as it gets the signal", "training/step_sync.py",
-        "return StepOutcome(loss / step.label_tokens, any_stop > 0,",
-        "return StepOutcome(loss / step.label_tokens, stop,",
+        "    return StepOutcome(\n        loss / step.label_tokens,\n        any_stop > 0,",
+        "    return StepOutcome(\n        loss / step.label_tokens,\n        stop,",
         f"{_BUGS}test_a_stop_that_reaches_the_ranks_at_different_steps",
         f"{_GUARDS}test_a_rank_that_is_terminated_stops_all_ranks",
     ),

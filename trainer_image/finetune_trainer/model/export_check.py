@@ -35,6 +35,7 @@ _CANDIDATES = 32
 # rounds to 2^-8 in every layer.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _MEMORY_FACTOR = 1.3  # times the size of the weights: what it takes to load and use a model
+_TENSORS_IN_FLIGHT = 4  # Transformers reads this many at a time (core_model_loading.GLOBAL_WORKERS)
 # What quantizing each weight as it is read leaves of the size; embeddings aren't quantized.
 _QUANTIZED_SHARE = {"none": 1.0, "int8": 0.65, "nf4": 0.5}
 
@@ -52,6 +53,20 @@ class Probe:
     dtype: torch.dtype
     autocast: torch.dtype | None
     encoder_decoder: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a second copy of a model needs, and that are free.
+
+    Its weights take `needed` bytes on the device that computes; `passing` is what the host needs
+    while it loads them for a GPU. `host` and `gpu` are free.
+    """
+
+    needed: int
+    passing: int
+    host: int
+    gpu: int
 
 
 @dataclass(frozen=True)
@@ -99,8 +114,14 @@ def check(result: WrittenResult, probe: Probe, reporter: EventWriter, device: to
     _forget_deepspeed()
     for part in _parts(result, probe):
         release_unused()
-        needed = int(_weight_bytes(result.base, part.dtype) * _QUANTIZED_SHARE[part.quantization])
-        target, reason = reload_device(needed, free_bytes(torch.device("cpu"), 1), _free_gpu_bytes(device))
+        total, largest = _weight_bytes(result.base, part.dtype)
+        memory = Memory(
+            needed=int(total * _QUANTIZED_SHARE[part.quantization]),
+            passing=largest * _TENSORS_IN_FLIGHT,
+            host=free_bytes(torch.device("cpu"), 1),
+            gpu=_free_gpu_bytes(device),
+        )
+        target, reason = reload_device(memory, needs_gpu=part.quantization != "none" and device.type == "cuda")
         if target == "nowhere":
             reporter.decision(part.topic, "not loaded", reason)
             continue
@@ -122,20 +143,29 @@ def check(result: WrittenResult, probe: Probe, reporter: EventWriter, device: to
         reporter.decision(part.topic, "equal", f"{logits} ({reason})")
 
 
-def reload_device(needed: int, host: int, gpu: int) -> tuple[str, str]:
-    """Returns ("gpu", "cpu" or "nowhere"; the reason) for weights of `needed` bytes.
+def reload_device(memory: Memory, *, needs_gpu: bool = False) -> tuple[str, str]:
+    """Returns ("gpu", "cpu" or "nowhere"; the reason).
 
-    `host` and `gpu` are the bytes that are free on each. This function is pure.
+    On the way to a GPU, tensors pass through the host's memory, so both must have room. With
+    `needs_gpu`, the result was trained on a base that a GPU quantized: a CPU may round the
+    constants differently, so it is loaded there or not at all. This function is pure.
     """
-    need = int(needed * _MEMORY_FACTOR)
-    if gpu >= need:
+    need, host, gpu = int(memory.needed * _MEMORY_FACTOR), memory.host, memory.gpu
+    if gpu >= need and host >= memory.passing:
         return "gpu", f"loaded next to the trained one: {need / 1e9:.1f} GB of {gpu / 1e9:.1f} GB free"
-    if host >= need:
+    if host >= need and not needs_gpu:
         return "cpu", f"loaded in the host's memory: {need / 1e9:.1f} GB of {host / 1e9:.1f} GB free"
+    compared = "only the values in the files were compared"
+    if gpu >= need:
+        passing = f"{memory.passing / 1e9:.1f} GB in the host's memory, which has {host / 1e9:.1f} GB free"
+        return "nowhere", f"tensors on their way to the GPU need {passing}: {compared}; raise resources.memory"
+    if needs_gpu:
+        free = f"{need / 1e9:.1f} GB of the GPU, which has {gpu / 1e9:.1f} GB free"
+        return "nowhere", f"the base was quantized on a GPU, and a second copy needs {free}: {compared}"
     return (
         "nowhere",
-        f"a second copy needs {need / 1e9:.1f} GB, and {host / 1e9:.1f} GB are free: only the values in the files were "
-        "compared; raise resources.memory to have the result loaded",
+        f"a second copy needs {need / 1e9:.1f} GB, and {host / 1e9:.1f} GB are free: {compared}; raise "
+        "resources.memory to have the result loaded",
     )
 
 
@@ -217,11 +247,13 @@ def _forget_deepspeed() -> None:
         unset_hf_deepspeed_config()
 
 
-def _weight_bytes(base: Path, dtype: torch.dtype) -> int:
-    """Returns the number of bytes that the base's weights occupy in memory."""
+def _weight_bytes(base: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """Returns the number of bytes that the base's weights occupy in memory, and that of the
+    largest."""
     formats = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
     tensors = adapter_merge.stored_tensors(base)
-    return sum(tensor.bytes // formats.get(tensor.format, 1) * dtype.itemsize for tensor in tensors)
+    sizes = [tensor.bytes // formats.get(tensor.format, 1) * dtype.itemsize for tensor in tensors]
+    return sum(sizes), max(sizes, default=0)
 
 
 def _free_gpu_bytes(device: torch.device) -> int:

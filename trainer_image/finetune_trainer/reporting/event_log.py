@@ -35,6 +35,14 @@ def log_event(log: Log, event: e.Event) -> None:
             for score in event.evaluation.scores:
                 interval = f"difference {score.low:+.4f} to {score.high:+.4f}"
                 log.info(f"{score.name}: {score.base:.4f} → {score.tuned:.4f} ({interval}, {score.verdict})")
+        case e.NetworkEvent() if event.warning:
+            log.warning(f"network: {event.warning}")
+        case e.StragglerEvent() if event.ended:
+            log.info(f"rank {event.rank} is no longer slower than the others", step=event.step, node=event.node)
+        case e.StragglerEvent():
+            log.warning(
+                f"rank {event.rank} is slower than the others", step=event.step, node=event.node, ratio=event.ratio
+            )
         case e.BackoffEvent():
             log.warning(f"microBatchSize={event.choice} from step {event.step} on", detail=event.why)
         case _:

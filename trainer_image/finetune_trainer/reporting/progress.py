@@ -15,9 +15,9 @@ from urllib.parse import urljoin, urlsplit
 
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.run import ProgressConfig
-from finetune_api.status import CheckpointStatus, ModelStatus
+from finetune_api.status import CheckpointStatus, ModelStatus, StragglerStatus
 from finetune_trainer.log import Log
-from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.run_state import RunState, accuracy, loss, margin
 
 _MAX_REDIRECTS = 3
@@ -57,11 +57,17 @@ def progress_of(
         samples=state.samples,
         eta_seconds=state.eta_seconds,
         skipped_steps=state.skipped_steps,
+        straggler=_straggler(state),
         overfitting=state.overfitting,
         checkpoint=checkpoint,
         model=model,
         data=state.data,
     )
+
+
+def _straggler(state: RunState) -> StragglerStatus | None:
+    event = state.straggler
+    return None if event is None else StragglerStatus(rank=event.rank, node=event.node, ratio=round(event.ratio, 2))
 
 
 @dataclass(frozen=True)

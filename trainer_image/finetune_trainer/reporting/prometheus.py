@@ -6,18 +6,16 @@ value is known. No label holds a step, a URI or a UID, so the number of series s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, start_http_server
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from finetune_api.messages import events as e
 from finetune_api.messages.events import SkipReason
 from finetune_api.messages.run import JobRef
 from finetune_trainer.log import Log
-from finetune_trainer.reporting.nvml import Gpus
+from finetune_trainer.reporting.gpus.collector import GpuCollector, ObservedGpus
+from finetune_trainer.reporting.gpus.speed import Speed
 
 _LABELS = ("namespace", "job", "attempt")
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
@@ -26,13 +24,16 @@ _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 6
 class Metrics:
     """Holds the metrics of one attempt, in a registry of their own."""
 
-    def __init__(self, job: JobRef, gpus: Gpus) -> None:
+    def __init__(self, job: JobRef, gpus: ObservedGpus, gpu_count: int = 0) -> None:
+        """`gpu_count` is the number of GPUs of all pods, one for each rank; 0 without GPUs."""
         self.registry = CollectorRegistry(auto_describe=True)
+        self._speed = Speed(gpu_count)
         self._job = {"namespace": job.namespace, "job": job.name, "attempt": str(job.attempt)}
         self._total_steps = 0
-        self.registry.register(_GpuCollector(gpus, self._job))
+        self.registry.register(GpuCollector(gpus, self._job))
         self._define_losses()
         self._define_steps()
+        self._define_ranks()
         self._define_checkpoints()
         self._phase_seconds = self._counter(
             "finetune_phase_seconds",
@@ -100,6 +101,30 @@ class Metrics:
         )
         self._padding = self._gauge("finetune_train_padding_ratio", "Share of computed positions that hold no token.")
 
+    def _define_ranks(self) -> None:
+        self._slowest = self._gauge(
+            "finetune_train_slowest_rank_seconds",
+            "Time that the slowest rank needed for its own part of the last step, before the ranks met.",
+        )
+        self._fastest = self._gauge("finetune_train_fastest_rank_seconds", "The same of the fastest rank.")
+        self._slowest_rank = self._gauge("finetune_train_slowest_rank", "Number of the slowest rank of the last step.")
+        self._straggler = self._gauge(
+            "finetune_train_straggler_ratio",
+            "Time per token of a rank that stays slower than the others, divided by their median; 1 if there is none.",
+        )
+        self._network = self._gauge(
+            "finetune_network_bytes_per_second", "Bandwidth of each node in an all-reduce at the start."
+        )
+        self._gpu_tokens = self._gauge(
+            "finetune_train_tokens_per_second_per_gpu",
+            "Tokens per second and GPU over the last 20 steps, without evaluations and checkpoints.",
+        )
+        self._mfu = self._gauge(
+            "finetune_train_mfu_ratio",
+            "Model FLOPs utilization over the last 20 steps, 0 to 1: the share of the GPUs' bfloat16 peak that the "
+            "model's necessary operations use. Absent for other dtypes, unknown GPUs and MIG slices.",
+        )
+
     def _define_checkpoints(self) -> None:
         self._checkpoint_seconds = self._gauge(
             "finetune_checkpoint_duration_seconds", "Duration of the last checkpoint, by tier (local, remote).", "tier"
@@ -139,6 +164,8 @@ class Metrics:
                 self._set(self._padding, event.padding_share)
                 self._set(self._halvings, event.halvings)
                 self._spikes.labels(**self._job)
+                self._set(self._straggler, 1.0)
+                self._speed.plan = event
                 # A counter starts at 0, or Prometheus would see no increase at the first step.
                 for reason in get_args(SkipReason):
                     self._skipped.labels(**self._job, reason=reason)
@@ -154,6 +181,11 @@ class Metrics:
                 for phase, seconds in event.seconds.items():
                     self._step_seconds.labels(**self._job, phase=phase).observe(seconds)
                 self._set_ratio(event.step)
+                self._observe_speed(event)
+            case e.NetworkEvent():
+                self._set(self._network, event.bytes_per_second)
+            case e.StragglerEvent():
+                self._set(self._straggler, 1.0 if event.ended else event.ratio)
             case e.SkippedEvent():
                 self._skipped.labels(**self._job, reason=event.reason).inc(event.step - event.first + 1)
                 self._set_ratio(event.step)
@@ -175,6 +207,17 @@ class Metrics:
                 self._checkpoint_stall.labels(**self._job).inc(event.stall_seconds)
             case _:
                 return
+
+    def _observe_speed(self, event: e.StepEvent) -> None:
+        self._speed.add(event)
+        if self._speed.tokens_per_gpu is not None:
+            self._set(self._gpu_tokens, self._speed.tokens_per_gpu)
+        if self._speed.mfu is not None:
+            self._set(self._mfu, self._speed.mfu)
+        if event.ranks is not None:
+            self._set(self._slowest, event.ranks.slowest)
+            self._set(self._fastest, event.ranks.fastest)
+            self._set(self._slowest_rank, event.ranks.slowest_rank)
 
     def _set_rewards(self, rewards: e.Rewards | None) -> None:
         if rewards is None:
@@ -216,32 +259,3 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, (*_LABELS, *labels), registry=self.registry)
-
-
-class _GpuCollector(Collector):
-    """Samples the GPUs when Prometheus scrapes."""
-
-    def __init__(self, gpus: Gpus, labels: dict[str, str]) -> None:
-        self._gpus = gpus
-        self._labels = labels
-
-    def collect(self) -> Iterator[Metric]:
-        """Yields one family for each value that a GPU reports."""
-        samples = self._gpus.sample()
-        families: tuple[tuple[str, str, Any], ...] = (
-            (
-                "finetune_gpu_utilization_ratio",
-                "Share of time in which a kernel ran, 0 to 1.",
-                "utilization_ratio",
-            ),
-            ("finetune_gpu_memory_used_bytes", "GPU memory in use.", "memory_used_bytes"),
-            ("finetune_gpu_memory_total_bytes", "Total GPU memory.", "memory_total_bytes"),
-        )
-        for name, text, attribute in families:
-            family = GaugeMetricFamily(name, text, labels=(*self._labels, "gpu"))
-            for sample in samples:
-                value = getattr(sample, attribute)
-                if value is not None:
-                    family.add_metric((*self._labels.values(), str(sample.index)), value)
-            if family.samples:
-                yield family

@@ -33,7 +33,7 @@ class RunState:
     means per supervised token, or per preference pair for objective dpo. `since_eval` is the sum
     and the number of the training losses since the last evaluation, `recent` holds (tokens,
     seconds) of the last steps, and `skipped` holds (first step, last step) of steps that changed
-    nothing.
+    nothing. `straggler` is the rank that is slower than the others now.
     """
 
     phase: str = "starting"
@@ -61,6 +61,7 @@ class RunState:
     skipped: tuple[tuple[int, int], ...] = ()
     spikes: int = 0
     halvings: int = 0
+    straggler: e.StragglerEvent | None = None
 
     @property
     def skipped_steps(self) -> int:
@@ -175,9 +176,11 @@ def after(state: RunState, event: e.Event, *, restored: bool = False) -> RunStat
             return replace(state, spikes=state.spikes + 1)
         case e.BackoffEvent():
             return replace(state, halvings=event.halvings)
+        case e.StragglerEvent():
+            return replace(state, straggler=None if event.ended else event)
         case e.DecisionEvent():
             return replace(state, decisions=(*state.decisions, event))
-        case e.ErrorEvent() | e.TrackingEvent():
+        case e.ErrorEvent() | e.TrackingEvent() | e.NetworkEvent():
             return state
 
 

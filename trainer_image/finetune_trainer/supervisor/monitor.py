@@ -17,7 +17,7 @@ from finetune_api.messages import events
 from finetune_trainer.errors import RunError
 from finetune_trainer.host_memory import oom_kills
 from finetune_trainer.log import Log
-from finetune_trainer.reporting import event_reader
+from finetune_trainer.reporting import event_reader, flight_records
 from finetune_trainer.supervisor import hang_report
 from finetune_trainer.supervisor.exit_reason import RankEnd, root_cause
 from finetune_trainer.supervisor.node import Node
@@ -170,17 +170,33 @@ class Monitor:
 
     def _stop_stalled(self, ranks: RankProcesses) -> RunError:
         """Stops stalled ranks and returns an error that says where they were."""
+        self._node.paths.flight_request.touch()
         traces = self._dump_stacks(ranks)
+        behind = self._read_flight_records(ranks)
         ranks.stop(self._node.timing.terminate)
         rank = hang_report.culprit(traces)
         trace = traces[rank]
         return RunError(
             "Stalled",
             f"no progress for runPolicy.stallSeconds={self._node.run.stall_seconds} in phase {self._phase}: "
-            f"{hang_report.summary(traces)}",
+            f"{hang_report.summary(traces)}{behind and f'; {behind}'}",
             rank=rank,
             log_tail=trace.text if trace else event_reader.last_lines(self._node.paths.rank_log(rank)),
         )
+
+    def _read_flight_records(self, ranks: RankProcesses) -> str:
+        """Logs the last collectives of each rank of this node, and returns which rank is behind.
+
+        A rank that can't run its thread writes none; it is waited for during `settle` seconds.
+        """
+        files = {rank: self._node.paths.flight_record(rank) for rank in ranks.alive}
+        deadline = time.monotonic() + self._node.timing.settle
+        while not all(file.exists() for file in files.values()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        recorded = {rank: flight_records.calls(event_reader.since(file, 0)) for rank, file in files.items()}
+        for rank, history in recorded.items():
+            self._log.warning("last collectives", rank=rank, calls=flight_records.last_calls(history))
+        return flight_records.summary({rank: history for rank, history in recorded.items() if history})
 
     def _dump_stacks(self, ranks: RankProcesses) -> dict[int, hang_report.StackTrace | None]:
         """Returns the stack of each rank of this node, None if it printed none.

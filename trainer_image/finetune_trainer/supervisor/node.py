@@ -82,6 +82,11 @@ class Node:
         return self.rank == 0
 
     @property
+    def gpus_of_job(self) -> int:
+        """The number of GPUs of all pods, one for each rank; 0 on a CPU."""
+        return self.run.world.size if self.run.world.device == "cuda" else 0
+
+    @property
     def tracked_attempt(self) -> Attempt:
         """The attempt as trackers record it."""
         return Attempt(self.run, self.paths, self.environment, self.leads, self.timing.tracking_timeout)

@@ -86,11 +86,35 @@ def rank_specs(
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         **allocator_environment(world.device, environment),
+        **_flight_recorder_environment(environment),
     }
     return tuple(
-        RankSpec(first + local, command, {**shared, "RANK": str(first + local), "LOCAL_RANK": str(local)})
-        for local in range(world.processes_per_node)
+        RankSpec(
+            rank,
+            command,
+            {
+                **shared,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank - first),
+                **_nccl_log_environment(world, paths.nccl_log(rank), environment),
+            },
+        )
+        for rank in range(first, first + world.processes_per_node)
     )
+
+
+def _flight_recorder_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variable that makes PyTorch remember the last collectives, unless one is set."""
+    variables = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # since PyTorch 2.9, and before
+    return {} if any(name in environment for name in variables) else {variables[0]: "2000"}
+
+
+def _nccl_log_environment(world: WorldConfig, log: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables by which NCCL logs what it uses between nodes to a file of its own,
+    unless one of NCCL's variables for logging is set."""
+    if world.device != "cuda" or world.nodes < 2 or any(name.startswith("NCCL_DEBUG") for name in environment):
+        return {}
+    return {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": str(log)}
 
 
 def become_subreaper() -> None:

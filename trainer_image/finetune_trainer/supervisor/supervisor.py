@@ -20,8 +20,8 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.manifest import Contents, build_manifest
 from finetune_trainer.reporting import event_log, history, run_state
+from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.html import writer
-from finetune_trainer.reporting.nvml import Gpus
 from finetune_trainer.reporting.phase_clock import PhaseClock
 from finetune_trainer.reporting.progress import Poster, progress_of
 from finetune_trainer.reporting.prometheus import Metrics
@@ -49,8 +49,8 @@ class Supervisor:
         self._node = node
         self._stop = stop
         self._log = log
-        self._gpus = Gpus()
-        self._metrics = Metrics(node.run.job, self._gpus)
+        self._gpus = Gpus(log)
+        self._metrics = Metrics(node.run.job, self._gpus, node.gpus_of_job)
         self._poster = Poster(node.run.progress if node.leads else None, self._gpus, log)
         self._state = run_state.RunState()
         self._history = history.History()

@@ -24,6 +24,7 @@ from finetune_trainer.reporting.event_log import listed
 from finetune_trainer.training import anomalies, early_stopping, lr_schedule, rollback
 from finetune_trainer.training.context import Training
 from finetune_trainer.training.step_sync import OwnMicroBatches, StepOutcome, agree
+from finetune_trainer.training.stragglers import StragglerWatch
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def train(t: Training, state: CheckpointState) -> LoopResult:
     t.strategy.model.train()
     if t.validation is not None and state.eval_due:
         state = _evaluate(t, t.validation, state)
+    stragglers = StragglerWatch()
     with t.saver() as saver:
         while state.step < total and not state.stopped_early:
             clock = _Clock()
@@ -62,6 +64,7 @@ def train(t: Training, state: CheckpointState) -> LoopResult:
             state, rolled_back = state.model_copy(update={"step": step.number}), False
             if math.isfinite(norm):
                 _report(t, step, agreed, rate, norm, clock.seconds())
+                _report_straggler(t, step, agreed, stragglers)
                 state, rolled_back = rollback.roll_back_after_spike(t, saver, state, agreed.loss)
             else:
                 state = _skip(t, state, step, agreed)
@@ -109,7 +112,8 @@ def _accumulate_gradients(t: Training, step: Step, clock: _Clock) -> OwnMicroBat
                 raise
             return OwnMicroBatches((), out_of_memory=failure.message, metric_sums=(0.0,) * len(metric_sums))
         losses.append(loss.detach())
-    return OwnMicroBatches(tuple(float(loss) for loss in losses), metric_sums=tuple(metric_sums.tolist()))
+    nll = tuple(float(loss) for loss in losses)  # waits until a GPU has computed them
+    return OwnMicroBatches(nll, metric_sums=tuple(metric_sums.tolist()), seconds=clock.seconds()["total"])
 
 
 def _halve_micro_batches(t: Training, state: CheckpointState, message: str) -> tuple[Training, CheckpointState]:
@@ -196,7 +200,32 @@ def _report(t: Training, step: Step, agreed: StepOutcome, rate: float, norm: flo
         samples=len(step.examples),
         seconds=seconds,
         rewards=dpo.rewards(agreed.metric_sums, step.label_tokens),
+        ranks=_rank_seconds(t, agreed),
     )
+
+
+def _rank_seconds(t: Training, agreed: StepOutcome) -> events.RankSeconds | None:
+    """Compare the ranks' own seconds. None if there is nothing to compare: if ranks wait for each
+    other within their micro-batches, all of them need as long as the slowest."""
+    times = agreed.rank_seconds
+    if len(times) < 2 or not t.strategy.independent_micro_batches:
+        return None
+    return events.RankSeconds(fastest=min(times), slowest=max(times), slowest_rank=times.index(max(times)))
+
+
+def _report_straggler(t: Training, step: Step, agreed: StepOutcome, watch: StragglerWatch) -> None:
+    if _rank_seconds(t, agreed) is None:
+        return
+    lengths = t.train.lengths
+    tokens = [sum(int(lengths[list(batch)].sum()) for batch in batches if batch) for batches in step.micro_batches]
+    before = watch.current
+    if not watch.add(agreed.rank_seconds, tokens):
+        return
+    for straggler, ended in ((before, True), (watch.current, False)):
+        if straggler is not None:
+            node = straggler.rank // t.world.local_size
+            fields = {"rank": straggler.rank, "node": node, "ratio": straggler.ratio, "ended": ended}
+            t.reporter.report(events.StragglerEvent, step=step.number, **fields)
 
 
 class _Clock:

@@ -61,6 +61,7 @@ class ResolvedRun:
     micro_batch_tokens: int
     micro_batch_reason: str
     halvings: int
+    size: ModelSize
     decisions: tuple[Decision, ...]
 
     @property
@@ -93,6 +94,7 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
         micro_batch_tokens=tokens,
         micro_batch_reason=tokens_reason,
         halvings=max(saved.halvings if saved else 0, facts.halvings),
+        size=facts.size,
         decisions=(
             Decision("dtype", *dtype),
             Decision("strategy", choice.parallel.kind, choice.reason),

@@ -21,6 +21,7 @@ from finetune_trainer.kernels import fused_modules
 from finetune_trainer.model import compilation, loading, precision
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
+from finetune_trainer.parallel.network import bandwidth
 from finetune_trainer.parallel.strategy import trained
 from finetune_trainer.training import dpo_reference, facts, packing_setup
 from finetune_trainer.training.context import RankContext, Training
@@ -58,6 +59,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     for decision in resolved.decisions:
         context.reporter.decision(decision.topic, decision.choice, decision.reason)
     context = replace(context, run=resolved.run)
+    _measure_network(context)
     run, paths, world, reporter = context.run, context.paths, context.world, context.reporter
     wrapped = load_and_wrap(context, resolved, data)
     strategy, loaded = wrapped.strategy, wrapped.loaded
@@ -84,7 +86,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     )
     state = _state(resolved, saved, data.key, compiled=compiled)
     resume.put_optimizer_state(strategy, training.best, saved, paths, keep_best=run.training.keep_best)
-    _report_plan(training, data, state, wrapped)
+    _report_plan(training, data, state, wrapped, resolved)
     return PreparedRun(training, loaded, state, data)
 
 
@@ -153,7 +155,24 @@ def _fuse(context: RankContext, loaded: LoadedModel, *, enabled: bool) -> None:
         context.reporter.decision("fused", "on", reason)
 
 
-def _report_plan(training: Training, data: Data, state: CheckpointState, wrapped: WrappedModel) -> None:
+def _measure_network(context: RankContext) -> None:
+    """Measure and report the bandwidth between nodes, if there are several."""
+    run, world, reporter = context.run, context.world, context.reporter
+    if run.world.nodes < 2:
+        return
+    measured = bandwidth.measure(world, context.paths.nccl_log(world.rank))
+    reporter.decision("network", measured.choice, measured.reason)
+    reporter.report(
+        events.NetworkEvent,
+        bytes_per_second=measured.bytes_per_second,
+        backend=measured.backend,
+        warning=measured.warning(run.world.strategy),
+    )
+
+
+def _report_plan(
+    training: Training, data: Data, state: CheckpointState, wrapped: WrappedModel, resolved: ResolvedRun
+) -> None:
     plan = training.plan
     training.reporter.report(
         events.PlanEvent,
@@ -169,4 +188,6 @@ def _report_plan(training: Training, data: Data, state: CheckpointState, wrapped
         parameters=wrapped.parameters,
         trainable_parameters=wrapped.trainable,
         halvings=state.halvings,
+        flops_per_token=facts.flops_per_token(resolved, data.train, plan.computed_share()),
+        peak_flops=facts.peak_flops(resolved, training.world.device),
     )

@@ -20,12 +20,14 @@ class OwnMicroBatches:
     """The micro-batches of a rank.
 
     `nll` has the summed loss of each. `metric_sums` are those of the loss (see `LossSum`).
-    `out_of_memory` is the error message if one of them ran out of memory.
+    `out_of_memory` is the error message if one of them ran out of memory. `seconds` is how long
+    this rank needed for them.
     """
 
     nll: tuple[float, ...]
     out_of_memory: str = ""
     metric_sums: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class StepOutcome:
 
     `loss` is the mean per token that counts in it, or per pair. `stop` and `checkpoint_due` are
     what any rank asked for. `out_of_memory` is empty if memory sufficed. `bad_rows` are line
-    numbers, empty if the loss is finite.
+    numbers, empty if the loss is finite. `rank_seconds` are the seconds that each rank needed for
+    its micro-batches.
     """
 
     loss: float
@@ -43,6 +46,7 @@ class StepOutcome:
     out_of_memory: str = ""
     bad_rows: tuple[int, ...] = ()
     metric_sums: tuple[float, ...] = ()
+    rank_seconds: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -54,19 +58,31 @@ def agree(
 ) -> StepOutcome:
     """Join the outcomes of all ranks, which call it together.
 
-    Every rank may see a request to stop; only rank 0 looks at its clock for checkpoints.
+    Every rank may see a request to stop; only rank 0 looks at its clock for checkpoints. The
+    seconds of each rank are summed with zeros of the others. They come last, and the loss
+    first, so that the loss is summed in the same order as without them.
     """
     total = sum(own.nll)
     bad = not math.isfinite(total)
     own_sums = [0.0] * len(own.metric_sums) if bad else own.metric_sums
-    loss, any_bad, any_stop, any_due, any_out_of_memory, *sums = world.all_reduce_sum(
-        0.0 if bad else total, float(bad), float(stop), float(checkpoint_due), float(bool(own.out_of_memory)), *own_sums
+    times = [own.seconds if rank == world.rank else 0.0 for rank in range(world.size)]
+    flags = (float(bad), float(stop), float(checkpoint_due), float(bool(own.out_of_memory)))
+    loss, any_bad, any_stop, any_due, any_out_of_memory, *rest = world.all_reduce_sum(
+        0.0 if bad else total, *flags, *own_sums, *times
     )
+    sums, rank_seconds = tuple(rest[: len(own_sums)]), tuple(rest[len(own_sums) :])
     if any_out_of_memory:
         message = _first_out_of_memory(world, own.out_of_memory)
         return StepOutcome(0.0, any_stop > 0, any_due > 0, out_of_memory=message)
     lines = _bad_rows(world, step.micro_batches[world.rank], train, own.nll) if any_bad else ()
-    return StepOutcome(loss / step.label_tokens, any_stop > 0, any_due > 0, bad_rows=lines, metric_sums=tuple(sums))
+    return StepOutcome(
+        loss / step.label_tokens,
+        any_stop > 0,
+        any_due > 0,
+        bad_rows=lines,
+        metric_sums=sums,
+        rank_seconds=rank_seconds,
+    )
 
 
 def _first_out_of_memory(world: World, own: str) -> str:
