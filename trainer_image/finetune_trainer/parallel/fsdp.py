@@ -41,6 +41,7 @@ class FullyShardedDataParallel:
         self._model = model
         self._optimizer = adamw(trained(model), config, fused=True)
         self._parameters = trained(model)
+        self._all_parameters = dict(model.named_parameters())
 
     @property
     def model(self) -> Any:
@@ -83,6 +84,11 @@ class FullyShardedDataParallel:
 
     def weights(self) -> dict[str, Tensor]:
         return self._gathered(self._parameters)
+
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Converts the shards first, so that what is sent is no larger than what is written."""
+        full = _full(self._all_parameters[name].detach().to(dtype), self._world)
+        return to_cpu(full, dtype) if self._world.is_first else None
 
     def optimizer_state(self) -> dict[str, Tensor]:
         state = self._optimizer.state
