@@ -194,7 +194,8 @@ def _as_stored() -> Iterator[None]:
     convert = core_model_loading._materialize_copy
 
     def view(tensor: Any, device: Any = None, dtype: Any = None) -> Tensor:
-        return convert(tensor, device)
+        stored: Tensor = convert(tensor, device)
+        return stored
 
     core_model_loading._materialize_copy = view
     try:

@@ -71,9 +71,9 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def content(tensor: Tensor) -> memoryview:
-    """Returns the bytes of a tensor on the CPU, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+def content(tensor: Tensor) -> Any:
+    """Returns the bytes of a tensor on the CPU as a buffer, without a copy if it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _outlines(base: Any, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -233,7 +233,7 @@ class _Weight:
         full = self.value.data if self.everywhere else _broadcast(self.value.data, world)
         first = _first_row(sharded.shape[0], world)
         local.copy_(full[first : first + local.shape[0]])
-        shard = DTensor(local, sharded._spec, requires_grad=False)  # type: ignore[call-arg]
+        shard = DTensor(local, sharded._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         parameter = torch.nn.Parameter(shard, self.value.requires_grad)
         for module, name in self.places:
             module._parameters[name] = parameter
