@@ -90,12 +90,12 @@ def test_the_estimate_is_at_most_15_percent_above_what_a_step_needs(case: Case) 
 
 @pytest.mark.parametrize(
     ("ranks", "recompute", "limit"),
-    [(8, False, 50), (8, True, 21), (32, True, 12), (64, True, 11)],
+    [(8, False, 54), (8, True, 24), (32, True, 13), (64, True, 12)],
     ids=["8", "8, recomputed", "32, recomputed", "64, recomputed"],
 )
 def test_full_training_of_8b_in_shards_stays_within_a_gpu(ranks: int, recompute: bool, limit: int) -> None:
-    """Weights, gradients and moments included, with micro-batches of 5,120 tokens: the limits are in
-    GiB."""
+    """The limits are in GiB, with micro-batches of 5,120 tokens. They include weights, moments and
+    the shard of the gradients that the first micro-batch of a step leaves (3.7 GiB on 8 ranks)."""
     case = Case("8B", "full", recompute=recompute, strategy="fsdp", ranks=ranks)
     peak = peak_bytes(replace(_step(case), tokens=5120), _MODELS["8B"]["num_hidden_layers"])
     trained = _size(case).trained

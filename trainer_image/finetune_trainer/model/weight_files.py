@@ -113,30 +113,49 @@ def _create_files(
     folder: Path, base: Any, stored: Mapping[str, Tensor], dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, Slot]:
     """Writes the headers of all files, and the index if there are several files."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(
-        dict(stored), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
-    )
     format_name = next(name for name, known in FORMATS.items() if known == dtype)
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in stored.items()}
+    shards = _shards(sizes, shard_bytes)
     slots: dict[str, Slot] = {}
-    for file_name, names in split.filename_to_tensors.items():
+    for number, names in enumerate(shards, 1):
+        file = folder / _file_name(number, len(shards))
         shapes = {name: tuple(stored[name].shape) for name in sorted(names, key=str.encode)}
-        sizes = {name: stored[name].numel() * dtype.itemsize for name in shapes}
         start = header({name: (format_name, shape, sizes[name]) for name, shape in shapes.items()})
-        (folder / file_name).write_bytes(start)
+        file.write_bytes(start)
         offset = len(start)
         for name, shape in shapes.items():
-            slots[name] = Slot(folder / file_name, offset, shape)
+            slots[name] = Slot(file, offset, shape)
             offset += sizes[name]
-    if split.is_sharded:
+    if len(shards) > 1:
         parameters = sum(torch.Size(shape_of(parameter)).numel() for parameter in base.parameters())
         index = {
-            "metadata": {"total_parameters": parameters, **split.metadata},
-            "weight_map": split.tensor_to_filename,
+            "metadata": {"total_parameters": parameters, "total_size": sum(sizes.values())},
+            "weight_map": {name: slot.file.name for name, slot in slots.items()},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return slots
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Divides tensors into files of at most `limit` bytes, in their order, as Transformers does: a
+    larger tensor gets a file of its own, and the file before it is filled further."""
+    shards: list[list[str]] = []
+    current: list[str] = []
+    used = 0
+    for name, size in sizes.items():
+        if size > limit:
+            shards.append([name])
+            continue
+        if used + size > limit:
+            shards.append(current)
+            current, used = [], 0
+        current.append(name)
+        used += size
+    return [*shards, current] if current else shards
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _gathered(gather: Gather, name: str, dtype: torch.dtype) -> Tensor:
