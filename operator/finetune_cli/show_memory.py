@@ -11,7 +11,7 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.resource import ResourcesSpec
 from finetune_api.scalars import quantity_value
 from finetune_trainer.parallel import model_size, strategy_choice
-from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
+from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
 from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, gib, memory_estimate
 
 _PARALLEL_CONFIGS = (
@@ -58,6 +58,6 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
 
 
 def _line(parallel: ParallelConfig, estimate: MemoryEstimate, tokens: int, device: str) -> str:
-    """Formats a configuration's need. On the CPU, device and host share the same memory."""
-    host = f"; {gib(estimate.host.peak)} of host memory in a pod {estimate.host.purpose}" if device == "cuda" else ""
-    return f"  {parallel!s:<52} {gib(estimate.total(tokens)):>11} ({estimate.table(tokens)}{host})"
+    """Formats a configuration's need."""
+    host = f"host memory of a pod: {host_memory(estimate, tokens, device)}"
+    return f"  {parallel!s:<52} {gib(estimate.total(tokens)):>11} ({estimate.table(tokens)}; {host})"

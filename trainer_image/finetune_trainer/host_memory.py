@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+Cgroup = tuple[Path, Path, str]
 # (limit, statistics, the statistic of memory in use by programs): cgroup v2, then v1.
-_CGROUPS = (
+CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat"), "anon"),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.stat"), "total_rss"),
 )
+_SCARCE = 0.1  # of a limit
 # The counter of kills in the container's own cgroup: v2, then v1.
 _OOM_FILES = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 _OOM_KILLS = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
@@ -24,15 +27,26 @@ def free_bytes(ranks: int) -> int:
 
     Files in the page cache count as free.
     """
-    free = _read_number(Path("/proc/meminfo"), "MemAvailable:", unit=1024)
-    for limit, statistics, in_use in _CGROUPS:
+    return min(free for free, _ in _free_and_limit(CGROUPS)) // ranks
+
+
+def is_scarce(cgroups: Sequence[Cgroup] = CGROUPS) -> bool:
+    """Returns whether less than a tenth of the container's memory, or of its node's, is free."""
+    return any(free < _SCARCE * limit for free, limit in _free_and_limit(cgroups))
+
+
+def _free_and_limit(cgroups: Sequence[Cgroup]) -> list[tuple[int, int]]:
+    """Returns the free bytes and all bytes of the node, and of the container if it has a limit."""
+    meminfo = Path("/proc/meminfo")
+    pairs = [(_read_number(meminfo, "MemAvailable:", unit=1024), _read_number(meminfo, "MemTotal:", unit=1024))]
+    for limit, statistics, in_use in cgroups:
         try:
             text = limit.read_text().strip()
             if text.isdigit():
-                free = min(free, int(text) - _read_number(statistics, in_use))
+                pairs.append((int(text) - _read_number(statistics, in_use), int(text)))
         except OSError:
             continue
-    return max(0, free) // ranks
+    return [(max(0, free), limit) for free, limit in pairs]
 
 
 def release_unused() -> None:

@@ -13,6 +13,18 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
+def can_be_mapped(formats: Collection[str], stored: str, *, trained: bool) -> bool:
+    """Returns whether every rank can use the weights as views of mapped files.
+
+    `formats` are the number formats of all tensors, as safetensors names them, and `stored` is that
+    of the base in memory. Weights that are trained are converted when a shard is copied, which is
+    exact from a shorter format. A frozen base must have the right format already, because adapters
+    are created for it as it is.
+    """
+    exact = {stored, "F16", "BF16"} if trained and stored == "F32" else {stored}
+    return bool(formats) and set(formats) <= exact
+
+
 def check_files(names: Collection[str], at: str) -> None:
     """Checks that a folder has a config.json and safetensors weights that Transformers reads.
 

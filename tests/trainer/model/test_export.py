@@ -225,12 +225,13 @@ def test_empty_tensors_are_never_written(tmp_path: Path, runs: dict[str, Finishe
     from finetune_api.messages.run import parse
 
     run = parse(runs["lora"].paths.run_config.read_bytes())
-    model = LoadedModel(None, None, False, "")
-    with pytest.raises(RuntimeError, match=r"refusing to write empty weights \(a\.lora_A\)"):
+    model = torch.nn.Module()
+    model.lora_A = torch.nn.Parameter(torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match=r"refusing to write empty weights \(lora_A\)"):
         export.write(
             tmp_path / "export",
-            model,
-            {"a.lora_A": torch.zeros(0, 4)},
+            LoadedModel(model, model, False, ""),
+            lambda *_: torch.zeros(0, 4),
             run=run,
             model=runs["lora"].paths.model,
             card="",

@@ -10,8 +10,8 @@ import pytest
 from finetune_api.resource import LoraSpec
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import model_size, strategy_choice
-from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
-from finetune_trainer.parallel.memory_estimate import TrainingSetup
+from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
+from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 from finetune_trainer.parallel.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.strategy_choice import Choice, UserChoice
@@ -134,9 +134,9 @@ def test_a_choice_that_host_memory_prevents_is_explained() -> None:
             id="copies for checkpoints",
         ),
         pytest.param(
-            Scenario("Llama-3.1-8B", "full", 32, 78.5, 5, nodes=4, strategy="fsdp"),
-            ("to save the result", "40.00 GiB are free"),
-            id="saving at the end",
+            Scenario("Llama-3.1-8B", "full", 32, 78.5, 3.5, nodes=4, strategy="zero2"),
+            ("to load the model", "28.00 GiB are free"),
+            id="loading in float32 by each rank",
         ),
     ],
 )
@@ -163,3 +163,30 @@ def test_a_run_that_lacks_host_memory_ends_before_it_loads_anything() -> None:
     with pytest.raises(RunError, match=r"^InvalidConfig: resources\.memory: the GPUs suffice") as error:
         resolve(run_config(METHODS[0], 1), facts)
     assert error.value.reason == "InvalidConfig"
+
+
+def test_a_full_model_in_shards_needs_the_host_only_for_copies_of_checkpoints() -> None:
+    """Its files are mapped, in bfloat16, and its result is gathered weight by weight."""
+    size = replace(_FULL_70B.size, formats=frozenset({"BF16"}))
+    host = memory_estimate(size, _FULL_70B.setup, ParallelConfig("fsdp", recompute=True)).host
+    assert host.loading == 0
+    assert host.saving < 14 * _GIB
+    assert host.training == size.trained * 12 * 8 // 32
+    unmapped = memory_estimate(_FULL_70B.size, _FULL_70B.setup, ParallelConfig("fsdp", recompute=True)).host
+    assert unmapped.loading == size.parameters * 4
+
+
+def test_a_cpu_run_that_lacks_the_hosts_memory_for_its_checkpoints_ends_with_the_field_and_the_amount() -> None:
+    scenario = Scenario("Llama-3.2-3B", "full", 1, 0, 0)
+    setup = replace(scenario.setup, stored=4, half=False, device="cpu")
+    enough = FreeMemory("cpu", 160 * _GIB, 160 * _GIB)
+    user_choice = UserChoice("ddp", "none", "always", 128)
+    choice = strategy_choice.choose(user_choice, scenario.size, setup, enough)
+    need = host_memory(choice.estimate, 128, "cpu")
+    assert need.peak == choice.estimate.total(128) + 12 * scenario.size.trained
+    lacking = FreeMemory("cpu", need.peak - _GIB, need.peak - _GIB)
+    assert choice.estimate.total(128) < lacking.usable
+    with pytest.raises(TooLittleMemory, match="to train and to copy checkpoints") as error:
+        strategy_choice.choose(user_choice, scenario.size, setup, lacking)
+    assert error.value.field == "resources.memory"
+    assert "Raise resources.memory by at least 1Gi" in str(error.value)

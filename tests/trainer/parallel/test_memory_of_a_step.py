@@ -3,7 +3,7 @@ GPU and in the sizes of real models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -86,6 +86,20 @@ def test_the_estimate_is_at_most_15_percent_above_what_a_step_needs(case: Case) 
     """Weights and optimizer state are left out on both sides."""
     measured = peak_bytes(_step(case), _MODELS[case.model]["num_hidden_layers"])
     assert _MIN_BELOW <= _estimated(case) / measured <= _MAX_ABOVE
+
+
+@pytest.mark.parametrize(
+    ("ranks", "recompute", "limit"),
+    [(8, False, 54), (8, True, 24), (32, True, 13), (64, True, 12)],
+    ids=["8", "8, recomputed", "32, recomputed", "64, recomputed"],
+)
+def test_full_training_of_8b_in_shards_stays_within_a_gpu(ranks: int, recompute: bool, limit: int) -> None:
+    """The limits are in GiB, with micro-batches of 5,120 tokens. They include weights, moments and
+    the shard of the gradients that the first micro-batch of a step leaves (3.7 GiB on 8 ranks)."""
+    case = Case("8B", "full", recompute=recompute, strategy="fsdp", ranks=ranks)
+    peak = peak_bytes(replace(_step(case), tokens=5120), _MODELS["8B"]["num_hidden_layers"])
+    trained = _size(case).trained
+    assert (peak + trained * (4 + 8) // ranks) / 2**30 <= limit
 
 
 def _step(case: Case) -> Step:

@@ -141,7 +141,7 @@ def _model(step: Step) -> LoadedModel:
         activation_checkpointing.enable(loaded)
     if step.ranks is not None:
         fsdp._shard_model(
-            loaded.model, World(0, step.ranks, 0, step.ranks, torch.device("cpu")), offload=False, half=torch.bfloat16
+            loaded.model, World(0, 0, step.ranks, step.ranks, torch.device("cpu")), offload=False, half=torch.bfloat16
         )
     elif step.fused:
         with _always_equal():

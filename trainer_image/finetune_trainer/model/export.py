@@ -19,8 +19,9 @@ from torch import Tensor
 from finetune_api.messages.run import RunConfig
 from finetune_trainer.data import tokenizer
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import adapter_merge, lora, partitioned
-from finetune_trainer.model.loading import LoadedModel, load
+from finetune_trainer.model import adapter_merge, lora, weight_files
+from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.model.weight_files import Gather
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -28,26 +29,22 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def write(
-    folder: Path, loaded: LoadedModel, weights: Mapping[str, Tensor], *, run: RunConfig, model: Path, card: str
-) -> None:
-    """Writes the result to `folder`, which appears only when it is complete.
+def write(folder: Path, loaded: LoadedModel, gather: Gather, *, run: RunConfig, model: Path, card: str) -> None:
+    """Writes the result to `folder`, which appears only when it is complete. Only rank 0 calls it,
+    while the other ranks call `send`.
 
-    `weights` are the trained weights in float32, by the model's parameter names; `model` is the
-    base's folder. Raises RuntimeError if there are no weights or one is empty, and
-    RunError(ResultMismatch) if a written adapter reads back differently.
+    `gather` returns a weight of the model that is trained; `model` is the base's folder. Raises
+    RuntimeError if there are no weights or one is empty, and RunError(ResultMismatch) if a written
+    adapter reads back differently.
     """
-    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
-    if empty or not weights:
-        raise RuntimeError(f"refusing to write empty weights ({', '.join(empty[:3]) or 'none at all'})")
     partial = folder.with_name(f"{folder.name}.tmp")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     if run.method == "lora":
-        _write_adapter(partial, loaded, weights, base_name(run))
+        _write_adapter(partial, loaded, _trained_weights(loaded, gather), base_name(run))
     else:
-        _write_model(partial, loaded, weights, model)
+        _write_model(partial, loaded, gather, model)
     for name in _TOKENIZER_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, partial / name)
@@ -58,6 +55,16 @@ def write(
         (partial / "chat_template.jinja").write_text(template)
     (partial / "README.md").write_text(card)
     os.replace(partial, folder)
+
+
+def send(loaded: LoadedModel, gather: Gather, *, run: RunConfig, model: Path) -> None:
+    """Takes part in gathering what rank 0 writes with `write`."""
+    if run.method == "full":
+        weight_files.send(loaded.base, gather, stored_dtype(model))
+        return
+    for name, parameter in loaded.model.named_parameters():
+        if parameter.requires_grad:
+            gather(name, torch.float32)
 
 
 def write_merged(folder: Path, model: Path, *, card: str, heartbeat: Callable[[], None]) -> None:
@@ -124,29 +131,26 @@ def _under_every_name(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Te
     }
 
 
-def _write_model(folder: Path, loaded: LoadedModel, weights: Mapping[str, Tensor], base: Path) -> None:
+def _trained_weights(loaded: LoadedModel, gather: Gather) -> dict[str, Tensor]:
+    """Returns the trained weights in float32, by the model's parameter names."""
+    names = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
+    weights = {name: tensor for name in names if (tensor := gather(name, torch.float32)) is not None}
+    empty = [name for name in names if name not in weights or weights[name].numel() == 0]
+    if empty or not weights:
+        raise RuntimeError(f"refusing to write empty weights ({', '.join(empty[:3]) or 'none at all'})")
+    return weights
+
+
+def _write_model(folder: Path, loaded: LoadedModel, gather: Gather, base: Path) -> None:
     """Writes the full model in the number format of the base's files."""
     dtype = stored_dtype(base)
-    full = {**_frozen(loaded, weights, base, dtype), **weights}
-    tensors = {name: tensor.to(dtype) for name, tensor in full.items()}
     config = copy.deepcopy(loaded.base.config)
     config.dtype = dtype
     config._attn_implementation_internal = None
     config.architectures = [type(loaded.base).__name__]
-    loaded.base.save_pretrained(str(folder), state_dict=tensors, max_shard_size="5GB")
+    loaded.base.save_pretrained(str(folder), state_dict={})  # everything except weights
     config.save_pretrained(str(folder))
-
-
-def _frozen(
-    loaded: LoadedModel, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
-) -> Mapping[str, Tensor]:
-    """Returns the weights that weren't trained, read from the base again: if they are sharded, no
-    rank has them in full."""
-    if {name for name, _ in loaded.base.named_parameters()} <= weights.keys():
-        return {}
-    with partitioned.loading_unpartitioned():
-        base = load(folder, dtype=dtype, longest=0).base
-    return {name: parameter.detach() for name, parameter in base.named_parameters() if name not in weights}
+    weight_files.write(folder, loaded.base, gather, dtype)
 
 
 def stored_dtype(base: Path) -> torch.dtype:

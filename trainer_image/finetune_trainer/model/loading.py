@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,8 @@ class LoadedModel:
 
     `packing_obstacle` says why examples can't share a row; it is empty if they can. `residuals` are
     the matrices that PiSSA or OLoRA subtracted from the base, by the names of the adapters'
-    tensors.
+    tensors. If `mapped`, the base's weights are views of mapped files, in the number format of the
+    files.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class LoadedModel:
     encoder_decoder: bool
     packing_obstacle: str
     quantized: bool = False
+    mapped: bool = False
     residuals: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -84,13 +87,20 @@ def check(folder: Path) -> None:
 
 
 def load(
-    folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = False, quantized: Quantization | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    longest: int,
+    outline: bool = False,
+    mapped: bool = False,
+    quantized: Quantization | None = None,
 ) -> LoadedModel:
     """Loads the base model in evaluation mode, on the CPU, or quantized on the device that
     `quantized` names.
 
     `longest` is the number of tokens in the longest row. With `outline`, the weights stay on
-    PyTorch's meta device: the rank receives its shards from another rank. Raises RunError if the
+    PyTorch's meta device: the rank receives its shards from another rank. With `mapped`, weights
+    stay in the number format of their files, so that nothing is copied. Raises RunError if the
     model can't be used.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -111,7 +121,8 @@ def load(
         else:
             if quantized:
                 options |= quantized.options(dtype)
-            model, missing = _with_weights(auto, folder, config, dtype, options)
+            with _as_stored() if mapped else nullcontext():
+                model, missing = _with_weights(auto, folder, config, dtype, options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
@@ -121,7 +132,7 @@ def load(
         model_folder.check_positions(getattr(config, "max_position_embeddings", None), longest, "dataset")
     disable_repacking(model)
     padding.guard(model, layers(model))
-    return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None)
+    return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None, mapped)
 
 
 def disable_repacking(model: Any) -> None:
@@ -172,6 +183,25 @@ def _with_weights(
         **options,
     )
     return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _as_stored() -> Iterator[None]:
+    """Makes Transformers keep the weights that it loads inside as they are stored: views of mapped
+    files. Everything else is as in a model of the requested number format."""
+    from transformers import core_model_loading
+
+    convert = core_model_loading._materialize_copy
+
+    def view(tensor: Any, device: Any = None, dtype: Any = None) -> Tensor:
+        stored: Tensor = convert(tensor, device)
+        return stored
+
+    core_model_loading._materialize_copy = view
+    try:
+        yield
+    finally:
+        core_model_loading._materialize_copy = convert
 
 
 def _outline(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:

@@ -74,6 +74,9 @@ class DataParallel:
             return {}
         return {name: to_cpu(parameter) for name, parameter in self._parameters.items()}
 
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        return to_cpu(self._model.get_parameter(name), dtype) if self._world.is_first else None
+
     def optimizer_state(self) -> dict[str, Tensor]:
         if not self._world.is_first:
             return {}

@@ -8,13 +8,14 @@ InitProcessGroupKwargs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune_trainer.model import partitioned
 from finetune_trainer.model.partitioned import shape_of
 from finetune_trainer.parallel import deepspeed_config
 from finetune_trainer.parallel.optimizers import OptimizerConfig, adamw, set_rate
@@ -123,21 +124,29 @@ class DeepSpeedZero:
             optimizer.check_grad_overflow = check_grad_overflow
 
     def weights(self) -> dict[str, Tensor]:
+        gathered = {name: self.gather(name, torch.float32) for name in self._parameters}
+        return {name: weight for name, weight in gathered.items() if weight is not None}
+
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor | None:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._gathered({name: (p, safe_get_full_fp32_param) for name, p in self._parameters.items()})
+        if name in self._parameters:
+            return self._gathered(name, safe_get_full_fp32_param(self._parameters[name]), dtype)
+        frozen = self._model.get_parameter(name)
+        with partitioned.gathered(frozen):
+            return self._gathered(name, frozen, dtype)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_moments()
 
-        def reader(moment: str) -> Callable[[Any], Any]:
-            return lambda parameter: safe_get_full_optimizer_state(parameter, moment)
-
-        return self._gathered(
-            {f"{moment}/{name}": (p, reader(moment)) for name, p in self._parameters.items() for moment in MOMENTS}
-        )
+        gathered = {
+            f"{moment}/{name}": self._gathered(name, safe_get_full_optimizer_state(parameter, moment), torch.float32)
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }
+        return {name: moment for name, moment in gathered.items() if moment is not None}
 
     def extents(self) -> dict[str, Extent]:
         return {name: self._extent(parameter) for name, parameter in self._parameters.items()}
@@ -255,20 +264,12 @@ class DeepSpeedZero:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _gathered(self, readers: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Gathers one tensor at a time, so that only rank 0, which keeps them, holds more than one.
-
-        `readers` maps a name to a parameter and to the function that gathers its value on all
-        ranks.
-        """
-        gathered: dict[str, Tensor] = {}
-        for name, (parameter, read_full) in readers.items():
-            value = read_full(parameter)
-            if value is None or value.numel() == 0:
-                raise RuntimeError(f"DeepSpeed returned no values for {name}")
-            if self._world.is_first:
-                gathered[name] = to_cpu(value)
-        return gathered
+    def _gathered(self, name: str, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Returns a copy of what all ranks gathered on rank 0, and None on the others, which don't
+        keep it."""
+        if value is None or value.numel() == 0:
+            raise RuntimeError(f"DeepSpeed returned no values for {name}")
+        return to_cpu(value, dtype) if self._world.is_first else None
 
 
 @contextmanager

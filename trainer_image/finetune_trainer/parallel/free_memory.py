@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_trainer.parallel.memory_estimate import (
+    HostMemory,
     MemoryEstimate,
     ParallelConfig,
     TrainingSetup,
@@ -54,6 +55,10 @@ class Need:
         """The bytes of the device."""
         return self.estimate.total(self.tokens)
 
+    def host(self, free_memory: FreeMemory) -> HostMemory:
+        """What a pod needs of the host's memory."""
+        return host_memory(self.estimate, self.tokens, free_memory.device)
+
 
 class TooLittleMemory(ValueError):
     """Signals that no permitted configuration fits. `field` is the field of the job to change, and
@@ -64,16 +69,26 @@ class TooLittleMemory(ValueError):
         self.field = field
 
 
-def fits_host(estimate: MemoryEstimate, free_memory: FreeMemory) -> bool:
-    """Returns whether the host's memory suffices from loading to saving. On the CPU, the estimate
-    has no separate figure for it."""
-    return free_memory.device == "cpu" or estimate.host.per_rank <= free_memory.host
+def host_memory(estimate: MemoryEstimate, tokens: int, device: str) -> HostMemory:
+    """Returns what a pod needs of the host's memory in each phase if `tokens` tokens are computed
+    at a time. On CPUs, that includes what the ranks themselves need."""
+    host = estimate.host
+    if device == "cuda":
+        return host
+    resident = host.ranks * (estimate.weights + estimate.optimizer)
+    training = host.ranks * estimate.total(tokens) + host.training
+    return replace(host, training=training, saving=resident + host.saving)
+
+
+def fits_host(estimate: MemoryEstimate, tokens: int, free_memory: FreeMemory) -> bool:
+    """Returns whether the host's memory suffices from loading to saving."""
+    return host_memory(estimate, tokens, free_memory.device).per_rank <= free_memory.host
 
 
 def fits(estimate: MemoryEstimate, tokens: int, free_memory: FreeMemory) -> bool:
-    """Returns whether `tokens` tokens at a time fit into the device's memory and, if that is a GPU,
-    the whole run also into the host's."""
-    return estimate.total(tokens) <= free_memory.usable and fits_host(estimate, free_memory)
+    """Returns whether `tokens` tokens at a time fit into the device's memory, and the whole run
+    into the host's."""
+    return estimate.total(tokens) <= free_memory.usable and fits_host(estimate, tokens, free_memory)
 
 
 def shortage(need: Need, free_memory: FreeMemory) -> str:
@@ -91,23 +106,25 @@ def refusal(needs: list[Need], size: ModelSize, setup: TrainingSetup, free_memor
     on_device = [need for need in needs if need.total <= free_memory.usable]
     if not on_device:
         return _too_little_on_device(min(needs, key=lambda need: need.total), size, setup, free_memory)
-    need = min(on_device, key=lambda need: need.estimate.host.peak)
+    need = min(on_device, key=lambda need: need.host(free_memory).peak)
     return too_little_on_host(need, free_memory, _more_ranks(need.tokens, size, setup, free_memory))
 
 
 def too_little_on_host(need: Need, free_memory: FreeMemory, alternative: str = "") -> TooLittleMemory:
     """Returns the error for a configuration that lacks only the host's memory. `alternative` is
     another remedy as a sentence."""
-    missing = need.estimate.host.peak - free_memory.host * need.estimate.host.ranks
+    host = need.host(free_memory)
+    missing = host.peak - free_memory.host * host.ranks
+    enough = "the GPUs suffice" if free_memory.device == "cuda" else "each process would have enough"
     return TooLittleMemory(
         "resources.memory",
-        f"the GPUs suffice, but the host's memory doesn't: {_host_shortage(need, free_memory)}. Raise "
+        f"{enough}, but the host's memory doesn't suffice: {_host_shortage(need, free_memory)}. Raise "
         f"resources.memory by at least {math.ceil(missing / _GIB)}Gi. {alternative}".rstrip(),
     )
 
 
 def _host_shortage(need: Need, free_memory: FreeMemory) -> str:
-    host = need.estimate.host
+    host = need.host(free_memory)
     return (
         f"{need.parallel} needs {gib(host.peak)} of host memory in a pod {host.purpose}, and "
         f"{gib(free_memory.host * host.ranks)} are free"

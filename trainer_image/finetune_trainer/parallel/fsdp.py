@@ -2,9 +2,10 @@
 
 It uses PyTorch's FSDP2 (`fully_shard`), which gathers a layer only while that layer is computed. In
 a run in half precision it gathers the layer in that format, and reduces gradients in float32.
-Only rank 0 reads the model. The others start from its outline (`loading.load(outline=True)`) and
-receive each layer's weights just before that layer is sharded, so no other rank ever holds more
-than its shard and one layer.
+If the model's files have the number format that the run needs, or a shorter one that is trained in
+float32, each rank copies only its own rows from the mapped files to its device. Otherwise, only
+rank 0 reads the model, and the others start from its outline (`loading.load(outline=True)`) and
+receive one weight at a time. No other rank ever holds more than its shard and one weight.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +27,27 @@ from finetune_trainer.parallel.strategy import MOMENTS, Extent, TensorSource, to
 from finetune_trainer.parallel.world import World
 
 
+@dataclass(frozen=True)
+class WeightSource:
+    """Says where ranks find the weights that they shard.
+
+    If `mapped`, every rank has those of the base, as views of files that all ranks of a node share;
+    otherwise, rank 0 sends them. Adapters always come from rank 0. `dtype` is the number format of
+    the base's shards, or None for that of the weights.
+    """
+
+    mapped: bool = False
+    adapters: bool = False
+    dtype: torch.dtype | None = None
+
+    def has(self, parameter: Any) -> bool:
+        """Returns whether every rank has this weight."""
+        return self.mapped and not (self.adapters and parameter.requires_grad)
+
+
+FROM_RANK_0 = WeightSource()
+
+
 class FullyShardedDataParallel:
     """Keeps a shard of everything on each rank. With `offload`, weights, gradients and moments stay
     in the host's memory until they are needed."""
@@ -32,15 +55,23 @@ class FullyShardedDataParallel:
     independent_micro_batches = False  # ranks communicate in forward and backward passes
 
     def __init__(
-        self, model: Any, config: OptimizerConfig, world: World, *, offload: bool, half: torch.dtype | None = None
+        self,
+        model: Any,
+        config: OptimizerConfig,
+        world: World,
+        *,
+        offload: bool,
+        half: torch.dtype | None = None,
+        source: WeightSource = FROM_RANK_0,
     ) -> None:
         self._world = world
         self._max_norm = config.max_grad_norm
         self._storage_device = torch.device("cpu") if offload else world.device
-        _shard_model(model, world, offload=offload, half=half)
+        _shard_model(model, world, offload=offload, half=half, source=source)
         self._model = model
         self._optimizer = adamw(trained(model), config, fused=True)
         self._parameters = trained(model)
+        self._all_parameters = dict(model.named_parameters())
 
     @property
     def model(self) -> Any:
@@ -83,6 +114,11 @@ class FullyShardedDataParallel:
 
     def weights(self) -> dict[str, Tensor]:
         return self._gathered(self._parameters)
+
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Converts the shards first, so that what is sent is no larger than what is written."""
+        full = _full(self._all_parameters[name].detach().to(dtype), self._world)
+        return to_cpu(full, dtype) if self._world.is_first else None
 
     def optimizer_state(self) -> dict[str, Tensor]:
         state = self._optimizer.state
@@ -131,10 +167,8 @@ class FullyShardedDataParallel:
         return _full(norm, self._world).to(self._storage_device)
 
     def _extent(self, sharded: Any) -> Extent:
-        """Returns which part of a sharded tensor this rank holds. FSDP2 divides the first
-        dimension, as torch.chunk does."""
-        rows = sharded.shape[0]
-        first = min(-(-rows // self._world.size) * self._world.rank, rows)
+        """Returns which part of a sharded tensor this rank holds."""
+        first = _first_row(sharded.shape[0], self._world)
         return Extent(tuple(sharded.shape), first * math.prod(sharded.shape[1:]), sharded.to_local().numel())
 
     def _load_part(self, sharded: Any, tensors: TensorSource, name: str) -> None:
@@ -155,7 +189,14 @@ class FullyShardedDataParallel:
         return gathered
 
 
-def _shard_model(model: Any, world: World, *, offload: bool, half: torch.dtype | None) -> None:
+def _shard_model(
+    model: Any,
+    world: World,
+    *,
+    offload: bool,
+    half: torch.dtype | None,
+    source: WeightSource = FROM_RANK_0,
+) -> None:
     """Shards each layer, and then what remains outside of the layers (embeddings, output layer,
     norms)."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -165,28 +206,63 @@ def _shard_model(model: Any, world: World, *, offload: bool, half: torch.dtype |
     policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     precision = MixedPrecisionPolicy() if half is None else MixedPrecisionPolicy(half, torch.float32)
     for unit in [*layers(model), model]:
-        _broadcast_tensors(unit, world)
+        replaced = _replace_by_outlines(unit, world, source)
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=policy)
+        for weight in replaced:
+            weight.fill(world, torch.device("cpu") if offload else world.device)
 
 
-def _broadcast_tensors(unit: torch.nn.Module, world: World) -> None:
-    """Gives every rank a copy of rank 0's weights and buffers, on its own device. Tied weights stay
-    tied."""
+@dataclass
+class _Weight:
+    """Holds a weight of which this rank needs a shard, and the modules that use it. `value` is the
+    full weight, or an outline if `everywhere` is false and this isn't rank 0."""
+
+    value: Any
+    outline: Any
+    everywhere: bool
+    places: list[tuple[torch.nn.Module, str]] = field(default_factory=list)
+
+    def fill(self, world: World, device: torch.device) -> None:
+        """Replaces the sharded outline by this rank's shard, on the device that stores it. All
+        ranks must call it in the same order."""
+        from torch.distributed.tensor import DTensor
+
+        module, name = self.places[0]
+        sharded: Any = module._parameters[name]
+        local = torch.empty(sharded.to_local().shape, dtype=sharded.dtype, device=device)
+        full = self.value.data if self.everywhere else _broadcast(self.value.data, world)
+        first = _first_row(sharded.shape[0], world)
+        local.copy_(full[first : first + local.shape[0]])
+        shard = DTensor(local, sharded._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        parameter = torch.nn.Parameter(shard, self.value.requires_grad)
+        for module, name in self.places:
+            module._parameters[name] = parameter
+
+
+def _replace_by_outlines(unit: torch.nn.Module, world: World, source: WeightSource) -> list[_Weight]:
+    """Puts outlines into a unit, in the number format of the shards, and returns the weights that
+    it had. Tied weights stay tied. Buffers come from rank 0."""
     from torch.distributed.tensor import DTensor
 
-    received: dict[int, Any] = {}
+    weights: dict[int, _Weight] = {}
     for module in unit.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue
-            if id(parameter) not in received:
-                value = _broadcast(parameter.data, world)
-                # The old parameter stays referenced, so that no other object gets its id.
-                received[id(parameter)] = parameter, torch.nn.Parameter(value, parameter.requires_grad)
-            module._parameters[name] = received[id(parameter)][1]
+            if id(parameter) not in weights:
+                everywhere = source.has(parameter)
+                dtype = source.dtype if everywhere and source.dtype is not None else parameter.dtype
+                values = torch.empty_like(parameter, dtype=dtype, device="meta")
+                weights[id(parameter)] = _Weight(
+                    parameter, torch.nn.Parameter(values, parameter.requires_grad), everywhere
+                )
+            weight = weights[id(parameter)]
+            weight.places.append((module, name))
+            module._parameters[name] = weight.outline
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _broadcast(buffer, world)
+    return list(weights.values())
 
 
 def _broadcast(value: Tensor, world: World) -> Tensor:
@@ -194,6 +270,12 @@ def _broadcast(value: Tensor, world: World) -> Tensor:
     local = value.to(world.device) if world.is_first else torch.empty_like(value, device=world.device)
     dist.broadcast(local, src=0)
     return local
+
+
+def _first_row(rows: int, world: World) -> int:
+    """Returns the first row of this rank's shard of a tensor. FSDP2 divides the first dimension, as
+    torch.chunk does."""
+    return min(-(-rows // world.size) * world.rank, rows)
 
 
 def _full(sharded: Any, world: World) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from finetune_api.spec.hardware import Offload, Strategy
 from finetune_trainer.kernels.sizes import SOFTMAX_BYTES
+from finetune_trainer.model_folder import can_be_mapped
 from finetune_trainer.parallel import activations
 from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
 from finetune_trainer.parallel.model_size import ModelSize
@@ -23,6 +24,7 @@ _QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}  # including their constants
 _LOGIT_BYTES = 3 * max(SOFTMAX_BYTES.values())
 """Float32 logits of the largest chunk, their gradient, and what is computed in between."""
 _FILE_BYTES = 2  # per weight of a result: one in float32 needs no copy in another number format
+_FORMATS = {2: "BF16", 4: "F32"}  # by bytes per weight
 _ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -88,6 +90,9 @@ class HostMemory:
     loading: int
     training: int
     saving: int
+
+    def __str__(self) -> str:
+        return f"{gib(self.loading)} to load, {gib(self.training)} to train, {gib(self.saving)} to save"
 
     @property
     def peak(self) -> int:
@@ -215,22 +220,32 @@ def _logits(size: ModelSize, setup: TrainingSetup) -> int:
 def _host_memory(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, offloaded: int) -> HostMemory:
     """Returns the bytes that the first node needs. `offloaded` is what each rank leaves there.
 
-    With fsdp and zero3, only rank 0 loads the model. A checkpoint is written from a copy of the
-    trained weights and their moments, and a result from the gathered weights and from all weights
-    in the number format of its files.
+    A checkpoint is written from a copy of the trained weights and their moments. Of a full model,
+    one weight at a time is gathered and converted; `size.largest` is at least as large.
     """
     ranks_here = setup.ranks_per_node
-    base = _base_bytes(size, setup)
     copy = size.trained * 4 + int(size.trained * _MOMENT_BYTES.get(setup.optimizer, 8.0))
     if setup.shards_checkpoints and parallel.strategy != "ddp":
         copy = copy * ranks_here // setup.ranks
-    result = size.trained * 4 + (size.parameters * _FILE_BYTES if setup.full else size.trained * 4)
+    result = size.largest * (4 + _FILE_BYTES) if setup.full else size.trained * 8
     return HostMemory(
         ranks=ranks_here,
-        loading=max(base if parallel.strategy in ("zero3", "fsdp") else ranks_here * base, ranks_here * offloaded),
+        loading=max(_loading_bytes(size, setup, parallel), ranks_here * offloaded),
         training=ranks_here * offloaded + copy,
         saving=ranks_here * offloaded + result,
     )
+
+
+def _loading_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
+    """Returns what the first node holds while the model is loaded, besides shards and the pages of
+    mapped files, which the kernel can take back. zero3 reads and splits one module at a time."""
+    stored = _FORMATS[setup.stored]
+    sharded = parallel.strategy == "fsdp"
+    if can_be_mapped(size.formats, stored, trained=setup.full and sharded) and setup.quantized == "none":
+        return 0
+    if parallel.strategy == "zero3":
+        return size.largest * setup.stored
+    return _base_bytes(size, setup) * (1 if sharded else setup.ranks_per_node)
 
 
 def _base_bytes(size: ModelSize, setup: TrainingSetup) -> int:

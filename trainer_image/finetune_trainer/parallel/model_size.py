@@ -11,7 +11,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class ModelSize:
     everything outside of the layers. `matrices` is the number of values in the layers' matrices,
     which are those that a quantized base stores in few bits. `trains_head` says whether, with
     adapters, a copy of the embeddings or the output layer is trained. `layer` is known only for
-    layers that are built like those of Llama.
+    layers that are built like those of Llama. `formats` are the number formats of the files, as
+    safetensors names them, if they are known.
     """
 
     parameters: int
@@ -64,6 +65,7 @@ class ModelSize:
     matrices: int = 0
     trains_head: bool = False
     layer: LayerShape | None = None
+    formats: frozenset[str] = frozenset()
 
 
 def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> ModelSize:
@@ -73,17 +75,20 @@ def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> M
     selects. Raises RunError if the files can't be read.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    formats: set[str] = set()
     try:
         for path in sorted(folder.glob("*.safetensors")):
-            shapes.update(tensor_shapes(path))
+            for name, (format_name, shape) in _tensors(path).items():
+                shapes[name] = shape
+                formats.add(format_name)
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}") from None
-    return size_of(config, shapes, lora, full)
+    return replace(size_of(config, shapes, lora, full), formats=frozenset(formats))
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes by name from the header of a safetensors file.
+def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns number formats and shapes by name from the header of a safetensors file.
 
     Raises ValueError if the header is too large to be one.
     """
@@ -92,7 +97,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"{path.name} isn't a safetensors file: its header would have {length} bytes")
         header: dict[str, Any] = json.loads(file.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {n: (entry["dtype"], tuple(entry["shape"])) for n, entry in header.items() if n != "__metadata__"}
 
 
 def size_of(

@@ -87,6 +87,11 @@ class ParallelStrategy(Protocol):
         """Returns the trained weights by name on rank 0's CPU, and nothing on the other ranks."""
         ...
 
+    def gather(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """Returns one weight of the model, trained or not, in the number format `dtype` on rank 0's
+        CPU, and None on the other ranks. `name` is the same on all ranks."""
+        ...
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """Returns the optimizer state by `<key>/<parameter>`, e.g. exp_avg/…, on rank 0's CPU, and
         nothing on the other ranks."""
@@ -145,6 +150,6 @@ def trained(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def to_cpu(tensor: Tensor) -> Tensor:
-    """Returns a contiguous copy in float32 on the CPU that shares no memory with `tensor`."""
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+def to_cpu(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns a contiguous copy on the CPU that shares no memory with `tensor`."""
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()

@@ -152,7 +152,7 @@ def choose(choice: UserChoice, size: ModelSize, setup: TrainingSetup, free_memor
         return _choice(choice, best, _auto_reason(best, options, size, setup, free_memory), free_memory)
     last = options[-1]
     if choice.strategy != "auto" and last.need.estimate.fixed <= free_memory.free:
-        if not fits_host(last.need.estimate, free_memory):
+        if not fits_host(last.need.estimate, last.need.tokens, free_memory):
             raise too_little_on_host(last.need, free_memory)
         return _choice(choice, last, "", free_memory)
     raise refusal([option.need for option in options], size, setup, free_memory)
@@ -182,7 +182,10 @@ def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory
 def micro_batch_tokens(estimate: MemoryEstimate, free_memory: FreeMemory, longest: int) -> int:
     """Returns how many tokens to compute at a time: as many as fit and make computing faster, but
     at least those of the longest row."""
-    fitting = estimate.fitting_tokens(free_memory.usable)
+    usable = free_memory.usable
+    if free_memory.device == "cpu":  # copies for checkpoints are in the same memory
+        usable = min(usable, free_memory.host - estimate.host.training // estimate.host.ranks)
+    fitting = estimate.fitting_tokens(usable)
     return max(longest, min(_MAX_USEFUL_TOKENS[free_memory.device], fitting))
 
 

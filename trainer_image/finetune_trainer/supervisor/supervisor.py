@@ -59,7 +59,7 @@ class Supervisor:
         self._checkpoint: CheckpointStatus | None = None
         self._uploader: CheckpointUploader | None = None
         self._storage: Storage | None = None
-        self._halvings = 0
+        self._memory = oom_backoff.MemoryWatch(node.run.job, node.rank, log)
         self._recorder = Recorder(node.tracked_attempt, log)
 
     def run(self) -> Result:
@@ -75,6 +75,7 @@ class Supervisor:
             return self._failed(outcomes.unexpected(error, self._log))
         finally:
             self._enter(self._phases.phase, self._phases.message)
+            self._memory.end()
             self._poster.close()
 
     def _run_attempt(self) -> Result:
@@ -105,8 +106,9 @@ class Supervisor:
         storage, destination = preflight.check_destination(run, node.access, write=node.leads)
         if destination.finished is not None:
             return Inputs(storage, destination)
-        self._storage, self._halvings = storage, oom_backoff.read(storage, run.job)
-        node.paths.halvings.write_text(str(self._halvings))
+        self._storage = storage
+        self._memory.start(storage, run.world.nodes)
+        node.paths.halvings.write_text(str(self._memory.halvings))
         data = download.data(run, node.paths, node.access, self._set_message)
         if node.leads and run.world.device == "cpu":
             self._enter("checking", "checking the rows")
@@ -117,8 +119,7 @@ class Supervisor:
         return Inputs(storage, destination, model, data, resume)
 
     def _resume(self, inputs: Inputs) -> None:
-        """Restores the history, the losses and the checkpoint in status from an earlier attempt, if
-        there was one, and starts the trackers and the uploader."""
+        """Restores what an earlier attempt reported, and starts the trackers and the uploader."""
         run = self._node.run
         if inputs.model is not None:
             self._model = ModelStatus(
@@ -166,6 +167,7 @@ class Supervisor:
 
     def _report(self) -> None:
         self._recorder.poll()
+        self._memory.look(self._state.halvings)
         self._poster.offer(
             progress_of(
                 self._state,
@@ -189,10 +191,7 @@ class Supervisor:
     # ---- after the ranks
 
     def _publish(self, inputs: Inputs) -> ArtifactStatus:
-        """Completes the result folder and uploads it. It runs in a thread.
-
-        A storage that doesn't answer is retried, because otherwise the training would be lost.
-        """
+        """Completes the result folder and uploads it, in a thread, until the storage answers."""
         node, run, saved = self._node, self._node.run, self._state.saved
         if saved is None or inputs.model is None or inputs.data is None:
             raise RunError("TrainingError", "the ranks ended without a result and without an error")
@@ -254,7 +253,7 @@ class Supervisor:
         error = exit_reason.with_gpu_faults(error, self._gpus.faults())
         self._log.error(error.message, reason=error.reason, rank=error.rank, exit_code=error.exit_code)
         if error.reason == "OutOfMemory" and error.rank is not None:
-            halvings = max(self._halvings, self._state.halvings) + 1
+            halvings = max(self._memory.halvings, self._state.halvings) + 1
             oom_backoff.write(self._storage, self._node.run.job, halvings, self._log)
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))

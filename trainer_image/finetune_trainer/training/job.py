@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from finetune_api.messages import events
 from finetune_trainer import license as model_license
 from finetune_trainer.checkpoint import local_folder
@@ -61,19 +59,17 @@ def _save(t: Training, state: CheckpointState, loaded: LoadedModel, test_loss: f
     run, paths, world = t.run, t.paths, t.world
     inputs = export_check.example(t.train, t.collate)
     probe = export_check.probe(inputs, t.evaluator.logits(inputs), t.loss_sum.autocast, run)
-    weights = t.strategy.weights()
     if not world.is_first:
+        export.send(loaded, t.strategy.gather, run=run, model=paths.model)
         return
-    _write_result(t, state, loaded, weights, test_loss)
+    _write_result(t, state, loaded, test_loss)
     written = export_check.WrittenResult(paths.export, run, paths.model)
     export_check.check(written, probe, t.reporter, world.device)
     step = state.result_step(keep_best=run.training.keep_best)
     t.reporter.report(events.SavedEvent, path=str(paths.export), step=step)
 
 
-def _write_result(
-    t: Training, state: CheckpointState, loaded: LoadedModel, weights: dict[str, Tensor], test_loss: float | None
-) -> None:
+def _write_result(t: Training, state: CheckpointState, loaded: LoadedModel, test_loss: float | None) -> None:
     """Write the adapter or model, and the merged model if there is one, each with its model
     card."""
     run, paths = t.run, t.paths
@@ -82,7 +78,7 @@ def _write_result(
     license = model_license.of_folder(paths.model)
     base_name = export.base_name(run)
     card = model_card.card(run, base_name, figures, license=license)
-    export.write(paths.export, loaded, weights, run=run, model=paths.model, card=card)
+    export.write(paths.export, loaded, t.strategy.gather, run=run, model=paths.model, card=card)
     if run.merge:
         merged_card = model_card.card(run, base_name, figures, license=license, merged=True)
         export.write_merged(paths.export, paths.model, card=merged_card, heartbeat=t.reporter.heartbeat)

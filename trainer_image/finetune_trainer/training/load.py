@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from finetune_trainer import model_folder
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.dataset import Data
-from finetune_trainer.model import activation_checkpointing, loading, method
+from finetune_trainer.model import activation_checkpointing, adapter_merge, loading, method, weight_files
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.parallel import deepspeed, deepspeed_config, fsdp, optimizers
 from finetune_trainer.parallel.ddp import DataParallel
@@ -17,6 +18,10 @@ from finetune_trainer.parallel.strategy import ParallelStrategy
 from finetune_trainer.training.context import RankContext
 from finetune_trainer.training.resolve import ResolvedRun
 
+_LOADING = {
+    True: ("mapped", "each process copies its own rows from the mapped files"),
+    False: ("by rank 0", "the files have another number format than the run, or the base is changed first"),
+}
 _STAGES: dict[str, deepspeed_config.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -55,13 +60,18 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
     if options is not None:
         deepspeed_config.prepare_environment(run.world.device)
     dtype = stored(resolved)
+    mapped = _maps_files(context, dtype)
+    if run.world.strategy == "fsdp":
+        choice, reason = _LOADING[mapped]
+        context.reporter.decision("loading", choice, reason)
     with deepspeed_config.split_while_loading(options, dtype):
         loaded = loading.load(
             context.paths.model,
             dtype=dtype,
             # What one token attends to at most: the row of a preference pair holds two answers.
             longest=min(data.longest, run.data.max_sequence_length),
-            outline=run.world.strategy == "fsdp" and not world.is_first,
+            outline=run.world.strategy == "fsdp" and not mapped and not world.is_first,
+            mapped=mapped,
             quantized=method.quantized(run, world.device, context.reporter),
         )
     loaded = method.apply(run, loaded, data, context.reporter)
@@ -70,6 +80,19 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
     parameters, trainable = loaded.parameters, loaded.trainable
     strategy = _wrapped(context, resolved, loaded)
     return WrappedModel(loaded, strategy, parameters, trainable, _collator(context, loaded, data))
+
+
+def _maps_files(context: RankContext, dtype: torch.dtype) -> bool:
+    """Returns whether fsdp shards the base from mapped files.
+
+    PiSSA and OLoRA change the base, and added tokens its embeddings, so rank 0 does that once.
+    """
+    run = context.run
+    changed = bool(run.added_tokens) or (run.lora is not None and run.lora.init != "default")
+    formats = {tensor.format for tensor in adapter_merge.stored_tensors(context.paths.model)}
+    name = next(name for name, known in weight_files.FORMATS.items() if known == dtype)
+    mappable = model_folder.can_be_mapped(formats, name, trained=run.method == "full")
+    return run.world.strategy == "fsdp" and mappable and not changed
 
 
 def _zero_options(resolved: ResolvedRun) -> deepspeed_config.ZeroOptions | None:
@@ -86,7 +109,8 @@ def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -
     context.reporter.decision("optimizer", config.optimizer, optimizers.reason(run.training, config, name))
     if name == "fsdp":
         offload = run.world.offload == "parameters"
-        return fsdp.FullyShardedDataParallel(loaded.model, config, world, offload=offload, half=dtype)
+        source = fsdp.WeightSource(loaded.mapped, run.method == "lora", stored(resolved) if loaded.mapped else None)
+        return fsdp.FullyShardedDataParallel(loaded.model, config, world, offload=offload, half=dtype, source=source)
     options = _zero_options(resolved)
     if options is None:
         return DataParallel(loaded.model, config, world, dtype)
