@@ -9,6 +9,7 @@ on this rank. A module that computes anything else stays as it is.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,8 +140,25 @@ def _replace_layer(layer: Any, norms: dict[int, _Norm], device: torch.device) ->
     inputs = (_wave(_ROWS, len(norm.module.weight), norm.module.weight.dtype, device)[None],)
     if not _same(sample.forward, _layer_forward(sample, sample_norm), inputs):
         return False
-    _replace(layer, _layer_forward(layer, norm))
+    _replace(layer, _checkpointed(layer, _layer_forward(layer, norm)))
     return True
+
+
+def _checkpointed(layer: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `forward`, which recomputes its activations if the layer's own forward pass would.
+
+    In current Transformers, that is what checkpoints; in older ones, it is the layer's `__call__`.
+    """
+    if getattr(getattr(type(layer).forward, "__code__", None), "co_name", "") != "forward_with_checkpointing":
+        return forward
+
+    def checkpointed(hidden_states: Tensor, **options: Any) -> Tensor:
+        if layer.gradient_checkpointing and layer.training:
+            options = {**options, "past_key_values": None, "use_cache": False}
+            return layer._gradient_checkpointing_func(functools.partial(forward, **options), hidden_states)  # type: ignore[no-any-return]
+        return forward(hidden_states, **options)
+
+    return checkpointed
 
 
 def _layer_forward(layer: Any, norm: _Norm) -> Callable[..., Tensor]:
