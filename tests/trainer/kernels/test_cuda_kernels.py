@@ -1,5 +1,5 @@
-"""The Triton kernels, run by Triton's interpreter and compiled for every supported GPU architecture,
-and the operators and modules that use them."""
+"""The Triton kernels, run by Triton's interpreter and compiled for every supported architecture of
+GPUs, and the operators and modules that use them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_model_computes_the_same_with_the_kernels(
             if recompute:
                 activation_checkpointing.enable(LoadedModel(model, model, False, ""))
             calls: list[object] = []
-            model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(None))
+            model.model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(None))
             embedded = model.get_input_embeddings()(torch.arange(3, 23)[None]).detach().requires_grad_()
             logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
             logits.square().mean().backward()
@@ -126,7 +126,8 @@ def test_an_adapter_adds_to_its_layer_within_a_product(dtype: torch.dtype, dropo
     for fused in (False, True):
         torch.manual_seed(0)
         model: Any = peft.get_peft_model(
-            nn.Sequential(nn.Linear(48, 32, dtype=dtype)), peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout)
+            nn.Sequential(nn.Linear(48, 32, dtype=dtype)),
+            peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout),
         )
         for parameter in model.parameters():
             nn.init.normal_(parameter.data)

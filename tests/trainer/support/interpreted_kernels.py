@@ -1,4 +1,5 @@
-"""Runs the Triton kernels in Triton's interpreter and prints how far they are from float64, as JSON.
+"""Runs the Triton kernels in Triton's interpreter, and prints how far they are from float64 as
+JSON.
 
 Each error is the largest one of a tensor, in units of the last place (of the number format, at the
 size of the value or of the row's largest gradient). It needs TRITON_INTERPRET=1.
@@ -98,7 +99,9 @@ def _poisoned(dtype: torch.dtype) -> dict[str, float]:
                 base = x if d is None else total
                 results.append((out, *launch.rms_norm_backward(slope, None, base, weight, inverse, False, True)))
             different += not torch.equal(results[0][2], results[1][2])
-            different += sum(not torch.equal(a[other_rows], b[other_rows]) for a, b in zip(*results, strict=True) if a.dim() == 2)
+            different += sum(
+                not torch.equal(a[other_rows], b[other_rows]) for a, b in zip(*results, strict=True) if a.dim() == 2
+            )
         for gelu in (False, True):
             pairs = [
                 (launch.gated(x, d, gelu), *launch.gated_backward(slope, x, d, gelu))

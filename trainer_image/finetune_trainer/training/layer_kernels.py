@@ -39,7 +39,10 @@ def choose(
         failures = [failure for failure in world.all_gather(_failure(context, trial, batches, loss_sum)) if failure]
         if failures:
             compilation.stop_compiling(layers)
-            compiled, reason = False, f"the first micro-batch can't be compiled, so layers run uncompiled: {failures[0]}"
+            compiled, reason = (
+                False,
+                f"the first micro-batch can't be compiled, so layers run uncompiled: {failures[0]}",
+            )
     reporter.decision("compile", "on" if compiled else "off", reason)
     return bool(compiled)
 

@@ -1,5 +1,5 @@
-"""Makes a model's layers use the fused kernels: norms, gated products, the sum in front of a layer's
-second norm, and rotary embeddings.
+"""Makes a model's layers use the fused kernels: norms, gated products, the sum in front of a
+layer's second norm, and rotary embeddings.
 
 A module is recognized by what it computes: it is compared with its replacement on a few rows, with
 weights of its own number format in place of the model's, so that weights may be sharded or not yet
@@ -124,14 +124,17 @@ def _product_forward(module: Any, product: Callable[[Tensor, Tensor], Tensor]) -
 
 
 def _replace_layer(layer: Any, norms: dict[int, _Norm], device: torch.device) -> bool:
-    """Replaces a layer whose second norm reads the sum of the layer's input and attention's output."""
+    """Replaces a layer whose second norm reads the sum of the layer's input and attention's
+    output."""
     if {name for name, _ in layer.named_children()} != _LAYER:
         return False
     norm = norms.get(id(layer.post_attention_layernorm))
     if norm is None or id(layer.input_layernorm) not in norms:
         return False
     sample = copy.copy(layer)
-    sample_norms = [_with_sample_weight(layer._modules[f"{name}_layernorm"], device) for name in ("input", "post_attention")]
+    sample_norms = [
+        _with_sample_weight(layer._modules[f"{name}_layernorm"], device) for name in ("input", "post_attention")
+    ]
     sample._modules = {
         "self_attn": _AttentionSample(), "mlp": _Scaled(0.75), "input_layernorm": sample_norms[0],
         "post_attention_layernorm": sample_norms[1],
@@ -198,7 +201,7 @@ def _replace_rotary(module: Any, device: torch.device) -> bool:
     if not _same(lambda q, k: sample(original)(q, k, *tables), lambda q, k: sample(rotate)(q, k, *tables), heads):
         return False
     rotate.replaces = original  # type: ignore[attr-defined]
-    setattr(source, "apply_rotary_pos_emb", rotate)
+    source.apply_rotary_pos_emb = rotate
     return True
 
 
@@ -252,7 +255,10 @@ def _same(theirs: Callable[..., Any], ours: Callable[..., Any], inputs: tuple[Te
         return False  # theirs needs or returns something else
     limit = 2e-2 if inputs[0].dtype.itemsize < 4 else 1e-4
     pairs = zip(expected, computed, strict=True)
-    return all(a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, limit, limit) for a, b in pairs)
+    same_kind = (a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+    return all(same_kind) and all(
+        torch.allclose(a, b, rtol=limit, atol=limit) for a, b in zip(expected, computed, strict=True)
+    )
 
 
 def _with_gradients(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -19,10 +19,8 @@ def rms_norm(
     total = hidden if delta is None else hidden + delta
     x = _wide(total)
     inverse = (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    if shifted:
-        out = (x * inverse * (1 + _wide(weight))).to(total.dtype)
-    else:
-        out = (x * inverse).to(total.dtype) * weight
+    scaled = x * inverse
+    out = (scaled * (1 + _wide(weight))).to(total.dtype) if shifted else scaled.to(total.dtype) * weight
     return hidden.new_empty(0) if delta is None else total, out, inverse.squeeze(-1)
 
 
