@@ -17,62 +17,62 @@ _MAX_ERROR = 2.0
 
 
 def run(stage: child.Stage) -> None:
-    with stage.guarded("kernels"):
-        _kernels(stage)
+    for dtype in (torch.bfloat16, torch.float32):
+        with stage.guarded(f"kernels, {str(dtype)[6:]}"):
+            _kernels(stage, dtype)
     with stage.guarded("taken"):
         _compared(stage)
 
 
-def _kernels(stage: child.Stage) -> None:
-    """Each kernel in bfloat16 and float32 at the sizes of an 8B model: its largest error against
-    float64 in units of the last place, and the bytes that it reads and writes per second."""
+def _kernels(stage: child.Stage, dtype: torch.dtype) -> None:
+    """Each kernel at the sizes of an 8B model: its largest error against float64 in units of the
+    last place, and the bytes that it reads and writes per second."""
     shape, tokens = (kit.TINY, 64) if stage.setting.tiny else (kit.LLAMA_8B, 6208)
     device = stage.setting.device
-    for dtype in (torch.bfloat16, torch.float32):
-        torch.manual_seed(0)
-        hidden, delta = (torch.randn(tokens, shape.hidden, device=device).to(dtype) for _ in range(2))
-        gate, up = (torch.randn(tokens, 3 * shape.hidden, device=device).to(dtype) for _ in range(2))
-        weight, size = torch.randn(shape.hidden, device=device).to(dtype), 64
-        heads = hidden.view(1, tokens, -1, size).transpose(1, 2)
-        cos, sin = (torch.randn(1, tokens, size, device=device).to(dtype) for _ in range(2))
-        inverse = elementwise.rms_norm(hidden, weight, 1e-5, False)[1]
-        wide = [t.double() for t in (hidden, delta, weight, gate, up, heads, cos, sin)]
-        x, d, w, g, u, h, c, s = wide
-        works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-            "norm": (
-                lambda: elementwise.rms_norm(hidden, weight, 1e-5, False)[0],
-                lambda: reference.rms_norm(x, None, w, 1e-5, False)[1],
-            ),
-            "norm of a sum": (
-                lambda: elementwise.add_rms_norm(hidden, delta, weight, 1e-5, False)[0],
-                lambda: x + d,
-            ),
-            "norm, backward": (
-                lambda: elementwise.rms_norm_backward(delta, None, hidden, weight, inverse, False, False)[0],
-                lambda: reference.rms_norm_backward(d, None, x, w, inverse.double(), False, False)[0],
-            ),
-            "swiglu": (lambda: elementwise.gated(gate, up, False), lambda: reference.gated(g, u, False)),
-            "swiglu, backward": (
-                lambda: elementwise.gated_backward(up, gate, up, False)[0],
-                lambda: reference.gated_backward(u, g, u, False)[0],
-            ),
-            "geglu": (lambda: elementwise.gated(gate, up, True), lambda: reference.gated(g, u, True)),
-            "rotary": (
-                lambda: elementwise.rotary(heads, cos, sin, False),
-                lambda: reference.rotary(h, c, s, False),
-            ),
-        }  # fmt: skip
-        values = {
-            "norm": 2,
-            "norm of a sum": 4,
-            "norm, backward": 3,
-            "swiglu": 3,
-            "swiglu, backward": 5,
-            "geglu": 3,
-            "rotary": 2,
-        }
-        for name, (work, exact) in works.items():
-            _kernel(stage, f"{name}, {str(dtype)[6:]}", work, exact, values[name])
+    torch.manual_seed(0)
+    hidden, delta = (torch.randn(tokens, shape.hidden, device=device).to(dtype) for _ in range(2))
+    gate, up = (torch.randn(tokens, 3 * shape.hidden, device=device).to(dtype) for _ in range(2))
+    weight, size = torch.randn(shape.hidden, device=device).to(dtype), 64
+    heads = hidden.view(1, tokens, -1, size).transpose(1, 2)
+    cos, sin = (torch.randn(1, tokens, size, device=device).to(dtype) for _ in range(2))
+    inverse = elementwise.rms_norm(hidden, weight, 1e-5, False)[1]
+    wide = [t.double() for t in (hidden, delta, weight, gate, up, heads, cos, sin)]
+    x, d, w, g, u, h, c, s = wide
+    works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "norm": (
+            lambda: elementwise.rms_norm(hidden, weight, 1e-5, False)[0],
+            lambda: reference.rms_norm(x, None, w, 1e-5, False)[1],
+        ),
+        "norm of a sum": (
+            lambda: elementwise.add_rms_norm(hidden, delta, weight, 1e-5, False)[0],
+            lambda: x + d,
+        ),
+        "norm, backward": (
+            lambda: elementwise.rms_norm_backward(delta, None, hidden, weight, inverse, False, False)[0],
+            lambda: reference.rms_norm_backward(d, None, x, w, inverse.double(), False, False)[0],
+        ),
+        "swiglu": (lambda: elementwise.gated(gate, up, False), lambda: reference.gated(g, u, False)),
+        "swiglu, backward": (
+            lambda: elementwise.gated_backward(up, gate, up, False)[0],
+            lambda: reference.gated_backward(u, g, u, False)[0],
+        ),
+        "geglu": (lambda: elementwise.gated(gate, up, True), lambda: reference.gated(g, u, True)),
+        "rotary": (
+            lambda: elementwise.rotary(heads, cos, sin, False),
+            lambda: reference.rotary(h, c, s, False),
+        ),
+    }  # fmt: skip
+    values = {
+        "norm": 2,
+        "norm of a sum": 4,
+        "norm, backward": 3,
+        "swiglu": 3,
+        "swiglu, backward": 5,
+        "geglu": 3,
+        "rotary": 2,
+    }
+    for name, (work, exact) in works.items():
+        _kernel(stage, f"{name}, {str(dtype)[6:]}", work, exact, values[name])
 
 
 def _kernel(stage: child.Stage, name: str, work: Callable[[], Any], exact: Callable[[], Any], tensors: int) -> None:

@@ -47,8 +47,8 @@ ROWS = 4
 class Step:
     """Describes a step of training a model of this shape.
 
-    `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks` is the number of ranks that fsdp shards the model over; None means that it isn't
-    sharded.
+    `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks`
+    is the number of ranks that fsdp shards the model over; None means that it isn't sharded.
     """
 
     shape: tuple[tuple[str, Any], ...]

@@ -65,7 +65,7 @@ def attend_backward(
             )
             for gathered in (dk, dv)
         )
-    return tuple(tensor.transpose(0, 1)[None] for tensor in (dq, dk, dv))  # type: ignore[return-value]
+    return dq.transpose(0, 1)[None], dk.transpose(0, 1)[None], dv.transpose(0, 1)[None]
 
 
 def _layout(query: Tensor) -> CudaLayout:

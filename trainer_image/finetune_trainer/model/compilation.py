@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from finetune_api.spec.hardware import Strategy
+from finetune_api.spec.hardware import StrategyOption
 from finetune_trainer.kernels.cuda import toolchain
 
 
@@ -52,7 +52,7 @@ class Conditions:
 
     device: str
     half: bool
-    strategy: Strategy
+    strategy: StrategyOption
     recompute: bool
     packed: bool
 

@@ -201,7 +201,7 @@ def _replace_rotary(module: Any, device: torch.device) -> bool:
     if not _same(lambda q, k: sample(original)(q, k, *tables), lambda q, k: sample(rotate)(q, k, *tables), heads):
         return False
     rotate.replaces = original  # type: ignore[attr-defined]
-    source.apply_rotary_pos_emb = rotate
+    vars(source)["apply_rotary_pos_emb"] = rotate
     return True
 
 
