@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.kernels import packed_row
-from finetune_trainer.kernels.flash_layout import CudaLayout
+from finetune_trainer.kernels.cuda.flash_layout import CudaLayout
 
 
 def supports(query: Tensor, value: Tensor) -> bool:

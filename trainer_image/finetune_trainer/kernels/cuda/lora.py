@@ -40,7 +40,7 @@ def _replace(module: Any) -> bool:
         one_dtype = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == up.weight.dtype
         usual = one_dtype and not (module.disable_adapters or module.merged or arguments or options)
         if not usual or module.active_adapters != [name]:
-            return original(hidden, *arguments, **options)  # type: ignore[no-any-return]
+            return original(hidden, *arguments, **options)
         result = module.base_layer(hidden)
         inputs = module._cast_input_dtype(hidden, down.weight.dtype)
         inner = down(module.lora_dropout[name](inputs))

@@ -53,7 +53,8 @@ class _Norm:
     shifted: bool
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return elementwise.rms_norm(hidden, self.module.weight, self.epsilon, self.shifted)[0]
+        out: Tensor = elementwise.rms_norm(hidden, self.module.weight, self.epsilon, self.shifted)[0]
+        return out
 
 
 def replace_modules(model: nn.Module, device: torch.device, *, sums: bool = True) -> Replaced:
@@ -103,7 +104,8 @@ def _replace_product(module: Any, device: torch.device) -> bool:
     for gelu in (False, True):
 
         def product(gate: Tensor, up: Tensor, gelu: bool = gelu) -> Tensor:
-            return elementwise.gated(gate, up, gelu)
+            out: Tensor = elementwise.gated(gate, up, gelu)
+            return out
 
         if _same(lambda gate, up: module.act_fn(gate) * up, product, factors):
             sample = copy.copy(module)
