@@ -27,7 +27,7 @@ STAGES = (
     ),
     Stage("attention", 60, "Is packed attention exact on this GPU for every head size, and which kernel is fastest?"),
     Stage("head", 45, "Are the loss and the gradients of the chunked head exact, and which chunk size is fastest?"),
-    Stage("fused", 20, "Are fused norms and gated products used, and what do they save?"),
+    Stage("fused", 45, "Are the fused kernels exact and used, how fast are they, and what do they save?"),
     Stage(
         "ranks", 170, "Does every strategy and method train, with the losses of the CPU and in the chosen dtype?", 400
     ),

@@ -18,6 +18,7 @@ BY_FAKES = "computed with fake tensors"
 BY_RUN = "run on a CPU"
 BY_READING = "read from the source"
 BY_ARITHMETIC = "calculated"
+BY_INTERPRETER = "run by Triton's interpreter"
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,28 @@ def _fragments(findings: Findings) -> bool | None:
         return None
 
 
+_KERNELS = [f"fused/{name}, bfloat16" for name in ("norm", "norm of a sum", "norm, backward", "swiglu", "rotary")]
+
+
+def _bandwidth(findings: Findings) -> bool | None:
+    """Whether the kernels' bandwidth is close to that of a copy."""
+    try:
+        copy = findings["machine/copy"]["figures"]["bytes_per_second"] / 1e9
+        return all(findings[name]["figures"]["gigabytes_per_second"] >= 0.8 * copy for name in _KERNELS)
+    except (KeyError, TypeError):
+        return None
+
+
+def _exact(findings: Findings) -> bool | None:
+    verdicts = [findings[name]["verdict"] for name in _KERNELS if name in findings]
+    return all(verdict == "right" for verdict in verdicts) if len(verdicts) == len(_KERNELS) else None
+
+
 _PRECISION = "0033-mixed-precision.md"
 _ESTIMATE = "0019-memory-estimate.md"
 _PODS = "0034-pods-for-gpu-clusters.md"
 _OBSERVED = "0042-what-a-gpu-says.md"
+_FUSED = "0036-fused-kernels.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -112,7 +131,8 @@ CLAIMS = (
     Claim("G13", "two groups that each have half of their pods wait for each other forever", BY_ARITHMETIC),
     Claim("G14", "the defaults for CPU, memory and scratch starve GPUs", BY_READING),
     Claim("G15", "fragmentation costs memory that expandable segments would save", BY_ARITHMETIC, _fragments, _PODS),
-    Claim("G16", "compile: always recompiles for each layout, and then falls back to eager", BY_RUN),
+    Claim("G16", "compile: always recompiles for each layout, and then falls back to eager", BY_RUN,
+          fixed_in=_FUSED),
     Claim(
         "G17", "gradients of a prefix that 300 examples share are off by 1% or more, or differ when repeated",
         BY_ARITHMETIC,
@@ -149,6 +169,14 @@ CLAIMS = (
         "§2", "the chunked head makes the host wait at least twice per chunk", BY_READING,
         _figures("head/LoRA, 32 MiB", lambda f: f["host_syncs"] >= 8),
     ),
+    Claim("§2", "norms, gated products and rotary embeddings aren't fused on a GPU", BY_FAKES,
+          _verdict("fused/taken", "wrong"), _FUSED),
+    Claim(
+        "§3.8", "the fused kernels move at least 80% of what a copy moves per second", BY_ARITHMETIC,
+        _bandwidth,
+    ),
+    Claim("§3.8", "the fused kernels are exact to two units in the last place on a GPU", BY_INTERPRETER, _exact),
+    Claim("§3.7", "compiled layers with fused kernels save 8% of the time of long runs on a GPU", BY_ARITHMETIC),
     Claim(
         "§2", "an 8B model trains at 33 to 40% MFU with LoRA on q and v", BY_FAKES,
         _figures("large/LoRA q,v", lambda f: 0.33 <= f["mfu"] <= 0.40 and "8B" in f["shape"]),

@@ -49,3 +49,20 @@ def test_the_check_runs_from_the_trainers_image_and_its_log_contains_the_results
         assert any(finding["name"] == "LoRA, fsdp" for finding in document["findings"])
     finally:
         world.kubectl("delete", "job", NAME, "--wait=false")
+
+
+def test_the_trainers_image_has_what_triton_needs_to_build_a_launcher(world: World) -> None:
+    """A C compiler and Python.h, whatever base the image was built on."""
+    code = "from finetune_trainer.kernels.cuda import toolchain; print('missing:', toolchain.missing() or 'nothing')"
+    pod = yaml.safe_load(FILE.read_text())["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    container |= {"image": world.trainer_image, "command": ["python", "-c", code], "args": []}
+    container["resources"] = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}
+    name = "finetune-toolchain-check"
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod}
+    world.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
+    try:
+        world.kubectl("wait", f"pod/{name}", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s", check=False)
+        assert world.kubectl("logs", name).strip() == "missing: nothing"
+    finally:
+        world.kubectl("delete", f"pod/{name}", "--ignore-not-found")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -127,6 +128,30 @@ def test_the_code_is_copied_after_everything_that_takes_long(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_image_runs_as_a_numbered_user_who_is_not_root(name: str) -> None:
     assert "\nUSER 65532:65532\n" in (REPOSITORY / RECIPES[name].dockerfile).read_text()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "header", "installed"),
+    [(True, True, None), (False, True, "g++"), (True, False, "g++ python3-dev"), (False, False, "g++ python3-dev")],
+)
+def test_the_trainer_image_gets_what_triton_needs_to_build_a_launcher(
+    tmp_path: Path, compiler: bool, header: bool, installed: str | None
+) -> None:
+    """The Dockerfile's own command, on a system that has only the programs below."""
+    text = (REPOSITORY / RECIPES["trainer"].dockerfile).read_text()
+    (command,) = [step for step in text.replace("\\\n", "").split("\n") if step.startswith("RUN header=")]
+    programs = {"apt-get": 'echo "$@"', "python3": f"echo {tmp_path}", **({"g++": ""} if compiler else {})}
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    if header:
+        (tmp_path / "Python.h").touch()
+    steps = command.removeprefix("RUN ").partition("&& rm ")[0] + "; }"
+    done = subprocess.run(
+        ["/bin/sh", "-c", steps], env={"PATH": str(tmp_path)}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    commands = [line for line in done.stdout.splitlines() if line.startswith(("update", "install"))]
+    assert commands == ([] if installed is None else ["update", f"install -y --no-install-recommends {installed}"])
 
 
 def test_uv_is_found_where_make_venv_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

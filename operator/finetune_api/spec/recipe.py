@@ -183,8 +183,9 @@ class TrainingSpec(Model):
     )
     compile: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="Compile the layers of the model with PyTorch Inductor before training. auto does so on hardware "
-        "for which a speedup was measured (CPUs that are fast in bfloat16), if the run is long enough to pay for it.",
+        description="Compile the layers of the model with PyTorch Inductor before training: with ddp, and on GPUs "
+        "also with fsdp. auto does so in bfloat16 if the run is long enough to pay for it. If the first micro-batch "
+        "can't be compiled, the layers run uncompiled, and the decision compile says why.",
     )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
     scheduler: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(

@@ -108,7 +108,6 @@ def _step(case: Case) -> Step:
         lora=_METHODS[case.method],
         recompute=case.recompute,
         tokens=_TOKENS,
-        fused=case.strategy == "ddp",
         ranks=case.ranks if case.strategy == "fsdp" else None,
     )
 

@@ -153,7 +153,7 @@ def test_parts_add_up_by_hand() -> None:
 
 
 def test_recomputation_stores_only_a_layers_input() -> None:
-    precision = activations.Precision(half=False, trained=False, fused=True, quantized=False)
+    precision = activations.Precision(half=False, trained=False)
     again, stored = (activations.bytes_per_token(_SMALL, precision, recompute=recompute) for recompute in (True, False))
     assert again.stored + again.outside < stored.stored / 8
 

@@ -23,11 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from finetune_api.resource import LoraSpec
 from finetune_trainer.data.batching import packed_layout
 from finetune_trainer.data.batching.collator import Batch
-from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, fused_modules, packed_attention
+from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, packed_attention
+from finetune_trainer.kernels.cuda import lora as kernels_of_adapters
+from finetune_trainer.kernels.cuda import modules
 from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES
 from finetune_trainer.model import activation_checkpointing
 from finetune_trainer.model import lora as adapters
@@ -44,9 +47,8 @@ ROWS = 4
 class Step:
     """Describes a step of training a model of this shape.
 
-    `lora` is None for full training. With `fused`, norms and gated products are replaced, as ddp
-    does. `ranks` is the number of ranks that fsdp shards the model over; None means that it isn't
-    sharded.
+    `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks`
+    is the number of ranks that fsdp shards the model over; None means that it isn't sharded.
     """
 
     shape: tuple[tuple[str, Any], ...]
@@ -143,9 +145,10 @@ def _model(step: Step) -> LoadedModel:
         fsdp._shard_model(
             loaded.model, World(0, 0, step.ranks, step.ranks, torch.device("cpu")), offload=False, half=torch.bfloat16
         )
-    elif step.fused:
+    if step.fused:
         with _always_equal():
-            fused_modules.replace_modules(base)
+            modules.replace_modules(base, torch.device("cpu"))
+        kernels_of_adapters.replace_modules(loaded.model)
     loaded.model.train()
     return loaded
 
@@ -192,6 +195,7 @@ def _cuda_branches() -> Iterator[None]:
         (torch, "bincount", counts),
         (FakeTensor, "tolist", lambda _: [0, 128]),
         (torch.nn.Module, "to", lambda module, *_, **__: module),
+        (modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb),  # replaced inside
     )
     with ExitStack() as stack:
         for owner, name, value in replacements:

@@ -43,7 +43,7 @@ def _attention(
     if not dropout and attention_cpu.supports(query, value):
         return attention_cpu.attend(query, key, value, scale)[0], None
     if not dropout and attention_cuda.supports(query, value):
-        return attention_cuda.attend(row.cuda(query.device), query, key, value, scale), None
+        return attention_cuda.attend(query, key, value, scale)[0], None
     return attention_reference.attend(row.layout, query, key, value, scale, dropout=dropout), None
 
 

@@ -14,8 +14,8 @@ import torch
 
 from finetune_trainer.data.batching.packed_layout import Layout
 from finetune_trainer.kernels.attention_avx512 import NativeLayout
-from finetune_trainer.kernels.attention_cuda import CudaLayout
 from finetune_trainer.kernels.bucketed_layout import BucketedLayout
+from finetune_trainer.kernels.cuda.flash_layout import CudaLayout
 from finetune_trainer.kernels.length_buckets import length_buckets
 
 

@@ -22,15 +22,11 @@ class Precision:
 
     With `half`, matrix products are in bfloat16. With `trained`, the base's own weights are
     trained. Activations between products are in the format of the weights: in bfloat16 if the
-    weights are frozen or `gathered` in it, and otherwise in float32. With `fused`, frozen norms and
-    gated products store less (`kernels.fused_modules`), except for the products of a `quantized`
-    base.
+    weights are frozen or `gathered` in it, and otherwise in float32.
     """
 
     half: bool
     trained: bool
-    fused: bool
-    quantized: bool
     gathered: bool = False
 
     @property
@@ -69,19 +65,19 @@ def _layer(size: ModelSize, shape: LayerShape, precision: Precision) -> int:
     """Returns the bytes that the backward pass of one layer needs, in bfloat16.
 
     Attention stores q, k, v and its output. A gated product stores its two factors and, unless it
-    is fused, the activated one.
+    is fused (`kernels.cuda`), the activated one.
     """
     attention = 2 * (2 * shape.queries + 2 * shape.keys)
-    fused = precision.fused and shape.fusible
-    gated = (4 if fused and not precision.quantized else 6) * size.intermediate
+    gated = (4 if shape.fusible else 6) * size.intermediate
     if not precision.trained:
-        norms = (2 if fused else 4) * shape.norms
+        norms = (2 if shape.fusible else 4) * shape.norms
         return norms + attention + gated + 2 * shape.adapter_inputs + shape.dropout_masks
-    # Norms store their inputs in float32 and what they multiply by their weights. Matrix products
-    # store their inputs in bfloat16: q, k and v; gate and up; and down, whose input is the gated
-    # product. The input of o is attention's output. If norms are in float32, each product stores
-    # its own copy of its input.
-    inputs = 8 * shape.norms + (5 * 2 * size.hidden if precision.wide else 0)
+    # Fused norms store their inputs, in the format of the activations. Matrix products store their
+    # inputs in bfloat16: q, k and v; gate and up; and down, whose input is the gated product. The
+    # input of o is attention's output. Norms that aren't fused store their inputs in float32 and
+    # what they multiply by their weights. If norms are in float32, each product stores its own copy
+    # of its input.
+    inputs = (4 if shape.fusible else 8) * shape.norms + (5 * 2 * size.hidden if precision.wide else 0)
     return inputs + attention + gated + 2 * size.intermediate
 
 

@@ -201,8 +201,6 @@ def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
     precision = activations.Precision(
         setup.half,
         trained=setup.full,
-        fused=parallel.strategy in ("ddp", "zero1"),
-        quantized=setup.quantized != "none",
         gathered=parallel.strategy == "fsdp",
     )
     known = size if setup.device == "cuda" else replace(size, layer=None)

@@ -31,7 +31,7 @@ class LayerShape:
 
     `queries` and `keys` are all heads together, and `norms` is what enters the layer's norms.
     `adapter_inputs` is what adapters store of their inputs, and `dropout_masks` is how many values
-    have a mask. With `fusible`, norms and gated products are of the kind that `fused_modules`
+    have a mask. With `fusible`, norms and gated products are of the kind that `kernels.cuda`
     replaces.
     """
 
@@ -161,8 +161,9 @@ def _layer_shape(
         if "norm" in name and name.endswith(".weight")
     ]
     inputs, masks = (0, 0) if lora is None else _adapter_inputs(shapes, lora)
-    silu = config.get("hidden_act", config.get("hidden_activation", "silu")) in ("silu", "swish")
-    return LayerShape(queries, keys, sum(norms) // layers, inputs // layers, masks // layers, silu)
+    activation = config.get("hidden_act", config.get("hidden_activation", "silu"))
+    fusible = activation in ("silu", "swish", "gelu_pytorch_tanh")
+    return LayerShape(queries, keys, sum(norms) // layers, inputs // layers, masks // layers, fusible)
 
 
 def _adapter_inputs(shapes: Mapping[str, tuple[int, ...]], lora: LoraSpec) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from finetune_trainer.data.splits import Split
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.model import dpo
 from finetune_trainer.reporting.event_log import listed
-from finetune_trainer.training import anomalies, early_stopping, lr_schedule, rollback
+from finetune_trainer.training import anomalies, early_stopping, layer_kernels, lr_schedule, rollback
 from finetune_trainer.training.context import Training
 from finetune_trainer.training.step_sync import OwnMicroBatches, StepOutcome, agree
 from finetune_trainer.training.stragglers import StragglerWatch
@@ -42,7 +42,7 @@ class LoopResult:
 
 def train(t: Training, state: CheckpointState) -> LoopResult:
     """Train from `state` to the end of the plan, or until a stop. All ranks call it together."""
-    total, recipe = t.plan.total_steps, t.run.training
+    total, recipe, first = t.plan.total_steps, t.run.training, state.step
     t.reporter.phase("training")
     t.strategy.model.train()
     if t.validation is not None and state.eval_due:
@@ -65,6 +65,7 @@ def train(t: Training, state: CheckpointState) -> LoopResult:
             if math.isfinite(norm):
                 _report(t, step, agreed, rate, norm, clock.seconds())
                 _report_straggler(t, step, agreed, stragglers)
+                layer_kernels.report_programs(t, state, first)
                 state, rolled_back = rollback.roll_back_after_spike(t, saver, state, agreed.loss)
             else:
                 state = _skip(t, state, step, agreed)

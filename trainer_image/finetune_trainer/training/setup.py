@@ -14,16 +14,14 @@ import torch
 from finetune_api.messages import events
 from finetune_trainer.checkpoint import resume
 from finetune_trainer.checkpoint.state import CheckpointState
-from finetune_trainer.data.batching.batch_plan import BatchPlan
 from finetune_trainer.data.dataset import Data, of_objective
 from finetune_trainer.errors import RunError
-from finetune_trainer.kernels import fused_modules
-from finetune_trainer.model import compilation, loading, precision
+from finetune_trainer.model import precision
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.network import bandwidth
 from finetune_trainer.parallel.strategy import trained
-from finetune_trainer.training import dpo_reference, facts, packing_setup
+from finetune_trainer.training import dpo_reference, facts, layer_kernels, packing_setup
 from finetune_trainer.training.context import RankContext, Training
 from finetune_trainer.training.load import WrappedModel, half, load_and_wrap, stored
 from finetune_trainer.training.resolve import ResolvedRun, resolve
@@ -71,8 +69,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
         data, loss_sum = dpo_reference.prepare(context, strategy, batches, loss_sum, data)
     if saved is not None:  # only now, because the reference is the model before its first step
         resume.put_weights(strategy, trained(loaded.model), paths)
-    compiled = _compile(context, resolved, loaded, batches.unhalved, saved)
-    _fuse(context, loaded, enabled=strategy.independent_micro_batches and not compiled)
+    compiled = layer_kernels.choose(context, resolved, wrapped, trial, batches, loss_sum, saved)
     training = Training(
         context=context,
         plan=batches.plan,
@@ -120,39 +117,6 @@ def _state(resolved: ResolvedRun, saved: CheckpointState | None, data_key: str, 
             "halvings": resolved.halvings,
         }
     )
-
-
-def _compile(
-    context: RankContext, resolved: ResolvedRun, loaded: LoadedModel, plan: BatchPlan, saved: CheckpointState | None
-) -> bool:
-    """Compile the decoder's layers if the time that it saves is worth it. Returns whether they are
-    compiled."""
-    run, world = context.run, context.world
-    ddp = run.world.strategy == "ddp"
-    conditions = compilation.Conditions(world.device.type, resolved.half, ddp, resolved.recompute, plan.shape.packed)
-
-    def decide() -> tuple[bool, str]:
-        choice = compilation.choice(run.training.compile, conditions, saved.compiled if saved else None)
-        if choice is not None:
-            return choice
-        tokens = plan.epochs * float(plan.lengths.sum()) * plan.computed_share() / world.size
-        speed = precision.gflops(torch.bfloat16 if resolved.half else torch.float32)
-        lora = run.method == "lora"
-        return compilation.pays(compilation.training_seconds(tokens, loaded.parameters, lora=lora, gflops=speed))
-
-    compiled, reason = world.broadcast(decide() if world.is_first else None)
-    context.reporter.decision("compile", "on" if compiled else "off", reason)
-    if compiled:
-        compilation.compile_layers(loading.layers(loaded.base), context.paths.compiled)
-    return bool(compiled)
-
-
-def _fuse(context: RankContext, loaded: LoadedModel, *, enabled: bool) -> None:
-    """Replace modules by fused ones, which compute the same and keep less for the backward pass."""
-    norms, products = fused_modules.replace_modules(loaded.base) if enabled else (0, 0)
-    if norms or products:
-        reason = f"{norms} frozen norms and {products} gated products compute the same and keep less"
-        context.reporter.decision("fused", "on", reason)
 
 
 def _measure_network(context: RankContext) -> None:
