@@ -80,6 +80,11 @@ def _multiplied_4bit(args: tuple[Any, ...], _: Mapping[str, Any], out: Any) -> t
     return 2.0 * inputs.numel() * shape[0], _size(inputs) + _size(packed) + 2 * dequantized + _size(out)
 
 
+def _softmax(args: tuple[Any, ...], _: Mapping[str, Any], __: Any) -> tuple[float, float]:
+    """Logits are read for their sum and, if they are replaced, read again and written."""
+    return 0.0, _size(args[0]) * (3 if args[2] else 1)
+
+
 OWN_OPERATIONS: dict[str, Measure] = {
     "aten.copy_": _copied,
     "aten.zero_": _filled,
@@ -90,6 +95,7 @@ OWN_OPERATIONS: dict[str, Measure] = {
     "aten.gather": _gathered,
     "aten.index_put_": _scattered,
     "bitsandbytes.gemm_4bit": _multiplied_4bit,
+    "finetune.softmax_gradient_": _softmax,
 }
 """Operations whose bytes aren't those of their inputs and outputs, by namespace and name. A fused
 kernel of ours is added here only if it has FLOPs that matter or reads an input more than once."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,10 +27,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_api.resource import LoraSpec
-from finetune_trainer.data.batching import packed_layout
+from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.collator import Batch
 from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, fused_modules, packed_attention
-from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES
+from finetune_trainer.kernels.cuda import softmax
+from finetune_trainer.kernels.sizes import CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES
 from finetune_trainer.model import activation_checkpointing
 from finetune_trainer.model import lora as adapters
 from finetune_trainer.model.loading import LoadedModel
@@ -210,11 +212,18 @@ def _quantize(base: torch.nn.Module) -> None:
 
 
 def _batch(tokens: int, rows: int) -> Batch:
-    layout = packed_layout.pack([tokens // rows] * rows, [0] * rows).layout
+    layout = packed_layout.pack([tokens // rows] * rows, [0] * rows, packed_layout.grain("cuda")).layout
     row = torch.zeros((1, layout.size), dtype=torch.int64)
     predicted = torch.zeros(layout.size - rows, dtype=torch.int64)
     inputs = {"input_ids": row, "position_ids": row.clone()}
-    return Batch(inputs, targets=predicted, chosen=predicted.clone(), keep=predicted.clone(), layout=layout)
+    return Batch(
+        inputs,
+        targets=predicted,
+        chosen=predicted.clone(),
+        keep=predicted.clone(),
+        layout=layout,
+        sorted_chosen=np.arange(len(predicted)),
+    )
 
 
 def _process_group(ranks: int | None) -> AbstractContextManager[None]:
@@ -233,7 +242,10 @@ def _process_group(ranks: int | None) -> AbstractContextManager[None]:
 
 @contextmanager
 def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
-    """Makes the kernels behave on the CPU as on a GPU, and answers what they ask about values."""
+    """Makes the kernels behave on the CPU as on a GPU.
+
+    Fake tensors have no values, so whatever waits for one on a GPU is an error here.
+    """
     as_tensor, new_tensor = torch.as_tensor, torch.tensor
 
     def dropout(module: Any, values: torch.Tensor) -> torch.Tensor:
@@ -249,20 +261,22 @@ def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
 
         return send
 
-    def counts(tensor: torch.Tensor, minlength: int = 0) -> torch.Tensor:
-        waits["bincount"] += 1
-        return torch.zeros(minlength, dtype=torch.int64)
+    def queued(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return as_tensor(data, dtype=dtype)
 
-    def values(tensor: torch.Tensor) -> list[int]:
-        waits["tolist"] += 1
-        return [0, 128]
+    def in_16_bits(device: Any, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16
+
+    grain = packed_layout.grain("cuda")
 
     replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (attention_cpu, "supports", lambda *_: False),
         (attention_cuda, "supports", half),
         (fast_dropout.Dropout, "forward", dropout),
-        (torch, "bincount", counts),
-        (FakeTensor, "tolist", values),
+        (softmax, "supports", in_16_bits),
+        (softmax, "accumulates_products", in_16_bits),
+        (transfer, "to_device", queued),
+        (packed_layout, "grain", lambda _: grain),
         (torch, "as_tensor", sent(as_tensor)),
         (torch, "tensor", sent(new_tensor)),
         (torch.nn.Module, "to", lambda module, *_, **__: module),
@@ -270,7 +284,7 @@ def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in replacements:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        for sizes in (CHUNK_BYTES, SOFTMAX_BYTES):
+        for sizes in (CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES):
             stack.enter_context(mock.patch.dict(sizes, cpu=sizes["cuda"]))
         yield
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from finetune_trainer.data.batching import transfer
 from finetune_trainer.data.batching.packed_layout import Layout
 
 # PyTorch before 2.12 requires as many key heads as query heads.
@@ -44,14 +45,14 @@ class CudaLayout:
     def of(cls, layout: Layout, device: torch.device) -> CudaLayout:
         queries = [np.arange(begin, end) for begin, end in layout.segments]
         keys = [np.concatenate([*(np.arange(*part) for part in layout.prefix_spans(own[0])), own]) for own in queries]
-        positions = torch.as_tensor(np.concatenate(keys), device=device) if layout.blocks else None
+        positions = transfer.to_device(np.concatenate(keys), device) if layout.blocks else None
         longest = [max(len(sequence) for sequence in sequences) for sequences in (queries, keys)]
         return cls(_borders(queries, device), _borders(keys, device), longest[0], longest[1], positions)
 
 
 def _borders(sequences: list[NDArray[np.int64]], device: torch.device) -> Tensor:
     lengths = (len(sequence) for sequence in sequences)
-    return torch.as_tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+    return transfer.to_device(np.cumsum([0, *lengths]), device, torch.int32)
 
 
 def supports(query: Tensor, value: Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +20,9 @@ from finetune_trainer.data.splits import Split
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.model import dpo
 from finetune_trainer.reporting.event_log import listed
-from finetune_trainer.training import anomalies, early_stopping, lr_schedule, rollback
+from finetune_trainer.training import anomalies, early_stopping, lr_schedule, rollback, step_clock
 from finetune_trainer.training.context import Training
+from finetune_trainer.training.step_clock import StepClock
 from finetune_trainer.training.step_sync import OwnMicroBatches, StepOutcome, agree
 
 
@@ -46,9 +46,10 @@ def train(t: Training, state: CheckpointState) -> LoopResult:
     t.strategy.model.train()
     if t.validation is not None and state.eval_due:
         state = _evaluate(t, t.validation, state)
+    clock = step_clock.of_device(t.world.device)
     with t.saver() as saver:
         while state.step < total and not state.stopped_early:
-            clock = _Clock()
+            clock.start()
             step = t.plan.step(state.step + 1)
             own = _accumulate_gradients(t, step, clock)
             stop_requested, due = t.paths.stop.exists(), saver.due(step.number, total)
@@ -83,7 +84,7 @@ def load_best(t: Training, state: CheckpointState) -> None:
     t.best.restore()
 
 
-def _accumulate_gradients(t: Training, step: Step, clock: _Clock) -> OwnMicroBatches:
+def _accumulate_gradients(t: Training, step: Step, clock: StepClock) -> OwnMicroBatches:
     """Forward and backward of this rank's micro-batches. If one runs out of memory, the rest is
     left out."""
     micro_batches = step.micro_batches[t.world.rank]
@@ -197,21 +198,3 @@ def _report(t: Training, step: Step, agreed: StepOutcome, rate: float, norm: flo
         seconds=seconds,
         rewards=dpo.rewards(agreed.metric_sums, step.label_tokens),
     )
-
-
-class _Clock:
-    """Wall time of a step in seconds, by part."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._parts: dict[str, float] = {}
-
-    def lap(self, part: str) -> None:
-        """Add the time since the last call to `part`."""
-        now = time.perf_counter()
-        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by part, and their total."""
-        return {**self._parts, "total": time.perf_counter() - self._start}

@@ -86,7 +86,8 @@ def plan_micro_batches(
     if packed and trial.padded.device.type == "cpu":
         trial.reporter.decision("attention", *attention_avx512.choice(loss_sum.autocast))
     size, tokens, longest = run.training.micro_batch_size, resolved.micro_batch_tokens, resolved.longest
-    shape = batch_plan.shape(run.world.size, size, tokens, longest, packed=packed)
+    device_type = trial.padded.device.type
+    shape = batch_plan.shape(run.world.size, size, tokens, longest, packed=packed, device_type=device_type)
     options = batch_plan.PlanOptions(
         seed=run.training.seed,
         global_batch=run.training.global_batch_size,
