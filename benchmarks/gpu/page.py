@@ -29,6 +29,17 @@ supervisor. Each claim below is then right, wrong, or not tested. As long as no 
 claim, it is known in another way, which the table names.
 """
 
+_MODEL = """\
+## A model of an H100 (not a measurement)
+
+`make roofline` estimates the speed from the kernels that the trainer launches, without a GPU
+([decision 0035](decisions/0035-roofline.md)). A real card will be slower. Shares are those of the
+time; [performance.md](performance.md#a-model-of-an-h100-not-a-measurement) explains the rows and
+compares them with the trainer before that decision.
+
+| | tokens at a time | tokens/s | MFU | the largest shares |
+| --- | --- | --- | --- | --- |"""
+
 _RUN = """\
 ## Run it
 
@@ -64,8 +75,9 @@ in the way that the table of claims names.
 """
 
 
-def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the page. `results` are the documents of the check, by file name. Pure."""
+def page(results: Mapping[str, Mapping[str, Any]], model: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Returns the page. `results` are the documents of the check, by file name, and `model` is the
+    roofline. Pure."""
     documents = [results[name] for name in sorted(results, reverse=True)]
     findings = [{f"{f['stage']}/{f['name']}": f for f in document["findings"]} for document in documents]
     lines = [_HEAD, "## GPUs", ""]
@@ -75,9 +87,11 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["| GPU | driver | PyTorch | commit | date | findings |", "| --- | --- | --- | --- | --- | --- |"]
         lines += [_card(document, by_name) for document, by_name in zip(documents, findings, strict=True)]
         lines.append("")
+    if model:
+        lines += [_MODEL, *(_modeled(record) for record in model), ""]
     lines += [
         "## Claims", "",
-        "The numbers are those of the review that made the claims. *Known by* holds until a GPU tests one.",
+        "G numbers are those of the review that made the claims. *Known by* holds until a GPU tests one.",
         "*Fixed in* names the decision after which a claim no longer holds.", "",
         "| | claim | known by | fixed in | on a GPU |", "| --- | --- | --- | --- | --- |",
         *(_claim(claim, findings) for claim in CLAIMS), "",
@@ -87,6 +101,14 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     for document, by_name in zip(documents, findings, strict=True):
         lines += _section(document, by_name)
     return "\n".join([*lines, _RUN, _CANNOT])
+
+
+def _modeled(record: Mapping[str, Any]) -> str:
+    shares = ", ".join(f"{limit['kind']} {limit['share']:.0%}" for limit in record["limits"][:3])
+    return (
+        f"| {record['cell']} | {record['tokens']:,} | {record['tokens_per_second']:,} | {record['mfu']:.1%} "
+        f"| {shares} |"
+    )
 
 
 def _claim(claim: Claim, findings: Sequence[Findings]) -> str:
@@ -127,7 +149,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    text = page(read(RESULTS))
+    text = page(read(RESULTS), json.loads((RESULTS / MODEL).read_text()))
     if "--check" in arguments:
         if PAGE.read_text() != text:
             print(f"{PAGE.name} isn't what `python -m benchmarks.gpu.page` writes", file=sys.stderr)

@@ -70,8 +70,9 @@ def _scaled(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_custom_operator_is_one_kernel_that_reads_its_inputs_and_writes_its_outputs_once() -> None:
+    values, factor = torch.zeros(8, 4), torch.zeros(4)
     with Recorder(pairs=0, vocabulary=999) as recorder:
-        _scaled(torch.zeros(8, 4), torch.zeros(4))
+        _scaled(values, factor)
     assert [(kernel.name, kernel.bytes) for kernel in recorder.kernels] == [("roofline_test.scaled", 2 * 128 + 16)]
 
 
