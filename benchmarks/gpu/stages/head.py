@@ -101,8 +101,10 @@ def _speed(stage: child.Stage, name: str, chunk: int, *, full: bool) -> None:
     device = stage.setting.device
     positions, width, vocabulary = _sizes(stage)
     head, layer, hidden, targets = _inputs(stage, positions, full=full)
-    usual, usual_parts = sizes.CHUNK_BYTES[device], sizes.SOFTMAX_BYTES[device]
-    sizes.CHUNK_BYTES[device] = chunk << 20
+    tables = sizes.CHUNK_BYTES, sizes.UNFUSED_CHUNK_BYTES, sizes.SOFTMAX_BYTES
+    before = [table[device] for table in tables]
+    usual, usual_parts = before[0], before[2]
+    sizes.CHUNK_BYTES[device] = sizes.UNFUSED_CHUNK_BYTES[device] = chunk << 20
     sizes.SOFTMAX_BYTES[device] = max(usual_parts, 2 * chunk << 20)
     try:
         work = _work(head, layer, hidden, targets)
@@ -110,7 +112,8 @@ def _speed(stage: child.Stage, name: str, chunk: int, *, full: bool) -> None:
         peak = timing.peak_bytes(work, device)
         syncs = _syncs(work, device)
     finally:
-        sizes.CHUNK_BYTES[device], sizes.SOFTMAX_BYTES[device] = usual, usual_parts
+        for table, size in zip(tables, before, strict=True):
+            table[device] = size
     flops = 2 * positions * width * vocabulary * (3 if full else 2)
     mark = ", the trainer's size" if chunk << 20 == usual else ""
     stage.report(

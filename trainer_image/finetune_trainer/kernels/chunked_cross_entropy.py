@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from finetune_trainer.data.batching import packed_layout
 from finetune_trainer.kernels.cuda import softmax
-from finetune_trainer.kernels.sizes import CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES
+from finetune_trainer.kernels.sizes import CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ class _LossSum(torch.autograd.Function):
         labels = _Labels.of(targets)
         repetitions = labels.repetitions(len(matrix)) if softmax.supports(device, dtype) else None
         differentiates = by_hidden or by_weight or by_bias
-        for part in slices(len(inputs), len(matrix) * matrix.itemsize, CHUNK_BYTES[device.type], grain):
+        limit = (UNFUSED_CHUNK_BYTES if repetitions is None else CHUNK_BYTES)[device.type]
+        for part in slices(len(inputs), len(matrix) * matrix.itemsize, limit, grain):
             logits = functional.linear(inputs[part], matrix, None if bias is None else bias.to(dtype))
             chunk = _Chunk(logits, part.start, counts[part], total, targets.losses_out, differentiates)
             if repetitions is None:

@@ -11,6 +11,10 @@ CHUNK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**28}
 to keep the products efficient. On a GPU, the rows of a chunk must be worth reading the whole output
 matrix: with a vocabulary of 128,256, a chunk in bfloat16 has 1,024 rows."""
 
+UNFUSED_CHUNK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**27}
+"""The same if the softmax needs memory besides the logits, because no kernel computes it in
+place."""
+
 SOFTMAX_BYTES = {"cpu": 2**22, "cuda": 2**26}
 """Bytes of float32 logits whose softmax is computed at a time, unless one kernel computes it in
 place."""

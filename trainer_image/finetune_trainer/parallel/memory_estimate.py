@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_api.spec.hardware import Offload, Strategy
-from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES
+from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
 from finetune_trainer.parallel import activations
 from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
 from finetune_trainer.parallel.model_size import ModelSize
@@ -209,9 +209,10 @@ def _logits(size: ModelSize, setup: TrainingSetup) -> int:
     trained, of its gradient in float32, which is stored from the forward pass to the backward pass.
 
     On a GPU, the logits of a chunk need more than their softmax. Without its fused kernel, both are
-    needed.
+    needed, and chunks are smaller.
     """
-    logits = _SOFTMAX_BYTES + (CHUNK_BYTES["cuda"] if setup.device == "cuda" else 0)
+    unfused = UNFUSED_CHUNK_BYTES["cuda"] + _SOFTMAX_BYTES
+    logits = max(CHUNK_BYTES["cuda"], unfused) if setup.device == "cuda" else _SOFTMAX_BYTES
     trained = setup.full or size.trains_head
     return logits + (4 * size.vocabulary * size.hidden if trained else 0)
 

@@ -15,4 +15,6 @@ def to_device(array: Any, device: torch.device, dtype: torch.dtype | None = None
     before it. From page-locked memory, it joins the GPU's queue.
     """
     tensor = torch.as_tensor(array, dtype=dtype)
-    return tensor.to(device) if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.numel() == 0:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
