@@ -123,6 +123,10 @@ GPU_CHECK = PYTHONPATH=.:operator:trainer_image:tests UV=$(UV) $(PY) -m benchmar
 gpu-check: venv $(if $(REHEARSE),gpu-carry) ## Test and time this machine's GPU, in minutes (REHEARSE=1 on a CPU; STAGES=a,b BUDGET=SECONDS OUT=DIR)
 	$(GPU_CHECK) $(if $(REHEARSE),--rehearse) $(if $(STAGES),--stages $(STAGES)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(OUT))
 
+.PHONY: roofline
+roofline: venv ## Model how fast an H100 would train, from the kernels that the trainer launches; needs no GPU (a minute; CELLS=a,b)
+	PYTHONPATH=.:operator:trainer_image:tests $(PY) -W ignore -m benchmarks.gpu.roofline $(if $(CELLS),--cells $(CELLS))
+
 .PHONY: gpu-carry
 gpu-carry: venv ## Collect the wheels that a GPU machine without network lacks in .gpu-carry (with the repository at most 64 MiB)
 	$(GPU_CHECK).carry

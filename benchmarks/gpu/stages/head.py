@@ -8,12 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from benchmarks.gpu import child, timing
 from torch import Tensor
 from torch.nn import functional
 
 from finetune_trainer.kernels import chunked_cross_entropy, sizes
+from finetune_trainer.kernels.cuda import softmax
 
 _SYNC = "called a synchronizing CUDA operation"
 _CHUNKS = (32, 64, 128, 256, 512)  # MiB of logits at a time
@@ -53,7 +55,7 @@ def _inputs(
         chunked_cross_entropy.ChunkedHead(layer),
         layer,
         hidden,
-        chunked_cross_entropy.Targets(targets, indices, None, torch.bfloat16),
+        chunked_cross_entropy.Targets(targets, indices, None, torch.bfloat16, sorted_chosen=np.arange(positions)),
     )
 
 
@@ -99,16 +101,19 @@ def _speed(stage: child.Stage, name: str, chunk: int, *, full: bool) -> None:
     device = stage.setting.device
     positions, width, vocabulary = _sizes(stage)
     head, layer, hidden, targets = _inputs(stage, positions, full=full)
-    usual, softmax = sizes.CHUNK_BYTES[device], sizes.SOFTMAX_BYTES[device]
-    sizes.CHUNK_BYTES[device] = chunk << 20
-    sizes.SOFTMAX_BYTES[device] = max(softmax, 2 * chunk << 20)
+    tables = sizes.CHUNK_BYTES, sizes.UNFUSED_CHUNK_BYTES, sizes.SOFTMAX_BYTES
+    before = [table[device] for table in tables]
+    usual, usual_parts = before[0], before[2]
+    sizes.CHUNK_BYTES[device] = sizes.UNFUSED_CHUNK_BYTES[device] = chunk << 20
+    sizes.SOFTMAX_BYTES[device] = max(usual_parts, 2 * chunk << 20)
     try:
         work = _work(head, layer, hidden, targets)
         duration = timing.seconds(work, device)
         peak = timing.peak_bytes(work, device)
         syncs = _syncs(work, device)
     finally:
-        sizes.CHUNK_BYTES[device], sizes.SOFTMAX_BYTES[device] = usual, softmax
+        for table, size in zip(tables, before, strict=True):
+            table[device] = size
     flops = 2 * positions * width * vocabulary * (3 if full else 2)
     mark = ", the trainer's size" if chunk << 20 == usual else ""
     stage.report(
@@ -116,6 +121,7 @@ def _speed(stage: child.Stage, name: str, chunk: int, *, full: bool) -> None:
         f"{duration * 1e3:.2f} ms for {positions} positions ({timing.rate(flops / duration, 'FLOP/s')})"
         + ("" if syncs is None else f", {peak / 2**20:.0f} MiB more, {syncs} host syncs") + mark,
         seconds_each=duration, flops_per_second=flops / duration, peak_bytes=peak, host_syncs=syncs,
+        fused=softmax.supports(torch.device(device), torch.bfloat16),
     )  # fmt: skip
 
 

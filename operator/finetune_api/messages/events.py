@@ -104,7 +104,10 @@ class StepEvent(LenientModel):
     tokens: int = Field(description="Tokens of this step on all ranks, without padding.")
     label_tokens: int
     samples: int
-    seconds: dict[str, float] = Field(description="Wall time by part: data, forward, backward, optimizer, total.")
+    seconds: dict[str, float] = Field(
+        description="Wall time by part: data, forward, backward, optimizer, total. On a GPU, the parts are the time "
+        "that it needs for them, and optimizer is that of the step before."
+    )
     rewards: Rewards | None = None
     ranks: RankSeconds | None = Field(
         default=None, description="Absent with one rank, and if ranks wait for each other within a step."

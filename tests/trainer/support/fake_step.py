@@ -1,4 +1,4 @@
-"""Measures how much memory the trainer's own step needs on a GPU, without a GPU and without values.
+"""Runs the trainer's own step as on a GPU, without a GPU and without values, and measures memory.
 
 The forward pass, the loss and the backward pass run on fake tensors, which have shapes and storages
 but no contents, and on the branches that a GPU would take. Fake tensors are on the CPU, because
@@ -8,15 +8,17 @@ autograd asks the driver about those on a GPU.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,12 +28,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from finetune_api.resource import LoraSpec
-from finetune_trainer.data.batching import packed_layout
+from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.collator import Batch
 from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, packed_attention
 from finetune_trainer.kernels.cuda import lora as kernels_of_adapters
-from finetune_trainer.kernels.cuda import modules
-from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES
+from finetune_trainer.kernels.cuda import modules, softmax
+from finetune_trainer.kernels.sizes import CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES
 from finetune_trainer.model import activation_checkpointing
 from finetune_trainer.model import lora as adapters
 from finetune_trainer.model.loading import LoadedModel
@@ -40,7 +42,7 @@ from finetune_trainer.parallel import fsdp
 from finetune_trainer.parallel.world import World
 
 ROWS = 4
-"""The number of examples in the packed row."""
+"""The usual number of examples in the packed row."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Step:
     """Describes a step of training a model of this shape.
 
     `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks`
-    is the number of ranks that fsdp shards the model over; None means that it isn't sharded.
+    is the number of ranks that fsdp shards the model over; None means that it isn't sharded. `rows`
+    is the number of examples in the packed row. With `quantized`, the base is in nf4.
     """
 
     shape: tuple[tuple[str, Any], ...]
@@ -57,6 +60,22 @@ class Step:
     tokens: int
     fused: bool = True
     ranks: int | None = None
+    rows: int = ROWS
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class FakeTraining:
+    """Holds the parts of a step on fake tensors.
+
+    `host_waits` counts, by function, how often the host asked for values, for which it would wait
+    on a GPU, or sent it values that the GPU's queue has to take first.
+    """
+
+    loaded: LoadedModel
+    loss_sum: LossSum
+    batch: Batch
+    host_waits: Counter[str]
 
 
 def peak_bytes(step: Step, layers: int) -> int:
@@ -115,27 +134,39 @@ class _LiveBytes(TorchDispatchMode):
         entry[0] = size
 
 
-def _measured(step: Step) -> int:
+@contextmanager
+def training(step: Step) -> Iterator[FakeTraining]:
+    """Prepares a step. What runs inside computes shapes only."""
     packed_attention.register()
-    with _process_group(step.ranks), _cuda_branches(), FakeTensorMode(allow_non_fake_inputs=True):
+    waits: Counter[str] = Counter()
+    with _process_group(step.ranks), _cuda_branches(waits), FakeTensorMode(allow_non_fake_inputs=True):
         loaded = _model(step)
-        loss_sum, batch = LossSum.of(loaded.base, torch.bfloat16, "cpu"), _batch(step.tokens)
+        loss_sum, batch = LossSum.of(loaded.base, torch.bfloat16, "cpu"), _batch(step.tokens, step.rows)
         if step.ranks is not None:
             loss_sum = replace(loss_sum, context=lambda _: nullcontext())
-        tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
+        waits.clear()
+        yield FakeTraining(loaded, loss_sum, batch, waits)
+
+
+def _measured(step: Step) -> int:
+    with training(step) as fake:
+        model = fake.loaded.model
+        tensors = [*model.parameters(), *model.buffers()]
         live = _LiveBytes(getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
         with live, live.resizable():
             for _ in range(2):
                 live.peak = live.current
-                with loss_sum.packed_context(batch):
-                    loss_sum(loaded.model, batch).backward()
+                with fake.loss_sum.packed_context(fake.batch):
+                    fake.loss_sum(model, fake.batch).backward()
         return live.peak
 
 
 def _model(step: Step) -> LoadedModel:
     config = LlamaConfig(**dict(step.shape), attn_implementation=packed_attention.NAME)
     base = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16 if step.lora else torch.float32)
-    loaded = LoadedModel(base, base, False, "")
+    loaded = LoadedModel(base, base, False, "", quantized=step.quantized)
+    if step.quantized:
+        _quantize(base)
     if step.lora is not None:
         base.requires_grad_(False)
         loaded = adapters.adapt(loaded, step.lora, 1)
@@ -153,12 +184,48 @@ def _model(step: Step) -> LoadedModel:
     return loaded
 
 
-def _batch(tokens: int) -> Batch:
-    layout = packed_layout.pack([tokens // ROWS] * ROWS, [0] * ROWS).layout
+def _quantize(base: torch.nn.Module) -> None:
+    """Replaces the linear layers, except the output layer, with those that bitsandbytes loads in
+    nf4."""
+    import bitsandbytes
+    from bitsandbytes import functional as formats
+
+    for parent in list(base.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+                with unset_fake_temporarily(), torch.device("meta"):  # a fake tensor can't be a Params4bit
+                    replacement = bitsandbytes.nn.Linear4bit(
+                        layer.in_features, layer.out_features, False, torch.bfloat16, quant_type="nf4"
+                    )
+                blocks = layer.weight.numel() // 64
+                constants = formats.QuantState(
+                    torch.zeros(blocks // 256), blocksize=256, code=torch.zeros(256), dtype=torch.float32
+                )
+                state = formats.QuantState(
+                    torch.zeros(blocks, dtype=torch.uint8), layer.weight.shape, torch.zeros(16), 64, "nf4",
+                    torch.bfloat16, torch.zeros(()), constants,
+                )  # fmt: skip
+                packed = torch.zeros((layer.weight.numel() // 2, 1), dtype=torch.uint8)
+                weight: Any = torch.nn.Parameter(packed, requires_grad=False)
+                weight.quant_state, weight.quant_type, weight.compress_statistics = state, "nf4", True
+                replacement.weight = weight
+                replacement.support_avx512bf16_for_cpu = False
+                setattr(parent, name, replacement)
+
+
+def _batch(tokens: int, rows: int) -> Batch:
+    layout = packed_layout.pack([tokens // rows] * rows, [0] * rows, packed_layout.grain("cuda")).layout
     row = torch.zeros((1, layout.size), dtype=torch.int64)
-    predicted = torch.zeros(layout.size - ROWS, dtype=torch.int64)
+    predicted = torch.zeros(layout.size - rows, dtype=torch.int64)
     inputs = {"input_ids": row, "position_ids": row.clone()}
-    return Batch(inputs, targets=predicted, chosen=predicted.clone(), keep=predicted.clone(), layout=layout)
+    return Batch(
+        inputs,
+        targets=predicted,
+        chosen=predicted.clone(),
+        keep=predicted.clone(),
+        layout=layout,
+        sorted_chosen=np.arange(len(predicted)),
+    )
 
 
 def _process_group(ranks: int | None) -> AbstractContextManager[None]:
@@ -176,8 +243,12 @@ def _process_group(ranks: int | None) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _cuda_branches() -> Iterator[None]:
-    """Makes the kernels behave on the CPU as on a GPU, and answers what they ask about values."""
+def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
+    """Makes the kernels behave on the CPU as on a GPU.
+
+    Fake tensors have no values, so whatever waits for one on a GPU is an error here.
+    """
+    as_tensor, new_tensor = torch.as_tensor, torch.tensor
 
     def dropout(module: Any, values: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(values, module.p, True)[0] if module.training and module.p else values
@@ -185,22 +256,38 @@ def _cuda_branches() -> Iterator[None]:
     def half(query: torch.Tensor, value: torch.Tensor) -> bool:
         return query.dtype == torch.bfloat16
 
-    def counts(tensor: torch.Tensor, minlength: int = 0) -> torch.Tensor:
-        return torch.zeros(minlength, dtype=torch.int64)
+    def sent(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def send(data: Any, **options: Any) -> torch.Tensor:
+            waits[make.__name__] += "device" in options and not isinstance(data, torch.Tensor)
+            return make(data, **options)
+
+        return send
+
+    def queued(data: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return as_tensor(data, dtype=dtype)
+
+    def in_16_bits(device: Any, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16
+
+    grain = packed_layout.grain("cuda")
 
     replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (attention_cpu, "supports", lambda *_: False),
         (attention_cuda, "supports", half),
         (fast_dropout.Dropout, "forward", dropout),
-        (torch, "bincount", counts),
-        (FakeTensor, "tolist", lambda _: [0, 128]),
+        (softmax, "supports", in_16_bits),
+        (softmax, "accumulates_products", in_16_bits),
+        (transfer, "to_device", queued),
+        (packed_layout, "grain", lambda _: grain),
+        (torch, "as_tensor", sent(as_tensor)),
+        (torch, "tensor", sent(new_tensor)),
         (torch.nn.Module, "to", lambda module, *_, **__: module),
         (modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb),  # replaced inside
     )
     with ExitStack() as stack:
         for owner, name, value in replacements:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        for sizes in (CHUNK_BYTES, SOFTMAX_BYTES):
+        for sizes in (CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES):
             stack.enter_context(mock.patch.dict(sizes, cpu=sizes["cuda"]))
         yield
 

@@ -93,7 +93,10 @@ class LossSum:
             options["logits_to_keep"] = batch.keep
         chosen, positions = self._target_positions(batch)
         empty = batch.targets.numel() == 0
-        targets = chunked_cross_entropy.Targets(batch.targets, chosen, positions, self.autocast, losses_out, per_token)
+        targets = chunked_cross_entropy.Targets(
+            batch.targets, chosen, positions, self.autocast, losses_out, per_token,
+            batch.sorted_chosen if chosen is batch.chosen else None,
+        )  # fmt: skip
         inside = nullcontext() if self.head is None or empty else self.head.computing(targets)
         with self.calling(model), inside:
             logits = model(**batch.inputs, **options).logits

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_api.spec.hardware import Offload, Strategy
-from finetune_trainer.kernels.sizes import SOFTMAX_BYTES
+from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
 from finetune_trainer.model_folder import can_be_mapped
 from finetune_trainer.parallel import activations
 from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
@@ -21,8 +21,8 @@ from finetune_trainer.parallel.model_size import ModelSize
 
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
 _QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}  # including their constants
-_LOGIT_BYTES = 3 * max(SOFTMAX_BYTES.values())
-"""Float32 logits of the largest chunk, their gradient, and what is computed in between."""
+_SOFTMAX_BYTES = 3 * max(SOFTMAX_BYTES.values())
+"""Float32 logits whose softmax is computed at a time, their gradient, and what is in between."""
 _FILE_BYTES = 2  # per weight of a result: one in float32 needs no copy in another number format
 _FORMATS = {2: "BF16", 4: "F32"}  # by bytes per weight
 _ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -209,10 +209,15 @@ def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
 
 def _logits(size: ModelSize, setup: TrainingSetup) -> int:
     """Returns the bytes of the logits that are computed at a time and, if the output layer is
-    trained, of its gradient in float32, which is stored from the forward pass to the backward pass
-    and multiplied there."""
+    trained, of its gradient in float32, which is stored from the forward pass to the backward pass.
+
+    On a GPU, the logits of a chunk need more than their softmax. Without its fused kernel, both are
+    needed, and chunks are smaller.
+    """
+    unfused = UNFUSED_CHUNK_BYTES["cuda"] + _SOFTMAX_BYTES
+    logits = max(CHUNK_BYTES["cuda"], unfused) if setup.device == "cuda" else _SOFTMAX_BYTES
     trained = setup.full or size.trains_head
-    return _LOGIT_BYTES + (2 * 4 * size.vocabulary * size.hidden if trained else 0)
+    return logits + (4 * size.vocabulary * size.hidden if trained else 0)
 
 
 def _host_memory(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, offloaded: int) -> HostMemory:

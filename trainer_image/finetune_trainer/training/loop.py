@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +20,9 @@ from finetune_trainer.data.splits import Split
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.model import dpo
 from finetune_trainer.reporting.event_log import listed
-from finetune_trainer.training import anomalies, early_stopping, layer_kernels, lr_schedule, rollback
+from finetune_trainer.training import anomalies, early_stopping, layer_kernels, lr_schedule, rollback, step_clock
 from finetune_trainer.training.context import Training
+from finetune_trainer.training.step_clock import StepClock
 from finetune_trainer.training.step_sync import OwnMicroBatches, StepOutcome, agree
 from finetune_trainer.training.stragglers import StragglerWatch
 
@@ -48,9 +48,10 @@ def train(t: Training, state: CheckpointState) -> LoopResult:
     if t.validation is not None and state.eval_due:
         state = _evaluate(t, t.validation, state)
     stragglers = StragglerWatch()
+    clock = step_clock.of_device(t.world.device)
     with t.saver() as saver:
         while state.step < total and not state.stopped_early:
-            clock = _Clock()
+            clock.start()
             step = t.plan.step(state.step + 1)
             own = _accumulate_gradients(t, step, clock)
             stop_requested, due = t.paths.stop.exists(), saver.due(step.number, total)
@@ -87,10 +88,10 @@ def load_best(t: Training, state: CheckpointState) -> None:
     t.best.restore()
 
 
-def _accumulate_gradients(t: Training, step: Step, clock: _Clock) -> OwnMicroBatches:
+def _accumulate_gradients(t: Training, step: Step, clock: StepClock) -> OwnMicroBatches:
     """Forward and backward of this rank's micro-batches. If one runs out of memory, the rest is
     left out."""
-    micro_batches = step.micro_batches[t.world.rank]
+    begin, micro_batches = time.perf_counter(), step.micro_batches[t.world.rank]
     losses, metric_sums = [], t.loss_sum.metric_sums()
     for index, micro_batch in enumerate(micro_batches):
         t.reporter.heartbeat()
@@ -114,7 +115,7 @@ def _accumulate_gradients(t: Training, step: Step, clock: _Clock) -> OwnMicroBat
             return OwnMicroBatches((), out_of_memory=failure.message, metric_sums=(0.0,) * len(metric_sums))
         losses.append(loss.detach())
     nll = tuple(float(loss) for loss in losses)  # waits until a GPU has computed them
-    return OwnMicroBatches(nll, metric_sums=tuple(metric_sums.tolist()), seconds=clock.seconds()["total"])
+    return OwnMicroBatches(nll, metric_sums=tuple(metric_sums.tolist()), seconds=time.perf_counter() - begin)
 
 
 def _halve_micro_batches(t: Training, state: CheckpointState, message: str) -> tuple[Training, CheckpointState]:
@@ -227,21 +228,3 @@ def _report_straggler(t: Training, step: Step, agreed: StepOutcome, watch: Strag
             node = straggler.rank // t.world.local_size
             fields = {"rank": straggler.rank, "node": node, "ratio": straggler.ratio, "ended": ended}
             t.reporter.report(events.StragglerEvent, step=step.number, **fields)
-
-
-class _Clock:
-    """Wall time of a step in seconds, by part."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._parts: dict[str, float] = {}
-
-    def lap(self, part: str) -> None:
-        """Add the time since the last call to `part`."""
-        now = time.perf_counter()
-        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by part, and their total."""
-        return {**self._parts, "total": time.perf_counter() - self._start}

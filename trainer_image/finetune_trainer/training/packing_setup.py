@@ -18,6 +18,7 @@ from finetune_trainer.data.batching.batch_plan import BatchPlan, MicroBatch
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.splits import Split
 from finetune_trainer.kernels import attention_avx512
+from finetune_trainer.kernels.cuda import softmax
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.strategy import ParallelStrategy
 from finetune_trainer.reporting.event_writer import EventWriter
@@ -73,7 +74,9 @@ def choose_head(trial: Trial, loss_sum: LossSum) -> LossSum:
     if _differ(chunked, full, loss_sum):
         report("head", "whole logits", f"the model changes them after its output layer ({figures})")
         return loss_sum.unchunked
-    report("head", "chunked", f"only the logits that the loss needs, a chunk at a time ({figures})")
+    fused = softmax.supports(trial.padded.device, loss_sum.autocast or torch.float32)
+    kernel = ", with a fused softmax" if fused else ""
+    report("head", "chunked", f"only the logits that the loss needs, a chunk at a time{kernel} ({figures})")
     return loss_sum
 
 
@@ -86,7 +89,8 @@ def plan_micro_batches(
     if packed and trial.padded.device.type == "cpu":
         trial.reporter.decision("attention", *attention_avx512.choice(loss_sum.autocast))
     size, tokens, longest = run.training.micro_batch_size, resolved.micro_batch_tokens, resolved.longest
-    shape = batch_plan.shape(run.world.size, size, tokens, longest, packed=packed)
+    device_type = trial.padded.device.type
+    shape = batch_plan.shape(run.world.size, size, tokens, longest, packed=packed, device_type=device_type)
     options = batch_plan.PlanOptions(
         seed=run.training.seed,
         global_batch=run.training.global_batch_size,

@@ -35,7 +35,8 @@ class MicroBatchShape:
 
     If `packed`, a micro-batch is a row of examples end to end with at most `tokens` tokens.
     Otherwise it has at most `rows` examples, padded to the longest of them. If `shared`, a prefix
-    that packed examples have in common is computed only once.
+    that packed examples have in common is computed only once. The sizes of packed rows are
+    multiples of `grain`.
     """
 
     world: int
@@ -43,6 +44,7 @@ class MicroBatchShape:
     tokens: int
     packed: bool
     shared: bool = False
+    grain: int = packed_layout.GRAIN
 
     def __str__(self) -> str:
         return f"up to {self.tokens} tokens" if self.packed else f"up to {self.rows} examples"
@@ -170,7 +172,7 @@ class BatchPlan:
 
     @property
     def _padded_positions(self) -> int:
-        return sum(map(packed_layout.rounded_up, self._positions))
+        return sum(packed_layout.rounded_up(positions, self.shape.grain) for positions in self._positions)
 
     def _first_steps(self, limit: int = 200) -> range:
         return range(1, min(self.total_steps, limit) + 1)
@@ -211,14 +213,21 @@ def make(
     )
 
 
-def shape(world: int, micro_batch_size: int | str, tokens: int, longest: int, *, packed: bool) -> MicroBatchShape:
+def shape(
+    world: int, micro_batch_size: int | str, tokens: int, longest: int, *, packed: bool, device_type: str = "cpu"
+) -> MicroBatchShape:
     """Return the shape for a run. Packed examples share prefixes.
 
     `micro_batch_size` is training.microBatchSize, `tokens` is how many tokens a rank can
-    compute at a time, and `longest` is the number of tokens in the longest row.
+    compute at a time, and `longest` is the number of tokens in the longest row. If the size is
+    chosen automatically, padding doesn't make a packed row longer than `tokens` on a GPU, unless
+    the longest row alone does.
     """
     rows = micro_batch_size if isinstance(micro_batch_size, int) else max(1, tokens // longest)
-    return MicroBatchShape(world, rows, tokens, packed, shared=packed)
+    grain = packed_layout.grain(device_type)
+    if packed and device_type != "cpu" and micro_batch_size == "auto":
+        tokens = max(longest, tokens // grain * grain)
+    return MicroBatchShape(world, rows, tokens, packed, shared=packed, grain=grain)
 
 
 def order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune_trainer.data.batching import packed_layout
+from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.batch_plan import MicroBatch
 from finetune_trainer.data.batching.packed_layout import Layout
 from finetune_trainer.data.splits import Split
@@ -37,6 +38,7 @@ class Batch:
     The output head gets only the columns `keep` of the input, or all of them if it is None. Of
     these (rows, kept columns), something is predicted at the flat indices `positions`, or at all of
     them if it is None. `targets[i]` is predicted at the position with the index `chosen[i]`.
+    `sorted_chosen` are the same indices in ascending order, in the host's memory.
     """
 
     inputs: dict[str, Tensor]
@@ -48,6 +50,7 @@ class Batch:
     padding: Padding | None = None
     answer: Tensor | None = None  # pairs: the answer of each target; a pair has two, the chosen one first
     reference: Tensor | None = None  # pairs: log-probabilities of the reference model, (examples, 2)
+    sorted_chosen: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Collator:
         return replace(
             batch,
             answer=self._tensor(answer),
-            reference=None if reference is None else torch.as_tensor(reference, device=self.device),
+            reference=None if reference is None else transfer.to_device(reference, self.device),
         )
 
     def _of_answers(self, rows: list[Any], shared: tuple[int, ...]) -> Batch:
@@ -117,7 +120,7 @@ class Collator:
 
         The target of a token is the next one of its example.
         """
-        row = packed_layout.pack([len(ids) for ids, *_ in rows], shared)
+        row = packed_layout.pack([len(ids) for ids, *_ in rows], shared, packed_layout.grain(self.device.type))
         ids = np.concatenate([ids[common:] for (ids, *_), common in zip(rows, shared, strict=True)])
         positions = np.concatenate([np.arange(s, len(ids)) for (ids, *_), s in zip(rows, shared, strict=True)])
         ids, positions = (np.append(array, array[row.padding]) for array in (ids, positions))
@@ -130,6 +133,7 @@ class Collator:
             chosen=self._tensor(chosen),
             keep=self._tensor(keep),
             layout=row.layout,
+            sorted_chosen=np.sort(chosen),
         )
 
     def _padded(self, rows: list[Any]) -> Batch:
@@ -149,6 +153,7 @@ class Collator:
             keep=self._tensor(keep),
             positions=None if len(positions) == len(rows) * len(keep) else self._tensor(positions),
             padding=Padding(self._padding([len(row[0]) for row in rows])),
+            sorted_chosen=np.sort(chosen),
         )
 
     def _sequence_to_sequence(self, rows: list[Any]) -> Batch:
@@ -156,6 +161,7 @@ class Collator:
         targets = [ids[source:] for ids, _, source in rows]
         labels = self._pad(targets)
         real = self._pad([np.ones(len(target)) for target in targets], value=0).astype(bool)
+        chosen = np.arange(np.count_nonzero(real))
         decoder = np.concatenate([np.full((len(rows), 1), self.decoder_start_token), labels[:, :-1]], axis=1)
         return Batch(
             {
@@ -164,9 +170,10 @@ class Collator:
                 "decoder_input_ids": self._tensor(decoder),
             },
             targets=self._tensor(labels[real]),
-            chosen=self._tensor(np.arange(np.count_nonzero(real))),
+            chosen=self._tensor(chosen),
             positions=None if real.all() else self._tensor(np.flatnonzero(real)),
             padding=Padding(*(self._padding([len(part) for part in parts]) for parts in (targets, sources))),
+            sorted_chosen=chosen,
         )
 
     def _idle(self, split: Split) -> Batch:
@@ -187,10 +194,10 @@ class Collator:
 
     def _padding(self, lengths: list[int]) -> Tensor | None:
         padding = _padding(lengths)
-        return None if padding is None else padding.to(self.device)
+        return None if padding is None else transfer.to_device(padding, self.device)
 
     def _tensor(self, array: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(array, dtype=np.int64), device=self.device)
+        return transfer.to_device(np.asarray(array, dtype=np.int64), self.device)
 
 
 def _padding(lengths: list[int]) -> Tensor | None:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 LEAST_SHARED = 16
 
 # Rows are padded to a multiple of this number of tokens. A CPU keeps a program for each size of a
-# matrix product, so each new size costs time and memory; products on a GPU favor such sizes too.
+# matrix product, so each new size costs time and memory. A GPU computes products in tiles of 128
+# rows, and its allocator can use freed memory again if sizes repeat.
 GRAIN = 32
+_CUDA_GRAIN = 128
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,18 @@ class PackedRow:
     padding: NDArray[np.int64]
 
 
-def rounded_up(tokens: int) -> int:
-    """Return the next multiple of GRAIN."""
-    return -(-tokens // GRAIN) * GRAIN
+def grain(device_type: str) -> int:
+    """Return the number of which the sizes of rows are multiples on this kind of device."""
+    return _CUDA_GRAIN if device_type == "cuda" else GRAIN
 
 
-def pack(lengths: Sequence[int], shared: Sequence[int]) -> PackedRow:
-    """Pack examples of these lengths into a row.
+def rounded_up(tokens: int, grain: int = GRAIN) -> int:
+    """Return the next multiple of `grain`."""
+    return -(-tokens // grain) * grain
+
+
+def pack(lengths: Sequence[int], shared: Sequence[int], grain: int = GRAIN) -> PackedRow:
+    """Pack examples of these lengths into a row, whose size is a multiple of `grain`.
 
     The first `shared[i]` tokens of example i are those of its predecessor too (0 for the first
     example). Padding comes last, in segments of its own that begin as the longest example does:
@@ -90,11 +97,12 @@ def pack(lengths: Sequence[int], shared: Sequence[int]) -> PackedRow:
         size += own
     prefix.truncate(0, size)
     longest = max(positions, key=len, default=_EMPTY)
+    padded = rounded_up(size, grain)
     padding = [_EMPTY]
-    for begin in range(size, rounded_up(size), max(1, len(longest))):
-        segments.append((begin, min(begin + len(longest), rounded_up(size))))
+    for begin in range(size, padded, max(1, len(longest))):
+        segments.append((begin, min(begin + len(longest), padded)))
         padding.append(longest[: segments[-1][1] - begin])
-    layout = Layout(rounded_up(size), tuple(segments), tuple(prefix.blocks))
+    layout = Layout(padded, tuple(segments), tuple(prefix.blocks))
     return PackedRow(layout, tuple(positions), np.concatenate(padding))
 
 
