@@ -12,7 +12,7 @@ examples, so a packed row costs as much as its examples. Layers that mix tokens 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,11 +85,11 @@ def _packed(row: CurrentRow, query: Tensor, key: Tensor, value: Tensor, options:
             row.layout, query, key, value, scale, dropout=dropout, sinks=sinks, window=window, softcap=softcap
         )
     if not softcap and attention_cuda.supports(query, key, value):
-        return attention_cuda.attend(query, key, value, sinks, scale, window)[0]
+        return cast(Tensor, attention_cuda.attend(query, key, value, sinks, scale, window)[0])
     if window or softcap or sinks is not None or query.device.type == "cuda":
-        return chunked.attend(query, key, value, sinks, scale, window, softcap)[0]
+        return cast(Tensor, chunked.attend(query, key, value, sinks, scale, window, softcap)[0])
     if attention_cpu.supports(query, value):
-        return attention_cpu.attend(query, key, value, scale)[0]
+        return cast(Tensor, attention_cpu.attend(query, key, value, scale)[0])
     return attention_reference.attend(row.layout, query, key, value, scale)
 
 

@@ -214,10 +214,8 @@ def _packing_obstacle(config: Any, encoder_decoder: bool, attention: str) -> str
 
 
 def _short_window(config: Any, longest: int) -> int:
-    window = getattr(config, "sliding_window", None)
-    kinds = _layer_kinds(config)
-    used = window is not None and (kinds - {"full_attention"} or not kinds)
-    return int(window) if used and window < longest else 0
+    window, kinds = int(getattr(config, "sliding_window", None) or 0), _layer_kinds(config)
+    return window if window < longest and (kinds - {"full_attention"} or not kinds) else 0
 
 
 def _layer_kinds(config: Any) -> set[str]:

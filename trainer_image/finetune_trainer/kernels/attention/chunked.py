@@ -122,7 +122,7 @@ class _Piece:
     def add(self, total: Tensor, gradient: Tensor) -> None:
         """Adds the gradient of the keys to `total`, in place."""
         sizes = [end - begin for begin, end in self.spans]
-        for (begin, end), part in zip(self.spans, gradient.split(sizes, dim=1), strict=True):
+        for (begin, end), part in zip(self.spans, torch.split(gradient, sizes, dim=1), strict=True):
             total[:, begin:end] += part
 
     def hidden(self, columns: int, device: torch.device) -> Tensor:
@@ -174,7 +174,7 @@ def _scores(piece: _Piece, query: Tensor, key: Tensor, scale: float, softcap: fl
 
 def _grouped(tensor: Tensor, key: Tensor) -> Tensor:
     """Reshapes (heads, length, …) to (kv heads, group, length, …)."""
-    return tensor.unflatten(0, (key.shape[0], -1))
+    return torch.unflatten(tensor, 0, (key.shape[0], -1))
 
 
 def _by_group(sinks: Tensor, key: Tensor) -> Tensor:
