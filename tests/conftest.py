@@ -25,6 +25,7 @@ _SLOW = (
     "cli/test_run.py",
     "trainer/checkpoint/test_kill_anywhere.py",
     "trainer/checkpoint/test_sharded.py",
+    "trainer/kernels/test_attention_options.py",
     "trainer/model/test_compilation.py",
     "trainer/parallel/test_memory_of_a_step.py",
     "trainer/parallel/test_mixed_precision.py",

@@ -116,6 +116,7 @@ _PODS = "0034-pods-for-gpu-clusters.md"
 _OBSERVED = "0042-what-a-gpu-says.md"
 _FUSED = "0036-fused-kernels.md"
 _ROOFLINE = "0035-roofline.md"
+_ATTENTION = "0037-attention-on-gpus.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -152,12 +153,15 @@ CLAIMS = (
         _figures(
             "attention/300 readers of 287 tokens", lambda f: max(f["errors"].values()) > 1e-2 or not f["repeatable"]
         ),
+        _ATTENTION,
     ),
-    Claim("G18", "the kernel's own sliding window is exact, so families with windows can be packed", BY_READING,
+    Claim("G18", "the kernel's own sliding window is exact, so families with windows can be packed", BY_SEMANTICS,
           _verdict("attention/windows", "right")),
-    Claim("G19", "Gemma 2 runs eager attention and keeps all scores in memory", BY_READING),
+    Claim("G18", "with attention sinks, scaling the kernel's output and denominators is exact", BY_SEMANTICS,
+          _verdict("attention/sinks", "right")),
+    Claim("G19", "Gemma 2 runs eager attention and keeps all scores in memory", BY_READING, fixed_in=_ATTENTION),
     Claim("G20", "a head size that isn't a multiple of 8 fails in the kernel", BY_READING,
-          _verdict("attention/odd head size", "failed")),
+          _verdict("attention/odd head size", "failed"), _ATTENTION),
     Claim(
         "G21", "the forward and backward seconds of a step only measure kernel launches", BY_READING,
         _figures("large/LoRA q,v", lambda f: f["step_seconds"]["forward"] < 0.1 * f["step_seconds"]["total"]),

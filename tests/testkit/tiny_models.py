@@ -21,18 +21,26 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -111,11 +119,13 @@ def tiny_llama3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 3
     return _save(folder, LlamaForCausalLM, config, tokenizer(), seed)
 
 
-def tiny_qwen2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Decoder-only model with biases on q, k and v and an untied output head."""
+def tiny_qwen2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int | None = None) -> Path:
+    """Decoder-only model with biases on q, k and v and an untied output head, and with `window` a
+    sliding window in all layers except the first."""
     config = Qwen2Config(
-        **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=False, **_token_ids(chat=True)
-    )
+        **_sizes(hidden, layers), num_key_value_heads=2, tie_word_embeddings=False, use_sliding_window=bool(window),
+        sliding_window=window, max_window_layers=1, **_token_ids(chat=True),
+    )  # fmt: skip
     return _save(folder, Qwen2ForCausalLM, config, tokenizer(), seed)
 
 
@@ -171,9 +181,9 @@ def tiny_mistral(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 
     return _save(folder, MistralForCausalLM, config, tokenizer(), seed)
 
 
-def tiny_phi3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+def tiny_phi3(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int | None = None) -> Path:
     """Model with q, k and v in one projection, and gate and up in another."""
-    config = Phi3Config(**_sizes(hidden, layers), num_key_value_heads=2, sliding_window=None, **_token_ids(chat=True))
+    config = Phi3Config(**_sizes(hidden, layers), num_key_value_heads=2, sliding_window=window, **_token_ids(chat=True))
     return _save(folder, Phi3ForCausalLM, config, tokenizer(), seed)
 
 
@@ -195,12 +205,51 @@ def tiny_gemma(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32
     return _save(folder, GemmaForCausalLM, config, tokenizer(), seed)
 
 
-def tiny_gemma2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
-    """Model with attention scores and logits that are soft-capped by a tanh."""
+def tiny_gemma2(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int = 4096) -> Path:
+    """Model with attention scores and logits that are soft-capped by a tanh, and a sliding window
+    in every other layer."""
     config = Gemma2Config(
-        **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, **_token_ids(chat=True)
-    )
+        **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=window,
+        **_token_ids(chat=True),
+    )  # fmt: skip
     return _save(folder, Gemma2ForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_gpt_oss(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32, window: int = 16) -> Path:
+    """Model with attention sinks, a sliding window in every other layer, and a mixture of
+    experts."""
+    config = GptOssConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, head_dim=8, sliding_window=window, num_local_experts=4,
+        num_experts_per_tok=2, **_token_ids(chat=True),
+    )  # fmt: skip
+    return _save(folder, GptOssForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_mixtral(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Mixture of experts in every layer."""
+    config = MixtralConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        **_token_ids(chat=True),
+    )  # fmt: skip
+    return _save(folder, MixtralForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_qwen2_moe(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Mixture of experts beside an expert that every token uses, whose weight is a linear layer."""
+    config = Qwen2MoeConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=hidden, shared_expert_intermediate_size=2 * hidden, **_token_ids(chat=True),
+    )  # fmt: skip
+    return _save(folder, Qwen2MoeForCausalLM, config, tokenizer(), seed)
+
+
+def tiny_qwen3_moe(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
+    """Mixture of experts with norms of queries and keys."""
+    config = Qwen3MoeConfig(
+        **_sizes(hidden, layers), num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=8,
+        moe_intermediate_size=hidden, **_token_ids(chat=True),
+    )  # fmt: skip
+    return _save(folder, Qwen3MoeForCausalLM, config, tokenizer(), seed)
 
 
 def tiny_flan_t5(folder: Path, *, seed: int = 0) -> Path:

@@ -3,6 +3,7 @@ hand."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from finetune_trainer.parallel.memory_estimate import (
 )
 from finetune_trainer.parallel.model_size import ModelSize
 from finetune_trainer.parallel.strategy_choice import UserChoice
+from sizing.fits import METHODS, run_config
 
 _GIB = 2**30
 # Llama-3.1-8B with LoRA (rank 16 on q and v), and with full training.
@@ -178,3 +180,56 @@ def test_all_linear_adapts_the_layers_only(models: dict[str, Path]) -> None:
     lora = LoraSpec(rank=4, alpha=8, target_modules=("all-linear",))
     loaded = adapters.adapt(loading.load(models["qwen2"], dtype=torch.float32, longest=16), lora, 1)
     assert model_size.read(models["qwen2"], lora).trained == loaded.trainable
+
+
+@pytest.mark.parametrize(
+    ("keys", "shares_prefixes", "layer"),
+    [
+        # dq, its sum in float32 and the output's gradient; dk and dv
+        (4096, False, 8 * 4096 + 4 * 4096),
+        # twice as many keys, values and gradients of both, gathered; and the sums in float32
+        (4096, True, 8 * 4096 + 2 * 8 * 4096 + 8 * 4096),
+        # a copy of dk and dv for each of the queries that share a key
+        (1024, True, 8 * 4096 + 2 * (8 * 1024 + 4 * 4096) + 8 * 1024),
+    ],
+)
+def test_the_gathered_keys_of_shared_prefixes_are_counted(keys: int, shares_prefixes: bool, layer: int) -> None:
+    """One layer at a time, since they are gathered again in the backward pass."""
+    shape = model_size.LayerShape(4096, keys, 2 * 4096)
+    size = replace(_LORA, intermediate=1024, layer=shape)
+    precision = activations.Precision(half=True, trained=False, fused=True, quantized=False)
+    token = activations.bytes_per_token(size, precision, recompute=False, shares_prefixes=shares_prefixes)
+    assert token.layer == layer
+    setup = replace(_setup(1), shares_prefixes=shares_prefixes)
+    assert memory_estimate(size, setup, ParallelConfig("ddp")).token == token
+
+
+@pytest.mark.parametrize(
+    ("config", "chunks"),
+    [
+        ({"head_dim": 128}, False),
+        ({"hidden_size": 4096, "num_attention_heads": 32}, False),
+        ({"head_dim": 128, "attn_logit_softcapping": 50.0}, True),
+        ({"head_dim": 100}, True),
+        ({"head_dim": 320}, True),
+    ],
+)
+def test_scores_of_attention_without_a_kernel_are_counted(config: dict[str, Any], chunks: bool) -> None:
+    size = model_size.size_of(config, {}, None)
+    assert size.chunks_scores == chunks
+    setup = _setup(1)
+    plain, counted = (
+        memory_estimate(replace(_LORA, chunks_scores=flag), setup, ParallelConfig("ddp")).buffers
+        for flag in (False, True)
+    )
+    assert counted - plain == 5 * 4 * 2**24
+
+
+def test_a_run_that_shares_no_prefixes_gathers_no_keys() -> None:
+    run = run_config(METHODS[0], 1)
+    setups = {}
+    for packing, shared in itertools.product((True, False), ("auto", "off")):
+        data = run.data.model_copy(update={"packing": packing, "shared_prefix": shared})
+        setup = strategy_choice.training_setup(run.model_copy(update={"data": data}), half=True)
+        setups[packing, shared] = setup.shares_prefixes
+    assert setups == {(True, "auto"): True, (True, "off"): False, (False, "auto"): False, (False, "off"): False}

@@ -253,7 +253,7 @@ def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
     def dropout(module: Any, values: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(values, module.p, True)[0] if module.training and module.p else values
 
-    def half(query: torch.Tensor, value: torch.Tensor) -> bool:
+    def half(query: torch.Tensor, *_: torch.Tensor) -> bool:
         return query.dtype == torch.bfloat16
 
     def sent(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

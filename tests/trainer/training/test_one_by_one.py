@@ -43,6 +43,11 @@ _FAMILIES: dict[str, Callable[[Path], Path]] = {
     "gpt2": tiny_models.tiny_gpt2,
     "gemma3": tiny_models.tiny_gemma3,
     "gemma2": tiny_models.tiny_gemma2,
+    "gemma2-window": partial(tiny_models.tiny_gemma2, window=16),
+    "mistral-window": partial(tiny_models.tiny_mistral, window=16),
+    "phi3-window": partial(tiny_models.tiny_phi3, window=16),
+    "qwen2-window": partial(tiny_models.tiny_qwen2, window=16),
+    "gpt-oss": tiny_models.tiny_gpt_oss,
     "gemma": tiny_models.tiny_gemma,
     "t5": tiny_models.tiny_t5,
     "flan-t5": tiny_models.tiny_flan_t5,
@@ -87,7 +92,8 @@ class Case:
     def ways(self) -> dict[str, LossAndGradients]:
         together = [tuple(range(len(self.rows)))]
         by_way = {"padded, full logits": self.compute(self.collate, together, full_logits=True)}
-        if not getattr(self.loaded.base.config, "final_logit_softcapping", None):  # see packing.head
+        whole = bool(getattr(self.loaded.base.config, "final_logit_softcapping", None))  # see choose_head
+        if not whole:
             by_way["padded"] = self.compute(self.collate, together)
         if self.loaded.packing_obstacle:
             return by_way
@@ -99,9 +105,9 @@ class Case:
         )
         assert shared(self.rows, tuple(ordered)).inputs["input_ids"].numel() < 0.9 * int(self.rows.lengths.sum())
         return by_way | {
-            "packed": self.compute(packed, together),
+            "packed": self.compute(packed, together, full_logits=whole),
             "packed, full logits": self.compute(packed, together, full_logits=True),
-            "shared": self.compute(shared, [tuple(ordered)]),
+            "shared": self.compute(shared, [tuple(ordered)], full_logits=whole),
             "shared, two rows": self.compute(shared, halves, full_logits=True),
         }
 
@@ -148,7 +154,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtyp
         pytest.param(family, dtype, id=f"{family}-{str(dtype).removeprefix('torch.')}")
         for family in _FAMILIES
         for dtype in (torch.float64, torch.float32)
-        if (family, dtype) != ("gemma2", torch.float64)  # its own softmax is float32
+        # The softmax of Gemma 2 is float32, and the experts' product doesn't support float64.
+        if not (family in ("gemma2", "gemma2-window", "gpt-oss") and dtype == torch.float64)
     ],
 )
 def test_every_way_of_sharing_a_row_gives_the_same_loss_and_gradients(
@@ -170,8 +177,9 @@ def test_every_way_of_sharing_a_row_gives_the_same_loss_and_gradients(
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("gemma3", "the attention window of 8 tokens is shorter than the longest row"),
-        ("gemma2", "isn't a plain softmax"),
+        ("gemma3", ""),
+        ("gemma2", ""),
+        ("gpt-oss", ""),
         ("t5", "an encoder-decoder reads one example per row"),
         ("llama", ""),
         ("mistral", ""),
@@ -186,10 +194,16 @@ def test_a_family_whose_examples_cant_share_a_row_reports_why(
     assert bool(why) == bool(obstacle)
 
 
-def test_a_sliding_window_in_every_layer_is_detected(tmp_path: Path) -> None:
-    narrow = tiny_models.tiny_mistral(tmp_path / "narrow", window=16)
-    assert "window of 16 tokens" in loading.load(narrow, dtype=torch.float32, longest=64).packing_obstacle
-    assert not loading.load(narrow, dtype=torch.float32, longest=16).packing_obstacle
+@pytest.mark.parametrize(
+    "build",
+    [tiny_models.tiny_mistral, tiny_models.tiny_phi3, tiny_models.tiny_qwen2, tiny_models.tiny_gemma3],
+    ids=lambda build: build.__name__,
+)
+def test_a_window_matters_if_it_is_shorter_than_the_longest_row(build: Callable[..., Path], tmp_path: Path) -> None:
+    narrow = build(tmp_path / "narrow", window=16)
+    for longest, window in ((64, 16), (17, 16), (16, 0)):
+        loaded = loading.load(narrow, dtype=torch.float32, longest=longest)
+        assert (loaded.window, loaded.packing_obstacle) == (window, "")
 
 
 @pytest.mark.parametrize("family", _FAMILIES)

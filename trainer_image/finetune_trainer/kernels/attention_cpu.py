@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
     queries (grouped-query attention). Call it inside `packed_row.computing`; otherwise, it raises
     RuntimeError.
     """
-    row = _current_row()
+    row = packed_row.required()
     if attention_avx512.supports(query, key):
         out, log_sums = row.native.forward(_by_token(query, key, value, scale))
         return out[None], log_sums
@@ -68,7 +68,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value, in their shapes. `out` and `log_sums` are what
     `attend` returned."""
-    row = _current_row()
+    row = packed_row.required()
     if attention_avx512.supports(query, key):
         inputs = _by_token(query, key, value, scale)
         gradients = row.native.backward(inputs, gradient[0], out[0], log_sums)
@@ -101,13 +101,6 @@ def attend_backward(
         dk[block.begin : block.end] += by_key.transpose(0, 1)
         dv[block.begin : block.end] += by_value.transpose(0, 1)
     return tuple(tensor.to(query.dtype).transpose(0, 1)[None] for tensor in (dq, dk, dv))  # type: ignore[return-value]
-
-
-def _current_row() -> packed_row.CurrentRow:
-    row = packed_row.current()
-    if row is None:
-        raise RuntimeError("attention over a packed row was called outside of packed_row.computing")
-    return row
 
 
 def _by_token(query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionInputs:

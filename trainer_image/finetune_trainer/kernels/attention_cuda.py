@@ -1,13 +1,13 @@
-"""Computes attention over a packed row on CUDA with PyTorch's variable-length flash attention, in
-one call per layer.
+"""Computes attention over a packed row on CUDA with PyTorch's variable-length flash attention.
 
-Each segment is a separate sequence. If a segment attends to a shared prefix, the keys of the prefix
-are gathered in front of its own, and the kernel aligns its causal mask with the last key. The
-gradient of this gathering is, for each key, the sum over all segments that attend to it. Only
-16-bit tensors are supported.
+`flash_calls` divides the row into calls. Only q, k and v as the layer computed them are stored for
+the backward pass: keys of shared prefixes are gathered again. A sliding window is an argument of
+the kernel. Attention sinks change the softmax denominator only, so the kernel's output is scaled,
+and its backward pass receives the larger denominator.
 
-Both directions are registered as operators that read the row's layout themselves: torch.compile
-would otherwise compile a program for every layout.
+The kernel's operators in ATen are called directly. `torch.nn.attention.varlen` wraps the same two,
+but its signature changed with each of the last releases, and its backward pass accepts neither
+another denominator nor keys that are gathered again.
 """
 
 from __future__ import annotations
@@ -18,93 +18,133 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.kernels import packed_row
-from finetune_trainer.kernels.cuda.flash_layout import CudaLayout
+from finetune_trainer.kernels.attention.chunked import sink_gradient
+from finetune_trainer.kernels.attention.flash_calls import FlashCall, flash_calls
+from finetune_trainer.kernels.sizes import supports_head_size
 
 
-def supports(query: Tensor, value: Tensor) -> bool:
-    """Returns whether `attend` can compute attention for these tensors."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cuda" and half and query.shape[0] == 1 and query.shape[-1] == value.shape[-1] <= 256
+def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Returns whether `attend` can compute attention for these tensors, of the shape (1, heads,
+    length, size)."""
+    size, dtype = query.shape[-1], query.dtype
+    fits = size == key.shape[-1] == value.shape[-1] and supports_head_size(size)
+    half = dtype in (torch.bfloat16, torch.float16) and dtype == key.dtype == value.dtype
+    return query.device.type == "cuda" and half and fits and query.shape[0] == 1 and query.shape[1] % key.shape[1] == 0
 
 
 @torch.library.custom_op("finetune::attend_flash", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     """Computes attention from (1, heads, length, size) to (1, length, heads, size).
 
-    Also returns the logarithm of the softmax denominators, (heads, length) in float32. Call it
-    inside `packed_row.computing`; otherwise, it raises RuntimeError.
+    Also returns the logarithm of the softmax denominators, (heads, length) in float32. A token
+    attends to the last `window` tokens of its example, itself included, or to all if it is 0.
+    `sinks`, (heads,), are scores of a further key whose value is zero. Call it inside
+    `packed_row.computing`; otherwise, it raises RuntimeError.
     """
-    layout = _layout(query)
-    q, k, v = _by_token(layout, query, key, value)
-    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, layout.query_borders, layout.key_borders, layout.longest_query, layout.longest_key, 0.0, True, False,
-        scale=scale, window_size_left=-1, window_size_right=0,
-    )  # fmt: skip
+    q, k, v = (_by_token(tensor) for tensor in (query, key, value))
+    outs, sums = [], []
+    for call in _calls(query):
+        out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+            call.queries(q), call.keys(k), call.keys(v), call.query_borders, call.key_borders, call.longest_query,
+            call.longest_key, 0.0, not window, False, scale=scale, **_window(window),
+        )  # fmt: skip
+        outs.append(out)
+        sums.append(log_sum)
+    out, log_sums = _joined(outs, 0), _joined(sums, 1)
+    if sinks is not None:
+        total = torch.logaddexp(log_sums, sinks.to(log_sums.dtype)[:, None])
+        out = (out * (log_sums - total).exp().transpose(0, 1)[..., None]).to(out.dtype)
+        log_sums = total
     return out[None], log_sums
 
 
 @torch.library.custom_op("finetune::attend_flash_backward", mutates_args=())
 def attend_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key and value, in their shapes. `out` and `log_sums` are what
-    `attend` returned."""
-    layout = _layout(query)
-    q, k, v = _by_token(layout, query, key, value)
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, log_sums: Tensor,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the gradients of query, key, value, and sinks, in their shapes; that of missing sinks
+    is empty. `out` and `log_sums` are what `attend` returned."""
+    q, k, v = (_by_token(tensor) for tensor in (query, key, value))
+    d_out, calls = gradient[0].contiguous(), _calls(query)
     random = torch.zeros(2, dtype=torch.uint64, device=query.device)  # for dropout, which isn't used
-    gradients = torch.ops.aten._flash_attention_backward(
-        gradient[0].contiguous(), q, k, v, out[0], log_sums, layout.query_borders, layout.key_borders,
-        layout.longest_query, layout.longest_key, 0.0, True, random, random.new_empty(0), scale=scale,
-        window_size_left=-1, window_size_right=0,
-    )  # fmt: skip
-    dq, dk, dv = gradients
-    if layout.key_positions is not None:
-        dk, dv = (
-            torch.zeros(query.shape[2], *gathered.shape[1:], dtype=gathered.dtype, device=gathered.device).index_add_(
-                0, layout.key_positions, gathered
-            )
-            for gathered in (dk, dv)
-        )
-    return dq.transpose(0, 1)[None], dk.transpose(0, 1)[None], dv.transpose(0, 1)[None]
+    parts = []
+    shape = k.shape if calls[0].gathered is not None else (0,)
+    by_key, by_value = (torch.zeros(shape, dtype=log_sums.dtype, device=k.device) for _ in range(2))
+    for call in calls:
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            call.queries(d_out), call.queries(q), call.keys(k), call.keys(v), call.queries(out[0]),
+            log_sums[:, call.first : call.last].contiguous(), call.query_borders, call.key_borders,
+            call.longest_query, call.longest_key, 0.0, not window, random, random.new_empty(0), scale=scale,
+            **_window(window),
+        )  # fmt: skip
+        parts.append(dq)
+        if call.gathered is None:
+            by_key, by_value = dk, dv
+        else:
+            call.gathered.add(by_key, dk)
+            call.gathered.add(by_value, dv)
+    gradients = (tensor.to(query.dtype).transpose(0, 1)[None] for tensor in (_joined(parts, 0), by_key, by_value))
+    if sinks is None:
+        return (*gradients, query.new_empty(0))  # type: ignore[return-value]
+    inner = (d_out.to(log_sums.dtype) * out[0]).sum(-1).transpose(0, 1)
+    return (*gradients, sink_gradient(sinks, log_sums, inner))  # type: ignore[return-value]
 
 
-def _layout(query: Tensor) -> CudaLayout:
-    row = packed_row.current()
-    if row is None:
-        raise RuntimeError("attention over a packed row was called outside of packed_row.computing")
-    return row.cuda(query.device)
+def _calls(query: Tensor) -> tuple[FlashCall, ...]:
+    row = packed_row.required()
+    return row.once(("flash", query.device), lambda: flash_calls(row.layout, query.device))
 
 
-def _by_token(layout: CudaLayout, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (1, heads, length, size) as (length, heads, size). The keys and values are those that
-    each sequence attends to."""
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if layout.key_positions is not None:
-        k, v = k.index_select(0, layout.key_positions), v.index_select(0, layout.key_positions)
-    return q, k, v
+def _window(window: int) -> dict[str, int]:
+    """Returns how many tokens before and after its own position the kernel lets a query attend
+    to."""
+    return {"window_size_left": window - 1 if window else -1, "window_size_right": 0}
+
+
+def _by_token(tensor: Tensor) -> Tensor:
+    """Returns (1, heads, length, size) as (length, heads, size), whose last dimension the kernel
+    needs to be contiguous."""
+    tensor = tensor[0].transpose(0, 1)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _joined(parts: list[Tensor], dimension: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dimension)
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     batch, heads, length, size = query.shape
     return query.new_empty(batch, length, heads, size), query.new_empty(heads, length, dtype=torch.float32)
 
 
 @attend_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    by_token = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return tuple(tensor.new_empty(tensor.shape).transpose(1, 2) for tensor in by_token)  # type: ignore[return-value]
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, log_sums: Tensor,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    dq, dk, dv = (
+        tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+        for tensor in (query, key, value)
+    )
+    return dq, dk, dv, d_sinks
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output)
+    query, key, value, sinks, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, sinks, *output)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *attend_backward(gradient, *ctx.saved_tensors, ctx.scale), None
+    query, key, value, sinks, out, log_sums = ctx.saved_tensors
+    dq, dk, dv, d_sinks = attend_backward(gradient, query, key, value, sinks, out, log_sums, ctx.scale, ctx.window)
+    return dq, dk, dv, None if sinks is None else d_sinks, None, None
 
 
 attend.register_autograd(_backward, setup_context=_save_for_backward)

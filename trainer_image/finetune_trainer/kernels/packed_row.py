@@ -6,17 +6,17 @@ declared around the forward and backward passes of a row, and every layer reads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-
-import torch
+from typing import Any, TypeVar
 
 from finetune_trainer.data.batching.packed_layout import Layout
 from finetune_trainer.kernels.attention_avx512 import NativeLayout
 from finetune_trainer.kernels.bucketed_layout import BucketedLayout
-from finetune_trainer.kernels.cuda.flash_layout import CudaLayout
 from finetune_trainer.kernels.length_buckets import length_buckets
+
+_T = TypeVar("_T")
 
 
 class CurrentRow:
@@ -25,27 +25,37 @@ class CurrentRow:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._cuda: CudaLayout | None = None
-        self._bucketed: dict[tuple[int, int], BucketedLayout] = {}
+        self._forms: dict[Hashable, Any] = {}
 
     @cached_property
     def native(self) -> NativeLayout:
         """The layout for the compiled CPU kernel."""
         return NativeLayout(self.layout)
 
-    def cuda(self, device: torch.device) -> CudaLayout:
-        """Returns the layout for the CUDA kernel, with its indices on `device`."""
-        if self._cuda is None:
-            self._cuda = CudaLayout.of(self.layout, device)
-        return self._cuda
+    @cached_property
+    def longest_context(self) -> int:
+        """The most tokens that any token attends to without a window, itself included."""
+        prefixes = (self.layout.prefix_spans(begin) for begin, _ in self.layout.segments)
+        return max(
+            sum(last - first for first, last in (*spans, segment))
+            for spans, segment in zip(prefixes, self.layout.segments, strict=True)
+        )
 
     def bucketed(self, heads: int, kv_heads: int) -> BucketedLayout:
         """Returns the layout for batched products with these numbers of query heads and key
         heads."""
-        key = heads, kv_heads
-        if key not in self._bucketed:
-            self._bucketed[key] = BucketedLayout(length_buckets(self.layout.segments), self.layout.size, *key)
-        return self._bucketed[key]
+
+        def build() -> BucketedLayout:
+            return BucketedLayout(length_buckets(self.layout.segments), self.layout.size, heads, kv_heads)
+
+        return self.once(("bucketed", heads, kv_heads), build)
+
+    def once(self, key: Hashable, build: Callable[[], _T]) -> _T:
+        """Returns the form of the layout with this key, which is built the first time."""
+        if key not in self._forms:
+            self._forms[key] = build()
+        form: _T = self._forms[key]
+        return form
 
 
 # A plain global suffices, since only one thread at a time computes a micro-batch. A ContextVar
@@ -70,4 +80,11 @@ def computing(layout: Layout | None) -> Iterator[None]:
 
 def current() -> CurrentRow | None:
     """Returns the row that is being computed, or None if the batch isn't packed."""
+    return _current
+
+
+def required() -> CurrentRow:
+    """Returns the row that is being computed. Raises RuntimeError outside of `computing`."""
+    if _current is None:
+        raise RuntimeError("attention over a packed row was called outside of packed_row.computing")
     return _current

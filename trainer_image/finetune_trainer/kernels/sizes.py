@@ -1,7 +1,7 @@
-"""Defines how much memory the loss of the output head uses at a time.
+"""Defines how much memory the kernels use at a time.
 
 This module doesn't import torch, so that the memory estimate can read the same numbers as
-`chunked_cross_entropy`.
+`chunked_cross_entropy` and attention.
 """
 
 from __future__ import annotations
@@ -22,3 +22,16 @@ place."""
 PER_TOKEN_BYTES = {"cpu": 25 * 2**20, "cuda": 2**27}
 """Bytes of float32 logits that are computed at a time if the loss of each token is needed. Their
 backward pass needs several times as much."""
+
+ATTENTION_SCORES = 2**24
+"""How many scores `attention.chunked` computes at a time, in float32."""
+
+GATHERED_KEYS = 2
+"""How many keys a call of the flash kernel gathers at most, in multiples of the row's tokens."""
+
+_MAX_HEAD_SIZE, _HEAD_SIZE_MULTIPLE = 256, 8
+
+
+def supports_head_size(size: int) -> bool:
+    """Returns whether the flash kernel computes heads of this size."""
+    return size <= _MAX_HEAD_SIZE and size % _HEAD_SIZE_MULTIPLE == 0

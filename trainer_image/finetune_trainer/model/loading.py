@@ -53,10 +53,11 @@ class LoadedModel:
     """Holds a loaded model. `base` is the Transformers model; `model` is the same or, if it has
     adapters, the PEFT model around it.
 
-    `packing_obstacle` says why examples can't share a row; it is empty if they can. `residuals` are
-    the matrices that PiSSA or OLoRA subtracted from the base, by the names of the adapters'
-    tensors. If `mapped`, the base's weights are views of mapped files, in the number format of the
-    files.
+    `packing_obstacle` says why examples can't share a row; it is empty if they can. `window` is the
+    attention window of its layers if it is shorter than the longest row, and otherwise 0.
+    `residuals` are the matrices that PiSSA or OLoRA subtracted from the base, by the names of the
+    adapters' tensors. If `mapped`, the base's weights are views of mapped files, in the number
+    format of the files.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class LoadedModel:
     quantized: bool = False
     mapped: bool = False
     residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    window: int = 0
 
     @property
     def parameters(self) -> int:
@@ -113,9 +115,9 @@ def load(
         encoder_decoder = bool(config.is_encoder_decoder)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         model_class = auto._model_mapping[type(config)]
-        usual_attention = bool(getattr(model_class, "_supports_sdpa", True))
-        obstacle = _packing_obstacle(config, encoder_decoder, longest, usual_attention)
-        options: dict[str, Any] = {} if obstacle else {"attn_implementation": packed_attention.NAME}
+        name = packed_attention.name_for(model_class)
+        obstacle = _packing_obstacle(config, encoder_decoder, name)
+        options: dict[str, Any] = {} if obstacle else {"attn_implementation": name}
         if outline:
             model = _outline(auto, folder, config, dtype, options)
         else:
@@ -132,7 +134,8 @@ def load(
         model_folder.check_positions(getattr(config, "max_position_embeddings", None), longest, "dataset")
     disable_repacking(model)
     padding.guard(model, layers(model))
-    return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None, mapped)
+    window = _short_window(config, longest)
+    return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None, mapped, window=window)
 
 
 def disable_repacking(model: Any) -> None:
@@ -223,23 +226,30 @@ def _check_complete(missing: list[str]) -> None:
         )
 
 
-def _packing_obstacle(config: Any, encoder_decoder: bool, longest: int, usual_attention: bool) -> str:
+def _packing_obstacle(config: Any, encoder_decoder: bool, attention: str) -> str:
     """Returns why examples can't share a row in a model with this configuration, or "" if they can.
 
-    What the configuration doesn't reveal is detected when packing is tried on the loaded model.
+    `attention` is the name of the attention that supports packed rows in it, or empty. What the
+    configuration doesn't reveal is detected when packing is tried on the loaded model.
     """
     if encoder_decoder:
         return "an encoder-decoder reads one example per row"
-    if not usual_attention or getattr(config, "attn_logit_softcapping", None):
-        return "its attention isn't a plain softmax over scores"
-    kinds = set(getattr(config, "layer_types", None) or ())
+    if not attention:
+        return "its attention can't be replaced"
+    kinds = _layer_kinds(config)
     if kinds - {"full_attention", "sliding_attention"}:
         names = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
         return f"layers of type {names} carry state from token to token"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < longest and (kinds - {"full_attention"} or not kinds):
-        return f"the attention window of {window} tokens is shorter than the longest row ({longest})"
     return ""
+
+
+def _short_window(config: Any, longest: int) -> int:
+    window, kinds = int(getattr(config, "sliding_window", None) or 0), _layer_kinds(config)
+    return window if window < longest and (kinds - {"full_attention"} or not kinds) else 0
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ())
 
 
 def _size(parameter: Any) -> int:

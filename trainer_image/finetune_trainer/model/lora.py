@@ -19,7 +19,7 @@ from torch import Tensor
 from finetune_api.resource import LoraSpec
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels import fast_dropout
-from finetune_trainer.model import added_tokens
+from finetune_trainer.model import added_tokens, experts
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.partitioned import shape_of
 
@@ -45,7 +45,7 @@ def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[in
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=_target_modules(loaded.base, targets),
         use_rslora=lora.rank_stabilized,
         use_dora=lora.dora,
         init_lora_weights=_init_method(loaded.base, lora),
@@ -62,6 +62,11 @@ def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[in
     _convert_to_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
     fast_dropout.replace_modules(model)
     return replace(loaded, model=model, residuals={} if lora.init == "default" else _lora_matrices(model))
+
+
+def adapted_layers(model: Any) -> list[str]:
+    """Returns the names of the layers that have adapters, without the numbers of their layers."""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")})
 
 
 def for_original_base(
@@ -185,11 +190,24 @@ def _trains_tied_embedding(base: Any, modules_to_save: list[str]) -> bool:
     return bool(tied) and any(name.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for name in modules_to_save)
 
 
+def _target_modules(base: Any, targets: list[str]) -> str | list[str]:
+    if targets != ["all-linear"]:
+        return targets
+    return experts.linear_layers(base) if experts.find(base).parameters else "all-linear"
+
+
 def _check_targets(base: Any, targets: list[str]) -> None:
     if targets == ["all-linear"]:
         return
     known = {name for name, module in base.named_modules() if _has_matrix(module)}
     unknown = [target for target in targets if not _matches_name(target, known)]
+    taken = [target for target in targets if experts.means_experts(base, target)]
+    if taken:
+        raise RunError(
+            "InvalidConfig",
+            f"method.lora.targetModules: {', '.join(taken)} would adapt the experts, which isn't supported; use "
+            f"{', '.join(experts.linear_layers(base))}",
+        )
     if unknown:
         raise RunError(
             "InvalidConfig",

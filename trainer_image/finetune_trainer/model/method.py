@@ -8,8 +8,9 @@ from finetune_api.messages.run import RunConfig
 from finetune_trainer import seeds
 from finetune_trainer.data import tokenizer
 from finetune_trainer.data.dataset import Data
-from finetune_trainer.model import added_tokens, freezing, loading, lora
+from finetune_trainer.model import added_tokens, experts, freezing, loading, lora
 from finetune_trainer.model.loading import LoadedModel, Quantization
+from finetune_trainer.model.partitioned import shape_of
 from finetune_trainer.reporting.event_writer import EventWriter
 
 
@@ -36,7 +37,19 @@ def apply(run: RunConfig, loaded: LoadedModel, data: Data, reporter: EventWriter
         loaded = freezing.unfreeze(loaded, run.full)
     else:
         loaded = lora.adapt(loaded, run.lora, seeds.mix(run.training.seed, "lora"), token_ids)
+        _report_experts(loaded, reporter)
     trainable, parameters = loaded.trainable, loaded.parameters
     reason = f"{trainable} of {parameters} parameters are trained"
     reporter.decision("trainable", f"{trainable / parameters:.3%}", reason)
     return loaded
+
+
+def _report_experts(loaded: LoadedModel, reporter: EventWriter) -> None:
+    """Reports which weights of a mixture of experts no adapter changes."""
+    mixture, adapted = experts.find(loaded.base), lora.adapted_layers(loaded.model)
+    trained = (p for p in loaded.base.parameters() if p.requires_grad)
+    if mixture.parameters and not any(len(shape_of(p)) == 3 for p in trained):
+        reporter.decision("experts", "not adapted", mixture.warning(adapted))
+    routers = [name for name in mixture.routers if name not in adapted]
+    if routers:
+        reporter.decision("routers", "not adapted", f"{', '.join(routers)} must be named in method.lora.targetModules")

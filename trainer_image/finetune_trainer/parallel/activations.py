@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune_trainer.kernels.sizes import GATHERED_KEYS
 from finetune_trainer.parallel.model_size import LayerShape, ModelSize
 
 _OUTSIDE, _WIDE_OUTSIDE = 12, 24
@@ -46,14 +47,20 @@ class TokenBytes:
     layer: int
 
 
-def bytes_per_token(size: ModelSize, precision: Precision, *, recompute: bool) -> TokenBytes:
-    """Returns the bytes that each token needs. With `recompute`, only each layer's input is stored,
-    and the rest of one layer at a time."""
+def bytes_per_token(
+    size: ModelSize, precision: Precision, *, recompute: bool, shares_prefixes: bool = False
+) -> TokenBytes:
+    """Returns the bytes that each token needs.
+
+    With `recompute`, only each layer's input is stored, and the rest of one layer at a time. With
+    `shares_prefixes`, examples may attend to prefixes that they share, whose keys are gathered.
+    """
     if size.layer is None or not precision.half:
         return _generic(size, half=precision.half, recompute=recompute)
     layer = _layer(size, size.layer, precision)
     # The masks of the layer's last product are freed before most of these gradients exist.
-    gradients = _GRADIENTS * size.intermediate - min(2 * size.intermediate, size.layer.dropout_masks)
+    gated = _GRADIENTS * size.intermediate - min(2 * size.intermediate, size.layer.dropout_masks)
+    gradients = max(gated, _attention_gradients(size.layer, shares_prefixes=shares_prefixes))
     outside = size.hidden * (_WIDE_OUTSIDE if precision.wide else _OUTSIDE)
     if not recompute:
         return TokenBytes(size.layers * layer, outside, gradients)
@@ -79,6 +86,19 @@ def _layer(size: ModelSize, shape: LayerShape, precision: Precision) -> int:
     # of its input.
     inputs = (4 if shape.fusible else 8) * shape.norms + (5 * 2 * size.hidden if precision.wide else 0)
     return inputs + attention + gated + 2 * size.intermediate
+
+
+def _attention_gradients(shape: LayerShape, *, shares_prefixes: bool) -> int:
+    """Returns the bytes that the backward pass of a layer's attention needs besides what is stored.
+
+    The kernel has the gradients of the output and of q, and the sum of the latter in float32; the
+    gradients of keys and values, and if several queries share a key, of a copy for each of them.
+    Keys and values of shared prefixes are gathered, and their gradients summed in float32.
+    """
+    copies = GATHERED_KEYS if shares_prefixes else 1
+    expanded = 2 * 2 * shape.queries if shape.queries != shape.keys else 0
+    gathered = 2 * 2 * shape.keys * copies + 2 * 4 * shape.keys if shares_prefixes else 0
+    return 8 * shape.queries + copies * (2 * 2 * shape.keys + expanded) + gathered
 
 
 def _generic(size: ModelSize, *, half: bool, recompute: bool) -> TokenBytes:

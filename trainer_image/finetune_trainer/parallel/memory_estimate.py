@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_api.spec.hardware import Offload, Strategy
-from finetune_trainer.kernels.sizes import CHUNK_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
+from finetune_trainer.kernels.sizes import ATTENTION_SCORES, CHUNK_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
 from finetune_trainer.model_folder import can_be_mapped
 from finetune_trainer.parallel import activations
 from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
@@ -23,6 +23,8 @@ _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adaf
 _QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}  # including their constants
 _SOFTMAX_BYTES = 3 * max(SOFTMAX_BYTES.values())
 """Float32 logits whose softmax is computed at a time, their gradient, and what is in between."""
+_SCORE_BYTES = 5 * 4 * ATTENTION_SCORES
+"""Float32 scores of a chunk, their gradients, their mask and what is computed in between."""
 _FILE_BYTES = 2  # per weight of a result: one in float32 needs no copy in another number format
 _FORMATS = {2: "BF16", 4: "F32"}  # by bytes per weight
 _ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -35,7 +37,8 @@ class TrainingSetup:
     `stored` is the number of bytes per weight of the base. With `half`, matrix products are in
     bfloat16. `full` means full fine-tuning, as opposed to adapters. With `reads_base`, the method
     reads the base's weights outside of their layers. The ranks run on `nodes` nodes. Unless
-    `shards_checkpoints`, rank 0 holds a copy of everything that a checkpoint contains.
+    `shards_checkpoints`, rank 0 holds a copy of everything that a checkpoint contains. With
+    `shares_prefixes`, a prefix that packed examples share may be computed once.
     """
 
     ranks: int
@@ -48,6 +51,7 @@ class TrainingSetup:
     device: Literal["cpu", "cuda"] = "cuda"
     nodes: int = 1
     shards_checkpoints: bool = True
+    shares_prefixes: bool = True
 
     @property
     def ranks_per_node(self) -> int:
@@ -117,8 +121,8 @@ class MemoryEstimate:
     """Holds the bytes that one rank needs.
 
     `token` is needed for each token that is computed at a time. `logits` are needed while the loss
-    is computed, and `buffers`, the messages with gradients, only later. `host` is needed if the
-    ranks compute on GPUs.
+    is computed, and `buffers`, the messages with gradients and the scores of attention without a
+    kernel, only later. `host` is needed if the ranks compute on GPUs.
     """
 
     weights: int
@@ -188,7 +192,7 @@ def memory_estimate(size: ModelSize, setup: TrainingSetup, parallel: ParallelCon
         weights=weights + _copies_of_weights(size, setup, parallel),
         gradients=gradients,
         optimizer=optimizer,
-        buffers=_buffers(size, setup, parallel),
+        buffers=_buffers(size, setup, parallel) + _scores(size, setup),
         logits=_logits(size, setup),
         token=_bytes_per_token(size, setup, parallel),
         host=_host_memory(size, setup, parallel, offloaded),
@@ -204,7 +208,9 @@ def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
         gathered=parallel.strategy == "fsdp",
     )
     known = size if setup.device == "cuda" else replace(size, layer=None)
-    return activations.bytes_per_token(known, precision, recompute=parallel.recompute)
+    return activations.bytes_per_token(
+        known, precision, recompute=parallel.recompute, shares_prefixes=setup.shares_prefixes
+    )
 
 
 def _logits(size: ModelSize, setup: TrainingSetup) -> int:
@@ -294,6 +300,11 @@ def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) ->
     if parallel.strategy == "fsdp":
         return 2 * 4 * min(size.trained, _layer_values(size))
     return 2 * 4 * min(size.trained, GRADIENT_BUCKET)
+
+
+def _scores(size: ModelSize, setup: TrainingSetup) -> int:
+    """Returns the bytes of attention scores that are computed at a time without a kernel."""
+    return _SCORE_BYTES if size.chunks_scores or (setup.device == "cuda" and not setup.half) else 0
 
 
 def gib(size: float) -> str:

@@ -17,11 +17,19 @@ from typing import Any
 
 from finetune_api.resource import FullSpec, LoraSpec
 from finetune_trainer.errors import RunError
+from finetune_trainer.kernels.sizes import supports_head_size
 from finetune_trainer.model import freezing
 
 _LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks?)\.\d+)\.")
 _OUTSIDE_LAYERS = ("embed", "wte", "wpe", "shared", "lm_head", "head")
 """Parts of the names of weights outside of the layers, which all-linear never adapts."""
+_EXPERTS = ".experts."
+"""Is in the names of a mixture's experts, which files store one by one or, like Transformers, as
+one tensor for each layer."""
+_NOT_ADAPTED = ("gate", "router", "shared_expert_gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""In such a model, the last parts of the names of layers that all-linear leaves out."""
+_SHARED_EXPERT = "shared_expert"
+"""Names the expert that every token uses, whose weights are linear layers."""
 _MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -52,7 +60,8 @@ class ModelSize:
     which are those that a quantized base stores in few bits. `trains_head` says whether, with
     adapters, a copy of the embeddings or the output layer is trained. `layer` is known only for
     layers that are built like those of Llama. `formats` are the number formats of the files, as
-    safetensors names them, if they are known.
+    safetensors names them, if they are known. With `chunks_scores`, the flash kernel doesn't
+    support the model's attention, and its scores are computed in chunks.
     """
 
     parameters: int
@@ -66,6 +75,7 @@ class ModelSize:
     trains_head: bool = False
     layer: LayerShape | None = None
     formats: frozenset[str] = frozenset()
+    chunks_scores: bool = False
 
 
 def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> ModelSize:
@@ -118,7 +128,7 @@ def size_of(
         layer = _LAYER.match(name)
         units[layer.group(1) if layer else ""] += math.prod(shape)
     total = sum(units.values())
-    adapters = 0 if lora is None else sum(_adapter(name, shape, lora) for name, shape in shapes.items())
+    adapters = 0 if lora is None else sum(_adapter(name, shapes[name], lora) for name in _adaptable(shapes))
     hidden = _first(config, 512, "hidden_size", "n_embd", "d_model")
     untied = any(name.endswith("lm_head.weight") for name in shapes)
     outside = [name for name in shapes if _is_outside_layers(name)]
@@ -138,7 +148,24 @@ def size_of(
         matrices=sum(math.prod(shape) for shape in matrices),
         trains_head=any(_belongs(name, module) for name in outside for module in copied),
         layer=_layer_shape(config, shapes, lora),
+        chunks_scores=_chunks_scores(config),
     )
+
+
+def _adaptable(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Returns the names of the tensors that adapters may change."""
+    if not any(_EXPERTS in name for name in shapes):
+        return list(shapes)
+    return [
+        name
+        for name in shapes
+        if f"{_SHARED_EXPERT}." in name or name.removesuffix(".weight").rsplit(".", 1)[-1] not in _NOT_ADAPTED
+    ]
+
+
+def _chunks_scores(config: Mapping[str, Any]) -> bool:
+    head = _first(config, _first(config, 512, "hidden_size") // _first(config, 1, "num_attention_heads"), "head_dim")
+    return bool(config.get("attn_logit_softcapping")) or not supports_head_size(head)
 
 
 def _layer_shape(
@@ -214,7 +241,7 @@ def _is_adapted(name: str, shape: tuple[int, ...], lora: LoraSpec) -> bool:
 
 
 def _is_outside_layers(name: str) -> bool:
-    return any(part in name for part in _OUTSIDE_LAYERS)
+    return any(part in name.replace(_SHARED_EXPERT, "") for part in _OUTSIDE_LAYERS)
 
 
 def _belongs(name: str, module: str) -> bool:

@@ -113,6 +113,7 @@ def training_setup(run: RunConfig, *, half: bool) -> TrainingSetup:
         device=run.world.device,
         nodes=run.world.nodes,
         shards_checkpoints=run.checkpoint.shards != "never",
+        shares_prefixes=run.data.packing and run.data.shared_prefix != "off",
     )
 
 

@@ -14,6 +14,8 @@ _LISTED = 20  # row numbers in one log line
 def log_event(log: Log, event: e.Event) -> None:
     """Logs an event that people look for; ignores all others."""
     match event:
+        case e.DecisionEvent(topic="experts"):  # weights that the user may believe to be trained
+            log.warning(f"{event.topic}={event.choice} ({event.reason})")
         case e.DecisionEvent():
             log.info(f"{event.topic}={event.choice} ({event.reason})")
         case e.DataEvent():

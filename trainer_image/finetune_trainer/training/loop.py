@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from dataclasses import dataclass, replace
 
 import torch

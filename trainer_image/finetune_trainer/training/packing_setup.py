@@ -19,6 +19,7 @@ from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.splits import Split
 from finetune_trainer.kernels import attention_avx512
 from finetune_trainer.kernels.cuda import softmax
+from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.strategy import ParallelStrategy
 from finetune_trainer.reporting.event_writer import EventWriter
@@ -85,7 +86,7 @@ def plan_micro_batches(
 ) -> MicroBatches:
     """Decide on packing and shared prefixes, and plan all steps. All ranks call it together."""
     run, train = context.run, trial.train
-    packed = _packs(trial, loss_sum, enabled=run.data.packing, obstacle=wrapped.loaded.packing_obstacle)
+    packed = _packs(trial, loss_sum, wrapped.loaded, enabled=run.data.packing)
     if packed and trial.padded.device.type == "cpu":
         trial.reporter.decision("attention", *attention_avx512.choice(loss_sum.autocast))
     size, tokens, longest = run.training.micro_batch_size, resolved.micro_batch_tokens, resolved.longest
@@ -111,17 +112,19 @@ def plan_micro_batches(
     return MicroBatches(plan, unhalved, replace(trial.padded, packed=packed, shared=shared))
 
 
-def _packs(trial: Trial, loss_sum: LossSum, *, enabled: bool, obstacle: str) -> bool:
-    """Whether several examples share a row. `obstacle` says why this model's can't, or is empty."""
-    report = trial.reporter.decision
+def _packs(trial: Trial, loss_sum: LossSum, loaded: LoadedModel, *, enabled: bool) -> bool:
+    """Whether several examples share a row. Those that are compared exceed the model's window, if
+    it has one that matters."""
+    report, obstacle = trial.reporter.decision, loaded.packing_obstacle
     if not enabled or obstacle:
         report("packing", "off", obstacle or "dataset.packing is false")
         return False
-    differs, figures = _compare(trial, _shortest(trial.train), loss_sum, shared=False)
+    differs, figures = _compare(trial, _shortest(trial.train, loaded.window), loss_sum, shared=False)
     if differs:
         report("packing", "off", f"in this model examples that share a row see each other ({figures})")
         return False
-    report("packing", "on", f"examples that share a row don't see each other ({figures})")
+    windows = f", also beyond the attention window of {loaded.window} tokens" if loaded.window else ""
+    report("packing", "on", f"examples that share a row don't see each other{windows} ({figures})")
     return True
 
 
@@ -170,9 +173,13 @@ def _most_similar(plan: BatchPlan, split: Split) -> MicroBatch:
     return max(pairs, key=lambda pair: split.prefixes.shared(pair, split.lengths)[1])
 
 
-def _shortest(split: Split) -> MicroBatch:
-    """The two shortest examples; one of them twice if there is no other."""
-    shortest = sorted(range(len(split)), key=lambda index: (int(split.lengths[index]), index))[:2]
+def _shortest(split: Split, window: int = 0) -> MicroBatch:
+    """The two shortest examples; those of more than `window` tokens come first.
+
+    If there is only one example, it is taken twice.
+    """
+    order = sorted(range(len(split)), key=lambda index: (split.lengths[index] <= window, split.lengths[index], index))
+    shortest = order[:2]
     return tuple(shortest if len(shortest) == 2 else shortest * 2)
 
 
