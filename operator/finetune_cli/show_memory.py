@@ -19,6 +19,7 @@ _PARALLEL_CONFIGS = (
     ParallelConfig("zero2"),
     ParallelConfig("fsdp"),
     ParallelConfig("fsdp", recompute=True),
+    ParallelConfig("fsdp", "parameters", recompute=True),
     ParallelConfig("zero3", "parameters", recompute=True),
 )
 
@@ -46,7 +47,9 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
         f"{'bfloat16' if half else 'float32'}: {size.parameters:,} parameters, {size.trained:,} trained"
     ]
     table += [
-        _line(parallel, memory_estimate(size, setup, parallel), tokens, setup.device) for parallel in _PARALLEL_CONFIGS
+        _line(parallel, memory_estimate(size, setup, parallel), tokens, setup.device)
+        for parallel in _PARALLEL_CONFIGS
+        if setup.supports(parallel.strategy)
     ]
     if free_memory is None:
         return [*table, "  strategy auto uses the fastest one that fits; give the memory of one GPU with --gpu-memory"]

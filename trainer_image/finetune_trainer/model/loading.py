@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,32 +19,7 @@ from torch import Tensor
 from finetune_trainer import model_folder
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels import packed_attention, padding
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Describes how bitsandbytes quantizes a frozen base: int8, or nf4 with quantized constants
-    (QLoRA)."""
-
-    kind: Literal["int8", "nf4"]
-    device: torch.device
-
-    def options(self, compute_dtype: torch.dtype) -> dict[str, Any]:
-        """Returns options for `from_pretrained`, which quantizes each weight as soon as it is
-        read."""
-        from transformers import BitsAndBytesConfig
-
-        config = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if self.kind == "int8"
-            else BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=compute_dtype,
-            )
-        )
-        return {"quantization_config": config, "device_map": {"": self.device}}
+from finetune_trainer.model.quantization import Quantization, disable_repacking
 
 
 @dataclass(frozen=True)
@@ -86,8 +61,7 @@ def check(folder: Path) -> None:
 def load(
     folder: Path, *, dtype: torch.dtype, longest: int, outline: bool = False, quantized: Quantization | None = None
 ) -> LoadedModel:
-    """Loads the base model in evaluation mode, on the CPU, or quantized on the device that
-    `quantized` names.
+    """Loads the base model in evaluation mode, on the CPU, or quantized where `quantized` says.
 
     `longest` is the number of tokens in the longest row. With `outline`, the weights stay on
     PyTorch's meta device: the rank receives its shards from another rank. Raises RunError if the
@@ -108,9 +82,12 @@ def load(
         options: dict[str, Any] = {} if obstacle else {"attn_implementation": packed_attention.NAME}
         if outline:
             model = _outline(auto, folder, config, dtype, options)
-        else:
             if quantized:
-                options |= quantized.options(dtype)
+                quantized.outline(model, dtype)
+        elif quantized:
+            with quantized.computing():
+                model, missing = _with_weights(auto, folder, config, dtype, options | quantized.options(dtype))
+        else:
             model, missing = _with_weights(auto, folder, config, dtype, options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
@@ -122,18 +99,6 @@ def load(
     disable_repacking(model)
     padding.guard(model, layers(model))
     return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None)
-
-
-def disable_repacking(model: Any) -> None:
-    """Keeps bitsandbytes from changing 4-bit weights.
-
-    On CPUs with fast bfloat16, it rearranges them at the first evaluation and permanently rounds
-    their scales to bfloat16: training would then continue from a different base than the one it
-    began with.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def check_tokens(loaded: LoadedModel, highest: int) -> None:

@@ -9,7 +9,8 @@ from finetune_trainer import seeds
 from finetune_trainer.data import tokenizer
 from finetune_trainer.data.dataset import Data
 from finetune_trainer.model import added_tokens, freezing, loading, lora
-from finetune_trainer.model.loading import LoadedModel, Quantization
+from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.model.quantization import Quantization
 from finetune_trainer.reporting.event_writer import EventWriter
 
 
@@ -20,7 +21,9 @@ def quantized(run: RunConfig, device: torch.device, reporter: EventWriter) -> Qu
         return None
     reason = "set by model.quantization; embeddings, norms and the output layer stay as they are"
     reporter.decision("quantization", kind, reason)
-    return Quantization(kind, device)
+    # A base that is sharded may be too large for one device, so rank 0 reads it into the host's memory.
+    sharded = run.world.strategy == "fsdp"
+    return Quantization(kind, device, torch.device("cpu") if sharded else None)
 
 
 def apply(run: RunConfig, loaded: LoadedModel, data: Data, reporter: EventWriter) -> LoadedModel:

@@ -4,7 +4,8 @@ It uses PyTorch's FSDP2 (`fully_shard`), which gathers a layer only while that l
 a run in half precision it gathers the layer in that format, and reduces gradients in float32.
 Only rank 0 reads the model. The others start from its outline (`loading.load(outline=True)`) and
 receive each layer's weights just before that layer is sharded, so no other rank ever holds more
-than its shard and one layer.
+than its shard and one layer. A 4-bit weight is sharded as the bytes that it is packed in; its
+constants, a byte for each 64 values, are complete on every rank.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finetune_trainer.model import quantization
 from finetune_trainer.model.loading import layers
 from finetune_trainer.parallel.gradient_clipping import clip_by_global_norm
 from finetune_trainer.parallel.optimizers import OptimizerConfig, adamw, set_rate
@@ -180,13 +182,22 @@ def _broadcast_tensors(unit: torch.nn.Module, world: World) -> None:
             if parameter is None or isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in received:
-                value = _broadcast(parameter.data, world)
                 # The old parameter stays referenced, so that no other object gets its id.
-                received[id(parameter)] = parameter, torch.nn.Parameter(value, parameter.requires_grad)
+                received[id(parameter)] = parameter, _broadcast_parameter(module, name, parameter, world)
             module._parameters[name] = received[id(parameter)][1]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _broadcast(buffer, world)
+
+
+def _broadcast_parameter(module: torch.nn.Module, name: str, parameter: Any, world: World) -> torch.nn.Parameter:
+    if name != "weight" or not quantization.is_packed(module):
+        return torch.nn.Parameter(_broadcast(parameter.data, world), parameter.requires_grad)
+    tensors = {"": parameter.data, **quantization.constants(module)} if world.is_first else {}
+    outline = world.broadcast({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
+    for key, (shape, dtype) in outline.items():
+        tensors[key] = _broadcast(tensors.get(key, torch.empty(shape, dtype=dtype, device="meta")), world)
+    return quantization.with_constants(module, tensors.pop(""), tensors)
 
 
 def _broadcast(value: Tensor, world: World) -> Tensor:
