@@ -83,6 +83,7 @@ def _fragments(findings: Findings) -> bool | None:
 _PRECISION = "0033-mixed-precision.md"
 _ESTIMATE = "0019-memory-estimate.md"
 _PODS = "0034-pods-for-gpu-clusters.md"
+_SHARDED_NF4 = "0038-quantized-bases-under-fsdp.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -128,8 +129,10 @@ CLAIMS = (
         "G21", "the forward and backward seconds of a step only measure kernel launches", BY_READING,
         _figures("large/LoRA q,v", lambda f: f["step_seconds"]["forward"] < 0.1 * f["step_seconds"]["total"]),
     ),
-    Claim("G22", "zero3 gathers weights without overlap, and offloaded AdamW is a slow loop", BY_READING),
-    Claim("G23", "GPUs without bfloat16 train in float32", BY_READING),
+    Claim("G22", "zero3 gathers weights without overlap, and offloaded AdamW is a slow loop", BY_READING,
+          fixed_in=_SHARDED_NF4),
+    Claim("G23", "GPUs without bfloat16 train in float32 without saying what it costs", BY_READING,
+          fixed_in=_SHARDED_NF4),
     Claim("G24", "answers are generated at 25 to 30 tokens per second and row", BY_ARITHMETIC),
     Claim("G25", "the check of a result is placed on the GPU because of its memory alone", BY_READING, fixed_in=_PODS),
     Claim("G26", "to check a result, a quantized base is quantized again on the CPU", BY_READING,
@@ -138,7 +141,7 @@ CLAIMS = (
     Claim("G28", "a slow rank isn't identified", BY_READING),
     Claim("G29", "NCCL's flight recorder isn't used", BY_READING),
     Claim("G30", "every pod of every attempt downloads the model again", BY_READING),
-    Claim("G31", "a quantized base trains with ddp only", BY_READING),
+    Claim("G31", "a quantized base trains with ddp only", BY_READING, fixed_in=_SHARDED_NF4),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
     Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING),
     Claim("G34", "the grace period is the same for every job", BY_READING, fixed_in=_PODS),

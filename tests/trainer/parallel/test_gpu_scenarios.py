@@ -124,7 +124,7 @@ def test_more_host_memory_never_leads_to_a_slower_choice(scenario: Scenario) -> 
 
 @pytest.mark.parametrize(("ranks", "share"), [(2, 1 / 2), (4, 1 / 4), (8, 1 / 8)])
 def test_each_rank_of_a_sharded_quantized_base_holds_its_share_of_the_packed_weights(ranks: int, share: float) -> None:
-    """The constants, about a byte for 64 values, and what is gathered at a time are complete on each rank."""
+    """The constants, about a byte for 64 values, and what is gathered at a time are complete."""
     scenario = replace(_QLORA_70B_L40S, ranks=ranks)
     sharded, offloaded, replicated = (
         memory_estimate(scenario.size, scenario.setup, config).weights

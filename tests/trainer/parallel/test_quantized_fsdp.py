@@ -1,5 +1,5 @@
-"""A base in nf4 that fsdp shards trains like one that every rank holds, and each rank holds less of it
-the more ranks there are."""
+"""A base in nf4 that fsdp shards trains like one that every rank holds, and each rank holds less of
+it the more ranks there are."""
 
 from __future__ import annotations
 
@@ -130,15 +130,15 @@ def test_a_rank_holds_less_of_the_base_the_more_ranks_there_are(tmp_path: Path, 
     whole, layers = held[1][0].sharded, 2
     for world, ranks in held.items():
         assert {rank.sharded for rank in ranks} == {whole // world}
-        # The first rank reads the base into the host's memory; the others never have more than this.
+        # The first rank reads the base into the host's memory; no other has more than this.
         assert all(rank.peak <= whole // world + whole // layers for rank in ranks[1:])
 
 
 def test_a_weight_is_quantized_on_the_device_that_computes_wherever_it_is_kept() -> None:
     """PyTorch's meta device stands in for a GPU. It has no values that a weight could get."""
     weight = torch.randn(64, 64)
-    with Quantization("nf4", torch.device("meta"), torch.device("cpu")).computing():
-        with pytest.raises(RuntimeError, match="incompatible tensor type"):
-            Params4bit(weight, quant_type="nf4").to("cpu")
+    on_gpu = Quantization("nf4", torch.device("meta"), torch.device("cpu"))
+    with on_gpu.computing(), pytest.raises(RuntimeError, match="incompatible tensor type"):
+        Params4bit(weight, quant_type="nf4").to("cpu")
     with Quantization("nf4", torch.device("cpu"), torch.device("cpu")).computing():
         assert Params4bit(weight, quant_type="nf4").to("cpu").shape == (64 * 64 // 2, 1)

@@ -70,13 +70,28 @@ class Quantization:
             Params4bit._quantize = quantize
 
     def outline(self, model: Any, dtype: torch.dtype) -> None:
-        """Replaces the linear layers of a model on the meta device as `from_pretrained` does, except
-        that their weights aren't packed."""
+        """Replaces the linear layers of a model on the meta device as `from_pretrained` does, but
+        leaves their weights unpacked."""
         from transformers.quantizers.auto import AutoHfQuantizer
 
         quantizer = AutoHfQuantizer.from_config(self.config(dtype), pre_quantized=False)
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "meta"})
         quantizer.postprocess_model(model)
+
+
+def warning(kind: str, device_type: str, dtype: torch.dtype) -> str:
+    """Returns what to look out for with a quantized base, or "". It is pure.
+
+    On CUDA, bitsandbytes converts what enters an int8 layer to float16, whose largest value is
+    65,504, before it separates outliers (`MatMul8bitLt`).
+    """
+    if kind != "int8" or device_type != "cuda" or dtype != torch.bfloat16:
+        return ""
+    return (
+        "bitsandbytes computes int8 layers in float16, where activations of a bfloat16 model may overflow; if steps "
+        "are skipped because of values that aren't finite, or the loss is unexpectedly high, use model.quantization "
+        "nf4, which computes in bfloat16"
+    )
 
 
 def is_packed(module: Any) -> bool:

@@ -50,7 +50,9 @@ class DeepSpeedZero:
         self._stage = options.stage
         self._half = options.half
         self._model = model
-        engine, _ = accelerator.prepare(model.to(world.device), adamw(trained(model), config, fused=False))
+        engine, _ = accelerator.prepare(
+            model.to(world.device), adamw(trained(model), config, fused=options.fused_optimizer)
+        )
         self._engine = engine
         self._parameters = trained(model)
 
@@ -121,6 +123,32 @@ class DeepSpeedZero:
         finally:
             delattr(optimizer, overflow_check)
             optimizer.check_grad_overflow = check_grad_overflow
+
+    @property
+    def gathered_bytes(self) -> int:
+        if self._stage != 3:
+            return 0
+        return sum(parameter.ds_numel * parameter.element_size() for parameter in self._model.parameters())
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self._stage != 3:
+            yield
+            return
+        import deepspeed
+
+        offload = self._engine.optimizer.parameter_offload
+        offload.partition_all_parameters()
+        with deepspeed.zero.GatheredParameters(list(self._model.parameters())):
+            # These hooks would gather and release the weights of each module.
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
+        self._partition_again()
 
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -20,17 +20,27 @@ Stage = Literal[1, 2, 3]
 
 @dataclass(frozen=True)
 class ZeroOptions:
-    """The stage of ZeRO, what is offloaded, and the half-precision format in which products are
-    computed, or None for that of the weights."""
+    """The stage of ZeRO, what is offloaded, the half-precision format in which products are
+    computed, or None for that of the weights, and the device that computes."""
 
     stage: Stage
     offload: Offload = "none"
     half: torch.dtype | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def calls_engine(self) -> bool:
         """Whether forward and backward passes run through DeepSpeed's engine."""
         return self.stage > 1
+
+    @property
+    def fused_optimizer(self) -> bool:
+        """Whether AdamW updates all weights in one kernel.
+
+        On a GPU's host it replaces a loop over tensors, which is slow for the weights of a large
+        model. CPU runs keep the loop, whose results differ in the last bit for large tensors.
+        """
+        return self.device == "cuda" and self.offload != "none"
 
 
 def prepare_environment(device: str) -> None:
@@ -50,7 +60,7 @@ def configuration(options: ZeroOptions, config: OptimizerConfig) -> dict[str, An
     empty list keeps gradients in float32 when they are sent.
     """
     stage, offload = options.stage, options.offload
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    host = {"device": "cpu", "pin_memory": options.device == "cuda"}
     offloading = {
         **({"offload_optimizer": host} if offload != "none" else {}),
         **({"offload_param": host} if offload == "parameters" else {}),
@@ -63,7 +73,9 @@ def configuration(options: ZeroOptions, config: OptimizerConfig) -> dict[str, An
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,
+            # Stage 3 then gathers weights on a stream of its own, while other layers compute. Its
+            # buckets of gradients must be contiguous.
+            "overlap_comm": stage == 3 and options.device == "cuda",
             "contiguous_gradients": stage > 1,  # needs DeepSpeed's hooks, which stage 1 doesn't use
             "reduce_bucket_size": ZERO_BUCKET,
             "allgather_bucket_size": ZERO_BUCKET,

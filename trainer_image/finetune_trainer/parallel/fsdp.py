@@ -37,6 +37,7 @@ class FullyShardedDataParallel:
         self, model: Any, config: OptimizerConfig, world: World, *, offload: bool, half: torch.dtype | None = None
     ) -> None:
         self._world = world
+        self._half = half
         self._max_norm = config.max_grad_norm
         self._storage_device = torch.device("cpu") if offload else world.device
         _shard_model(model, world, offload=offload, half=half)
@@ -83,6 +84,30 @@ class FullyShardedDataParallel:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def gathered_bytes(self) -> int:
+        return sum(
+            parameter.numel()
+            * (self._half if self._half and parameter.is_floating_point() else parameter.dtype).itemsize
+            for parameter in self._model.parameters()
+        )
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        outermost, *layers = self._sharded_modules()
+        for module in (outermost, *layers):
+            module.unshard()
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True, recurse=False)
+            for module in (outermost, *layers):
+                module.reshard()
+                _forget_forward_passes(module)
+
     def weights(self) -> dict[str, Tensor]:
         return self._gathered(self._parameters)
 
@@ -120,14 +145,17 @@ class FullyShardedDataParallel:
             self._optimizer.state[parameter] = {"step": step, **state}
 
     def set_weights(self, weights: TensorSource) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                # A layer that an evaluation left gathered would be computed with its old weights.
-                module.reshard()
+        for module in self._sharded_modules():
+            # A layer that an evaluation left gathered would be computed with its old weights.
+            module.reshard()
         for name, parameter in self._parameters.items():
             self._load_part(parameter, weights, name)
+
+    def _sharded_modules(self) -> list[Any]:
+        """Returns the model, whose own weights are those outside of the layers, and the layers."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return [module for module in self._model.modules() if isinstance(module, FSDPModule)]
 
     def _full_norm(self, norm: Tensor) -> Tensor:
         return _full(norm, self._world).to(self._storage_device)
@@ -155,6 +183,18 @@ class FullyShardedDataParallel:
             if self._world.is_first:
                 gathered[name] = to_cpu(full)
         return gathered
+
+
+def _forget_forward_passes(module: Any) -> None:
+    """Makes FSDP2 forget the order of forward passes since the last backward pass.
+
+    The next backward pass would gather weights ahead of time in the reverse order, and ranks that
+    computed different numbers of tokens would wait for different weights.
+    """
+    state = module._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    for group in state._fsdp_param_groups:
+        group._post_forward_indices.clear()
 
 
 def _shard_model(model: Any, world: World, *, offload: bool, half: torch.dtype | None) -> None:

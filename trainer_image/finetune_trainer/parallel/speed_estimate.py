@@ -40,7 +40,8 @@ _RATES = {
 def seconds_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, tokens: int) -> float:
     """Returns how long a rank needs for a token if it computes `tokens` tokens at a time.
 
-    On GPUs, fsdp sends while it computes; DeepSpeed, as it is configured here, sends in between.
+    On GPUs, fsdp and zero3 send while they compute; zero2, as it is configured here, sends in
+    between.
     """
     rates = _RATES[setup.device]
     passes = (3 if setup.full else 2) + parallel.recompute  # a forward pass is one
@@ -48,7 +49,7 @@ def seconds_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelC
     reading = _base_bytes(size, setup, setup.stored) * passes / rates.memory
     computing = max(operations + reading, size.layers * rates.launches * passes / 2)
     sending = _sent_bytes(size, setup, parallel) / (rates.same_node if setup.nodes == 1 else rates.other_nodes)
-    if parallel.strategy == "fsdp" and setup.device == "cuda":
+    if parallel.strategy in ("fsdp", "zero3") and setup.device == "cuda":
         seconds = max(computing, sending) + min(computing, sending) / 4
     else:
         seconds = computing + sending

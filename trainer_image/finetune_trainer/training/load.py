@@ -62,7 +62,7 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
             # What one token attends to at most: the row of a preference pair holds two answers.
             longest=min(data.longest, run.data.max_sequence_length),
             outline=run.world.strategy == "fsdp" and not world.is_first,
-            quantized=method.quantized(run, world.device, context.reporter),
+            quantized=method.quantized(run, world.device, dtype, context.reporter),
         )
     loaded = method.apply(run, loaded, data, context.reporter)
     if resolved.recompute:
@@ -76,7 +76,7 @@ def _zero_options(resolved: ResolvedRun) -> deepspeed_config.ZeroOptions | None:
     """Returns the options of DeepSpeed, or None for a strategy without it."""
     world = resolved.run.world
     stage = _STAGES.get(world.strategy)
-    return None if stage is None else deepspeed_config.ZeroOptions(stage, world.offload, half(resolved))
+    return None if stage is None else deepspeed_config.ZeroOptions(stage, world.offload, half(resolved), world.device)
 
 
 def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -> ParallelStrategy:

@@ -104,7 +104,7 @@ class Collator:
         return replace(
             batch,
             answer=self._tensor(answer),
-            reference=None if reference is None else torch.as_tensor(reference, device=self.device),
+            reference=None if reference is None else to_device(torch.as_tensor(reference), self.device),
         )
 
     def _of_answers(self, rows: list[Any], shared: tuple[int, ...]) -> Batch:
@@ -187,10 +187,22 @@ class Collator:
 
     def _padding(self, lengths: list[int]) -> Tensor | None:
         padding = _padding(lengths)
-        return None if padding is None else padding.to(self.device)
+        return None if padding is None else to_device(padding, self.device)
 
     def _tensor(self, array: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(array, dtype=np.int64), device=self.device)
+        return to_device(torch.as_tensor(np.asarray(array, dtype=np.int64)), self.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the host's memory on a device.
+
+    A copy to a GPU is made from pinned memory, so the host doesn't wait for it. PyTorch's allocator
+    of pinned memory doesn't hand out the block again before the copy is done
+    (`CachingHostAllocator`).
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _padding(lengths: list[int]) -> Tensor | None:
