@@ -122,13 +122,13 @@ def _adapter(run: FinishedRun) -> bytes:
 
 
 def test_a_rank_holds_less_of_the_base_the_more_ranks_there_are(tmp_path: Path, models: dict[str, Path]) -> None:
-    held: dict[int, list[stored_bytes.Held]] = {}
+    by_world: dict[int, list[stored_bytes.Held]] = {}
     for world in (1, 2, 4):
         job = _job(tmp_path / str(world), models, {}, world=world, training={"max_steps": 1})
         RunningRanks(job, faults=dict.fromkeys(range(world), StoredBytes())).wait().check()
-        held[world] = [stored_bytes.read(job.paths, rank) for rank in range(world)]
-    whole, layers = held[1][0].sharded, 2
-    for world, ranks in held.items():
+        by_world[world] = [stored_bytes.read(job.paths, rank) for rank in range(world)]
+    whole, layers = by_world[1][0].sharded, 2
+    for world, ranks in by_world.items():
         assert {rank.sharded for rank in ranks} == {whole // world}
         # The first rank reads the base into the host's memory; no other has more than this.
         assert all(rank.peak <= whole // world + whole // layers for rank in ranks[1:])

@@ -1,4 +1,4 @@
-"""Records how many bytes of packed 4-bit weights a rank holds while its model is sharded, and later.
+"""Records how many bytes of packed 4-bit weights a rank holds while its model is being sharded.
 
 A rank's process is prepared before its run starts (see `rank_runs.RunningRanks`): PyTorch's
 `fully_shard` is observed, which is called once for each layer and then for the model.

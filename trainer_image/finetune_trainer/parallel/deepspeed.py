@@ -1,7 +1,7 @@
 """Implements stages 1 to 3 of DeepSpeed's ZeRO through Accelerate (zero1, zero2, zero3).
 
 On the CPU, three things are needed together, or Accelerate silently does the wrong thing, which
-`_check_world` would detect: ACCELERATE_USE_DEEPSPEED, no `cpu=True`, and a backend that is set with
+`check_world` would detect: ACCELERATE_USE_DEEPSPEED, no `cpu=True`, and a backend that is set with
 InitProcessGroupKwargs.
 """
 
@@ -43,7 +43,7 @@ class DeepSpeedZero:
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config.configuration(options, config), zero3_init_flag=False)
         backend = InitProcessGroupKwargs(backend="gloo" if world.device.type == "cpu" else "nccl")
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
-        _check_world(accelerator, world)
+        deepspeed_config.check_world(accelerator, world)
         # In stages 2 and 3, the ranks communicate during the forward and backward passes.
         self.independent_micro_batches = not options.calls_engine
         self._world = world
@@ -67,7 +67,7 @@ class DeepSpeedZero:
     def autocast(self, model: Any) -> AbstractContextManager[Any]:
         if model is self._engine:
             # In stage 3, autocast's copies of weights would outlive the gathered weights.
-            return _uncached() if self._stage == 3 else nullcontext()
+            return deepspeed_config.uncached() if self._stage == 3 else nullcontext()
         return autocast(self._world.device, self._half)
 
     @contextmanager
@@ -297,22 +297,3 @@ class DeepSpeedZero:
             if self._world.is_first:
                 gathered[name] = to_cpu(value)
         return gathered
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
-    """Makes an autocast that is opened inside convert a weight each time that it is used."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-
-
-def _check_world(accelerator: Any, world: World) -> None:
-    """Raises RuntimeError if Accelerate sees a different world, in which all ranks would train on
-    the same rows."""
-    ours, theirs = (world.size, world.rank), (accelerator.num_processes, accelerator.process_index)
-    if theirs != ours:
-        raise RuntimeError(f"Accelerate has world size and rank {theirs} instead of {ours}")

@@ -13,6 +13,7 @@ import torch
 from finetune_api.spec.hardware import Offload
 from finetune_trainer.parallel.limits import ZERO_BUCKET
 from finetune_trainer.parallel.optimizers import OptimizerConfig
+from finetune_trainer.parallel.world import World
 
 Stage = Literal[1, 2, 3]
 """A stage of ZeRO; see `deepspeed`."""
@@ -116,6 +117,17 @@ def split_while_loading(options: ZeroOptions | None, stored: torch.dtype) -> Ite
         del config
 
 
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Makes an autocast that is opened inside convert a weight each time that it is used."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def skip_compiling_ops() -> None:
     """Keeps DeepSpeed from compiling a shared-memory all-reduce on the CPU.
 
@@ -125,3 +137,11 @@ def skip_compiling_ops() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_world(accelerator: Any, world: World) -> None:
+    """Raises RuntimeError if Accelerate sees a different world, in which all ranks would train on
+    the same rows."""
+    ours, theirs = (world.size, world.rank), (accelerator.num_processes, accelerator.process_index)
+    if theirs != ours:
+        raise RuntimeError(f"Accelerate has world size and rank {theirs} instead of {ours}")
