@@ -117,6 +117,7 @@ _OBSERVED = "0042-what-a-gpu-says.md"
 _FUSED = "0036-fused-kernels.md"
 _ROOFLINE = "0035-roofline.md"
 _ATTENTION = "0037-attention-on-gpus.md"
+_SHARDED_NF4 = "0038-quantized-bases-under-fsdp.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -167,8 +168,10 @@ CLAIMS = (
         _figures("large/LoRA q,v", lambda f: f["step_seconds"]["forward"] < 0.1 * f["step_seconds"]["total"]),
         _ROOFLINE,
     ),
-    Claim("G22", "zero3 gathers weights without overlap, and offloaded AdamW is a slow loop", BY_READING),
-    Claim("G23", "GPUs without bfloat16 train in float32", BY_READING),
+    Claim("G22", "zero3 gathers weights without overlap, and offloaded AdamW is a slow loop", BY_READING,
+          fixed_in=_SHARDED_NF4),
+    Claim("G23", "GPUs without bfloat16 train in float32 without saying what it costs", BY_READING,
+          fixed_in=_SHARDED_NF4),
     Claim("G24", "answers are generated at 25 to 30 tokens per second and row", BY_ARITHMETIC),
     Claim("G25", "the check of a result is placed on the GPU because of its memory alone", BY_READING, fixed_in=_PODS),
     Claim("G26", "to check a result, a quantized base is quantized again on the CPU", BY_READING,
@@ -179,7 +182,7 @@ CLAIMS = (
     Claim("G29", "NCCL's flight recorder isn't used", BY_READING,
           _verdict("operations/flight recorder", "wrong"), _OBSERVED),
     Claim("G30", "every pod of every attempt downloads the model again", BY_READING),
-    Claim("G31", "a quantized base trains with ddp only", BY_READING),
+    Claim("G31", "a quantized base trains with ddp only", BY_READING, fixed_in=_SHARDED_NF4),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
     Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING),
     Claim("G34", "the grace period is the same for every job", BY_READING, fixed_in=_PODS),

@@ -45,8 +45,8 @@ host's memory is `resources.memory` of the job, so set that first.
 _COLUMNS = ("GPU", "GPUs", "strategy", "per GPU", "tokens at a time", "memory", "scratch")
 _METHOD_TEXTS = {
     "LoRA": "`method: {type: lora, lora: {rank: 16, targetModules: [all-linear]}}` on a base in bfloat16.",
-    "QLoRA": "The same adapters with `model.quantization: nf4`. A quantized base trains only with ddp, so every GPU "
-    "holds all of it: more GPUs make training faster, but they never make a model fit.",
+    "QLoRA": "The same adapters with `model.quantization: nf4`. With ddp, every GPU holds "
+    "the whole base; fsdp shards the packed weights, with or without offloading them to the host.",
     "Full": "`method: {type: full}`: all weights are trained. They are stored in float32, and matrix products are "
     "computed in bfloat16.",
 }

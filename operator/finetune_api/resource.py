@@ -134,9 +134,19 @@ class Spec(Model):
              "self.model.quantization == 'none' || self.method.type == 'lora'",
              lambda m: m.model.quantization == "none" or m.method.type == "lora"),
         Rule("distribution.strategy",
-             "must be auto or ddp with model.quantization; no other strategy can hold a quantized base",
-             "self.model.quantization == 'none' || self.distribution.strategy in ['auto', 'ddp']",
-             lambda m: m.model.quantization == "none" or m.distribution.strategy in ("auto", "ddp")),
+             "must be auto or ddp with model.quantization int8, and auto, ddp or fsdp with nf4; no other strategy can "
+             "hold such a base",
+             "self.model.quantization == 'none' || self.distribution.strategy in ['auto', 'ddp']"
+             " || (self.model.quantization == 'nf4' && self.distribution.strategy == 'fsdp')",
+             lambda m: m.model.quantization == "none" or m.distribution.strategy in ("auto", "ddp")
+             or (m.model.quantization == "nf4" and m.distribution.strategy == "fsdp")),
+        Rule("method.lora",
+             "dora and addedTokens can't be combined with model.quantization and distribution.strategy fsdp, because "
+             "they read weights that only the first process has; use ddp",
+             "self.model.quantization == 'none' || self.distribution.strategy != 'fsdp' || !has(self.method.lora)"
+             " || (!self.method.lora.dora && self.method.lora.addedTokens.size() == 0)",
+             lambda m: m.model.quantization == "none" or m.distribution.strategy != "fsdp" or not m.method.lora
+             or not (m.method.lora.dora or m.method.lora.added_tokens)),
         _not_with_zero3("dora", "!self.method.lora.dora", lambda lora: not lora.dora),
         _not_with_zero3("init", "self.method.lora.init == 'default'", lambda lora: lora.init == "default"),
         _not_with_zero3("addedTokens", "self.method.lora.addedTokens.size() == 0", lambda lora: not lora.added_tokens),

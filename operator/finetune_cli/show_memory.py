@@ -19,6 +19,7 @@ _PARALLEL_CONFIGS = (
     ParallelConfig("zero2"),
     ParallelConfig("fsdp"),
     ParallelConfig("fsdp", recompute=True),
+    ParallelConfig("fsdp", "parameters", recompute=True),
     ParallelConfig("zero3", "parameters", recompute=True),
 )
 
@@ -46,8 +47,15 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
         f"{'bfloat16' if half else 'float32'}: {size.parameters:,} parameters, {size.trained:,} trained"
     ]
     table += [
-        _line(parallel, memory_estimate(size, setup, parallel), tokens, setup.device) for parallel in _PARALLEL_CONFIGS
+        _line(parallel, memory_estimate(size, setup, parallel), tokens, setup.device)
+        for parallel in _PARALLEL_CONFIGS
+        if setup.supports(parallel.strategy)
     ]
+    if half and setup.device == "cuda":
+        table.append(
+            "  bfloat16 needs a GPU of Ampere or newer (A10, A100, L4, L40S, H100, RTX 30 and later); an older one "
+            "(V100, T4) computes in float32 with model.dtype auto, and weights that aren't quantized take twice as much"
+        )
     if free_memory is None:
         return [*table, "  strategy auto uses the fastest one that fits; give the memory of one GPU with --gpu-memory"]
     try:

@@ -122,9 +122,7 @@ def _answers(stage: child.Stage) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
         prompts = [list(range(6, 46 + index)) for index in range(8 if tiny else 32)]
         new = 8 if tiny else 64
-        settings = generation.GenerationSettings(
-            tokenizer, frozenset({2**20}), new, False, GenerationSpec(), None, device
-        )
+        settings = generation.GenerationSettings(tokenizer, frozenset({2**20}), new, GenerationSpec(), None, device)
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             duration = timing.seconds(
                 lambda: generation.generate(model, prompts, settings, seed=0, heartbeat=lambda: None),

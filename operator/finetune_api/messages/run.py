@@ -112,14 +112,6 @@ class WorldConfig(Model):
         """The world size: the number of ranks."""
         return self.nodes * self.processes_per_node
 
-    @property
-    def splits_weights(self) -> bool:
-        """Whether no rank has the full model, so that all ranks take part in every computation.
-
-        It isn't known for strategy auto.
-        """
-        return self.strategy in ("zero3", "fsdp")
-
 
 class MlflowConfig(Model):
     """Configures an MLflow server."""

@@ -164,6 +164,12 @@ CASES: tuple[Case, ...] = (
     ok("a quantised base with ddp", ("model.quantization", "nf4"), ("distribution.strategy", "ddp")),
     *(bad(f"a quantised base with {name}", "spec.distribution.strategy", ("model.quantization", "int8"),
           ("distribution.strategy", name)) for name in ("zero1", "zero2", "zero3", "fsdp")),
+    ok("a base in nf4 with fsdp", ("model.quantization", "nf4"), ("distribution.strategy", "fsdp")),
+    *(bad(f"a base in nf4 with {name}", "spec.distribution.strategy", ("model.quantization", "nf4"),
+          ("distribution.strategy", name)) for name in ("zero1", "zero2", "zero3")),
+    *(bad(f"{name} on a base in nf4 with fsdp", "spec.method.lora", ("model.quantization", "nf4"),
+          ("distribution.strategy", "fsdp"), (f"method.lora.{name}", value))
+      for name, value in (("dora", True), ("addedTokens", ["<tool>"]))),
     *(bad(f"a quantised base with {name}", "spec.method.lora.init", ("model.quantization", "nf4"),
           ("method.lora.init", name)) for name in ("pissa", "olora")),
     *none_of("model.trustRemoteCode", True, "true", 1),

@@ -17,10 +17,14 @@ from finetune_api.messages.evaluation import Score
 from finetune_api.resource import GenerationSpec
 from finetune_trainer.evaluation import generation
 from finetune_trainer.evaluation.generation import GenerationSettings
+from finetune_trainer.training import final_evaluation
 from testkit.rows import pairs
 from testkit.tiny_models import tiny_gemma3, tiny_phi3
+from trainer.support import collectives
+from trainer.support.collectives import CountedAllGathers
 from trainer.support.forked_ranks import KillPoint
-from trainer.support.rank_runs import FinishedRun, finish_each, prepare
+from trainer.support.full_host import FullHost
+from trainer.support.rank_runs import FinishedRun, RunningRanks, finish_each, prepare
 
 _WAYS: dict[str, dict[str, Any]] = {
     "1 rank": {},
@@ -49,7 +53,7 @@ def test_a_batch_gives_the_answers_that_its_prompts_give_one_by_one(family: str,
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [list(range(7, 7 + count)) for count in (3, 19, 1, 8, 0)]
     beats: list[int] = []
-    settings = GenerationSettings(tokenizer, frozenset({4}), 8, False, GenerationSpec(), None)
+    settings = GenerationSettings(tokenizer, frozenset({4}), 8, GenerationSpec(), None)
 
     def answers(batch: list[list[int]]) -> list[generation.Answer]:
         with torch.no_grad():
@@ -64,7 +68,7 @@ def test_a_batch_gives_the_answers_that_its_prompts_give_one_by_one(family: str,
 def test_an_answer_ends_where_the_models_positions_end(models: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(models["gpt2"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["gpt2"])
-    settings = GenerationSettings(tokenizer, frozenset(), 64, False, GenerationSpec(), positions=512)
+    settings = GenerationSettings(tokenizer, frozenset(), 64, GenerationSpec(), positions=512)
     with torch.no_grad():
         (answer,) = generation.generate(model, [[9] * 508], settings, seed=0, heartbeat=lambda: None)
     assert not answer.finished
@@ -74,9 +78,7 @@ def test_an_answer_ends_where_the_models_positions_end(models: dict[str, Path]) 
 def test_sampling_with_the_same_seed_is_repeatable(models: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["llama"])
-    settings = GenerationSettings(
-        tokenizer, frozenset({4}), 12, False, GenerationSpec(temperature=1.0, top_p=0.9), None
-    )
+    settings = GenerationSettings(tokenizer, frozenset({4}), 12, GenerationSpec(temperature=1.0, top_p=0.9), None)
     first, again, other = (
         generation.generate(model, [[7, 8, 9]], settings, seed=seed, heartbeat=lambda: None) for seed in (1, 1, 2)
     )
@@ -185,3 +187,60 @@ def test_a_stop_during_generation_takes_effect(tmp_path: Path, models: dict[str,
     assert not ended.losses
     (stored,) = (job.scratch / "answers").iterdir()
     assert 0 < len(stored.read_text().splitlines()) < 4
+
+
+_SHARDED = ("fsdp", "zero3")
+
+
+@pytest.mark.parametrize("strategy", _SHARDED)
+def test_generating_a_token_gathers_nothing(strategy: str, tmp_path: Path, models: dict[str, Path]) -> None:
+    """Sharded weights were gathered for every token. Now they are gathered once for all answers."""
+    job = prepare(
+        tmp_path / "job",
+        models["llama"],
+        pairs(8),
+        test=pairs(3, 2),  # one batch, so that one of the ranks has none
+        world=2,
+        strategy=strategy,
+        training={"max_steps": 2},
+        evaluation={"metrics": ("f1",), "rows": 3, "samples": 3, "max_new_tokens": 12},
+    )
+    ended = RunningRanks(job, faults=dict.fromkeys((0, 1), CountedAllGathers())).wait().check()
+    counts = [collectives.read(ended.paths, rank) for rank in (0, 1)]
+    assert sum(count.tokens for count in counts) >= 12
+    assert [count.all_gathers for count in counts] == [0, 0]
+    assert len(ended.events(events.SampleEvent)) == 3
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "skipped"),
+    [(10 * 2**30, 13 * 2**30, False), (10 * 2**30, 12 * 2**30, True), (0, 0, False)],
+)
+def test_answers_are_skipped_with_a_reason_if_the_full_model_doesnt_fit(needed: int, free: int, skipped: bool) -> None:
+    reason = final_evaluation.skip_reason(needed, free, "fsdp")
+    assert bool(reason) is skipped
+    if skipped:
+        for part in ("13.00 GiB", "12.00 GiB are free", "strategy fsdp", "evaluation.samples"):
+            assert part in reason
+
+
+def test_a_run_without_memory_for_the_full_model_skips_its_answers_and_reports_why(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    job = prepare(
+        tmp_path / "job",
+        models["llama"],
+        pairs(8),
+        test=pairs(3, 2),
+        world=2,
+        strategy="fsdp",
+        training={"max_steps": 2},
+        evaluation={"metrics": ("f1",), "rows": 3, "samples": 3, "max_new_tokens": 4},
+    )
+    ended = RunningRanks(job, faults=dict.fromkeys((0, 1), FullHost())).wait().check()
+    decision = ended.decision("answers")
+    assert (decision.choice, "0.00 GiB are free" in decision.reason) == ("skipped", True)
+    assert ended.events(events.SampleEvent) == []
+    (scores,) = ended.events(events.ScoresEvent)
+    assert (scores.evaluation.answered, [score.name for score in scores.evaluation.scores]) == (0, ["perplexity"])
+    assert set(ended.evals("test")) == {0, 2}

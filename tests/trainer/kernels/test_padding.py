@@ -170,7 +170,7 @@ def test_answers_dont_depend_on_what_padding_computes(poison: float, family: str
     loaded = model_.load(models[family], dtype=torch.float32, longest=32)
     pad = 5
     poisoned(loaded.base, pad, poison)
-    settings = GenerationSettings(_Padding(tokenizer, pad), frozenset({4}), 6, False, GenerationSpec(), None)
+    settings = GenerationSettings(_Padding(tokenizer, pad), frozenset({4}), 6, GenerationSpec(), None)
     prompts = [[7, 8, 9, 10, 11, 12], [20], [30, 31, 32]]
     together = generation.generate(loaded.base, prompts, settings, seed=0, heartbeat=lambda: None)
     separately = [

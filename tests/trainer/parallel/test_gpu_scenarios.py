@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from finetune_api.resource import LoraSpec
+from finetune_api.spec.hardware import Strategy
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import model_size, strategy_choice
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
@@ -60,6 +61,7 @@ _LORA_8B_4090 = Scenario("Llama-3.1-8B", "lora", 1, 23.2, 60)
 _LORA_8B_H100 = Scenario("Llama-3.1-8B", "lora", 8, 78.5, 120)
 _FULL_8B_H100 = Scenario("Llama-3.1-8B", "full", 8, 78.5, 120)
 _QLORA_8B_A10G = Scenario("Llama-3.1-8B", "qlora", 4, 21.9, 40)
+_QLORA_70B_L40S = Scenario("Llama-3.1-70B", "qlora", 8, 44.4, 60)
 _FULL_70B = Scenario("Llama-3.1-70B", "full", 32, 78.5, 200, nodes=4)
 
 _CHOICES = [
@@ -81,6 +83,12 @@ _CHOICES = [
     pytest.param(Scenario("Llama-3.2-3B", "full", 8, 78.5, 60), "fsdp", id="full 3B on eight H100"),
     pytest.param(
         Scenario("Llama-3.1-70B", "qlora", 8, 78.5, 200), "ddp, activations recomputed", id="QLoRA 70B on eight H100"
+    ),
+    pytest.param(_QLORA_70B_L40S, "fsdp, activations recomputed", id="QLoRA 70B on eight L40S"),
+    pytest.param(
+        replace(_QLORA_70B_L40S, ranks=2, free=23.2, host=60),
+        "fsdp, parameters offloaded, activations recomputed",
+        id="QLoRA 70B on two 4090",
     ),
     pytest.param(
         Scenario("Llama-3.1-70B", "lora", 8, 78.5, 200), "fsdp, activations recomputed", id="LoRA 70B on eight H100"
@@ -112,6 +120,27 @@ def test_more_host_memory_never_leads_to_a_slower_choice(scenario: Scenario) -> 
         preference = choice.parallel.offload != "none", seconds
         assert previous is None or preference <= previous
         previous = preference
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(2, 1 / 2), (4, 1 / 4), (8, 1 / 8)])
+def test_each_rank_of_a_sharded_quantized_base_holds_its_share_of_the_packed_weights(ranks: int, share: float) -> None:
+    """The constants, about a byte for 64 values, and what is gathered at a time are complete."""
+    scenario = replace(_QLORA_70B_L40S, ranks=ranks)
+    sharded, offloaded, replicated = (
+        memory_estimate(scenario.size, scenario.setup, config).weights
+        for config in (ParallelConfig("fsdp"), ParallelConfig("fsdp", "parameters"), ParallelConfig("ddp"))
+    )
+    assert sharded - offloaded == pytest.approx((replicated - 1.4e9) * share, rel=0.02)
+    assert offloaded < 7 * _GIB
+
+
+@pytest.mark.parametrize("quantized", ["int8", "nf4"])
+def test_only_ddp_and_with_nf4_fsdp_can_hold_a_quantized_base(quantized: Any) -> None:
+    setup = replace(_QLORA_70B_L40S.setup, quantized=quantized)
+    strategies: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+    expected = ["ddp", "fsdp"] if quantized == "nf4" else ["ddp"]
+    assert [strategy for strategy in strategies if setup.supports(strategy)] == expected
+    assert not replace(setup, reads_base=True).supports("fsdp")
 
 
 def test_a_choice_that_host_memory_prevents_is_explained() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class AnswerJob:
 
 
 def answer(job: AnswerJob, prompts: Sequence[Sequence[int]]) -> tuple[Answer, ...] | None:
-    """Generates an answer to each prompt.
+    """Generates an answer to each prompt, with the full model on every rank.
 
     Returns the answers in the order of the prompts on every rank, or None if all ranks agreed to
     stop early.
@@ -58,6 +59,21 @@ def answer(job: AnswerJob, prompts: Sequence[Sequence[int]]) -> tuple[Answer, ..
     known: dict[str, Answer] = job.world.broadcast(cache.read() if job.world.is_first else None)
     planned = generation.batches([len(prompt) for prompt in prompts], job.settings.max_new_tokens, job.tokens)
     batches = [batch for batch in planned if any(names[index] not in known for index in batch)]
+    with job.strategy.gathered() if batches else nullcontext():
+        complete = _answer_all(job, prompts, batches, names, known, cache)
+    return tuple(known[name] for name in names) if complete else None
+
+
+def _answer_all(
+    job: AnswerJob,
+    prompts: Sequence[Sequence[int]],
+    batches: list[Batch],
+    names: list[str],
+    known: dict[str, Answer],
+    cache: _AnswerCache,
+) -> bool:
+    """Adds the answers of all batches to `known`. Returns False if all ranks agreed to stop
+    early."""
     for first in range(0, len(batches), job.world.size):
         own = _answer_own_batch(job, batches[first : first + job.world.size], prompts)
         own_by_name = {names[index]: generated for index, generated in own.items()}
@@ -71,8 +87,8 @@ def answer(job: AnswerJob, prompts: Sequence[Sequence[int]]) -> tuple[Answer, ..
             cache.add(new)
         job.on_progress(sum(name in known for name in names))
         if stop and first + job.world.size < len(batches):
-            return None
-    return tuple(known[name] for name in names)
+            return False
+    return True
 
 
 def weights_digest(strategy: ParallelStrategy, world: World) -> str:
@@ -90,25 +106,18 @@ def weights_digest(strategy: ParallelStrategy, world: World) -> str:
 
 
 def _answer_own_batch(job: AnswerJob, batches: list[Batch], prompts: Sequence[Sequence[int]]) -> dict[int, Answer]:
-    """Answers this rank's batch among those that are answered at the same time.
-
-    If weights are sharded, a rank without a batch computes the first one, so that the others get
-    its part of the weights.
-    """
+    """Answers this rank's batch among those that are answered at the same time, if it has one."""
     if job.world.rank < len(batches):
         return _answer_batch(job, batches[job.world.rank], prompts)
-    if job.settings.synced:
-        _answer_batch(job, batches[0], prompts)
     return {}
 
 
 def _answer_batch(job: AnswerJob, batch: Batch, prompts: Sequence[Sequence[int]]) -> dict[int, Answer]:
-    """Answers a batch. It is halved if memory runs out, unless the ranks compute together."""
+    """Answers a batch. It is halved if memory runs out."""
     try:
         answers = _generate(job, batch, prompts)
     except Exception as error:
-        out_of_memory = run_error_from(error).reason == "OutOfMemory"
-        if not out_of_memory or not job.strategy.independent_micro_batches or len(batch) == 1:
+        if run_error_from(error).reason != "OutOfMemory" or len(batch) == 1:
             raise
         answers = None
     if answers is None:  # outside of the except clause, whose traceback keeps tensors alive

@@ -36,14 +36,12 @@ class Answer:
 class GenerationSettings:
     """Describes how answers are generated: until one of the stop tokens, or up to `max_new_tokens`.
 
-    With `synced`, weights are split over the ranks, so each rank has to compute as many tokens as
-    all the others. `positions` is the model's limit, if any.
+    `positions` is the model's limit, if any.
     """
 
     tokenizer: Any
     stop_tokens: frozenset[int]
     max_new_tokens: int
-    synced: bool
     spec: GenerationSpec
     positions: int | None = None
     device: torch.device | str = "cpu"
@@ -109,7 +107,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(settings.stop_tokens),
             pad_token_id=settings.pad_token,
-            synced_gpus=settings.synced,
+            synced_gpus=False,  # every rank has the full model
             stopping_criteria=StoppingCriteriaList([_Heartbeat(heartbeat)]),
             **sampling,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.host_memory import release_unused
 from finetune_trainer.model import adapter_merge, added_tokens, export
 from finetune_trainer.model.device_memory import free_bytes
-from finetune_trainer.model.loading import Quantization, disable_repacking
+from finetune_trainer.model.quantization import Quantization, disable_repacking
 from finetune_trainer.reporting.event_writer import EventWriter
 
 _CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def check(result: WrittenResult, probe: Probe, reporter: EventWriter, device: to
     Raises RunError(ResultMismatch) if the logits of a part differ by more than rounding explains.
     """
     _forget_deepspeed()
-    for part in _parts(result, probe):
+    for part in _parts(result, probe, device):
         release_unused()
         total, largest = _weight_bytes(result.base, part.dtype)
         memory = Memory(
@@ -180,13 +181,13 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).pow(2).mean().sqrt() / spread.clamp_min(1e-12))
 
 
-def _parts(result: WrittenResult, probe: Probe) -> list[_Load]:
+def _parts(result: WrittenResult, probe: Probe, device: torch.device) -> list[_Load]:
     folder, kind = result.folder, result.run.model.quantization
     if result.run.method == "full":
         dtype = export.stored_dtype(folder)
         parts = [_Load("model", "reload", partial(_model, folder, probe=probe), dtype)]
     else:
-        parts = [_Load("adapter", "reload", partial(_adapted, result, probe=probe), probe.dtype, kind)]
+        parts = [_Load("adapter", "reload", partial(_adapted, result, device, probe=probe), probe.dtype, kind)]
     if result.run.merge:
         merged = folder / adapter_merge.FOLDER
         dtype = export.stored_dtype(merged)
@@ -201,14 +202,16 @@ def _logits(model: Any, probe: Probe, device: torch.device) -> Tensor:
     return logits.float().cpu()
 
 
-def _adapted(result: WrittenResult, dtype: torch.dtype, probe: Probe, device: torch.device = _CPU) -> Any:
+def _adapted(
+    result: WrittenResult, trained_on: torch.device, dtype: torch.dtype, probe: Probe, device: torch.device = _CPU
+) -> Any:
     """Loads the adapter onto its base, which is quantized as in training and has rows for the added
-    tokens. The base is quantized on the device that computes, because another one may round
-    differently."""
+    tokens. The base is quantized on the device that trained, wherever the result is kept, because
+    another one may round differently."""
     from peft import PeftModel
 
     kind, added = result.run.model.quantization, result.run.added_tokens
-    quantization = None if kind == "none" else Quantization(kind, device)
+    quantization = None if kind == "none" else Quantization(kind, trained_on, device)
     model = _model(result.base, dtype, probe, device, quantization)
     if added:
         added_tokens.resize_embeddings(model, tokenizer.ids(tokenizer.load(result.base, added), added))
@@ -229,9 +232,10 @@ def _model(
     auto = AutoModelForSeq2SeqLM if probe.encoder_decoder else AutoModelForCausalLM
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
     options = quantization.options(dtype) if quantization else placement
-    model = auto.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
-    )
+    with quantization.computing() if quantization else nullcontext():
+        model = auto.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        )
     disable_repacking(model)
     return model
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,32 +20,7 @@ from torch import Tensor
 from finetune_trainer import model_folder
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels import packed_attention, padding
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Describes how bitsandbytes quantizes a frozen base: int8, or nf4 with quantized constants
-    (QLoRA)."""
-
-    kind: Literal["int8", "nf4"]
-    device: torch.device
-
-    def options(self, compute_dtype: torch.dtype) -> dict[str, Any]:
-        """Returns options for `from_pretrained`, which quantizes each weight as soon as it is
-        read."""
-        from transformers import BitsAndBytesConfig
-
-        config = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if self.kind == "int8"
-            else BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=compute_dtype,
-            )
-        )
-        return {"quantization_config": config, "device_map": {"": self.device}}
+from finetune_trainer.model.quantization import Quantization, disable_repacking
 
 
 @dataclass(frozen=True)
@@ -97,8 +72,7 @@ def load(
     mapped: bool = False,
     quantized: Quantization | None = None,
 ) -> LoadedModel:
-    """Loads the base model in evaluation mode, on the CPU, or quantized on the device that
-    `quantized` names.
+    """Loads the base model in evaluation mode, on the CPU, or quantized where `quantized` says.
 
     `longest` is the number of tokens in the longest row. With `outline`, the weights stay on
     PyTorch's meta device: the rank receives its shards from another rank. With `mapped`, weights
@@ -120,9 +94,12 @@ def load(
         options: dict[str, Any] = {} if obstacle else {"attn_implementation": name}
         if outline:
             model = _outline(auto, folder, config, dtype, options)
-        else:
             if quantized:
-                options |= quantized.options(dtype)
+                quantized.outline(model, dtype)
+        elif quantized:
+            with quantized.computing():
+                model, missing = _with_weights(auto, folder, config, dtype, options | quantized.options(dtype))
+        else:
             with _as_stored() if mapped else nullcontext():
                 model, missing = _with_weights(auto, folder, config, dtype, options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
@@ -136,18 +113,6 @@ def load(
     padding.guard(model, layers(model))
     window = _short_window(config, longest)
     return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None, mapped, window=window)
-
-
-def disable_repacking(model: Any) -> None:
-    """Keeps bitsandbytes from changing 4-bit weights.
-
-    On CPUs with fast bfloat16, it rearranges them at the first evaluation and permanently rounds
-    their scales to bfloat16: training would then continue from a different base than the one it
-    began with.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def check_tokens(loaded: LoadedModel, highest: int) -> None:

@@ -8,20 +8,25 @@ from finetune_api.messages.run import RunConfig
 from finetune_trainer import seeds
 from finetune_trainer.data import tokenizer
 from finetune_trainer.data.dataset import Data
-from finetune_trainer.model import added_tokens, experts, freezing, loading, lora
-from finetune_trainer.model.loading import LoadedModel, Quantization
+from finetune_trainer.model import added_tokens, experts, freezing, loading, lora, quantization
+from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.partitioned import shape_of
+from finetune_trainer.model.quantization import Quantization
 from finetune_trainer.reporting.event_writer import EventWriter
 
 
-def quantized(run: RunConfig, device: torch.device, reporter: EventWriter) -> Quantization | None:
-    """Returns how the base is quantized and logs it, or returns None if it isn't quantized."""
+def quantized(run: RunConfig, device: torch.device, dtype: torch.dtype, reporter: EventWriter) -> Quantization | None:
+    """Returns how the base is quantized and logs it, or returns None if it isn't quantized. `dtype`
+    is that of the weights that aren't quantized."""
     kind = run.model.quantization
     if kind == "none":
         return None
     reason = "set by model.quantization; embeddings, norms and the output layer stay as they are"
-    reporter.decision("quantization", kind, reason)
-    return Quantization(kind, device)
+    warning = quantization.warning(kind, device.type, dtype)
+    reporter.decision("quantization", kind, f"{reason}; {warning}" if warning else reason)
+    # A sharded base may be too large for one device, so rank 0 reads it into the host's memory.
+    sharded = run.world.strategy == "fsdp"
+    return Quantization(kind, device, torch.device("cpu") if sharded else None)
 
 
 def apply(run: RunConfig, loaded: LoadedModel, data: Data, reporter: EventWriter) -> LoadedModel:

@@ -20,6 +20,7 @@ from finetune_trainer.model.partitioned import shape_of
 # bfloat16 must be faster by this factor to make up for its lower precision.
 _MIN_SPEEDUP = 1.3
 _SHAPE = (256, 1024, 1024)
+_AMPERE = (8, 0)
 
 
 @dataclass
@@ -40,17 +41,40 @@ def choose(option: str, device: torch.device) -> tuple[str, str]:
     """Returns (the number format, the reason).
 
     The format is float32 or bfloat16. On a CPU, small matrix products are timed, which takes about
-    0.1 s.
+    0.1 s. Raises RunError(InvalidConfig) if the GPU can't compute in the format that is set.
     """
+    if device.type == "cuda":
+        return choose_for_gpu(option, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if option != "auto":
         return option, "set by model.dtype"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "this GPU supports bfloat16"
-        return "float32", "this GPU doesn't support bfloat16"
     full, half = gflops(torch.float32), gflops(torch.bfloat16)
     figures = f"this CPU reaches {full:.0f} GFLOP/s in float32 and {half:.0f} in bfloat16"
     return ("bfloat16" if half > _MIN_SPEEDUP * full else "float32"), figures
+
+
+def choose_for_gpu(option: str, name: str, capability: tuple[int, int]) -> tuple[str, str]:
+    """Returns (the number format, the reason) for a GPU of this name and compute capability. It is
+    pure.
+
+    Tensor cores compute in bfloat16 as of Ampere, compute capability 8.0 (CUDA C++ Programming
+    Guide, table of arithmetic throughput). PyTorch emulates it on older GPUs, more slowly than
+    float32. float16 isn't offered: its gradients would need loss scaling. Raises
+    RunError(InvalidConfig) if `option` is bfloat16 and the GPU is older.
+    """
+    gpu = f"{name} (compute capability {capability[0]}.{capability[1]})"
+    if capability >= _AMPERE:
+        return ("bfloat16", f"{gpu} supports bfloat16") if option == "auto" else (option, "set by model.dtype")
+    if option == "bfloat16":
+        raise RunError(
+            "InvalidConfig",
+            f"model.dtype bfloat16: {gpu} can't compute in it; use auto or float32, or a GPU of Ampere or newer "
+            "(compute capability 8.0), selected with pod.nodeSelector",
+        )
+    reason = (
+        f"{gpu} is older than Ampere, the first generation with bfloat16: weights take twice the memory, and tensor "
+        "cores aren't used; use a GPU of Ampere or newer for bfloat16"
+    )
+    return "float32", reason if option == "auto" else f"set by model.dtype; {reason}"
 
 
 def gflops(dtype: torch.dtype, seconds: float = 0.04) -> float:

@@ -69,6 +69,13 @@ class DataParallel:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
+    @property
+    def gathered_bytes(self) -> int:
+        return 0
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def weights(self) -> dict[str, Tensor]:
         if not self._world.is_first:
             return {}

@@ -1,7 +1,7 @@
 """Implements stages 1 to 3 of DeepSpeed's ZeRO through Accelerate (zero1, zero2, zero3).
 
 On the CPU, three things are needed together, or Accelerate silently does the wrong thing, which
-`_check_world` would detect: ACCELERATE_USE_DEEPSPEED, no `cpu=True`, and a backend that is set with
+`check_world` would detect: ACCELERATE_USE_DEEPSPEED, no `cpu=True`, and a backend that is set with
 InitProcessGroupKwargs.
 """
 
@@ -44,14 +44,16 @@ class DeepSpeedZero:
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config.configuration(options, config), zero3_init_flag=False)
         backend = InitProcessGroupKwargs(backend="gloo" if world.device.type == "cpu" else "nccl")
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
-        _check_world(accelerator, world)
+        deepspeed_config.check_world(accelerator, world)
         # In stages 2 and 3, the ranks communicate during the forward and backward passes.
         self.independent_micro_batches = not options.calls_engine
         self._world = world
         self._stage = options.stage
         self._half = options.half
         self._model = model
-        engine, _ = accelerator.prepare(model.to(world.device), adamw(trained(model), config, fused=False))
+        engine, _ = accelerator.prepare(
+            model.to(world.device), adamw(trained(model), config, fused=options.fused_optimizer)
+        )
         self._engine = engine
         self._parameters = trained(model)
 
@@ -66,7 +68,7 @@ class DeepSpeedZero:
     def autocast(self, model: Any) -> AbstractContextManager[Any]:
         if model is self._engine:
             # In stage 3, autocast's copies of weights would outlive the gathered weights.
-            return _uncached() if self._stage == 3 else nullcontext()
+            return deepspeed_config.uncached() if self._stage == 3 else nullcontext()
         return autocast(self._world.device, self._half)
 
     @contextmanager
@@ -122,6 +124,32 @@ class DeepSpeedZero:
         finally:
             delattr(optimizer, overflow_check)
             optimizer.check_grad_overflow = check_grad_overflow
+
+    @property
+    def gathered_bytes(self) -> int:
+        if self._stage != 3:
+            return 0
+        return sum(parameter.ds_numel * parameter.element_size() for parameter in self._model.parameters())
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self._stage != 3:
+            yield
+            return
+        import deepspeed
+
+        offload = self._engine.optimizer.parameter_offload
+        offload.partition_all_parameters()
+        with deepspeed.zero.GatheredParameters(list(self._model.parameters())):
+            # These hooks would gather and release the weights of each module.
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
+        self._partition_again()
 
     def weights(self) -> dict[str, Tensor]:
         gathered = {name: self.gather(name, torch.float32) for name in self._parameters}
@@ -270,22 +298,3 @@ class DeepSpeedZero:
         if value is None or value.numel() == 0:
             raise RuntimeError(f"DeepSpeed returned no values for {name}")
         return to_cpu(value, dtype) if self._world.is_first else None
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
-    """Makes an autocast that is opened inside convert a weight each time that it is used."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-
-
-def _check_world(accelerator: Any, world: World) -> None:
-    """Raises RuntimeError if Accelerate sees a different world, in which all ranks would train on
-    the same rows."""
-    ours, theirs = (world.size, world.rank), (accelerator.num_processes, accelerator.process_index)
-    if theirs != ours:
-        raise RuntimeError(f"Accelerate has world size and rank {theirs} instead of {ours}")

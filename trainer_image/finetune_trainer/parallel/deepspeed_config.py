@@ -13,6 +13,7 @@ import torch
 from finetune_api.spec.hardware import Offload
 from finetune_trainer.parallel.limits import ZERO_BUCKET
 from finetune_trainer.parallel.optimizers import OptimizerConfig
+from finetune_trainer.parallel.world import World
 
 Stage = Literal[1, 2, 3]
 """A stage of ZeRO; see `deepspeed`."""
@@ -20,17 +21,27 @@ Stage = Literal[1, 2, 3]
 
 @dataclass(frozen=True)
 class ZeroOptions:
-    """The stage of ZeRO, what is offloaded, and the half-precision format in which products are
-    computed, or None for that of the weights."""
+    """The stage of ZeRO, what is offloaded, the half-precision format in which products are
+    computed, or None for that of the weights, and the device that computes."""
 
     stage: Stage
     offload: Offload = "none"
     half: torch.dtype | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def calls_engine(self) -> bool:
         """Whether forward and backward passes run through DeepSpeed's engine."""
         return self.stage > 1
+
+    @property
+    def fused_optimizer(self) -> bool:
+        """Whether AdamW updates all weights in one kernel.
+
+        On a GPU's host it replaces a loop over tensors, which is slow for the weights of a large
+        model. CPU runs keep the loop, whose results differ in the last bit for large tensors.
+        """
+        return self.device == "cuda" and self.offload != "none"
 
 
 def prepare_environment(device: str) -> None:
@@ -50,7 +61,7 @@ def configuration(options: ZeroOptions, config: OptimizerConfig) -> dict[str, An
     empty list keeps gradients in float32 when they are sent.
     """
     stage, offload = options.stage, options.offload
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    host = {"device": "cpu", "pin_memory": options.device == "cuda"}
     offloading = {
         **({"offload_optimizer": host} if offload != "none" else {}),
         **({"offload_param": host} if offload == "parameters" else {}),
@@ -63,7 +74,9 @@ def configuration(options: ZeroOptions, config: OptimizerConfig) -> dict[str, An
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,
+            # Stage 3 then gathers weights on a stream of its own, while other layers compute. Its
+            # buckets of gradients must be contiguous.
+            "overlap_comm": stage == 3 and options.device == "cuda",
             "contiguous_gradients": stage > 1,  # needs DeepSpeed's hooks, which stage 1 doesn't use
             "reduce_bucket_size": ZERO_BUCKET,
             "allgather_bucket_size": ZERO_BUCKET,
@@ -104,6 +117,17 @@ def split_while_loading(options: ZeroOptions | None, stored: torch.dtype) -> Ite
         del config
 
 
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Makes an autocast that is opened inside convert a weight each time that it is used."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def skip_compiling_ops() -> None:
     """Keeps DeepSpeed from compiling a shared-memory all-reduce on the CPU.
 
@@ -113,3 +137,11 @@ def skip_compiling_ops() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_world(accelerator: Any, world: World) -> None:
+    """Raises RuntimeError if Accelerate sees a different world, in which all ranks would train on
+    the same rows."""
+    ours, theirs = (world.size, world.rank), (accelerator.num_processes, accelerator.process_index)
+    if theirs != ours:
+        raise RuntimeError(f"Accelerate has world size and rank {theirs} instead of {ours}")

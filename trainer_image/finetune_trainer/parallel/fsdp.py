@@ -5,7 +5,9 @@ a run in half precision it gathers the layer in that format, and reduces gradien
 If the model's files have the number format that the run needs, or a shorter one that is trained in
 float32, each rank copies only its own rows from the mapped files to its device. Otherwise, only
 rank 0 reads the model, and the others start from its outline (`loading.load(outline=True)`) and
-receive one weight at a time. No other rank ever holds more than its shard and one weight.
+receive one weight at a time. No other rank ever holds more than its shard and one weight. A 4-bit
+weight is sharded as the bytes that it is packed in; its constants, a byte for each 64 values, are
+complete on every rank.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finetune_trainer.model import quantization
 from finetune_trainer.model.loading import layers
 from finetune_trainer.parallel.gradient_clipping import clip_by_global_norm
 from finetune_trainer.parallel.optimizers import OptimizerConfig, adamw, set_rate
@@ -65,6 +68,7 @@ class FullyShardedDataParallel:
         source: WeightSource = FROM_RANK_0,
     ) -> None:
         self._world = world
+        self._half = half
         self._max_norm = config.max_grad_norm
         self._storage_device = torch.device("cpu") if offload else world.device
         _shard_model(model, world, offload=offload, half=half, source=source)
@@ -112,6 +116,30 @@ class FullyShardedDataParallel:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def gathered_bytes(self) -> int:
+        return sum(
+            parameter.numel()
+            * (self._half if self._half and parameter.is_floating_point() else parameter.dtype).itemsize
+            for parameter in self._model.parameters()
+        )
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        outermost, *layers = self._sharded_modules()
+        for module in (outermost, *layers):
+            module.unshard()
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True, recurse=False)
+            for module in (outermost, *layers):
+                module.reshard()
+                _forget_forward_passes(module)
+
     def weights(self) -> dict[str, Tensor]:
         return self._gathered(self._parameters)
 
@@ -154,14 +182,17 @@ class FullyShardedDataParallel:
             self._optimizer.state[parameter] = {"step": step, **state}
 
     def set_weights(self, weights: TensorSource) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                # A layer that an evaluation left gathered would be computed with its old weights.
-                module.reshard()
+        for module in self._sharded_modules():
+            # A layer that an evaluation left gathered would be computed with its old weights.
+            module.reshard()
         for name, parameter in self._parameters.items():
             self._load_part(parameter, weights, name)
+
+    def _sharded_modules(self) -> list[Any]:
+        """Returns the model, whose own weights are those outside of the layers, and the layers."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return [module for module in self._model.modules() if isinstance(module, FSDPModule)]
 
     def _full_norm(self, norm: Tensor) -> Tensor:
         return _full(norm, self._world).to(self._storage_device)
@@ -187,6 +218,18 @@ class FullyShardedDataParallel:
             if self._world.is_first:
                 gathered[name] = to_cpu(full)
         return gathered
+
+
+def _forget_forward_passes(module: Any) -> None:
+    """Makes FSDP2 forget the order of forward passes since the last backward pass.
+
+    The next backward pass would gather weights ahead of time in the reverse order, and ranks that
+    computed different numbers of tokens would wait for different weights.
+    """
+    state = module._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    for group in state._fsdp_param_groups:
+        group._post_forward_indices.clear()
 
 
 def _shard_model(
@@ -245,17 +288,19 @@ def _replace_by_outlines(unit: torch.nn.Module, world: World, source: WeightSour
     from torch.distributed.tensor import DTensor
 
     weights: dict[int, _Weight] = {}
+    originals = []  # keeps them alive, so that no other object gets their id
     for module in unit.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in weights:
+                originals.append(parameter)
+                packed = name == "weight" and quantization.is_packed(module)
+                value = _packed(module, parameter, world) if packed else parameter
                 everywhere = source.has(parameter)
-                dtype = source.dtype if everywhere and source.dtype is not None else parameter.dtype
-                values = torch.empty_like(parameter, dtype=dtype, device="meta")
-                weights[id(parameter)] = _Weight(
-                    parameter, torch.nn.Parameter(values, parameter.requires_grad), everywhere
-                )
+                dtype = source.dtype if everywhere and source.dtype is not None else value.dtype
+                values = torch.empty_like(value, dtype=dtype, device="meta")
+                weights[id(parameter)] = _Weight(value, torch.nn.Parameter(values, value.requires_grad), everywhere)
             weight = weights[id(parameter)]
             weight.places.append((module, name))
             module._parameters[name] = weight.outline
@@ -263,6 +308,17 @@ def _replace_by_outlines(unit: torch.nn.Module, world: World, source: WeightSour
             if buffer is not None:
                 module._buffers[name] = _broadcast(buffer, world)
     return list(weights.values())
+
+
+def _packed(module: torch.nn.Module, parameter: Any, world: World) -> torch.nn.Parameter:
+    """Gives a layer with a 4-bit weight rank 0's constants. Returns its packed weight, which is an
+    outline on the other ranks."""
+    tensors = {"": parameter.data, **quantization.constants(module)} if world.is_first else {}
+    outlines = world.broadcast({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
+    for key, (shape, dtype) in outlines.items():
+        outline = tensors.get(key, torch.empty(shape, dtype=dtype, device="meta"))
+        tensors[key] = _broadcast(outline, world) if key else outline
+    return quantization.with_constants(module, tensors.pop(""), tensors, world.device)
 
 
 def _broadcast(value: Tensor, world: World) -> Tensor:

@@ -20,7 +20,9 @@ from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_
 from finetune_trainer.parallel.model_size import ModelSize
 
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
-_QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}  # including their constants
+QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.52}
+"""Bytes per value of a quantized matrix, including its constants."""
+_CONSTANT_BYTES = {"int8": 0.01, "nf4": 0.02}  # those alone, which fsdp doesn't shard
 _SOFTMAX_BYTES = 3 * max(SOFTMAX_BYTES.values())
 """Float32 logits whose softmax is computed at a time, their gradient, and what is in between."""
 _SCORE_BYTES = 5 * 4 * ATTENTION_SCORES
@@ -61,8 +63,12 @@ class TrainingSetup:
     def supports(self, strategy: Strategy) -> bool:
         """Returns whether a strategy can train this setup. The API rejects a named strategy that
         can't."""
-        if self.optimizer != "adamw" or self.quantized != "none":
-            return strategy == "ddp"
+        if strategy == "ddp":
+            return True
+        if self.optimizer != "adamw" or self.quantized == "int8":
+            return False
+        if self.quantized == "nf4":
+            return strategy == "fsdp" and not self.reads_base
         return not (self.reads_base and strategy == "zero3")
 
 
@@ -177,7 +183,8 @@ def memory_estimate(size: ModelSize, setup: TrainingSetup, parallel: ParallelCon
     """Returns the bytes that each rank needs. They are the same on all ranks."""
     ranks, sharded = setup.ranks, parallel.strategy in ("zero3", "fsdp")
     base = _base_bytes(size, setup)
-    weights = base // ranks if sharded else base
+    constants = int(_quantized_values(size, setup) * _CONSTANT_BYTES.get(setup.quantized, 0.0))
+    weights = (base - constants) // ranks if sharded else base - constants
     optimizer = _optimizer_bytes(size, setup, parallel)
     gradients = size.trained * 4 // (ranks if sharded or parallel.strategy == "zero2" else 1)
     offloaded = 0
@@ -189,7 +196,7 @@ def memory_estimate(size: ModelSize, setup: TrainingSetup, parallel: ParallelCon
         offloaded += weights
         weights = 0
     return MemoryEstimate(
-        weights=weights + _copies_of_weights(size, setup, parallel),
+        weights=weights + constants + _copies_of_weights(size, setup, parallel),
         gradients=gradients,
         optimizer=optimizer,
         buffers=_buffers(size, setup, parallel) + _scores(size, setup),
@@ -260,9 +267,13 @@ def _loading_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConf
 def _base_bytes(size: ModelSize, setup: TrainingSetup) -> int:
     """Returns the bytes of all weights: those that are trained in float32, the others as they are
     stored or quantized."""
-    quantized = size.matrices if setup.quantized != "none" else 0
+    quantized = _quantized_values(size, setup)
     full_precision = (size.parameters - size.trained - quantized) * setup.stored + size.trained * 4
-    return full_precision + int(quantized * _QUANTIZED_BYTES.get(setup.quantized, 0.0))
+    return full_precision + int(quantized * QUANTIZED_BYTES.get(setup.quantized, 0.0))
+
+
+def _quantized_values(size: ModelSize, setup: TrainingSetup) -> int:
+    return size.matrices if setup.quantized != "none" else 0
 
 
 def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
@@ -281,7 +292,8 @@ def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: Parallel
         gathered = min(size.parameters, ZERO_LIVE_PARAMETERS + size.largest)
         return gathered * setup.stored + casts // setup.ranks
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
-        return (size.largest + 2 * _layer_values(size)) * (2 if setup.half else setup.stored)
+        value = 2 if setup.half else setup.stored
+        return size.largest * value + int(2 * _layer_values(size) * QUANTIZED_BYTES.get(setup.quantized, value))
     return casts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup
+from finetune_trainer.parallel.memory_estimate import QUANTIZED_BYTES, ParallelConfig, TrainingSetup
 from finetune_trainer.parallel.model_size import ModelSize
 
 _GRADIENT_BYTES = 4  # per trained weight, since gradients are sent in float32
@@ -40,15 +40,16 @@ _RATES = {
 def seconds_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, tokens: int) -> float:
     """Returns how long a rank needs for a token if it computes `tokens` tokens at a time.
 
-    On GPUs, fsdp sends while it computes; DeepSpeed, as it is configured here, sends in between.
+    On GPUs, fsdp and zero3 send while they compute; zero2, as it is configured here, sends in
+    between.
     """
     rates = _RATES[setup.device]
     passes = (3 if setup.full else 2) + parallel.recompute  # a forward pass is one
     operations = 2 * size.parameters * passes * tokens / rates.operations
-    reading = size.parameters * setup.stored * passes / rates.memory
+    reading = _base_bytes(size, setup, setup.stored) * passes / rates.memory
     computing = max(operations + reading, size.layers * rates.launches * passes / 2)
     sending = _sent_bytes(size, setup, parallel) / (rates.same_node if setup.nodes == 1 else rates.other_nodes)
-    if parallel.strategy == "fsdp" and setup.device == "cuda":
+    if parallel.strategy in ("fsdp", "zero3") and setup.device == "cuda":
         seconds = max(computing, sending) + min(computing, sending) / 4
     else:
         seconds = computing + sending
@@ -62,8 +63,14 @@ def _sent_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig)
     others = (setup.ranks - 1) / setup.ranks
     gradients = size.trained * _GRADIENT_BYTES * (2 / _MICRO_BATCHES if parallel.strategy == "ddp" else 1)
     stored = 2 if setup.half and parallel.strategy == "fsdp" else setup.stored
-    weights = 2 * size.parameters * stored if parallel.strategy in ("zero3", "fsdp") else 0
+    weights = 2 * _base_bytes(size, setup, stored) if parallel.strategy in ("zero3", "fsdp") else 0
     return others * (gradients + weights)
+
+
+def _base_bytes(size: ModelSize, setup: TrainingSetup, stored: int) -> float:
+    """Returns the bytes of all weights, with `stored` bytes for one that isn't quantized."""
+    quantized = 0 if setup.quantized == "none" else size.matrices
+    return (size.parameters - quantized) * stored + quantized * QUANTIZED_BYTES.get(setup.quantized, 0.0)
 
 
 def _host_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, rates: _Rates) -> float:
@@ -72,5 +79,5 @@ def _host_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfi
         return 0.0
     trained = size.trained / setup.ranks
     optimizer = (trained * _OPTIMIZER_BYTES / rates.host + trained / rates.optimizer) / _MICRO_BATCHES
-    weights = 2 * size.parameters * setup.stored / setup.ranks if parallel.offload == "parameters" else 0
+    weights = 2 * _base_bytes(size, setup, setup.stored) / setup.ranks if parallel.offload == "parameters" else 0
     return optimizer + weights / rates.host

@@ -83,6 +83,18 @@ class ParallelStrategy(Protocol):
         """Drops the gradients; weights and moments stay unchanged."""
         ...
 
+    @property
+    def gathered_bytes(self) -> int:
+        """The bytes that each rank needs for the full model inside `gathered`; 0 if it has it
+        anyway."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Returns a context in which every rank has the full model, and `unwrapped` computes
+        without communicating. The weights are sent once, at its beginning, in the number format
+        in which the strategy computes."""
+        ...
+
     def weights(self) -> dict[str, Tensor]:
         """Returns the trained weights by name on rank 0's CPU, and nothing on the other ranks."""
         ...

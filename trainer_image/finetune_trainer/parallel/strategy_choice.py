@@ -42,6 +42,7 @@ _PAIRS: tuple[tuple[Strategy, Offload], ...] = (
     ("zero3", "optimizer"),
     ("zero3", "parameters"),
 )
+_QUANTIZED_PAIRS: tuple[tuple[Strategy, Offload], ...] = (("ddp", "none"), ("fsdp", "none"), ("fsdp", "parameters"))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory
     recompute = {"auto": (False, True), "always": (True,), "never": (False,)}[choice.recompute]
     if choice.strategy != "auto":
         return [ParallelConfig(choice.strategy, choice.offload, again) for again in recompute]
-    pairs = [pair for pair in _PAIRS if setup.supports(pair[0])]
+    pairs = [pair for pair in (_PAIRS if setup.quantized == "none" else _QUANTIZED_PAIRS) if setup.supports(pair[0])]
     if choice.offload != "none":
         pairs = [pair for pair in pairs if pair[1] in (choice.offload, "parameters")]
     elif free_memory.device == "cpu":

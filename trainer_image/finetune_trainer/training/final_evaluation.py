@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from finetune_api.messages import events
 from finetune_api.messages.evaluation import Evaluation
@@ -22,9 +23,12 @@ from finetune_trainer.evaluation import answers, scores
 from finetune_trainer.evaluation.answers import AnswerJob
 from finetune_trainer.evaluation.evaluator import SplitLoss
 from finetune_trainer.evaluation.generation import Answer, GenerationSettings
+from finetune_trainer.model import device_memory
+from finetune_trainer.parallel.memory_estimate import gib
 from finetune_trainer.training.context import Training
 
 _MAX_PARTS = 1000
+_MEMORY_FACTOR = 1.3  # times the size of the weights: what it takes to generate from a model
 _DIGEST_BYTES = 2**20  # at either end of a file
 
 
@@ -64,7 +68,9 @@ def evaluate_result(t: Training, data: Data, state: CheckpointState) -> TestResu
     if data.test is None:
         return TestResult()
     loss = _measure(t, data.test, state.result_step(keep_best=t.run.training.keep_best))
-    tuned_answers = _answers(t, data, "tuned", answers.weights_digest(t.strategy, t.world))
+    tuned_answers: tuple[Answer, ...] | None = ()
+    if len(state.answers_before) == len(data.samples):  # otherwise there is nothing to compare with
+        tuned_answers = _answers(t, data, "tuned", answers.weights_digest(t.strategy, t.world))
     if tuned_answers is None:
         return None
     if t.world.is_first:
@@ -84,6 +90,8 @@ def parts(loss: SplitLoss, test: Split) -> tuple[tuple[float, float], ...]:
 
 
 def _report_samples(t: Training, data: Data, state: CheckpointState, tuned_answers: tuple[Answer, ...]) -> None:
+    if not tuned_answers:
+        return
     for index, (row, before, after) in enumerate(zip(data.samples, state.answers_before, tuned_answers, strict=True)):
         t.reporter.report(
             events.SampleEvent,
@@ -100,7 +108,7 @@ def _report_scores(
     t: Training, data: Data, state: CheckpointState, loss: SplitLoss, tuned_answers: tuple[Answer, ...]
 ) -> None:
     spec, seed = t.run.evaluation, t.run.training.seed
-    references = [row.turns[-1].content for row in data.samples]
+    references = [row.turns[-1].content for row in data.samples] if tuned_answers else []
     texts = scores.Texts(references, state.answers_before, [answer.text for answer in tuned_answers])
     all_scores = scores.scores(spec.metrics, texts, seed)
     if state.test_parts_before and data.test is not None:
@@ -110,7 +118,7 @@ def _report_scores(
         step=state.result_step(keep_best=t.run.training.keep_best),
         scores=all_scores,
         answered=len(tuned_answers),
-        unfinished_base=state.unfinished_before,
+        unfinished_base=state.unfinished_before if tuned_answers else 0,
         unfinished_tuned=sum(not answer.finished for answer in tuned_answers),
         max_new_tokens=spec.max_new_tokens,
         confidence=scores.CONFIDENCE,
@@ -130,12 +138,15 @@ def _measure(t: Training, test: Split, step: int) -> SplitLoss:
 
 
 def _answers(t: Training, data: Data, model: Literal["base", "tuned"], digest: str) -> tuple[Answer, ...] | None:
+    """The answers to the sampled test rows: none if the full model doesn't fit, None after a
+    stop."""
+    if data.samples and not _gathers(t):
+        return ()
     renderer, spec, shape = data.renderer, t.run.evaluation, t.plan.shape
     settings = GenerationSettings(
         renderer.tokenizer,
         renderer.stops,
         spec.max_new_tokens,
-        t.run.world.splits_weights,
         spec.generation,
         getattr(t.strategy.unwrapped.config, "max_position_embeddings", None),
         t.world.device,
@@ -155,6 +166,33 @@ def _answers(t: Training, data: Data, model: Literal["base", "tuned"], digest: s
         should_stop=t.paths.stop.exists,
     )
     return answers.answer(job, [renderer.prompt(row) for row in data.samples])
+
+
+def _gathers(t: Training) -> bool:
+    """Whether every rank has memory for the full model. All ranks get the same answer."""
+    needed, (device, world) = t.strategy.gathered_bytes, (t.world.device, t.world)
+    if not needed:
+        return True
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    free = min(world.all_gather(device_memory.free_bytes(device, world.local_size)))
+    reason = skip_reason(needed, free, t.run.world.strategy)
+    if reason:
+        t.reporter.decision("answers", "skipped", reason)
+    return not reason
+
+
+def skip_reason(needed: int, free: int, strategy: str) -> str:
+    """Why no answers are generated, or "". `needed` is the size of the full model and `free` the
+    memory that the rank with the least has, in bytes. It is pure."""
+    need = int(needed * _MEMORY_FACTOR)
+    if need <= free:
+        return ""
+    return (
+        f"to generate answers, each process needs the full model, {gib(need)} with what it computes, and {gib(free)} "
+        f"are free; strategy {strategy} would have to gather it for every token. Generate answers from the written "
+        "result instead, or set evaluation.samples to 0"
+    )
 
 
 def _model_digest(model: Path) -> str:

@@ -72,7 +72,7 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
             longest=min(data.longest, run.data.max_sequence_length),
             outline=run.world.strategy == "fsdp" and not mapped and not world.is_first,
             mapped=mapped,
-            quantized=method.quantized(run, world.device, context.reporter),
+            quantized=method.quantized(run, world.device, dtype, context.reporter),
         )
     loaded = method.apply(run, loaded, data, context.reporter)
     if resolved.recompute:
@@ -85,9 +85,12 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
 def _maps_files(context: RankContext, dtype: torch.dtype) -> bool:
     """Returns whether fsdp shards the base from mapped files.
 
-    PiSSA and OLoRA change the base, and added tokens its embeddings, so rank 0 does that once.
+    Quantizing, PiSSA and OLoRA change the base, and added tokens its embeddings, so rank 0 does
+    that once.
     """
     run = context.run
+    if run.quantization != "none":
+        return False
     changed = bool(run.added_tokens) or (run.lora is not None and run.lora.init != "default")
     formats = {tensor.format for tensor in adapter_merge.stored_tensors(context.paths.model)}
     name = next(name for name, known in weight_files.FORMATS.items() if known == dtype)
@@ -99,7 +102,7 @@ def _zero_options(resolved: ResolvedRun) -> deepspeed_config.ZeroOptions | None:
     """Returns the options of DeepSpeed, or None for a strategy without it."""
     world = resolved.run.world
     stage = _STAGES.get(world.strategy)
-    return None if stage is None else deepspeed_config.ZeroOptions(stage, world.offload, half(resolved))
+    return None if stage is None else deepspeed_config.ZeroOptions(stage, world.offload, half(resolved), world.device)
 
 
 def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -> ParallelStrategy:
