@@ -19,7 +19,7 @@ from finetune_api.base import LenientModel, Model, Rule, as_admitted
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH
 from finetune_api.spec.data import ColumnsSpec, DatasetSpec, SourceSpec, TestSpec, ValidationSpec
 from finetune_api.spec.environment import EnvVarSpec
-from finetune_api.spec.hardware import DistributionSpec, GpuSpec, PodSpec, ResourcesSpec, TolerationSpec
+from finetune_api.spec.hardware import DistributionSpec, GpuSpec, ResourcesSpec
 from finetune_api.spec.inputs import BaseModelSpec, SecretRef
 from finetune_api.spec.outcome import (
     CheckpointSpec,
@@ -29,6 +29,7 @@ from finetune_api.spec.outcome import (
     OutputSpec,
     RunPolicySpec,
 )
+from finetune_api.spec.pod import PodSpec, TolerationSpec
 from finetune_api.spec.recipe import DpoSpec, EarlyStoppingSpec, FullSpec, LoraSpec, MethodSpec, TrainingSpec
 from finetune_api.spec.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from finetune_api.status import Status

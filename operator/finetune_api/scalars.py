@@ -37,6 +37,7 @@ OUTPUT_URI_PATTERN = (
     + _PATH
     + r")$"
 )
+AUTO_QUANTITY_PATTERN = r"^(auto|[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?)$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, its pods and its Service
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
@@ -56,6 +57,7 @@ PATTERN_MESSAGES = {
     DATA_URI_PATTERN: "must be s3://bucket/key, pvc://claim/path or hf://owner/dataset/file, without spaces, ? or #",
     OUTPUT_URI_PATTERN: "must be s3://bucket/prefix or pvc://claim/path, without spaces, ? or #",
     QUANTITY_PATTERN: "must be a quantity such as 16, 500m or 128Gi",
+    AUTO_QUANTITY_PATTERN: "must be auto, or a quantity such as 16, 500m or 128Gi",
     DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",
     OPTIONAL_DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",
     QUALIFIED_NAME_PATTERN: "must be a name such as example.com/name, with at most 63 characters after the slash",
@@ -102,6 +104,21 @@ Quantity = Annotated[
         {
             "x-kubernetes-int-or-string": True,
             "pattern": QUANTITY_PATTERN,
+            "maxLength": 32,
+            "minimum": 0,
+            "maximum": MAX_QUANTITY,
+        }
+    ),
+]
+
+AutoQuantity = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    Field(pattern=AUTO_QUANTITY_PATTERN, max_length=32),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "pattern": AUTO_QUANTITY_PATTERN,
             "maxLength": 32,
             "minimum": 0,
             "maximum": MAX_QUANTITY,

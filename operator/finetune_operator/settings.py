@@ -94,6 +94,15 @@ class PodSettings(Model):
     preflight_node_selector: dict[str, str] = Field(
         default_factory=dict, description="Labels of the nodes for preflight pods. Empty means nodeSelector."
     )
+    preflight_tolerations: tuple[TolerationSpec, ...] | None = Field(
+        default=None, description="Tolerations of preflight pods. Absent means tolerations."
+    )
+    preflight_runtime_class_name: str = Field(
+        default="", description="RuntimeClass of preflight pods. Empty means the default one of the node."
+    )
+    cpu_limit: bool = Field(
+        default=True, description="Whether training pods have a limit on cores, not only a request."
+    )
     tolerations: tuple[TolerationSpec, ...] = ()
     node_selector: dict[str, str] = Field(default_factory=dict)
     scheduler_name: str = ""

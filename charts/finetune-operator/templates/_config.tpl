@@ -39,6 +39,9 @@ pods:
   preflightCpu: {{ .Values.pods.preflightCpu | toString | quote }}
   preflightMemory: {{ .Values.pods.preflightMemory | toString | quote }}
   preflightNodeSelector: {{ .Values.pods.preflightNodeSelector | toJson }}
+  preflightTolerations: {{ .Values.pods.preflightTolerations | toJson }}
+  preflightRuntimeClassName: {{ .Values.pods.preflightRuntimeClassName | quote }}
+  cpuLimit: {{ .Values.pods.cpuLimit }}
   tolerations: {{ .Values.pods.tolerations | toJson }}
   nodeSelector: {{ .Values.pods.nodeSelector | toJson }}
   schedulerName: {{ .Values.pods.schedulerName | quote }}

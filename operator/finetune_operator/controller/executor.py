@@ -15,7 +15,7 @@ from finetune_operator.controller.cache import Cache, JobSnapshot
 from finetune_operator.core import manifests
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.plan import plan
+from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
 
@@ -75,7 +75,7 @@ class Executor:
             self._cache.drop_body(snapshot.body)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
-        run = plan(observed.job, self._settings, action.number)
+        run = plan(observed.job, self._settings, action.number, model_bytes(observed))
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         if run.world.nodes > 1:

@@ -10,6 +10,7 @@ import json
 from typing import Literal
 
 from finetune_api import __version__, names
+from finetune_api.amounts import PodAmounts, amounts
 from finetune_api.messages.run import (
     DataConfig,
     DataSource,
@@ -26,6 +27,7 @@ from finetune_api.messages.run import (
 )
 from finetune_api.resource import BaseModelSpec, FineTuneJob, OutputSpec, SecretRef, Spec
 from finetune_api.scalars import quantity_value
+from finetune_operator.core.objects import Observed
 from finetune_operator.settings import Settings
 
 CredentialsRole = Literal["model", "dataset", "output", "mlflow", "wandb"]
@@ -43,16 +45,19 @@ class PlanError(ValueError):
         self.value = value
 
 
-def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
+def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: int | None = None) -> RunConfig:
     """Returns everything that the pods of one attempt need to know.
 
-    Raises PlanError if the spec can't be run.
+    `model_bytes` is the size of the base model's files, None if no pod has read it yet. Raises
+    PlanError if the spec can't be run.
     """
     spec = job.spec
+    pod = amounts(spec, model_bytes)
     return RunConfig(
         job=JobRef(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt),
         model=ModelConfig(
             location=_model_location(spec.model),
+            size_bytes=model_bytes,
             dtype=spec.model.dtype,
             allowed_licenses=spec.model.allowed_licenses,
             operator_licenses=settings.models.allowed_licenses,
@@ -63,7 +68,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
         lora=spec.method.lora,
         full=spec.method.full,
         training=spec.training,
-        world=_world(job, attempt),
+        world=_world(job, attempt, pod),
         checkpoint=spec.checkpoint,
         output=_output_location(spec.output),
         merge=spec.output.merge,
@@ -75,9 +80,20 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
             image=settings.trainer_image, operator_version=__version__, spec_digest=spec_digest(spec)
         ),
         metrics_linger_seconds=settings.pods.metrics_linger_seconds,
-        scratch_bytes=int(quantity_value(spec.resources.scratch)),
+        scratch_bytes=int(quantity_value(pod.scratch)),
+        auto_scratch=spec.resources.scratch == "auto" and model_bytes is None,
+        memory_bytes=int(quantity_value(pod.memory)),
+        auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
+    )
+
+
+def model_bytes(observed: Observed) -> int | None:
+    """Returns the size of the base model's files, which a preflight check or an attempt reports."""
+    checks = (pod.result.model for pod in (observed.preflight.pods if observed.preflight else ()) if pod.result)
+    return next(
+        (model.size_bytes for model in (observed.job.status.model, *checks) if model and model.size_bytes), None
     )
 
 
@@ -103,30 +119,29 @@ def spec_digest(spec: Spec) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _world(job: FineTuneJob, attempt: int) -> WorldConfig:
+def _world(job: FineTuneJob, attempt: int, pod: PodAmounts) -> WorldConfig:
     spec = job.spec
     nodes, processes = spec.distribution.nodes, spec.distribution.processes_per_node
-    _check_shared_memory(spec)
+    _check_shared_memory(spec, pod)
     return WorldConfig(
         nodes=nodes,
         processes_per_node=processes,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
         device="cuda" if spec.resources.gpu else "cpu",
-        threads_per_process=max(1, int(quantity_value(spec.resources.cpu)) // processes),
+        threads_per_process=max(1, int(quantity_value(pod.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",
         master_port=names.RENDEZVOUS_PORT,
     )
 
 
-def _check_shared_memory(spec: Spec) -> None:
+def _check_shared_memory(spec: Spec, pod: PodAmounts) -> None:
     """Raises PlanError if a pod would have more shared memory than memory."""
-    if quantity_value(spec.resources.shared_memory) > quantity_value(spec.resources.memory):
+    if quantity_value(spec.resources.shared_memory) > quantity_value(pod.memory):
         raise PlanError(
             "spec.resources.sharedMemory",
             spec.resources.shared_memory,
-            f"is more than resources.memory ({spec.resources.memory}), which includes it; lower sharedMemory or "
-            "raise memory",
+            f"is more than resources.memory ({pod.memory}), which includes it; lower sharedMemory or raise memory",
         )
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api import names
+from finetune_api.amounts import amounts
 from finetune_api.messages.run import RunConfig
-from finetune_api.resource import FineTuneJob
+from finetune_api.resource import FineTuneJob, TolerationSpec
 from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
 from finetune_operator.core.avoided_nodes import affinity
@@ -50,7 +51,7 @@ def pod_spec(
 ) -> Manifest:
     """Returns the pod spec of a role (names.ROLE_TRAINER or names.ROLE_PREFLIGHT)."""
     mounts = (
-        *_scratch(job, role),
+        *_scratch(job, run, role),
         *_run_config(),
         *_progress_token(settings),
         *_credentials(job),
@@ -67,11 +68,11 @@ def pod_spec(
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "schedulerName": settings.pods.scheduler_name,
-            "runtimeClassName": settings.pods.runtime_class_name,
+            "runtimeClassName": _runtime_class(settings, role),
             "priorityClassName": None if preflight else job.spec.pod.priority_class_name,
             "nodeSelector": _node_selector(job, settings, role),
             "affinity": affinity(avoided_nodes),
-            "tolerations": [t.to_json() for t in (*settings.pods.tolerations, *job.spec.pod.tolerations)],
+            "tolerations": [toleration.to_json() for toleration in _tolerations(job, settings, role)],
             "topologySpreadConstraints": [_one_pod_per_node(job)] if multi_node else None,
             "imagePullSecrets": _image_pull_secrets(job, settings),
             "securityContext": {
@@ -91,7 +92,7 @@ def pod_spec(
                     "args": ["preflight"] if role == names.ROLE_PREFLIGHT else [],
                     "env": _environment(job, settings),
                     "ports": _ports(run, role),
-                    "resources": _resources(job, settings, role),
+                    "resources": _resources(job, run, settings, role),
                     "volumeMounts": [mount.volume_mount() for mount in mounts],
                     "terminationMessagePath": names.TERMINATION_LOG_PATH,
                     "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -126,24 +127,23 @@ def _ports(run: RunConfig, role: str) -> list[Manifest]:
     return [{"name": names.METRICS_PORT_NAME, "containerPort": run.metrics_port}]
 
 
-def _resources(job: FineTuneJob, settings: Settings, role: str) -> Manifest:
-    """Returns equal requests and limits (QoS Guaranteed), so that the pod isn't evicted first."""
-    requested = job.spec.resources
-    amounts = {"cpu": requested.cpu, "memory": requested.memory}
+def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str) -> Manifest:
+    """Returns equal requests and limits (QoS Guaranteed), so that the pod isn't evicted first.
+
+    An administrator can leave out the limit on cores, which makes the pod Burstable.
+    """
+    pod = amounts(job.spec, run.model.size_bytes)
+    requests = {"cpu": pod.cpu, "memory": pod.memory}
     if role == names.ROLE_PREFLIGHT:
-        amounts = {"cpu": settings.pods.preflight_cpu, "memory": settings.pods.preflight_memory}
+        requests = {"cpu": settings.pods.preflight_cpu, "memory": settings.pods.preflight_memory}
     else:
-        amounts |= requested.extra
-        if requested.gpu is not None:
-            amounts[requested.gpu.name] = str(job.spec.distribution.processes_per_node)
+        requests |= job.spec.resources.extra
+        if job.spec.resources.gpu is not None:
+            requests[job.spec.resources.gpu.name] = str(job.spec.distribution.processes_per_node)
     # Disk that isn't requested is overcommitted, and the eviction then hits other pods of the node.
-    amounts["ephemeral-storage"] = str(_local_disk_bytes(requested.scratch))
-    return {"requests": amounts, "limits": dict(amounts)}
-
-
-def _local_disk_bytes(scratch: str) -> int:
-    """Returns the bytes of local disk that a pod may use: scratch, /tmp, and its logs."""
-    return int(quantity_value(scratch)) + _TMP_BYTES + _LOG_BYTES
+    requests["ephemeral-storage"] = str(int(quantity_value(pod.scratch)) + _TMP_BYTES + _LOG_BYTES)
+    limits = {name: amount for name, amount in requests.items() if name != "cpu" or settings.pods.cpu_limit}
+    return {"requests": requests, "limits": limits}
 
 
 def _node_selector(job: FineTuneJob, settings: Settings, role: str) -> dict[str, str]:
@@ -157,9 +157,24 @@ def _node_selector(job: FineTuneJob, settings: Settings, role: str) -> dict[str,
     return {**settings.pods.node_selector, **job.spec.pod.node_selector}
 
 
-def _scratch(job: FineTuneJob, role: str) -> tuple[_Mount, ...]:
+def _tolerations(job: FineTuneJob, settings: Settings, role: str) -> tuple[TolerationSpec, ...]:
+    """Returns the tolerated taints; those of the job are of GPU nodes, which no check needs."""
+    if role == names.ROLE_PREFLIGHT:
+        own = settings.pods.preflight_tolerations
+        return settings.pods.tolerations if own is None else own
+    return (*settings.pods.tolerations, *job.spec.pod.tolerations)
+
+
+def _runtime_class(settings: Settings, role: str) -> str:
+    """Returns the RuntimeClass; that of training pods may exist on GPU nodes only."""
+    pods = settings.pods
+    return pods.preflight_runtime_class_name if role == names.ROLE_PREFLIGHT else pods.runtime_class_name
+
+
+def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[_Mount, ...]:
     requested = job.spec.resources
-    scratch = _Mount("scratch", {"emptyDir": {"sizeLimit": requested.scratch}}, names.SCRATCH_ROOT, read_only=False)
+    size = {"sizeLimit": amounts(job.spec, run.model.size_bytes).scratch}
+    scratch = _Mount("scratch", {"emptyDir": size}, names.SCRATCH_ROOT, read_only=False)
     tmp = _Mount("tmp", {"emptyDir": {"sizeLimit": str(_TMP_BYTES)}}, "/tmp", read_only=False)  # noqa: S108
     if role == names.ROLE_PREFLIGHT:
         return (scratch, tmp)

@@ -16,6 +16,7 @@ from typing import Any
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, checkpoint_dir
+from finetune_api.status import ModelStatus
 from finetune_trainer import license as model_license
 from finetune_trainer import model_folder
 from finetune_trainer.data import sources
@@ -44,12 +45,22 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Describes the downloaded model. `bytes` is the size of the downloaded files."""
+    """Describes the downloaded model. `bytes` is the size of the downloaded files, and
+    `total_bytes` that of all of its files. `on_scratch` says whether they take scratch disk."""
 
     revision: str | None
     digest: str
     bytes: int
     license: str = model_license.UNKNOWN
+    total_bytes: int = 0
+    on_scratch: bool = True
+
+    def status(self, *, complete: bool) -> ModelStatus:
+        """Returns the status; the digest covers the weights, so only a complete model has one."""
+        digest = self.digest if complete else None
+        return ModelStatus(
+            revision=self.revision, digest=digest, license=self.license, size_bytes=self.total_bytes or None
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
     weight_entries, others = model_files(listed, location.display, index)
     entries = (*weight_entries, *others) if weights else others
     size = sum(entry.size for entry in (*weight_entries, *others))
-    if storage.uses_scratch:
+    if storage.uses_scratch and (weights or not run.auto_scratch):
         _check_scratch(size, run, location.display)
     downloaded = sum(entry.size for entry in entries)
     report(f"downloading the model {location.display}: {len(entries)} files, {downloaded / 1e6:,.0f} MB")
@@ -150,7 +161,8 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
     report(f"the model's license: {identifier}")
     policies = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
     model_license.check(identifier, policies, location.display)
-    return ModelFacts(resolved_revision(storage), of_files(digests.items()), downloaded, identifier)
+    revision, digest = resolved_revision(storage), of_files(digests.items())
+    return ModelFacts(revision, digest, downloaded, identifier, size, storage.uses_scratch)
 
 
 def data(run: RunConfig, paths: Paths, access: Access, report: Report) -> dict[str, DataFacts]:
