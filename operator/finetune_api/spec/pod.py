@@ -70,6 +70,9 @@ class PodSpec(Model):
         description="ServiceAccount of the pods, for a cloud's workload identity. Its API token is never mounted. "
         "Empty means the namespace's default ServiceAccount.",
     )
+    scheduler_name: s.ObjectName = Field(
+        default="", description="Scheduler of the training pods. Empty means the chart's pods.schedulerName."
+    )
     priority_class_name: s.ObjectName = Field(default="", description="PriorityClass of the pods.")
     labels: _Labels = Field(
         default_factory=dict, description="Labels added to the pods; those of the operator can't be replaced."

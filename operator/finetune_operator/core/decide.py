@@ -12,11 +12,12 @@ from datetime import datetime, timedelta
 
 from finetune_api import reasons
 from finetune_api.status import CONDITION_SUSPENDED, TERMINAL_PHASES, FailureStatus, Phase, Restarts, Status
-from finetune_operator.core import plan, restart_policy
+from finetune_operator.core import gang, plan, restart_policy
 from finetune_operator.core.actions import (
     CHECKING,
     SUSPENDED,
     SUSPENDING,
+    Action,
     CreateAttempt,
     CreatePreflight,
     Decision,
@@ -152,12 +153,33 @@ def _after_first_attempt(case: _Case) -> Decision:
     if current.state == "running":
         return Decision(case.desired("Running", "Running", current.message))
     if current.state == "queued":
-        return Decision(case.desired("Queued", current.reason, current.message))
+        return _queued(case, current)
     if current.state == "ending":
         return Decision(case.desired("Running", current.reason, current.message))
-    if current.reason != STARTING:
-        return Decision(case.desired("Pending", current.reason, current.message))
-    return Decision(case.desired(_starting_phase(case.number), current.reason, current.message))
+    step = _incomplete_group(case)
+    message = f"{current.message}; {step.message}" if step else current.message
+    phase: Phase = "Pending" if current.reason != STARTING else _starting_phase(case.number)
+    desired = case.desired(phase, current.reason, message)
+    return Decision(desired, _actions(step), requeue_after=step.wait if step else None)
+
+
+def _queued(case: _Case, queued: Verdict) -> Decision:
+    attempt = case.observed.current
+    if attempt is None or not attempt.job.released_at:
+        return Decision(case.desired("Queued", queued.reason, queued.message))
+    step = gang.released(attempt, case.now)
+    return Decision(case.desired("Queued", gang.INCOMPLETE, step.message), _actions(step), requeue_after=step.wait)
+
+
+def _incomplete_group(case: _Case) -> gang.Step | None:
+    policy, attempt = case.observed.job.spec.run_policy, case.observed.current
+    if attempt is None or policy.queue_name:
+        return None
+    return gang.incomplete(attempt, policy.scheduling_timeout_seconds, case.now)
+
+
+def _actions(step: gang.Step | None) -> tuple[Action, ...]:
+    return (step.action,) if step and step.action else ()
 
 
 def _restart(case: _Case, verdict: Verdict, lifetime: float, ended: float) -> Decision:

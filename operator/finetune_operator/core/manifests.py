@@ -58,7 +58,11 @@ def service(job: FineTuneJob) -> Manifest:
 def attempt_job(
     job: FineTuneJob, run: RunConfig, settings: Settings, restarts: Restarts, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
-    """Returns the Job of one attempt: a group of pods that starts and fails together."""
+    """Returns the Job of one attempt: a group of pods that starts and fails together.
+
+    A Job for a queue is created suspended; from then on its `suspend` belongs to the queue.
+    """
+    queue = job.spec.run_policy.queue_name
     labels = _child_labels(job, names.ROLE_TRAINER) | {names.LABEL_ATTEMPT: str(run.job.attempt)}
     avoided = {names.ANNOTATION_AVOIDED_NODES: json.dumps(avoided_nodes)} if avoided_nodes else {}
     return {
@@ -67,7 +71,7 @@ def attempt_job(
         "metadata": {
             "name": names.attempt_job_name(job.metadata.name, run.job.attempt),
             "namespace": job.metadata.namespace,
-            "labels": labels,
+            "labels": {**labels, names.LABEL_QUEUE: queue} if queue else labels,
             "annotations": {
                 names.ANNOTATION_RESTARTS: json.dumps(restarts.to_json()),
                 names.ANNOTATION_SPEC_DIGEST: run.provenance.spec_digest,
@@ -81,6 +85,7 @@ def attempt_job(
             "parallelism": run.world.nodes,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
+            **({"suspend": True} if queue else {}),
             "template": {
                 "metadata": _pod_metadata(job, run, labels),
                 "spec": pod_spec(job, run, settings, names.ROLE_TRAINER, avoided_nodes),

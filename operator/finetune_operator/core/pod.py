@@ -67,7 +67,7 @@ def pod_spec(
             "serviceAccountName": job.spec.pod.service_account_name,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "schedulerName": settings.pods.scheduler_name,
+            "schedulerName": (job.spec.pod.scheduler_name if not preflight else "") or settings.pods.scheduler_name,
             "runtimeClassName": _runtime_class(settings, role),
             "priorityClassName": None if preflight else job.spec.pod.priority_class_name,
             "nodeSelector": _node_selector(job, settings, role),
