@@ -78,6 +78,7 @@ SecretName = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, min_length=1, m
 ObjectName = Annotated[str, Field(pattern=OPTIONAL_DNS_SUBDOMAIN_PATTERN, max_length=253)]
 QueueName = Annotated[str, Field(pattern=OPTIONAL_DNS_SUBDOMAIN_PATTERN, max_length=63)]
 LabelKey = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, max_length=317)]
+RequiredLabelKey = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=317)]
 LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
 ResourceName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=128)]
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN, max_length=128)]

@@ -81,6 +81,8 @@ def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
         ("world", f"{world.size} processes: {world.nodes} pods x {world.processes_per_node}"),
         ("hardware", f"{gpus} x {job.spec.resources.gpu.name}" if job.spec.resources.gpu else "CPU only"),
         ("pod requests", f"cpu {pod.cpu}, memory {pod.memory}, scratch {pod.scratch}"),
+        *([("network", f"{job.spec.pod.network}, a profile of the chart, which isn't known here")]
+          if job.spec.pod.network else []),
         ("strategy", world.strategy),
         ("global batch", _batch(config)),
         ("length", length),

@@ -17,8 +17,7 @@ from pydantic import Field
 from finetune_api import names
 from finetune_api.base import Model
 from finetune_api.messages.run import S3Config
-from finetune_api.resource import EnvVarSpec, TolerationSpec
-from finetune_api.spec.environment import unique_names
+from finetune_operator.pod_settings import PodSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -80,37 +79,6 @@ class LimitSettings(Model):
     requests_per_second: float = Field(default=100.0, gt=0)
     burst: int = Field(default=200, ge=1)
     workers: int = Field(default=16, ge=1, description="Jobs reconciled at the same time.")
-
-
-class PodSettings(Model):
-    """Configures what every trainer pod has besides what its job specifies."""
-
-    grace_period_seconds: int = Field(default=120, ge=1, description="Seconds from SIGTERM to SIGKILL.")
-    metrics_linger_seconds: float = Field(
-        default=0.0, ge=0, description="Seconds that a pod serves its metrics after training, for one more scrape."
-    )
-    preflight_cpu: str = Field(default="1", description="Cores of the preflight pod.")
-    preflight_memory: str = Field(default="2Gi", description="Memory of the preflight pod.")
-    preflight_node_selector: dict[str, str] = Field(
-        default_factory=dict, description="Labels of the nodes for preflight pods. Empty means nodeSelector."
-    )
-    preflight_tolerations: tuple[TolerationSpec, ...] | None = Field(
-        default=None, description="Tolerations of preflight pods. Absent means tolerations."
-    )
-    preflight_runtime_class_name: str = Field(
-        default="", description="RuntimeClass of preflight pods. Empty means the default one of the node."
-    )
-    cpu_limit: bool = Field(
-        default=True, description="Whether training pods have a limit on cores, not only a request."
-    )
-    tolerations: tuple[TolerationSpec, ...] = ()
-    node_selector: dict[str, str] = Field(default_factory=dict)
-    scheduler_name: str = ""
-    runtime_class_name: str = ""
-    image_pull_secrets: tuple[str, ...] = ()
-    env: tuple[EnvVarSpec, ...] = Field(default=(), description="Variables of all pods, as in a job's pod.env.")
-
-    rules = (unique_names("env"),)
 
 
 class Settings(Model):

@@ -42,6 +42,8 @@ pods:
   preflightTolerations: {{ .Values.pods.preflightTolerations | toJson }}
   preflightRuntimeClassName: {{ .Values.pods.preflightRuntimeClassName | quote }}
   cpuLimit: {{ .Values.pods.cpuLimit }}
+  gpusPerNode: {{ .Values.pods.gpusPerNode | toJson }}
+  networkProfiles: {{ .Values.pods.networkProfiles | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}
   nodeSelector: {{ .Values.pods.nodeSelector | toJson }}
   schedulerName: {{ .Values.pods.schedulerName | quote }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -57,10 +58,95 @@ def _no_reserved_keys(field: str) -> Rule:
     )
 
 
+_NodeValues = Annotated[tuple[s.LabelValue, ...], Field(max_length=16)]
+_NodeOperator = Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]
+_VALUES = "the label's values, for In and NotIn; one whole number, for Gt and Lt"
+
+
+def _node_rules() -> tuple[Rule, ...]:
+    """Returns the rules that a requirement has the values that its operator needs."""
+    return (
+        Rule("values", "must not be empty with operator In or NotIn",
+             "!(self.operator in ['In', 'NotIn']) || self.values.size() > 0",
+             lambda m: m.operator not in ("In", "NotIn") or len(m.values) > 0),
+        Rule("values", "must be empty with operator Exists or DoesNotExist",
+             "!(self.operator in ['Exists', 'DoesNotExist']) || self.values.size() == 0",
+             lambda m: m.operator not in ("Exists", "DoesNotExist") or not m.values),
+        Rule("values", "must be one whole number with operator Gt or Lt",
+             "!(self.operator in ['Gt', 'Lt']) || (self.values.size() == 1 && self.values[0].matches('^[0-9]+$'))",
+             lambda m: m.operator not in ("Gt", "Lt")
+             or (len(m.values) == 1 and re.fullmatch("[0-9]+", m.values[0]) is not None)),
+    )  # fmt: skip
+
+
+class NodeRequirementSpec(Model):
+    """Specifies a condition on a node's label."""
+
+    key: s.RequiredLabelKey = Field(description="Label of the node.")
+    operator: _NodeOperator = Field(description="In, NotIn, Exists, DoesNotExist, Gt or Lt, as in Kubernetes.")
+    values: _NodeValues = Field(default=(), description=f"{_VALUES[0].upper()}{_VALUES[1:]}.")
+
+    rules = _node_rules()
+
+
+class NodePreferenceSpec(Model):
+    """Specifies a condition on a node's label that the scheduler prefers to be true."""
+
+    key: s.RequiredLabelKey = Field(description="Label of the node.")
+    operator: _NodeOperator = Field(description="In, NotIn, Exists, DoesNotExist, Gt or Lt, as in Kubernetes.")
+    values: _NodeValues = Field(default=(), description=f"{_VALUES[0].upper()}{_VALUES[1:]}.")
+    weight: int = Field(default=50, ge=1, le=100, description="Importance, compared with other preferences.")
+
+    rules = _node_rules()
+
+
+class NodeAffinitySpec(Model):
+    """Specifies nodes by conditions that nodeSelector can't express: not being spot nodes, say."""
+
+    required: Annotated[tuple[NodeRequirementSpec, ...], Field(max_length=16)] = Field(
+        default=(), description="Conditions that a node must meet, all of them."
+    )
+    preferred: Annotated[tuple[NodePreferenceSpec, ...], Field(max_length=16)] = Field(
+        default=(), description="Conditions that a node should meet."
+    )
+
+
+class TopologySpec(Model):
+    """Specifies a part of the cluster for all pods of a group: a block, a rack or a zone."""
+
+    key: s.RequiredLabelKey = Field(
+        description="Label whose value names the part of the cluster that a node belongs to, such as "
+        "topology.kubernetes.io/zone or a label of your provider for a block or a rack."
+    )
+    policy: Literal["required", "preferred", "spread"] = Field(
+        default="preferred",
+        description="required runs all pods of an attempt in one part; preferred does so if possible; spread "
+        "distributes them over the parts if possible. With runPolicy.queueName, Kueue chooses the part for the first "
+        "two.",
+    )
+
+
 class PodSpec(Model):
     """Specifies where the pods run, and their labels and annotations. It isn't a free-form pod
     template: the pods stay restricted."""
 
+    network: s.ObjectName = Field(
+        default="",
+        description="Name of a network profile that the administrator has defined in the chart's "
+        "pods.networkProfiles, such as infiniband. It adds devices, variables and annotations to the training pods. "
+        "Empty means the pod network only.",
+    )
+    topology: TopologySpec | None = Field(
+        default=None, description="Part of the cluster that the pods share. Empty means any nodes."
+    )
+    node_affinity: NodeAffinitySpec = Field(
+        default_factory=NodeAffinitySpec, description="Conditions on the nodes of the training pods."
+    )
+    one_pod_per_node: Literal["auto", "required", "preferred"] = Field(
+        default="auto",
+        description="Whether two pods of an attempt may share a node, between which NCCL uses the network. auto is "
+        "required if a pod requests all GPUs of a node (the chart's pods.gpusPerNode), else preferred.",
+    )
     node_selector: _Labels = Field(default_factory=dict, description="Labels that a node must have.")
     tolerations: Annotated[tuple[TolerationSpec, ...], Field(max_length=16)] = Field(
         default=(), description="Taints that the pods tolerate."

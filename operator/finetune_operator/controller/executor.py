@@ -15,7 +15,7 @@ from finetune_operator.controller.cache import Cache, JobSnapshot
 from finetune_operator.core import manifests
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.plan import model_bytes, plan
+from finetune_operator.core.plan import check_offered, model_bytes, plan
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
@@ -56,8 +56,8 @@ class Executor:
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
 
-        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError or
-        kube.client.Unavailable.
+        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError, core.plan.NotOffered
+        or kube.client.Unavailable.
         """
         match action:
             case CreateAttempt():
@@ -84,6 +84,7 @@ class Executor:
             self._cache.drop_body(snapshot.body)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
+        check_offered(observed.job, self._settings)
         run = plan(observed.job, self._settings, action.number, model_bytes(observed))
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
@@ -93,6 +94,7 @@ class Executor:
         await self._create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
+        check_offered(observed.job, self._settings)
         run = plan(observed.job, self._settings)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)

@@ -90,10 +90,10 @@ def failed_to_start(observed: Observed, desired: DesiredStatus, reason: str, mes
     )
 
 
-def blocked(observed: Observed, desired: DesiredStatus, message: str) -> DesiredStatus:
-    """Returns the status while the cluster refuses to create a child; creation is retried."""
+def blocked(observed: Observed, desired: DesiredStatus, message: str, reason: str = "Blocked") -> DesiredStatus:
+    """Returns the status while a child can't be created yet; creation is retried."""
     number, restarts = _newest_attempt(observed)
-    return replace(desired, phase="Pending", reason="Blocked", message=message, attempt=number, restarts=restarts)
+    return replace(desired, phase="Pending", reason=reason, message=message, attempt=number, restarts=restarts)
 
 
 def _case(observed: Observed, now: datetime) -> _Case:

@@ -14,7 +14,8 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.reasons import REASONS
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import Restarts
-from finetune_operator.core.pod import pod_spec
+from finetune_operator.core.pod import network_profile, pod_spec
+from finetune_operator.core.scheduling import queue_annotations
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
@@ -63,6 +64,7 @@ def attempt_job(
     A Job for a queue is created suspended; from then on its `suspend` belongs to the queue.
     """
     queue = job.spec.run_policy.queue_name
+    network = network_profile(job, settings, names.ROLE_TRAINER)
     labels = _child_labels(job, names.ROLE_TRAINER) | {names.LABEL_ATTEMPT: str(run.job.attempt)}
     avoided = {names.ANNOTATION_AVOIDED_NODES: json.dumps(avoided_nodes)} if avoided_nodes else {}
     return {
@@ -87,7 +89,7 @@ def attempt_job(
             "podReplacementPolicy": "Failed",
             **({"suspend": True} if queue else {}),
             "template": {
-                "metadata": _pod_metadata(job, run, labels),
+                "metadata": _pod_metadata(job, run, labels, {**network.annotations, **queue_annotations(job)}),
                 "spec": pod_spec(job, run, settings, names.ROLE_TRAINER, avoided_nodes),
             },
         },
@@ -145,10 +147,13 @@ def owner_reference(job: FineTuneJob) -> Manifest:
     }
 
 
-def _pod_metadata(job: FineTuneJob, run: RunConfig, labels: dict[str, str]) -> Manifest:
+def _pod_metadata(
+    job: FineTuneJob, run: RunConfig, labels: dict[str, str], annotations: dict[str, str] | None = None
+) -> Manifest:
     return {
         "labels": {**job.spec.pod.labels, **labels},
         "annotations": {
+            **(annotations or {}),
             **job.spec.pod.annotations,
             names.ANNOTATION_RUN_CONFIG: run.model_dump_json(by_alias=True, exclude_none=True),
         },

@@ -45,6 +45,34 @@ class PlanError(ValueError):
         self.value = value
 
 
+class NotOffered(PlanError):
+    """Is raised if a job names something that the administrator doesn't offer, or not yet.
+
+    `reason` is that of the condition; the job waits, because the settings may change.
+    """
+
+    def __init__(self, field: str, value: object, message: str, reason: str) -> None:
+        super().__init__(field, value, message)
+        self.reason = reason
+
+
+def check_offered(job: FineTuneJob, settings: Settings) -> None:
+    """Checks that the administrator offers what the job names.
+
+    Raises NotOffered with what exists instead.
+    """
+    network, profiles = job.spec.pod.network, settings.pods.network_profiles
+    if network and network not in profiles:
+        existing = ", ".join(sorted(profiles)) or "there are none"
+        raise NotOffered(
+            "spec.pod.network",
+            network,
+            f"is not one of the network profiles in the operator's pods.networkProfiles: {existing}; have it added, "
+            "or create a job that names another one",
+            "UnknownNetwork",
+        )
+
+
 def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: int | None = None) -> RunConfig:
     """Returns everything that the pods of one attempt need to know.
 

@@ -12,10 +12,11 @@ from typing import Any
 from finetune_api import names
 from finetune_api.amounts import amounts
 from finetune_api.messages.run import RunConfig
-from finetune_api.resource import FineTuneJob, TolerationSpec
+from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
-from finetune_operator.core.avoided_nodes import affinity
+from finetune_operator.core.scheduling import scheduling
+from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
@@ -50,15 +51,16 @@ def pod_spec(
     job: FineTuneJob, run: RunConfig, settings: Settings, role: str, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
     """Returns the pod spec of a role (names.ROLE_TRAINER or names.ROLE_PREFLIGHT)."""
+    network = network_profile(job, settings, role)
     mounts = (
         *_scratch(job, run, role),
         *_run_config(),
         *_progress_token(settings),
         *_credentials(job),
         *_claims(job),
+        *_network_volumes(network),
     )
     multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
-    preflight = role == names.ROLE_PREFLIGHT
     return _present(
         {
             "restartPolicy": "Never",
@@ -67,13 +69,7 @@ def pod_spec(
             "serviceAccountName": job.spec.pod.service_account_name,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "schedulerName": (job.spec.pod.scheduler_name if not preflight else "") or settings.pods.scheduler_name,
-            "runtimeClassName": _runtime_class(settings, role),
-            "priorityClassName": None if preflight else job.spec.pod.priority_class_name,
-            "nodeSelector": _node_selector(job, settings, role),
-            "affinity": affinity(avoided_nodes),
-            "tolerations": [toleration.to_json() for toleration in _tolerations(job, settings, role)],
-            "topologySpreadConstraints": [_one_pod_per_node(job)] if multi_node else None,
+            **scheduling(job, run, settings, role, avoided_nodes),
             "imagePullSecrets": _image_pull_secrets(job, settings),
             "securityContext": {
                 "runAsNonRoot": True,
@@ -83,6 +79,7 @@ def pod_spec(
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
+            "initContainers": [{**sidecar, "restartPolicy": "Always"} for sidecar in network.sidecars],
             "containers": [
                 {
                     "name": names.CONTAINER_TRAINER,
@@ -90,16 +87,16 @@ def pod_spec(
                     "imagePullPolicy": settings.image_pull_policy,
                     "command": ["python", "-m", "finetune_trainer"],
                     "args": ["preflight"] if role == names.ROLE_PREFLIGHT else [],
-                    "env": _environment(job, settings),
+                    "env": _environment(job, settings, network),
                     "ports": _ports(run, role),
-                    "resources": _resources(job, run, settings, role),
+                    "resources": _resources(job, run, settings, role, network),
                     "volumeMounts": [mount.volume_mount() for mount in mounts],
                     "terminationMessagePath": names.TERMINATION_LOG_PATH,
                     "terminationMessagePolicy": "FallbackToLogsOnError",
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "readOnlyRootFilesystem": True,
-                        "capabilities": {"drop": ["ALL"]},
+                        "capabilities": _present({"drop": ["ALL"], "add": list(network.capabilities)}),
                     },
                 }
             ],
@@ -108,11 +105,14 @@ def pod_spec(
     )
 
 
-def _environment(job: FineTuneJob, settings: Settings) -> list[Manifest]:
-    """Returns the variables of the chart and the job, then our own, which neither can replace."""
+def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) -> list[Manifest]:
+    """Returns the variables of the chart, the network and the job, then our own.
+
+    Each replaces those before it that have the same name; nothing replaces our own.
+    """
     hub = settings.storage.hub.endpoint
     return [
-        *(entry.to_json() for entry in environment.merged(settings.pods.env, job.spec.pod.env)),
+        *(entry.to_json() for entry in environment.merged((*settings.pods.env, *network.env), job.spec.pod.env)),
         {"name": names.ENV_POD_NAME, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
         {"name": names.ENV_RUN_CONFIG, "value": names.RUN_CONFIG_PATH},
         {"name": names.ENV_TERMINATION_LOG, "value": names.TERMINATION_LOG_PATH},
@@ -121,13 +121,26 @@ def _environment(job: FineTuneJob, settings: Settings) -> list[Manifest]:
     ]
 
 
+def network_profile(job: FineTuneJob, settings: Settings, role: str) -> NetworkProfile:
+    """Returns the network profile of a training pod; an empty one for the preflight check."""
+    profiles = settings.pods.network_profiles if role == names.ROLE_TRAINER else {}
+    return profiles.get(job.spec.pod.network, NetworkProfile())
+
+
+def _network_volumes(network: NetworkProfile) -> tuple[_Mount, ...]:
+    return tuple(
+        _Mount(f"network-{volume.name}", volume.source, volume.mount_path, read_only=volume.read_only)
+        for volume in network.volumes
+    )
+
+
 def _ports(run: RunConfig, role: str) -> list[Manifest]:
     if role == names.ROLE_PREFLIGHT or run.metrics_port == 0:
         return []
     return [{"name": names.METRICS_PORT_NAME, "containerPort": run.metrics_port}]
 
 
-def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str) -> Manifest:
+def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str, network: NetworkProfile) -> Manifest:
     """Returns equal requests and limits (QoS Guaranteed), so that the pod isn't evicted first.
 
     An administrator can leave out the limit on cores, which makes the pod Burstable.
@@ -137,38 +150,13 @@ def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str) 
     if role == names.ROLE_PREFLIGHT:
         requests = {"cpu": settings.pods.preflight_cpu, "memory": settings.pods.preflight_memory}
     else:
-        requests |= job.spec.resources.extra
+        requests |= {**network.resources, **job.spec.resources.extra}
         if job.spec.resources.gpu is not None:
             requests[job.spec.resources.gpu.name] = str(job.spec.distribution.processes_per_node)
     # Disk that isn't requested is overcommitted, and the eviction then hits other pods of the node.
     requests["ephemeral-storage"] = str(int(quantity_value(pod.scratch)) + _TMP_BYTES + _LOG_BYTES)
     limits = {name: amount for name, amount in requests.items() if name != "cpu" or settings.pods.cpu_limit}
     return {"requests": requests, "limits": limits}
-
-
-def _node_selector(job: FineTuneJob, settings: Settings, role: str) -> dict[str, str]:
-    """Returns the labels of the nodes that a pod may run on.
-
-    A preflight pod ignores those of the job: it needs no GPU, and on an autoscaled pool it would
-    start a GPU node only to find that a key is wrong.
-    """
-    if role == names.ROLE_PREFLIGHT:
-        return settings.pods.preflight_node_selector or settings.pods.node_selector
-    return {**settings.pods.node_selector, **job.spec.pod.node_selector}
-
-
-def _tolerations(job: FineTuneJob, settings: Settings, role: str) -> tuple[TolerationSpec, ...]:
-    """Returns the tolerated taints; those of the job are of GPU nodes, which no check needs."""
-    if role == names.ROLE_PREFLIGHT:
-        own = settings.pods.preflight_tolerations
-        return settings.pods.tolerations if own is None else own
-    return (*settings.pods.tolerations, *job.spec.pod.tolerations)
-
-
-def _runtime_class(settings: Settings, role: str) -> str:
-    """Returns the RuntimeClass; that of training pods may exist on GPU nodes only."""
-    pods = settings.pods
-    return pods.preflight_runtime_class_name if role == names.ROLE_PREFLIGHT else pods.runtime_class_name
 
 
 def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[_Mount, ...]:
@@ -240,16 +228,6 @@ def _claim(uri: str | None) -> str | None:
     """Returns the claim that a pvc:// URI names; None for other URIs."""
     scheme, _, rest = (uri or "").partition("://")
     return rest.split("/", 1)[0] if scheme == "pvc" else None
-
-
-def _one_pod_per_node(job: FineTuneJob) -> Manifest:
-    """Returns a constraint that prefers one pod per node; small clusters may lack nodes."""
-    return {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": {names.LABEL_JOB_UID: job.metadata.uid}},
-    }
 
 
 def _image_pull_secrets(job: FineTuneJob, settings: Settings) -> list[Manifest]:
