@@ -60,6 +60,7 @@ PROGRESS_PATH = "/v1/progress"
 # Paths inside a trainer pod.
 RUN_CONFIG_PATH = "/etc/finetune/run/run.json"
 CREDENTIALS_ROOT = "/etc/finetune/credentials"  # + /<role>/<key of the Secret>
+CA_BUNDLE_PATH = "/etc/finetune/ca/ca.crt"
 PROGRESS_TOKEN_PATH = "/var/run/secrets/finetune-operator.io/progress/token"  # noqa: S105 (a path)
 SCRATCH_ROOT = "/scratch"
 PVC_ROOT = "/mnt/pvc"

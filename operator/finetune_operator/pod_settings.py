@@ -40,6 +40,13 @@ class NetworkProfile(Model):
     rules = (unique_names("env"),)
 
 
+class CaBundle(Model):
+    """Names a ConfigMap with the certificates that pods trust instead of the image's own."""
+
+    config_map: str = Field(default="", description="Name, in each namespace with jobs. Empty means none.")
+    key: str = Field(default="ca.crt", min_length=1, description="Key of the certificates, in PEM.")
+
+
 class PodSettings(Model):
     """Configures what every trainer pod has besides what its job specifies."""
 
@@ -68,6 +75,12 @@ class PodSettings(Model):
     image_pull_secrets: tuple[str, ...] = ()
     env: tuple[EnvVarSpec, ...] = Field(default=(), description="Variables of all pods, as in a job's pod.env.")
 
+    ca_bundle: CaBundle = Field(default_factory=CaBundle)
+    allowed_images: tuple[str, ...] = Field(
+        default=(),
+        description="Trainer images that a job may name in pod.image: exact names, or prefixes that end with a slash, "
+        "a colon or @.",
+    )
     gpus_per_node: int = Field(
         default=8, ge=1, description="GPUs of a node. Two pods of a group that request as many never share one."
     )

@@ -42,6 +42,8 @@ pods:
   preflightTolerations: {{ .Values.pods.preflightTolerations | toJson }}
   preflightRuntimeClassName: {{ .Values.pods.preflightRuntimeClassName | quote }}
   cpuLimit: {{ .Values.pods.cpuLimit }}
+  caBundle: {{ .Values.pods.caBundle | toJson }}
+  allowedImages: {{ .Values.pods.allowedImages | toJson }}
   gpusPerNode: {{ .Values.pods.gpusPerNode | toJson }}
   networkProfiles: {{ .Values.pods.networkProfiles | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}

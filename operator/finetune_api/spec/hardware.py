@@ -140,6 +140,11 @@ class ResourcesSpec(Model):
         "for each of its GPUs, and 20Gi without GPUs; if the preflight check has read the size of the model, it is at "
         "least 20Gi more than the model, its merged copy and its checkpoints need.",
     )
+    scratch_storage_class: s.ObjectName = Field(
+        default="",
+        description="StorageClass of a volume that is created for each training pod as its scratch disk, and deleted "
+        "with it. Empty means local disk of the node.",
+    )
     extra: _Extra = Field(
         default_factory=dict,
         description="Additional resources of a training pod, by name: devices of a network for RDMA, such as rdma/hca "

@@ -130,6 +130,11 @@ class PodSpec(Model):
     """Specifies where the pods run, and their labels and annotations. It isn't a free-form pod
     template: the pods stay restricted."""
 
+    image: s.ImageName = Field(
+        default="",
+        description="Trainer image of this job, if the administrator allows it (the chart's pods.allowedImages). "
+        "It must come from the same build as the operator. Empty means the chart's trainer.image.",
+    )
     network: s.ObjectName = Field(
         default="",
         description="Name of a network profile that the administrator has defined in the chart's "

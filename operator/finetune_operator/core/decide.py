@@ -17,7 +17,6 @@ from finetune_operator.core.actions import (
     CHECKING,
     SUSPENDED,
     SUSPENDING,
-    Action,
     CreateAttempt,
     CreatePreflight,
     Decision,
@@ -152,34 +151,18 @@ def _after_first_attempt(case: _Case) -> Decision:
         return _restart(case, current, lifetime=seconds_between(created, case.now) - ended, ended=ended)
     if current.state == "running":
         return Decision(case.desired("Running", "Running", current.message))
+    step = gang.step(case.observed, case.now) if current.state in ("queued", "waiting") else None
+    if current.state == "queued" and step:
+        desired = case.desired("Queued", gang.INCOMPLETE, step.message)
+        return Decision(desired, step.actions, requeue_after=step.wait)
     if current.state == "queued":
-        return _queued(case, current)
+        return Decision(case.desired("Queued", current.reason, current.message))
     if current.state == "ending":
         return Decision(case.desired("Running", current.reason, current.message))
-    step = _incomplete_group(case)
     message = f"{current.message}; {step.message}" if step else current.message
     phase: Phase = "Pending" if current.reason != STARTING else _starting_phase(case.number)
     desired = case.desired(phase, current.reason, message)
-    return Decision(desired, _actions(step), requeue_after=step.wait if step else None)
-
-
-def _queued(case: _Case, queued: Verdict) -> Decision:
-    attempt = case.observed.current
-    if attempt is None or not attempt.job.released_at:
-        return Decision(case.desired("Queued", queued.reason, queued.message))
-    step = gang.released(attempt, case.now)
-    return Decision(case.desired("Queued", gang.INCOMPLETE, step.message), _actions(step), requeue_after=step.wait)
-
-
-def _incomplete_group(case: _Case) -> gang.Step | None:
-    policy, attempt = case.observed.job.spec.run_policy, case.observed.current
-    if attempt is None or policy.queue_name:
-        return None
-    return gang.incomplete(attempt, policy.scheduling_timeout_seconds, case.now)
-
-
-def _actions(step: gang.Step | None) -> tuple[Action, ...]:
-    return (step.action,) if step and step.action else ()
+    return Decision(desired, step.actions if step else (), requeue_after=step.wait if step else None)
 
 
 def _restart(case: _Case, verdict: Verdict, lifetime: float, ended: float) -> Decision:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_operator.core.actions import ReleaseGroup, ResumeGroup
-from finetune_operator.core.objects import Attempt, seconds_between
+from finetune_operator.core.objects import Attempt, Observed, seconds_between
 
 INCOMPLETE = "GroupIncomplete"
 _FIRST_DELAY_SECONDS = 10.0
@@ -30,8 +30,23 @@ class Step:
     action: ReleaseGroup | ResumeGroup | None
     wait: float | None
 
+    @property
+    def actions(self) -> tuple[ReleaseGroup | ResumeGroup, ...]:
+        """The action, if there is one."""
+        return (self.action,) if self.action else ()
 
-def incomplete(attempt: Attempt, timeout: float, now: datetime) -> Step | None:
+
+def step(observed: Observed, now: datetime) -> Step | None:
+    """Returns the step for the newest attempt, which waits or is suspended; None for a queue's."""
+    policy, attempt = observed.job.spec.run_policy, observed.current
+    if attempt is None or policy.queue_name:
+        return None
+    if attempt.job.suspended:
+        return _released(attempt, now) if attempt.job.released_at else None
+    return _incomplete(attempt, policy.scheduling_timeout_seconds, now)
+
+
+def _incomplete(attempt: Attempt, timeout: float, now: datetime) -> Step | None:
     """Returns the step for a group of which only a part has nodes; None for any other group.
 
     `timeout` is in seconds, counted from the last pod that got a node. It is extended by up to a
@@ -50,7 +65,7 @@ def incomplete(attempt: Attempt, timeout: float, now: datetime) -> Step | None:
     return Step(f"{part}; they give them back, so that another group can run", action, None)
 
 
-def released(attempt: Attempt, now: datetime) -> Step:
+def _released(attempt: Attempt, now: datetime) -> Step:
     """Returns the step for a group that has given its nodes back."""
     job = attempt.job
     delay = min(_FIRST_DELAY_SECONDS * 2.0 ** min(job.releases - 1, 10), _LONGEST_DELAY_SECONDS)

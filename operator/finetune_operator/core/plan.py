@@ -61,6 +61,16 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
 
     Raises NotOffered with what exists instead.
     """
+    image = job.spec.pod.image
+    if image and not _is_allowed_image(image, settings):
+        raise NotOffered(
+            "spec.pod.image",
+            image,
+            "is not among the operator's pods.allowedImages: "
+            f"{', '.join(settings.pods.allowed_images) or 'there are none'}; have it added, or create a job without "
+            "pod.image",
+            "ImageNotAllowed",
+        )
     network, profiles = job.spec.pod.network, settings.pods.network_profiles
     if network and network not in profiles:
         existing = ", ".join(sorted(profiles)) or "there are none"
@@ -71,6 +81,16 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
             "or create a job that names another one",
             "UnknownNetwork",
         )
+
+
+def trainer_image(job: FineTuneJob, settings: Settings) -> str:
+    """Returns the image of the pods."""
+    return job.spec.pod.image or settings.trainer_image
+
+
+def _is_allowed_image(image: str, settings: Settings) -> bool:
+    allowed = settings.pods.allowed_images
+    return any(image == entry or (entry.endswith(("/", ":", "@")) and image.startswith(entry)) for entry in allowed)
 
 
 def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: int | None = None) -> RunConfig:
@@ -105,7 +125,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: in
         progress=_progress(settings),
         s3=settings.storage.s3,
         provenance=Provenance(
-            image=settings.trainer_image, operator_version=__version__, spec_digest=spec_digest(spec)
+            image=trainer_image(job, settings), operator_version=__version__, spec_digest=spec_digest(spec)
         ),
         metrics_linger_seconds=settings.pods.metrics_linger_seconds,
         scratch_bytes=int(quantity_value(pod.scratch)),

@@ -15,6 +15,8 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
+from finetune_operator.core import certificates
+from finetune_operator.core.plan import trainer_image
 from finetune_operator.core.scheduling import scheduling
 from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
@@ -59,6 +61,7 @@ def pod_spec(
         *_credentials(job),
         *_claims(job),
         *_network_volumes(network),
+        *_ca_bundle(settings),
     )
     multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     return _present(
@@ -83,7 +86,7 @@ def pod_spec(
             "containers": [
                 {
                     "name": names.CONTAINER_TRAINER,
-                    "image": settings.trainer_image,
+                    "image": trainer_image(job, settings),
                     "imagePullPolicy": settings.image_pull_policy,
                     "command": ["python", "-m", "finetune_trainer"],
                     "args": ["preflight"] if role == names.ROLE_PREFLIGHT else [],
@@ -117,6 +120,7 @@ def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) 
         {"name": names.ENV_RUN_CONFIG, "value": names.RUN_CONFIG_PATH},
         {"name": names.ENV_TERMINATION_LOG, "value": names.TERMINATION_LOG_PATH},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 (a volume of the pod)
+        *_ca_variables(settings),
         *([{"name": "HF_ENDPOINT", "value": hub}] if hub else []),
     ]
 
@@ -125,6 +129,21 @@ def network_profile(job: FineTuneJob, settings: Settings, role: str) -> NetworkP
     """Returns the network profile of a training pod; an empty one for the preflight check."""
     profiles = settings.pods.network_profiles if role == names.ROLE_TRAINER else {}
     return profiles.get(job.spec.pod.network, NetworkProfile())
+
+
+def _ca_bundle(settings: Settings) -> tuple[_Mount, ...]:
+    bundle = settings.pods.ca_bundle
+    if not bundle.config_map:
+        return ()
+    folder, _, file = names.CA_BUNDLE_PATH.rpartition("/")
+    items = [{"key": bundle.key, "path": file}]
+    return (_Mount("ca-bundle", {"configMap": {"name": bundle.config_map, "items": items}}, folder),)
+
+
+def _ca_variables(settings: Settings) -> list[Manifest]:
+    if not settings.pods.ca_bundle.config_map:
+        return []
+    return [{"name": name, "value": value} for name, value in certificates.variables()]
 
 
 def _network_volumes(network: NetworkProfile) -> tuple[_Mount, ...]:
@@ -154,20 +173,36 @@ def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str, 
         if job.spec.resources.gpu is not None:
             requests[job.spec.resources.gpu.name] = str(job.spec.distribution.processes_per_node)
     # Disk that isn't requested is overcommitted, and the eviction then hits other pods of the node.
-    requests["ephemeral-storage"] = str(int(quantity_value(pod.scratch)) + _TMP_BYTES + _LOG_BYTES)
+    on_node = role == names.ROLE_PREFLIGHT or not job.spec.resources.scratch_storage_class
+    scratch = int(quantity_value(pod.scratch)) if on_node else 0
+    requests["ephemeral-storage"] = str(scratch + _TMP_BYTES + _LOG_BYTES)
     limits = {name: amount for name, amount in requests.items() if name != "cpu" or settings.pods.cpu_limit}
     return {"requests": requests, "limits": limits}
 
 
 def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[_Mount, ...]:
     requested = job.spec.resources
-    size = {"sizeLimit": amounts(job.spec, run.model.size_bytes).scratch}
-    scratch = _Mount("scratch", {"emptyDir": size}, names.SCRATCH_ROOT, read_only=False)
+    size = amounts(job.spec, run.model.size_bytes).scratch
+    own_volume = requested.scratch_storage_class and role == names.ROLE_TRAINER
+    source = (
+        _ephemeral_claim(requested.scratch_storage_class, size) if own_volume else {"emptyDir": {"sizeLimit": size}}
+    )
+    scratch = _Mount("scratch", source, names.SCRATCH_ROOT, read_only=False)
     tmp = _Mount("tmp", {"emptyDir": {"sizeLimit": str(_TMP_BYTES)}}, "/tmp", read_only=False)  # noqa: S108
     if role == names.ROLE_PREFLIGHT:
         return (scratch, tmp)
     memory = {"emptyDir": {"medium": "Memory", "sizeLimit": requested.shared_memory}}
     return (scratch, tmp, _Mount("shm", memory, "/dev/shm", read_only=False))  # noqa: S108
+
+
+def _ephemeral_claim(storage_class: str, size: str) -> Manifest:
+    """Returns the source of a volume that is created for the pod and deleted with it."""
+    claim = {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": storage_class,
+        "resources": {"requests": {"storage": size}},
+    }
+    return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
 def _run_config() -> tuple[_Mount, ...]:
