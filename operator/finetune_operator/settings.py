@@ -17,6 +17,7 @@ from pydantic import Field
 from finetune_api import names
 from finetune_api.base import Model
 from finetune_api.messages.run import S3Config
+from finetune_api.scalars import Quantity
 from finetune_operator.pod_settings import PodSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -65,8 +66,17 @@ class StorageSettings(Model):
     hub: HubSettings = Field(default_factory=HubSettings)
 
 
+class ModelCacheSettings(Model):
+    """Configures the cache of base models that pods of a namespace share."""
+
+    claim: str = Field(default="", description="PersistentVolumeClaim in each namespace with jobs. Empty means none.")
+    size: Quantity = Field(default="1Ti", description="Bytes that all models in it may have together.")
+
+
 class ModelSettings(Model):
-    """Restricts which base models may be trained."""
+    """Restricts which base models may be trained, and says where they are cached."""
+
+    cache: ModelCacheSettings = Field(default_factory=ModelCacheSettings)
 
     allowed_licenses: tuple[str, ...] = Field(
         default=(), description="Licenses as models' READMEs name them; unknown stands for no name. Empty means any."

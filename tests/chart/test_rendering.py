@@ -138,7 +138,7 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "progress": {"enabled": False, "intervalSeconds": 1.5, "writeEverySeconds": 60},
         "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True},
                     "hub": {"endpoint": "https://hub"}},
-        "models": {"allowedLicenses": ["apache-2.0", "mit"]},
+        "models": {"allowedLicenses": ["apache-2.0", "mit"], "cache": {"claim": "models", "size": "10Gi"}},
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},
         "pods": {"gracePeriodSeconds": 1000000, "metricsLingerSeconds": 35, "preflightCpu": 2, "preflightMemory": "1Gi",
                  "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"a": "b"},

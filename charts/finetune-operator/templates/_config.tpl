@@ -28,6 +28,9 @@ storage:
   hub:
     endpoint: {{ if .Values.storage.hub.endpoint }}{{ .Values.storage.hub.endpoint | quote }}{{ else }}null{{ end }}
 models:
+  cache:
+    claim: {{ .Values.models.cache.claim | quote }}
+    size: {{ .Values.models.cache.size | toString | quote }}
   allowedLicenses: {{ .Values.models.allowedLicenses | toJson }}
 limits:
   requestsPerSecond: {{ .Values.limits.requestsPerSecond | toJson }}

@@ -55,6 +55,13 @@ class ModelConfig(Model):
     )
 
 
+class CacheConfig(Model):
+    """Locates the cache of base models that pods share."""
+
+    root: str
+    max_bytes: int = Field(ge=1, description="Bytes of all models in it.")
+
+
 class DataSource(Model):
     """Locates rows and says how they are read."""
 
@@ -196,6 +203,7 @@ class RunConfig(Model):
     provenance: Provenance = Field(default_factory=Provenance)
     scratch: str = SCRATCH_ROOT
     scratch_bytes: int | None = Field(default=None, description="Size of the scratch disk. Empty means unknown.")
+    model_cache: CacheConfig | None = None
     auto_scratch: bool = Field(default=False, description="The operator sizes the scratch disk by the model.")
     memory_bytes: int | None = Field(default=None, description="Memory of the pod. Empty means unknown.")
     auto_memory: bool = Field(default=False, description="The operator sizes the memory by the model.")

@@ -12,6 +12,7 @@ from typing import Literal
 from finetune_api import __version__, names
 from finetune_api.amounts import PodAmounts, amounts
 from finetune_api.messages.run import (
+    CacheConfig,
     DataConfig,
     DataSource,
     JobRef,
@@ -129,6 +130,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: in
         ),
         metrics_linger_seconds=settings.pods.metrics_linger_seconds,
         scratch_bytes=int(quantity_value(pod.scratch)),
+        model_cache=_model_cache(settings),
         auto_scratch=spec.resources.scratch == "auto" and model_bytes is None,
         memory_bytes=int(quantity_value(pod.memory)),
         auto_memory=spec.resources.memory == "auto" and model_bytes is None,
@@ -256,6 +258,13 @@ def _progress(settings: Settings) -> ProgressConfig | None:
         token_path=names.PROGRESS_TOKEN_PATH,
         interval_seconds=settings.progress.interval_seconds,
     )
+
+
+def _model_cache(settings: Settings) -> CacheConfig | None:
+    cache = settings.models.cache
+    if not cache.claim:
+        return None
+    return CacheConfig(root=names.MODEL_CACHE_ROOT, max_bytes=int(quantity_value(cache.size)))
 
 
 def _model_location(model: BaseModelSpec) -> Location:

@@ -62,6 +62,7 @@ def pod_spec(
         *_claims(job),
         *_network_volumes(network),
         *_ca_bundle(settings),
+        *_model_cache(settings, role),
     )
     multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     return _present(
@@ -138,6 +139,15 @@ def _ca_bundle(settings: Settings) -> tuple[_Mount, ...]:
     folder, _, file = names.CA_BUNDLE_PATH.rpartition("/")
     items = [{"key": bundle.key, "path": file}]
     return (_Mount("ca-bundle", {"configMap": {"name": bundle.config_map, "items": items}}, folder),)
+
+
+def _model_cache(settings: Settings, role: str) -> tuple[_Mount, ...]:
+    """Returns the mount of the model cache; a preflight pod downloads no weights."""
+    claim = settings.models.cache.claim
+    if not claim or role == names.ROLE_PREFLIGHT:
+        return ()
+    source = {"persistentVolumeClaim": {"claimName": claim}}
+    return (_Mount("model-cache", source, names.MODEL_CACHE_ROOT, read_only=False),)
 
 
 def _ca_variables(settings: Settings) -> list[Manifest]:

@@ -79,3 +79,15 @@ def test_scratch_can_be_a_volume_of_a_storage_class() -> None:
     limits = trainer["containers"][0]["resources"]["limits"]
     assert quantity_value(limits["ephemeral-storage"]) == 3 * 2**30
     assert "emptyDir" in next(volume for volume in check["volumes"] if volume["name"] == "scratch")
+
+
+def test_the_model_cache_is_a_claim_of_training_pods() -> None:
+    settings = parse("models: {cache: {claim: models, size: 2Gi}}")
+    trainer, check = _specs(settings)
+    assert {"name": "model-cache", "persistentVolumeClaim": {"claimName": "models"}} in trainer["volumes"]
+    assert {"name": "model-cache", "mountPath": "/mnt/model-cache"} in trainer["containers"][0]["volumeMounts"]
+    assert "model-cache" not in {volume["name"] for volume in check["volumes"]}
+    cache = plan(a_job(), settings).model_cache
+    assert cache is not None
+    assert (cache.root, cache.max_bytes) == ("/mnt/model-cache", 2 * 2**30)
+    assert plan(a_job(), Settings()).model_cache is None
