@@ -83,6 +83,8 @@ def _fragments(findings: Findings) -> bool | None:
 _PRECISION = "0033-mixed-precision.md"
 _ESTIMATE = "0019-memory-estimate.md"
 _PODS = "0034-pods-for-gpu-clusters.md"
+_SCHEDULING = "0040-network-profiles-and-scheduling.md"
+_MODEL_CACHE = "0041-model-cache.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -108,8 +110,9 @@ CLAIMS = (
     Claim("G11", "several MIG slices in a pod, and GPUs of other vendors, fail after allocation",
           BY_READING, fixed_in=_PODS),
     Claim("G12", "CUDA faults are attributed to the training program", BY_READING, fixed_in=_PODS),
-    Claim("G13", "two groups that each have half of their pods wait for each other forever", BY_ARITHMETIC),
-    Claim("G14", "the defaults for CPU, memory and scratch starve GPUs", BY_READING),
+    Claim("G13", "two groups that each have half of their pods wait for each other forever", BY_ARITHMETIC,
+          fixed_in=_SCHEDULING),
+    Claim("G14", "the defaults for CPU, memory and scratch starve GPUs", BY_READING, fixed_in=_SCHEDULING),
     Claim("G15", "fragmentation costs memory that expandable segments would save", BY_ARITHMETIC, _fragments, _PODS),
     Claim("G16", "compile: always recompiles for each layout, and then falls back to eager", BY_RUN),
     Claim(
@@ -137,7 +140,7 @@ CLAIMS = (
     Claim("G27", "power, temperature, clocks, errors and UUIDs of GPUs aren't exported", BY_READING),
     Claim("G28", "a slow rank isn't identified", BY_READING),
     Claim("G29", "NCCL's flight recorder isn't used", BY_READING),
-    Claim("G30", "every pod of every attempt downloads the model again", BY_READING),
+    Claim("G30", "every pod of every attempt downloads the model again", BY_READING, fixed_in=_MODEL_CACHE),
     Claim("G31", "a quantized base trains with ddp only", BY_READING),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
     Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING),
