@@ -118,6 +118,8 @@ _FUSED = "0036-fused-kernels.md"
 _ROOFLINE = "0035-roofline.md"
 _ATTENTION = "0037-attention-on-gpus.md"
 _SHARDED_NF4 = "0038-quantized-bases-under-fsdp.md"
+_SCHEDULING = "0040-network-profiles-and-scheduling.md"
+_MODEL_CACHE = "0041-model-cache.md"
 
 CLAIMS = (
     Claim("G1", "LoRA with zero2 fails in its first forward pass", BY_SEMANTICS,
@@ -143,8 +145,9 @@ CLAIMS = (
     Claim("G11", "several MIG slices in a pod, and GPUs of other vendors, fail after allocation",
           BY_READING, fixed_in=_PODS),
     Claim("G12", "CUDA faults are attributed to the training program", BY_READING, fixed_in=_PODS),
-    Claim("G13", "two groups that each have half of their pods wait for each other forever", BY_ARITHMETIC),
-    Claim("G14", "the defaults for CPU, memory and scratch starve GPUs", BY_READING),
+    Claim("G13", "two groups that each have half of their pods wait for each other forever", BY_ARITHMETIC,
+          fixed_in=_SCHEDULING),
+    Claim("G14", "the defaults for CPU, memory and scratch starve GPUs", BY_READING, fixed_in=_SCHEDULING),
     Claim("G15", "fragmentation costs memory that expandable segments would save", BY_ARITHMETIC, _fragments, _PODS),
     Claim("G16", "compile: always recompiles for each layout, and then falls back to eager", BY_RUN,
           fixed_in=_FUSED),
@@ -181,7 +184,7 @@ CLAIMS = (
     Claim("G28", "a slow rank isn't identified", BY_READING, fixed_in=_OBSERVED),
     Claim("G29", "NCCL's flight recorder isn't used", BY_READING,
           _verdict("operations/flight recorder", "wrong"), _OBSERVED),
-    Claim("G30", "every pod of every attempt downloads the model again", BY_READING),
+    Claim("G30", "every pod of every attempt downloads the model again", BY_READING, fixed_in=_MODEL_CACHE),
     Claim("G31", "a quantized base trains with ddp only", BY_READING, fixed_in=_SHARDED_NF4),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
     Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING),

@@ -126,8 +126,9 @@ def _notes() -> str:
         f"oldest is deleted once the newest is complete. A checkpoint has {pods.CHECKPOINT_BYTES} bytes per trained "
         "weight. The result is smaller, and is written when no checkpoint is. A model on a volume takes no scratch "
         "disk. [production.md](production.md#storage) has the sizes of rows and tokens.",
-        f"The defaults are {defaults.memory} for memory and {defaults.scratch} for scratch. Don't go below them where "
-        "a table has less.",
+        "The default of both, auto, starts from the number of GPUs and takes the size of the model into account once "
+        "the preflight check has read it ([reference.md](reference.md#specresources)). With one process for each GPU "
+        "and ddp, a model may need more memory than that.",
         "Validation rows add the best weights so far: at least 4 bytes per trained weight, in memory while they are "
         "copied and on the scratch disk. If the upload of a checkpoint takes longer than two more checkpoints, "
         "scratch needs room for another one.",

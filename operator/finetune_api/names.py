@@ -36,7 +36,13 @@ COMMON_LABELS = {
 ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
 ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
 ANNOTATION_AVOIDED_NODES = f"{GROUP}/avoided-nodes"  # nodes with failed GPUs, as JSON, on a Job
+ANNOTATION_RELEASED_AT = f"{GROUP}/released-at"  # when an incomplete group was suspended, on a Job
+ANNOTATION_RELEASES = f"{GROUP}/releases"  # how often that happened, on a Job
 ANNOTATION_RESTARTS = f"{GROUP}/restarts"  # previous restarts by cause, as JSON, on a Job
+
+# Kueue: the queue of a Job, and the topology that its pods share.
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+ANNOTATION_QUEUE_TOPOLOGY = "kueue.x-k8s.io/podset-{policy}-topology"  # required or preferred
 
 CONTAINER_TRAINER = "trainer"
 
@@ -54,9 +60,11 @@ PROGRESS_PATH = "/v1/progress"
 # Paths inside a trainer pod.
 RUN_CONFIG_PATH = "/etc/finetune/run/run.json"
 CREDENTIALS_ROOT = "/etc/finetune/credentials"  # + /<role>/<key of the Secret>
+CA_BUNDLE_PATH = "/etc/finetune/ca/ca.crt"
 PROGRESS_TOKEN_PATH = "/var/run/secrets/finetune-operator.io/progress/token"  # noqa: S105 (a path)
 SCRATCH_ROOT = "/scratch"
 PVC_ROOT = "/mnt/pvc"
+MODEL_CACHE_ROOT = "/mnt/model-cache"
 TERMINATION_LOG_PATH = "/dev/termination-log"
 
 # Environment variables that the Job controller or the manifests set; the supervisor reads them at

@@ -19,7 +19,7 @@ from finetune_api.base import LenientModel, Model, Rule, as_admitted
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH
 from finetune_api.spec.data import ColumnsSpec, DatasetSpec, SourceSpec, TestSpec, ValidationSpec
 from finetune_api.spec.environment import EnvVarSpec
-from finetune_api.spec.hardware import DistributionSpec, GpuSpec, PodSpec, ResourcesSpec, TolerationSpec
+from finetune_api.spec.hardware import DistributionSpec, GpuSpec, ResourcesSpec
 from finetune_api.spec.inputs import BaseModelSpec, SecretRef
 from finetune_api.spec.outcome import (
     CheckpointSpec,
@@ -29,6 +29,7 @@ from finetune_api.spec.outcome import (
     OutputSpec,
     RunPolicySpec,
 )
+from finetune_api.spec.pod import PodSpec, TolerationSpec
 from finetune_api.spec.recipe import DpoSpec, EarlyStoppingSpec, FullSpec, LoraSpec, MethodSpec, TrainingSpec
 from finetune_api.spec.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from finetune_api.status import Status
@@ -166,6 +167,9 @@ class Spec(Model):
         Rule("evaluation.samples", "needs dataset.test",
              "self.evaluation.samples == 0 || has(self.dataset.test)",
              lambda m: m.evaluation.samples == 0 or m.dataset.test is not None),
+        Rule("pod.topology", "has no meaning with one pod; remove it, or raise distribution.nodes",
+             "!has(self.pod.topology) || self.distribution.nodes > 1",
+             lambda m: m.pod.topology is None or m.distribution.nodes > 1),
         Rule("evaluation.metrics", "needs dataset.test",
              "self.evaluation.metrics.size() == 0 || has(self.dataset.test)",
              lambda m: not m.evaluation.metrics or m.dataset.test is not None),

@@ -37,10 +37,12 @@ OUTPUT_URI_PATTERN = (
     + _PATH
     + r")$"
 )
+AUTO_QUANTITY_PATTERN = r"^(auto|[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?)$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, its pods and its Service
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 OPTIONAL_DNS_SUBDOMAIN_PATTERN = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$"
+IMAGE_PATTERN = r"^([a-zA-Z0-9][a-zA-Z0-9._/:-]*(@sha256:[0-9a-f]{64})?)?$"
 QUALIFIED_NAME_PATTERN = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
@@ -56,9 +58,11 @@ PATTERN_MESSAGES = {
     DATA_URI_PATTERN: "must be s3://bucket/key, pvc://claim/path or hf://owner/dataset/file, without spaces, ? or #",
     OUTPUT_URI_PATTERN: "must be s3://bucket/prefix or pvc://claim/path, without spaces, ? or #",
     QUANTITY_PATTERN: "must be a quantity such as 16, 500m or 128Gi",
+    AUTO_QUANTITY_PATTERN: "must be auto, or a quantity such as 16, 500m or 128Gi",
     DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",
     OPTIONAL_DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",
     QUALIFIED_NAME_PATTERN: "must be a name such as example.com/name, with at most 63 characters after the slash",
+    IMAGE_PATTERN: "must be an image such as registry.example.com/trainer:tag, or with @sha256:… instead of a tag",
     LABEL_VALUE_PATTERN: "must be at most 63 letters, digits, dashes, dots and underscores",
     REVISION_PATTERN: "must be a branch, a tag or a commit",
     MODULE_PATTERN: "must be the name of a layer in the model's code, e.g. q_proj",
@@ -74,7 +78,10 @@ DataUri = Annotated[str, Field(pattern=DATA_URI_PATTERN, max_length=1024)]
 OutputUri = Annotated[str, Field(pattern=OUTPUT_URI_PATTERN, max_length=1024)]
 SecretName = Annotated[str, Field(pattern=DNS_SUBDOMAIN_PATTERN, min_length=1, max_length=253)]
 ObjectName = Annotated[str, Field(pattern=OPTIONAL_DNS_SUBDOMAIN_PATTERN, max_length=253)]
+QueueName = Annotated[str, Field(pattern=OPTIONAL_DNS_SUBDOMAIN_PATTERN, max_length=63)]
 LabelKey = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, max_length=317)]
+ImageName = Annotated[str, Field(pattern=IMAGE_PATTERN, max_length=512)]
+RequiredLabelKey = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=317)]
 LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
 ResourceName = Annotated[str, Field(pattern=QUALIFIED_NAME_PATTERN, min_length=1, max_length=128)]
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN, max_length=128)]
@@ -102,6 +109,21 @@ Quantity = Annotated[
         {
             "x-kubernetes-int-or-string": True,
             "pattern": QUANTITY_PATTERN,
+            "maxLength": 32,
+            "minimum": 0,
+            "maximum": MAX_QUANTITY,
+        }
+    ),
+]
+
+AutoQuantity = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    Field(pattern=AUTO_QUANTITY_PATTERN, max_length=32),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "pattern": AUTO_QUANTITY_PATTERN,
             "maxLength": 32,
             "minimum": 0,
             "maximum": MAX_QUANTITY,

@@ -181,6 +181,7 @@ class ModelStatus(LenientModel):
         default=None,
         description="License that the model's README or config.json names, e.g. apache-2.0; unknown if they name none.",
     )
+    size_bytes: int | None = Field(default=None, description="Total size of its files, in bytes.")
     parameters: int | None = Field(default=None, description="Total number of parameters.")
     trainable_parameters: int | None = Field(default=None, description="Number of parameters that are trained.")
 

@@ -112,6 +112,7 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
             "s3": workspace.s3,
             "provenance": planned.provenance.model_copy(update={"image": ""}),
             "scratch": str(workspace.scratch_root / f"{job.metadata.name}-{uid[:8]}"),
+            "model_cache": None,
             "scratch_bytes": None,  # resources.scratch limits a pod, not this machine
             "metrics_port": 0,
             "metrics_linger_seconds": 0.0,

@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_api.messages.run import RunConfig
-from finetune_api.resource import ResourcesSpec
-from finetune_api.scalars import quantity_value
 from finetune_trainer.parallel import model_size, strategy_choice
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
 from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, gib, memory_estimate
@@ -24,9 +22,9 @@ _PARALLEL_CONFIGS = (
 )
 
 
-def available_memory(config: RunConfig, resources: ResourcesSpec, gpu_memory: int | None) -> FreeMemory | None:
+def available_memory(config: RunConfig, gpu_memory: int | None) -> FreeMemory | None:
     """Returns the memory of one process in bytes; None for a GPU if `gpu_memory` is None."""
-    host = int(quantity_value(resources.memory)) // config.world.processes_per_node
+    host = (config.memory_bytes or 0) // config.world.processes_per_node
     if config.world.device == "cpu":
         return FreeMemory("cpu", host, host)
     return None if gpu_memory is None else FreeMemory("cuda", gpu_memory, host)

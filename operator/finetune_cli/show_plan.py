@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from finetune_api.amounts import amounts
 from finetune_api.messages.run import RunConfig
 from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if options.model:
         try:
             gpu_memory = int(quantity_value(options.gpu_memory)) if options.gpu_memory else None
-            free_memory = show_memory.available_memory(config, job.spec.resources, gpu_memory)
+            free_memory = show_memory.available_memory(config, gpu_memory)
             print("\n".join(show_memory.lines(config, Path(options.model), free_memory)))
         except (RunError, ValueError) as error:
             print(f"finetune plan: {error}", file=sys.stderr)
@@ -70,7 +71,7 @@ def planned_objects(job: FineTuneJob, config: RunConfig, settings: Settings) -> 
 def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
     """Returns (name, value) of each line to show. It is pure."""
     world, training = config.world, config.training
-    gpus = gpu_count(job.spec)
+    gpus, pod = gpu_count(job.spec), amounts(job.spec)
     length = f"{training.max_steps} steps" if training.max_steps else f"{training.epochs or 3:g} epochs"
     return [
         ("job", f"{config.job.namespace}/{config.job.name}"),
@@ -79,7 +80,9 @@ def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
         ("output", config.output.display),
         ("world", f"{world.size} processes: {world.nodes} pods x {world.processes_per_node}"),
         ("hardware", f"{gpus} x {job.spec.resources.gpu.name}" if job.spec.resources.gpu else "CPU only"),
-        ("pod requests", f"cpu {job.spec.resources.cpu}, memory {job.spec.resources.memory}"),
+        ("pod requests", f"cpu {pod.cpu}, memory {pod.memory}, scratch {pod.scratch}"),
+        *([("network", f"{job.spec.pod.network}, a profile of the chart, which isn't known here")]
+          if job.spec.pod.network else []),
         ("strategy", world.strategy),
         ("global batch", _batch(config)),
         ("length", length),

@@ -17,8 +17,8 @@ from pydantic import Field
 from finetune_api import names
 from finetune_api.base import Model
 from finetune_api.messages.run import S3Config
-from finetune_api.resource import EnvVarSpec, TolerationSpec
-from finetune_api.spec.environment import unique_names
+from finetune_api.scalars import Quantity
+from finetune_operator.pod_settings import PodSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -66,8 +66,17 @@ class StorageSettings(Model):
     hub: HubSettings = Field(default_factory=HubSettings)
 
 
+class ModelCacheSettings(Model):
+    """Configures the cache of base models that pods of a namespace share."""
+
+    claim: str = Field(default="", description="PersistentVolumeClaim in each namespace with jobs. Empty means none.")
+    size: Quantity = Field(default="1Ti", description="Bytes that all models in it may have together.")
+
+
 class ModelSettings(Model):
-    """Restricts which base models may be trained."""
+    """Restricts which base models may be trained, and says where they are cached."""
+
+    cache: ModelCacheSettings = Field(default_factory=ModelCacheSettings)
 
     allowed_licenses: tuple[str, ...] = Field(
         default=(), description="Licenses as models' READMEs name them; unknown stands for no name. Empty means any."
@@ -80,28 +89,6 @@ class LimitSettings(Model):
     requests_per_second: float = Field(default=100.0, gt=0)
     burst: int = Field(default=200, ge=1)
     workers: int = Field(default=16, ge=1, description="Jobs reconciled at the same time.")
-
-
-class PodSettings(Model):
-    """Configures what every trainer pod has besides what its job specifies."""
-
-    grace_period_seconds: int = Field(default=120, ge=1, description="Seconds from SIGTERM to SIGKILL.")
-    metrics_linger_seconds: float = Field(
-        default=0.0, ge=0, description="Seconds that a pod serves its metrics after training, for one more scrape."
-    )
-    preflight_cpu: str = Field(default="1", description="Cores of the preflight pod.")
-    preflight_memory: str = Field(default="2Gi", description="Memory of the preflight pod.")
-    preflight_node_selector: dict[str, str] = Field(
-        default_factory=dict, description="Labels of the nodes for preflight pods. Empty means nodeSelector."
-    )
-    tolerations: tuple[TolerationSpec, ...] = ()
-    node_selector: dict[str, str] = Field(default_factory=dict)
-    scheduler_name: str = ""
-    runtime_class_name: str = ""
-    image_pull_secrets: tuple[str, ...] = ()
-    env: tuple[EnvVarSpec, ...] = Field(default=(), description="Variables of all pods, as in a job's pod.env.")
-
-    rules = (unique_names("env"),)
 
 
 class Settings(Model):

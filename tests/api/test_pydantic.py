@@ -112,7 +112,8 @@ def test_a_refusal_shows_the_value() -> None:
          "without spaces, ? or # (got 'org/model')"),
         (("color", "red"), "spec.color: is not a field of this version; check the spelling"),
         (("output", ABSENT), "spec.output: is required"),
-        (("resources.cpu", "four"), "spec.resources.cpu: must be a quantity such as 16, 500m or 128Gi (got 'four')"),
+        (("resources.cpu", "four"), "spec.resources.cpu: must be auto, or a quantity such as 16, 500m or 128Gi "
+         "(got 'four')"),
     ],
     ids=["pattern", "unknown", "missing", "quantity"],
 )  # fmt: skip

@@ -138,11 +138,14 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "progress": {"enabled": False, "intervalSeconds": 1.5, "writeEverySeconds": 60},
         "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True},
                     "hub": {"endpoint": "https://hub"}},
-        "models": {"allowedLicenses": ["apache-2.0", "mit"]},
+        "models": {"allowedLicenses": ["apache-2.0", "mit"], "cache": {"claim": "models", "size": "10Gi"}},
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},
         "pods": {"gracePeriodSeconds": 1000000, "metricsLingerSeconds": 35, "preflightCpu": 2, "preflightMemory": "1Gi",
                  "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"a": "b"},
-                 "preflightNodeSelector": {"pool": "cpu"},
+                 "preflightNodeSelector": {"pool": "cpu"}, "preflightTolerations": [{"operator": "Exists"}],
+                 "preflightRuntimeClassName": "runc", "cpuLimit": False, "gpusPerNode": 4,
+                 "caBundle": {"configMap": "ca", "key": "bundle.pem"}, "allowedImages": ["registry/trainers/"],
+                 "networkProfiles": {"roce": {"resources": {"rdma/roce": 8}, "capabilities": ["IPC_LOCK"]}},
                  "schedulerName": "s", "runtimeClassName": "r", "imagePullSecrets": ["pull"],
                  "env": [{"name": "NCCL_IB_GID_INDEX", "value": "3"}]},
         "sweepSeconds": 60, "metricsRetentionSeconds": 1209600, "logLevel": "debug",
@@ -261,3 +264,16 @@ def test_a_changed_setting_restarts_the_operator(helm: str) -> None:
 
     assert checksum() != checksum("logLevel=debug")
     assert checksum() == checksum("replicaCount=3")
+
+
+def test_the_commented_network_profiles_are_valid_settings(helm: str, tmp_path: Path) -> None:
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    first = lines.index("  networkProfiles: {}") + 1
+    count = next(index for index, line in enumerate(lines[first:]) if not line.startswith("  #"))
+    profiles = yaml.safe_load("\n".join(line.removeprefix("  #") for line in lines[first : first + count]))
+    assert list(profiles) == ["infiniband", "roce", "efa", "gpudirect-tcpx"]
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump({"pods": {"networkProfiles": profiles}}))
+    settings = settings_of(render(helm, values=file))
+    assert settings.pods.network_profiles["efa"].resources["vpc.amazonaws.com/efa"] == "32"
+    assert settings.pods.network_profiles["gpudirect-tcpx"].sidecars[0]["name"] == "tcpx-daemon"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.support.requirements import MODEL_BYTES, comment, required, uris
+from finetune_api.amounts import amounts
 from finetune_api.resource import parse
 from finetune_api.scalars import quantity_value
 from finetune_api.yaml import load_all
@@ -41,11 +42,11 @@ def test_an_example_says_what_must_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_files_of_an_example_fit_onto_its_scratch_disk(path: Path) -> None:
     (document,) = load_all(path.read_text())
-    scratch = quantity_value(parse(document).spec.resources.scratch)
     merged = document["spec"]["output"].get("merge", False)
     for uri in uris(document["spec"]["model"]):
         if uri.startswith("hf://"):
             model = MODEL_BYTES[uri.removeprefix("hf://")]
+            scratch = quantity_value(amounts(parse(document).spec, int(model)).scratch)
             assert scratch >= model * (2 if merged else 1) + 2e9, f"{uri} has {model / 1e9:.1f} GB"
 
 

@@ -28,6 +28,9 @@ storage:
   hub:
     endpoint: {{ if .Values.storage.hub.endpoint }}{{ .Values.storage.hub.endpoint | quote }}{{ else }}null{{ end }}
 models:
+  cache:
+    claim: {{ .Values.models.cache.claim | quote }}
+    size: {{ .Values.models.cache.size | toString | quote }}
   allowedLicenses: {{ .Values.models.allowedLicenses | toJson }}
 limits:
   requestsPerSecond: {{ .Values.limits.requestsPerSecond | toJson }}
@@ -39,6 +42,13 @@ pods:
   preflightCpu: {{ .Values.pods.preflightCpu | toString | quote }}
   preflightMemory: {{ .Values.pods.preflightMemory | toString | quote }}
   preflightNodeSelector: {{ .Values.pods.preflightNodeSelector | toJson }}
+  preflightTolerations: {{ .Values.pods.preflightTolerations | toJson }}
+  preflightRuntimeClassName: {{ .Values.pods.preflightRuntimeClassName | quote }}
+  cpuLimit: {{ .Values.pods.cpuLimit }}
+  caBundle: {{ .Values.pods.caBundle | toJson }}
+  allowedImages: {{ .Values.pods.allowedImages | toJson }}
+  gpusPerNode: {{ .Values.pods.gpusPerNode | toJson }}
+  networkProfiles: {{ .Values.pods.networkProfiles | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}
   nodeSelector: {{ .Values.pods.nodeSelector | toJson }}
   schedulerName: {{ .Values.pods.schedulerName | quote }}

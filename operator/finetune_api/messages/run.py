@@ -46,12 +46,20 @@ class ModelConfig(Model):
     """Describes the base model."""
 
     location: Location
+    size_bytes: int | None = Field(default=None, description="Size of its files. Empty means unknown.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8", "nf4"] = "none"
     allowed_licenses: tuple[str, ...] = Field(default=(), description="Licenses that the job allows. Empty means any.")
     operator_licenses: tuple[str, ...] = Field(
         default=(), description="Licenses that the operator allows. Empty means any."
     )
+
+
+class CacheConfig(Model):
+    """Locates the cache of base models that pods share."""
+
+    root: str
+    max_bytes: int = Field(ge=1, description="Bytes of all models in it.")
 
 
 class DataSource(Model):
@@ -187,6 +195,10 @@ class RunConfig(Model):
     provenance: Provenance = Field(default_factory=Provenance)
     scratch: str = SCRATCH_ROOT
     scratch_bytes: int | None = Field(default=None, description="Size of the scratch disk. Empty means unknown.")
+    model_cache: CacheConfig | None = None
+    auto_scratch: bool = Field(default=False, description="The operator sizes the scratch disk by the model.")
+    memory_bytes: int | None = Field(default=None, description="Memory of the pod. Empty means unknown.")
+    auto_memory: bool = Field(default=False, description="The operator sizes the memory by the model.")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = TRAINER_METRICS_PORT
     metrics_linger_seconds: float = Field(
         default=0.0,

@@ -1,4 +1,4 @@
-"""Defines spec.distribution, spec.resources and spec.pod: what a job runs on, and where."""
+"""Defines spec.distribution and spec.resources: the number of processes, and what a pod gets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pydantic import Field
 
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
-from finetune_api.spec.environment import EnvVarSpec, unique_names
-from finetune_api.spec.inputs import SecretRef
 from finetune_api.spec.rules import not_yet
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
@@ -21,8 +19,6 @@ StrategyOption = Literal["auto", Strategy]
 
 Offload = Literal["none", "optimizer", "parameters"]
 """What is kept in the host's memory instead of the GPU's."""
-
-_RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
 
 
 class DistributionSpec(Model):
@@ -89,8 +85,8 @@ def _positive(field: str) -> Rule:
     return Rule(
         field=field,
         message="must be more than 0",
-        cel=f"{_cel_quantity(field)}.isGreaterThan(quantity('0'))",
-        holds=lambda m: s.quantity_value(getattr(m, attribute)) > 0,
+        cel=f"string(self.{field}) == 'auto' || {_cel_quantity(field)}.isGreaterThan(quantity('0'))",
+        holds=lambda m: getattr(m, attribute) == "auto" or s.quantity_value(getattr(m, attribute)) > 0,
     )
 
 
@@ -124,13 +120,30 @@ class ResourcesSpec(Model):
     gpu: GpuSpec | None = Field(
         default=None, description="Request one GPU of this kind per process. Empty means training on the CPU."
     )
-    cpu: s.Quantity = Field(default="4", description="CPU cores of a pod.")
-    memory: s.Quantity = Field(default="16Gi", description="Memory of a pod, in bytes with a suffix such as Gi.")
+    cpu: s.AutoQuantity = Field(
+        default="auto",
+        description="CPU cores of a pod. auto is 8 for each of its GPUs, and 4 without GPUs. Below 4 cores for each "
+        "GPU, the GPUs wait for the CPU.",
+    )
+    memory: s.AutoQuantity = Field(
+        default="auto",
+        description="Memory of a pod, in bytes with a suffix such as Gi. auto is 24Gi for each of its GPUs, and 16Gi "
+        "without GPUs; if the preflight check has read the size of the model, it is at least that size and 8Gi for "
+        "each GPU.",
+    )
     shared_memory: s.Quantity = Field(
         default="1Gi", description="Size of /dev/shm, which counts toward memory. NCCL and data loaders use it."
     )
-    scratch: s.Quantity = Field(
-        default="20Gi", description="Local disk of a pod, for the model, the data and one checkpoint."
+    scratch: s.AutoQuantity = Field(
+        default="auto",
+        description="Local disk of a pod, for the model, the data, checkpoints and the result. auto is 40Gi and 20Gi "
+        "for each of its GPUs, and 20Gi without GPUs; if the preflight check has read the size of the model, it is at "
+        "least 20Gi more than the model, its merged copy and its checkpoints need.",
+    )
+    scratch_storage_class: s.ObjectName = Field(
+        default="",
+        description="StorageClass of a volume that is created for each training pod as its scratch disk, and deleted "
+        "with it. Empty means local disk of the node.",
     )
     extra: _Extra = Field(
         default_factory=dict,
@@ -141,88 +154,7 @@ class ResourcesSpec(Model):
     rules = (
         *(_positive(field) for field in ("cpu", "memory", "sharedMemory", "scratch")),
         Rule("sharedMemory", "must be less than memory, toward which it counts",
-             f"{_cel_quantity('sharedMemory')}.isLessThan({_cel_quantity('memory')})",
-             lambda m: s.quantity_value(m.shared_memory) < s.quantity_value(m.memory)),
+             f"string(self.memory) == 'auto' || {_cel_quantity('sharedMemory')}.isLessThan({_cel_quantity('memory')})",
+             lambda m: m.memory == "auto" or s.quantity_value(m.shared_memory) < s.quantity_value(m.memory)),
         *_extra_rules(),
     )  # fmt: skip
-
-
-class TolerationSpec(Model):
-    """Specifies a toleration, as in a pod's spec."""
-
-    key: s.LabelKey | None = Field(default=None, description="Taint key. Empty means every key, with operator Exists.")
-    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists or Equal.")
-    value: s.LabelValue | None = Field(default=None, description="Taint value, for operator Equal.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="Taint effect. Empty means every effect."
-    )
-    toleration_seconds: int | None = Field(
-        default=None,
-        ge=0,
-        le=31536000,
-        description="For NoExecute: seconds until the pod is evicted. Empty means never.",
-    )
-
-    rules = (
-        Rule("operator", "must be Exists when key is empty",
-             "has(self.key) || self.operator == 'Exists'",
-             lambda m: m.key is not None or m.operator == "Exists"),
-        Rule("value", "must be empty when operator is Exists",
-             "self.operator != 'Exists' || !has(self.value) || self.value == ''",
-             lambda m: m.operator != "Exists" or not m.value),
-        Rule("tolerationSeconds", "needs effect NoExecute",
-             "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
-             lambda m: m.toleration_seconds is None or m.effect == "NoExecute"),
-    )  # fmt: skip
-
-
-_Labels = Annotated[dict[s.LabelKey, s.LabelValue], Field(max_length=32)]
-_Annotations = Annotated[dict[s.LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=32)]
-
-
-def _no_reserved_keys(field: str) -> Rule:
-    """Returns the rule that labels or annotations don't use a prefix of the operator's own."""
-    return Rule(
-        field=field,
-        message="must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/",
-        cel=f"self.{field}.all(k, " + " && ".join(f"!k.startsWith('{prefix}')" for prefix in _RESERVED) + ")",
-        holds=lambda m: not any(key.startswith(_RESERVED) for key in getattr(m, field)),
-    )
-
-
-class PodSpec(Model):
-    """Specifies where the pods run, and their labels and annotations. It isn't a free-form pod
-    template: the pods stay restricted."""
-
-    node_selector: _Labels = Field(default_factory=dict, description="Labels that a node must have.")
-    tolerations: Annotated[tuple[TolerationSpec, ...], Field(max_length=16)] = Field(
-        default=(), description="Taints that the pods tolerate."
-    )
-    service_account_name: s.ObjectName = Field(
-        default="",
-        description="ServiceAccount of the pods, for a cloud's workload identity. Its API token is never mounted. "
-        "Empty means the namespace's default ServiceAccount.",
-    )
-    priority_class_name: s.ObjectName = Field(default="", description="PriorityClass of the pods.")
-    labels: _Labels = Field(
-        default_factory=dict, description="Labels added to the pods; those of the operator can't be replaced."
-    )
-    annotations: _Annotations = Field(default_factory=dict, description="Annotations added to the pods.")
-    image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(
-        default=(), description="Secrets for pulling the trainer image."
-    )
-    env: Annotated[tuple[EnvVarSpec, ...], Field(max_length=32)] = Field(
-        default=(),
-        description="Environment variables of the pods, for NCCL, RDMA libraries, PyTorch and proxies. They replace "
-        "those of the chart's pods.env that have the same name.",
-    )
-
-    termination_grace_period_seconds: int | None = Field(
-        default=None,
-        ge=15,
-        le=3600,
-        description="Seconds from SIGTERM to SIGKILL, in which a pod saves and uploads a checkpoint. Empty means the "
-        "chart's pods.gracePeriodSeconds.",
-    )
-
-    rules = (_no_reserved_keys("labels"), _no_reserved_keys("annotations"), unique_names("env"))

@@ -12,7 +12,7 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 from finetune_api.spec.inputs import SecretRef
-from finetune_api.spec.rules import clean_uri, not_yet, reachable
+from finetune_api.spec.rules import clean_uri, reachable
 
 
 class CheckpointSpec(Model):
@@ -127,9 +127,17 @@ class RunPolicySpec(Model):
     suspend: bool = Field(
         default=False, description="true saves a checkpoint and removes the pods; false resumes from there."
     )
-    queue_name: Annotated[str, Field(max_length=63)] = Field(
-        default="", description="Kueue LocalQueue that admits the pods. Empty means none."
+    queue_name: s.QueueName = Field(
+        default="",
+        description="LocalQueue of Kueue that admits the training pods, all of them at once. The preflight pod, which "
+        "needs no GPU, isn't queued. Empty means none.",
     )
+    scheduling_timeout_seconds: int = Field(
+        default=600, ge=0, le=86400,
+        description="Seconds for which a group without a queue may hold a part of the nodes that it needs, counted "
+        "from the last pod that got one. It then gives them back, so that another group can run, and tries again "
+        "after a growing back-off, which counts as no restart. 0 means that it holds them forever.",
+    )  # fmt: skip
     preflight: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Check model, data and output in a small pod without GPUs before GPUs are allocated. auto does so "
@@ -153,13 +161,3 @@ class RunPolicySpec(Model):
         description="Seconds from the end of the job until its pods are removed; the FineTuneJob stays. "
         "0 means never.",
     )  # fmt: skip
-
-    rules = (
-        not_yet(
-            "queueName",
-            "self.queueName == ''",
-            lambda m: m.queue_name == "",
-            "a Kueue queue",
-            "leave it empty",
-        ),
-    )

@@ -13,9 +13,10 @@ from typing import Any
 from finetune_api import names
 from finetune_operator.controller.cache import Cache, JobSnapshot
 from finetune_operator.core import manifests
-from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob
+from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.plan import plan
+from finetune_operator.core.plan import check_offered, model_bytes, plan
+from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
 
@@ -55,8 +56,8 @@ class Executor:
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
 
-        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError or
-        kube.client.Unavailable.
+        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError, core.plan.NotOffered
+        or kube.client.Unavailable.
         """
         match action:
             case CreateAttempt():
@@ -65,6 +66,14 @@ class Executor:
                 await self._create_preflight(snapshot, observed)
             case DeleteJob():
                 await self._delete_job(observed, action)
+            case ReleaseGroup():
+                annotations = {
+                    names.ANNOTATION_RELEASED_AT: timestamp(action.at),
+                    names.ANNOTATION_RELEASES: str(action.releases),
+                }
+                await self._suspend_job(observed, action, annotations, suspend=True)
+            case ResumeGroup():
+                await self._suspend_job(observed, action, {names.ANNOTATION_RELEASED_AT: None}, suspend=False)
 
     async def refresh(self, snapshot: JobSnapshot) -> None:
         """Reads the FineTuneJob from the API server into the cache."""
@@ -75,7 +84,8 @@ class Executor:
             self._cache.drop_body(snapshot.body)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
-        run = plan(observed.job, self._settings, action.number)
+        check_offered(observed.job, self._settings)
+        run = plan(observed.job, self._settings, action.number, model_bytes(observed))
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         if run.world.nodes > 1:
@@ -84,6 +94,7 @@ class Executor:
         await self._create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
+        check_offered(observed.job, self._settings)
         run = plan(observed.job, self._settings)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
@@ -179,7 +190,33 @@ class Executor:
         else:
             self._cache.drop_job(action.uid)
 
-    async def _refresh_job(self, namespace: str, action: DeleteJob) -> None:
+    async def _suspend_job(
+        self,
+        observed: Observed,
+        action: ReleaseGroup | ResumeGroup,
+        annotations: Mapping[str, str | None],
+        *,
+        suspend: bool,
+    ) -> None:
+        """Suspends or resumes a Job, and changes its annotations with the same request."""
+        namespace = observed.job.metadata.namespace
+        meta = {"uid": action.uid, "resourceVersion": action.resource_version, "annotations": annotations}
+        try:
+            job = await self._client.patch(
+                "jobs", namespace, action.name, {"metadata": meta, "spec": {"suspend": suspend}}
+            )
+        except NotFound as error:
+            self._cache.drop_job(action.uid)
+            raise OutOfDate from error
+        except Conflict as error:
+            await self._refresh_job(namespace, action)
+            raise OutOfDate from error
+        log.info(
+            "%s Job %s", "suspended" if suspend else "resumed", action.name, extra={"job": observed.job.metadata.name}
+        )
+        self._cache.put_job(job)
+
+    async def _refresh_job(self, namespace: str, action: DeleteJob | ReleaseGroup | ResumeGroup) -> None:
         try:
             self._cache.put_job(await self._client.get("jobs", namespace, action.name))
         except NotFound:

@@ -24,7 +24,7 @@ from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.core import decide, status, verdict
 from finetune_operator.core.actions import Decision, DesiredStatus
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
-from finetune_operator.core.plan import PlanError
+from finetune_operator.core.plan import NotOffered, PlanError
 from finetune_operator.kube.client import Conflict, KubeClient, NotFound
 from finetune_operator.settings import Settings
 
@@ -104,6 +104,9 @@ class Reconciler:
                 await self._executor.act(snapshot, observed, action)
         except NameTaken as error:
             return decide.failed_to_start(observed, desired, "NameConflict", str(error)) if desired else None
+        except NotOffered as error:
+            self._queue.add_after(snapshot.key, _BLOCKED_SECONDS)
+            return decide.blocked(observed, desired, str(error), error.reason) if desired else None
         except (SpecRefused, PlanError) as error:
             return decide.failed_to_start(observed, desired, "InvalidSpec", str(error)) if desired else None
         except Blocked as error:

@@ -6,6 +6,7 @@ It contains values only and does no I/O.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_api.status import TERMINAL_PHASES, FailureStatus, Phase, Restarts
 from finetune_operator.core.verdict import Verdict
@@ -42,7 +43,30 @@ class DeleteJob:
     wait: bool
 
 
-Action = CreateAttempt | CreatePreflight | DeleteJob
+@dataclass(frozen=True)
+class ReleaseGroup:
+    """Stands for suspending the Job of a group that holds a part of the nodes that it needs.
+
+    `releases` counts how often this has happened to the Job, including this time.
+    """
+
+    name: str
+    uid: str
+    resource_version: str
+    releases: int
+    at: datetime
+
+
+@dataclass(frozen=True)
+class ResumeGroup:
+    """Stands for resuming a Job that ReleaseGroup has suspended."""
+
+    name: str
+    uid: str
+    resource_version: str
+
+
+Action = CreateAttempt | CreatePreflight | DeleteJob | ReleaseGroup | ResumeGroup
 
 
 @dataclass(frozen=True)

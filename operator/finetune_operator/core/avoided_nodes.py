@@ -23,14 +23,13 @@ def avoided_nodes(attempts: tuple[Attempt, ...]) -> tuple[str, ...]:
     return tuple(nodes[-MAX_NODES:])
 
 
-def affinity(nodes: tuple[str, ...]) -> dict[str, Any] | None:
-    """Returns the affinity of pods that avoid these nodes; None for no nodes.
+def preferences(nodes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Returns the preferred node affinity of pods that avoid these nodes; none for no nodes.
 
     It is a preference: on a cluster that has no other node, the driver may have been repaired by
     the next attempt, and a requirement would leave the job pending forever.
     """
     if not nodes:
-        return None
+        return []
     fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
-    term = {"weight": 100, "preference": {"matchFields": fields}}
-    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
+    return [{"weight": 100, "preference": {"matchFields": fields}}]

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from finetune_api import reasons
 from finetune_api.status import CONDITION_SUSPENDED, TERMINAL_PHASES, FailureStatus, Phase, Restarts, Status
-from finetune_operator.core import plan, restart_policy
+from finetune_operator.core import gang, plan, restart_policy
 from finetune_operator.core.actions import (
     CHECKING,
     SUSPENDED,
@@ -89,10 +89,10 @@ def failed_to_start(observed: Observed, desired: DesiredStatus, reason: str, mes
     )
 
 
-def blocked(observed: Observed, desired: DesiredStatus, message: str) -> DesiredStatus:
-    """Returns the status while the cluster refuses to create a child; creation is retried."""
+def blocked(observed: Observed, desired: DesiredStatus, message: str, reason: str = "Blocked") -> DesiredStatus:
+    """Returns the status while a child can't be created yet; creation is retried."""
     number, restarts = _newest_attempt(observed)
-    return replace(desired, phase="Pending", reason="Blocked", message=message, attempt=number, restarts=restarts)
+    return replace(desired, phase="Pending", reason=reason, message=message, attempt=number, restarts=restarts)
 
 
 def _case(observed: Observed, now: datetime) -> _Case:
@@ -151,13 +151,18 @@ def _after_first_attempt(case: _Case) -> Decision:
         return _restart(case, current, lifetime=seconds_between(created, case.now) - ended, ended=ended)
     if current.state == "running":
         return Decision(case.desired("Running", "Running", current.message))
+    step = gang.step(case.observed, case.now) if current.state in ("queued", "waiting") else None
+    if current.state == "queued" and step:
+        desired = case.desired("Queued", gang.INCOMPLETE, step.message)
+        return Decision(desired, step.actions, requeue_after=step.wait)
     if current.state == "queued":
         return Decision(case.desired("Queued", current.reason, current.message))
     if current.state == "ending":
         return Decision(case.desired("Running", current.reason, current.message))
-    if current.reason != STARTING:
-        return Decision(case.desired("Pending", current.reason, current.message))
-    return Decision(case.desired(_starting_phase(case.number), current.reason, current.message))
+    message = f"{current.message}; {step.message}" if step else current.message
+    phase: Phase = "Pending" if current.reason != STARTING else _starting_phase(case.number)
+    desired = case.desired(phase, current.reason, message)
+    return Decision(desired, step.actions if step else (), requeue_after=step.wait if step else None)
 
 
 def _restart(case: _Case, verdict: Verdict, lifetime: float, ended: float) -> Decision:

@@ -14,7 +14,8 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.reasons import REASONS
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import Restarts
-from finetune_operator.core.pod import pod_spec
+from finetune_operator.core.pod import network_profile, pod_spec
+from finetune_operator.core.scheduling import queue_annotations
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
@@ -58,7 +59,12 @@ def service(job: FineTuneJob) -> Manifest:
 def attempt_job(
     job: FineTuneJob, run: RunConfig, settings: Settings, restarts: Restarts, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
-    """Returns the Job of one attempt: a group of pods that starts and fails together."""
+    """Returns the Job of one attempt: a group of pods that starts and fails together.
+
+    A Job for a queue is created suspended; from then on its `suspend` belongs to the queue.
+    """
+    queue = job.spec.run_policy.queue_name
+    network = network_profile(job, settings, names.ROLE_TRAINER)
     labels = _child_labels(job, names.ROLE_TRAINER) | {names.LABEL_ATTEMPT: str(run.job.attempt)}
     avoided = {names.ANNOTATION_AVOIDED_NODES: json.dumps(avoided_nodes)} if avoided_nodes else {}
     return {
@@ -67,7 +73,7 @@ def attempt_job(
         "metadata": {
             "name": names.attempt_job_name(job.metadata.name, run.job.attempt),
             "namespace": job.metadata.namespace,
-            "labels": labels,
+            "labels": {**labels, names.LABEL_QUEUE: queue} if queue else labels,
             "annotations": {
                 names.ANNOTATION_RESTARTS: json.dumps(restarts.to_json()),
                 names.ANNOTATION_SPEC_DIGEST: run.provenance.spec_digest,
@@ -81,8 +87,9 @@ def attempt_job(
             "parallelism": run.world.nodes,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
+            **({"suspend": True} if queue else {}),
             "template": {
-                "metadata": _pod_metadata(job, run, labels),
+                "metadata": _pod_metadata(job, run, labels, {**network.annotations, **queue_annotations(job)}),
                 "spec": pod_spec(job, run, settings, names.ROLE_TRAINER, avoided_nodes),
             },
         },
@@ -140,10 +147,13 @@ def owner_reference(job: FineTuneJob) -> Manifest:
     }
 
 
-def _pod_metadata(job: FineTuneJob, run: RunConfig, labels: dict[str, str]) -> Manifest:
+def _pod_metadata(
+    job: FineTuneJob, run: RunConfig, labels: dict[str, str], annotations: dict[str, str] | None = None
+) -> Manifest:
     return {
         "labels": {**job.spec.pod.labels, **labels},
         "annotations": {
+            **(annotations or {}),
             **job.spec.pod.annotations,
             names.ANNOTATION_RUN_CONFIG: run.model_dump_json(by_alias=True, exclude_none=True),
         },

@@ -51,6 +51,7 @@ class Pod:
     phase: str
     created: str
     node: str = ""
+    scheduled_at: str = ""
     deleting: bool = False
     gone: bool = False  # deleted; the other fields are its last observed state
     started: bool = False  # its container is running, or has run
@@ -89,7 +90,9 @@ class ChildJob:
     complete: bool = False
     failed: bool = False
     failing: bool = False  # a pod has failed; the others are being stopped
-    suspended: bool = False  # by a queue such as Kueue's; the operator never suspends a Job
+    suspended: bool = False  # by a queue such as Kueue's, or by core.gang if released_at is set
+    released_at: str = ""  # when a group that was incomplete gave its nodes back
+    releases: int = 0  # how often it did
     failure_reason: str = ""
     failure_message: str = ""
     finished_at: str = ""
@@ -173,6 +176,7 @@ def pod(raw: Raw) -> Pod:
         phase=status.get("phase", PENDING),
         created=meta.get("creationTimestamp", ""),
         node=spec.get("nodeName", ""),
+        scheduled_at=scheduled.get("lastTransitionTime") or "" if scheduled.get("status") == "True" else "",
         deleting="deletionTimestamp" in meta,
         started="running" in state or "terminated" in state,
         service_account=spec.get("serviceAccountName", ""),
@@ -211,6 +215,8 @@ def child_job(raw: Raw) -> ChildJob:
         failed="Failed" in conditions,
         failing="FailureTarget" in conditions or (names.LABEL_ATTEMPT in labels and bool(status.get("failed"))),
         suspended=bool(spec.get("suspend")),
+        released_at=annotations.get(names.ANNOTATION_RELEASED_AT, ""),
+        releases=_count(annotations.get(names.ANNOTATION_RELEASES)),
         failure_reason=failure.get("reason", ""),
         failure_message=failure.get("message", ""),
         finished_at=end.get("lastTransitionTime", ""),
@@ -263,6 +269,11 @@ def _restarts(annotation: str | None) -> Restarts:
         return Restarts.model_validate(json.loads(annotation))
     except (ValidationError, ValueError):
         return Restarts()
+
+
+def _count(annotation: str | None) -> int:
+    """Returns a number; 0 for an annotation that somebody has changed."""
+    return int(annotation) if annotation and annotation.isdecimal() else 0
 
 
 def _names(annotation: str | None) -> tuple[str, ...]:

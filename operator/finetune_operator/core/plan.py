@@ -10,7 +10,9 @@ import json
 from typing import Literal
 
 from finetune_api import __version__, names
+from finetune_api.amounts import PodAmounts, amounts
 from finetune_api.messages.run import (
+    CacheConfig,
     DataConfig,
     DataSource,
     JobRef,
@@ -26,6 +28,7 @@ from finetune_api.messages.run import (
 )
 from finetune_api.resource import BaseModelSpec, FineTuneJob, OutputSpec, SecretRef, Spec
 from finetune_api.scalars import quantity_value
+from finetune_operator.core.objects import Observed
 from finetune_operator.settings import Settings
 
 CredentialsRole = Literal["model", "dataset", "output", "mlflow", "wandb"]
@@ -43,16 +46,67 @@ class PlanError(ValueError):
         self.value = value
 
 
-def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
+class NotOffered(PlanError):
+    """Is raised if a job names something that the administrator doesn't offer, or not yet.
+
+    `reason` is that of the condition; the job waits, because the settings may change.
+    """
+
+    def __init__(self, field: str, value: object, message: str, reason: str) -> None:
+        super().__init__(field, value, message)
+        self.reason = reason
+
+
+def check_offered(job: FineTuneJob, settings: Settings) -> None:
+    """Checks that the administrator offers what the job names.
+
+    Raises NotOffered with what exists instead.
+    """
+    image = job.spec.pod.image
+    if image and not _is_allowed_image(image, settings):
+        raise NotOffered(
+            "spec.pod.image",
+            image,
+            "is not among the operator's pods.allowedImages: "
+            f"{', '.join(settings.pods.allowed_images) or 'there are none'}; have it added, or create a job without "
+            "pod.image",
+            "ImageNotAllowed",
+        )
+    network, profiles = job.spec.pod.network, settings.pods.network_profiles
+    if network and network not in profiles:
+        existing = ", ".join(sorted(profiles)) or "there are none"
+        raise NotOffered(
+            "spec.pod.network",
+            network,
+            f"is not one of the network profiles in the operator's pods.networkProfiles: {existing}; have it added, "
+            "or create a job that names another one",
+            "UnknownNetwork",
+        )
+
+
+def trainer_image(job: FineTuneJob, settings: Settings) -> str:
+    """Returns the image of the pods."""
+    return job.spec.pod.image or settings.trainer_image
+
+
+def _is_allowed_image(image: str, settings: Settings) -> bool:
+    allowed = settings.pods.allowed_images
+    return any(image == entry or (entry.endswith(("/", ":", "@")) and image.startswith(entry)) for entry in allowed)
+
+
+def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: int | None = None) -> RunConfig:
     """Returns everything that the pods of one attempt need to know.
 
-    Raises PlanError if the spec can't be run.
+    `model_bytes` is the size of the base model's files, None if no pod has read it yet. Raises
+    PlanError if the spec can't be run.
     """
     spec = job.spec
+    pod = amounts(spec, model_bytes)
     return RunConfig(
         job=JobRef(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid, attempt=attempt),
         model=ModelConfig(
             location=_model_location(spec.model),
+            size_bytes=model_bytes,
             dtype=spec.model.dtype,
             allowed_licenses=spec.model.allowed_licenses,
             operator_licenses=settings.models.allowed_licenses,
@@ -63,7 +117,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
         lora=spec.method.lora,
         full=spec.method.full,
         training=spec.training,
-        world=_world(job, attempt),
+        world=_world(job, attempt, pod),
         checkpoint=spec.checkpoint,
         output=_output_location(spec.output),
         merge=spec.output.merge,
@@ -72,12 +126,24 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1) -> RunConfig:
         progress=_progress(settings),
         s3=settings.storage.s3,
         provenance=Provenance(
-            image=settings.trainer_image, operator_version=__version__, spec_digest=spec_digest(spec)
+            image=trainer_image(job, settings), operator_version=__version__, spec_digest=spec_digest(spec)
         ),
         metrics_linger_seconds=settings.pods.metrics_linger_seconds,
-        scratch_bytes=int(quantity_value(spec.resources.scratch)),
+        scratch_bytes=int(quantity_value(pod.scratch)),
+        model_cache=_model_cache(settings),
+        auto_scratch=spec.resources.scratch == "auto" and model_bytes is None,
+        memory_bytes=int(quantity_value(pod.memory)),
+        auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
+    )
+
+
+def model_bytes(observed: Observed) -> int | None:
+    """Returns the size of the base model's files, which a preflight check or an attempt reports."""
+    checks = (pod.result.model for pod in (observed.preflight.pods if observed.preflight else ()) if pod.result)
+    return next(
+        (model.size_bytes for model in (observed.job.status.model, *checks) if model and model.size_bytes), None
     )
 
 
@@ -103,30 +169,29 @@ def spec_digest(spec: Spec) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _world(job: FineTuneJob, attempt: int) -> WorldConfig:
+def _world(job: FineTuneJob, attempt: int, pod: PodAmounts) -> WorldConfig:
     spec = job.spec
     nodes, processes = spec.distribution.nodes, spec.distribution.processes_per_node
-    _check_shared_memory(spec)
+    _check_shared_memory(spec, pod)
     return WorldConfig(
         nodes=nodes,
         processes_per_node=processes,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
         device="cuda" if spec.resources.gpu else "cpu",
-        threads_per_process=max(1, int(quantity_value(spec.resources.cpu)) // processes),
+        threads_per_process=max(1, int(quantity_value(pod.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",
         master_port=names.RENDEZVOUS_PORT,
     )
 
 
-def _check_shared_memory(spec: Spec) -> None:
+def _check_shared_memory(spec: Spec, pod: PodAmounts) -> None:
     """Raises PlanError if a pod would have more shared memory than memory."""
-    if quantity_value(spec.resources.shared_memory) > quantity_value(spec.resources.memory):
+    if quantity_value(spec.resources.shared_memory) > quantity_value(pod.memory):
         raise PlanError(
             "spec.resources.sharedMemory",
             spec.resources.shared_memory,
-            f"is more than resources.memory ({spec.resources.memory}), which includes it; lower sharedMemory or "
-            "raise memory",
+            f"is more than resources.memory ({pod.memory}), which includes it; lower sharedMemory or raise memory",
         )
 
 
@@ -193,6 +258,13 @@ def _progress(settings: Settings) -> ProgressConfig | None:
         token_path=names.PROGRESS_TOKEN_PATH,
         interval_seconds=settings.progress.interval_seconds,
     )
+
+
+def _model_cache(settings: Settings) -> CacheConfig | None:
+    cache = settings.models.cache
+    if not cache.claim:
+        return None
+    return CacheConfig(root=names.MODEL_CACHE_ROOT, max_bytes=int(quantity_value(cache.size)))
 
 
 def _model_location(model: BaseModelSpec) -> Location:

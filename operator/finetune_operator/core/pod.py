@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api import names
+from finetune_api.amounts import amounts
 from finetune_api.messages.run import RunConfig
 from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
-from finetune_operator.core.avoided_nodes import affinity
+from finetune_operator.core import certificates
+from finetune_operator.core.plan import trainer_image
+from finetune_operator.core.scheduling import scheduling
+from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
@@ -49,15 +53,18 @@ def pod_spec(
     job: FineTuneJob, run: RunConfig, settings: Settings, role: str, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
     """Returns the pod spec of a role (names.ROLE_TRAINER or names.ROLE_PREFLIGHT)."""
+    network = network_profile(job, settings, role)
     mounts = (
-        *_scratch(job, role),
+        *_scratch(job, run, role),
         *_run_config(),
         *_progress_token(settings),
         *_credentials(job),
         *_claims(job),
+        *_network_volumes(network),
+        *_ca_bundle(settings),
+        *_model_cache(settings, role),
     )
     multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
-    preflight = role == names.ROLE_PREFLIGHT
     return _present(
         {
             "restartPolicy": "Never",
@@ -66,13 +73,7 @@ def pod_spec(
             "serviceAccountName": job.spec.pod.service_account_name,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "schedulerName": settings.pods.scheduler_name,
-            "runtimeClassName": settings.pods.runtime_class_name,
-            "priorityClassName": None if preflight else job.spec.pod.priority_class_name,
-            "nodeSelector": _node_selector(job, settings, role),
-            "affinity": affinity(avoided_nodes),
-            "tolerations": [t.to_json() for t in (*settings.pods.tolerations, *job.spec.pod.tolerations)],
-            "topologySpreadConstraints": [_one_pod_per_node(job)] if multi_node else None,
+            **scheduling(job, run, settings, role, avoided_nodes),
             "imagePullSecrets": _image_pull_secrets(job, settings),
             "securityContext": {
                 "runAsNonRoot": True,
@@ -82,23 +83,24 @@ def pod_spec(
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
+            "initContainers": [{**sidecar, "restartPolicy": "Always"} for sidecar in network.sidecars],
             "containers": [
                 {
                     "name": names.CONTAINER_TRAINER,
-                    "image": settings.trainer_image,
+                    "image": trainer_image(job, settings),
                     "imagePullPolicy": settings.image_pull_policy,
                     "command": ["python", "-m", "finetune_trainer"],
                     "args": ["preflight"] if role == names.ROLE_PREFLIGHT else [],
-                    "env": _environment(job, settings),
+                    "env": _environment(job, settings, network),
                     "ports": _ports(run, role),
-                    "resources": _resources(job, settings, role),
+                    "resources": _resources(job, run, settings, role, network),
                     "volumeMounts": [mount.volume_mount() for mount in mounts],
                     "terminationMessagePath": names.TERMINATION_LOG_PATH,
                     "terminationMessagePolicy": "FallbackToLogsOnError",
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "readOnlyRootFilesystem": True,
-                        "capabilities": {"drop": ["ALL"]},
+                        "capabilities": _present({"drop": ["ALL"], "add": list(network.capabilities)}),
                     },
                 }
             ],
@@ -107,17 +109,58 @@ def pod_spec(
     )
 
 
-def _environment(job: FineTuneJob, settings: Settings) -> list[Manifest]:
-    """Returns the variables of the chart and the job, then our own, which neither can replace."""
+def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) -> list[Manifest]:
+    """Returns the variables of the chart, the network and the job, then our own.
+
+    Each replaces those before it that have the same name; nothing replaces our own.
+    """
     hub = settings.storage.hub.endpoint
     return [
-        *(entry.to_json() for entry in environment.merged(settings.pods.env, job.spec.pod.env)),
+        *(entry.to_json() for entry in environment.merged((*settings.pods.env, *network.env), job.spec.pod.env)),
         {"name": names.ENV_POD_NAME, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
         {"name": names.ENV_RUN_CONFIG, "value": names.RUN_CONFIG_PATH},
         {"name": names.ENV_TERMINATION_LOG, "value": names.TERMINATION_LOG_PATH},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 (a volume of the pod)
+        *_ca_variables(settings),
         *([{"name": "HF_ENDPOINT", "value": hub}] if hub else []),
     ]
+
+
+def network_profile(job: FineTuneJob, settings: Settings, role: str) -> NetworkProfile:
+    """Returns the network profile of a training pod; an empty one for the preflight check."""
+    profiles = settings.pods.network_profiles if role == names.ROLE_TRAINER else {}
+    return profiles.get(job.spec.pod.network, NetworkProfile())
+
+
+def _ca_bundle(settings: Settings) -> tuple[_Mount, ...]:
+    bundle = settings.pods.ca_bundle
+    if not bundle.config_map:
+        return ()
+    folder, _, file = names.CA_BUNDLE_PATH.rpartition("/")
+    items = [{"key": bundle.key, "path": file}]
+    return (_Mount("ca-bundle", {"configMap": {"name": bundle.config_map, "items": items}}, folder),)
+
+
+def _model_cache(settings: Settings, role: str) -> tuple[_Mount, ...]:
+    """Returns the mount of the model cache; a preflight pod downloads no weights."""
+    claim = settings.models.cache.claim
+    if not claim or role == names.ROLE_PREFLIGHT:
+        return ()
+    source = {"persistentVolumeClaim": {"claimName": claim}}
+    return (_Mount("model-cache", source, names.MODEL_CACHE_ROOT, read_only=False),)
+
+
+def _ca_variables(settings: Settings) -> list[Manifest]:
+    if not settings.pods.ca_bundle.config_map:
+        return []
+    return [{"name": name, "value": value} for name, value in certificates.variables()]
+
+
+def _network_volumes(network: NetworkProfile) -> tuple[_Mount, ...]:
+    return tuple(
+        _Mount(f"network-{volume.name}", volume.source, volume.mount_path, read_only=volume.read_only)
+        for volume in network.volumes
+    )
 
 
 def _ports(run: RunConfig, role: str) -> list[Manifest]:
@@ -126,45 +169,50 @@ def _ports(run: RunConfig, role: str) -> list[Manifest]:
     return [{"name": names.METRICS_PORT_NAME, "containerPort": run.metrics_port}]
 
 
-def _resources(job: FineTuneJob, settings: Settings, role: str) -> Manifest:
-    """Returns equal requests and limits (QoS Guaranteed), so that the pod isn't evicted first."""
-    requested = job.spec.resources
-    amounts = {"cpu": requested.cpu, "memory": requested.memory}
-    if role == names.ROLE_PREFLIGHT:
-        amounts = {"cpu": settings.pods.preflight_cpu, "memory": settings.pods.preflight_memory}
-    else:
-        amounts |= requested.extra
-        if requested.gpu is not None:
-            amounts[requested.gpu.name] = str(job.spec.distribution.processes_per_node)
-    # Disk that isn't requested is overcommitted, and the eviction then hits other pods of the node.
-    amounts["ephemeral-storage"] = str(_local_disk_bytes(requested.scratch))
-    return {"requests": amounts, "limits": dict(amounts)}
+def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str, network: NetworkProfile) -> Manifest:
+    """Returns equal requests and limits (QoS Guaranteed), so that the pod isn't evicted first.
 
-
-def _local_disk_bytes(scratch: str) -> int:
-    """Returns the bytes of local disk that a pod may use: scratch, /tmp, and its logs."""
-    return int(quantity_value(scratch)) + _TMP_BYTES + _LOG_BYTES
-
-
-def _node_selector(job: FineTuneJob, settings: Settings, role: str) -> dict[str, str]:
-    """Returns the labels of the nodes that a pod may run on.
-
-    A preflight pod ignores those of the job: it needs no GPU, and on an autoscaled pool it would
-    start a GPU node only to find that a key is wrong.
+    An administrator can leave out the limit on cores, which makes the pod Burstable.
     """
+    pod = amounts(job.spec, run.model.size_bytes)
+    requests = {"cpu": pod.cpu, "memory": pod.memory}
     if role == names.ROLE_PREFLIGHT:
-        return settings.pods.preflight_node_selector or settings.pods.node_selector
-    return {**settings.pods.node_selector, **job.spec.pod.node_selector}
+        requests = {"cpu": settings.pods.preflight_cpu, "memory": settings.pods.preflight_memory}
+    else:
+        requests |= {**network.resources, **job.spec.resources.extra}
+        if job.spec.resources.gpu is not None:
+            requests[job.spec.resources.gpu.name] = str(job.spec.distribution.processes_per_node)
+    # Disk that isn't requested is overcommitted, and the eviction then hits other pods of the node.
+    on_node = role == names.ROLE_PREFLIGHT or not job.spec.resources.scratch_storage_class
+    scratch = int(quantity_value(pod.scratch)) if on_node else 0
+    requests["ephemeral-storage"] = str(scratch + _TMP_BYTES + _LOG_BYTES)
+    limits = {name: amount for name, amount in requests.items() if name != "cpu" or settings.pods.cpu_limit}
+    return {"requests": requests, "limits": limits}
 
 
-def _scratch(job: FineTuneJob, role: str) -> tuple[_Mount, ...]:
+def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[_Mount, ...]:
     requested = job.spec.resources
-    scratch = _Mount("scratch", {"emptyDir": {"sizeLimit": requested.scratch}}, names.SCRATCH_ROOT, read_only=False)
+    size = amounts(job.spec, run.model.size_bytes).scratch
+    own_volume = requested.scratch_storage_class and role == names.ROLE_TRAINER
+    source = (
+        _ephemeral_claim(requested.scratch_storage_class, size) if own_volume else {"emptyDir": {"sizeLimit": size}}
+    )
+    scratch = _Mount("scratch", source, names.SCRATCH_ROOT, read_only=False)
     tmp = _Mount("tmp", {"emptyDir": {"sizeLimit": str(_TMP_BYTES)}}, "/tmp", read_only=False)  # noqa: S108
     if role == names.ROLE_PREFLIGHT:
         return (scratch, tmp)
     memory = {"emptyDir": {"medium": "Memory", "sizeLimit": requested.shared_memory}}
     return (scratch, tmp, _Mount("shm", memory, "/dev/shm", read_only=False))  # noqa: S108
+
+
+def _ephemeral_claim(storage_class: str, size: str) -> Manifest:
+    """Returns the source of a volume that is created for the pod and deleted with it."""
+    claim = {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": storage_class,
+        "resources": {"requests": {"storage": size}},
+    }
+    return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
 def _run_config() -> tuple[_Mount, ...]:
@@ -225,16 +273,6 @@ def _claim(uri: str | None) -> str | None:
     """Returns the claim that a pvc:// URI names; None for other URIs."""
     scheme, _, rest = (uri or "").partition("://")
     return rest.split("/", 1)[0] if scheme == "pvc" else None
-
-
-def _one_pod_per_node(job: FineTuneJob) -> Manifest:
-    """Returns a constraint that prefers one pod per node; small clusters may lack nodes."""
-    return {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": {names.LABEL_JOB_UID: job.metadata.uid}},
-    }
 
 
 def _image_pull_secrets(job: FineTuneJob, settings: Settings) -> list[Manifest]:

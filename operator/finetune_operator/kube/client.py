@@ -145,6 +145,16 @@ class KubeClient:
         }
         return await self._request("DELETE", resource, _path(resource, namespace, name), {}, body)
 
+    async def patch(self, resource: str, namespace: str, name: str, body: Raw) -> Raw:
+        """Changes fields of an object by a merge patch.
+
+        Raises Conflict if the resourceVersion in `body` is outdated.
+        """
+        path = _path(resource, namespace, name)
+        query = {"fieldManager": names.FIELD_MANAGER}
+        content_type = "application/merge-patch+json"
+        return await self._request("PATCH", resource, path, query, body, content_type=content_type)
+
     async def replace(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
         """Replaces an object. Raises Conflict if the manifest's resourceVersion is outdated."""
         meta = manifest["metadata"]

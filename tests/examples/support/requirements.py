@@ -23,7 +23,7 @@ MODEL_BYTES = {
 
 def required(spec: Raw) -> list[str]:
     """Return what the spec refers to, a line for each thing, in a fixed order and once."""
-    lines = [*_secrets(spec), *_inputs(spec), *_outputs(spec), *_hardware(spec), *_servers(spec)]
+    lines = [*_secrets(spec), *_inputs(spec), *_outputs(spec), *_hardware(spec), *_offers(spec), *_servers(spec)]
     return list(dict.fromkeys(lines))
 
 
@@ -68,6 +68,15 @@ def _outputs(spec: Raw) -> Iterator[str]:
     place = path.partition("/")[0]
     claim = f"PersistentVolumeClaim {place}, writable by user 65532"
     yield claim if scheme == "pvc" else f"bucket {place}, in which the job may write and delete"
+
+
+def _offers(spec: Raw) -> Iterator[str]:
+    """Yield what an administrator has to set up."""
+    network, queue = spec.get("pod", {}).get("network"), spec.get("runPolicy", {}).get("queueName")
+    if network:
+        yield f"network profile {network} in the chart's pods.networkProfiles"
+    if queue:
+        yield f"Kueue with the LocalQueue {queue}"
 
 
 def _hardware(spec: Raw) -> Iterator[str]:

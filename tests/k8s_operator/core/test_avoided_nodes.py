@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.status import Restarts, Status
 from finetune_operator.core.actions import CreateAttempt
-from finetune_operator.core.avoided_nodes import MAX_NODES, affinity, avoided_nodes
+from finetune_operator.core.avoided_nodes import MAX_NODES, avoided_nodes, preferences
 from finetune_operator.core.decide import decide
 from finetune_operator.core.objects import Attempt
 from k8s_operator.support.observed_states import NOW, a_dead_pod, a_job, an_attempt, an_observation, failed
@@ -48,4 +48,4 @@ def test_a_job_that_was_deleted_by_hand_costs_the_list_and_nothing_else() -> Non
 
 
 def test_no_nodes_are_no_affinity() -> None:
-    assert affinity(()) is None
+    assert preferences(()) == []

@@ -149,7 +149,7 @@ def test_a_check_starts_no_gpu_node_of_the_jobs(settings: dict[str, Any], expect
     pod = manifests.preflight_job(job, plan(job, changed), changed)["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == expected
     assert "priorityClassName" not in pod
-    assert [toleration["key"] for toleration in pod["tolerations"]] == ["gpu", "spot"]
+    assert [toleration["key"] for toleration in pod["tolerations"]] == ["gpu"]
 
 
 def test_a_check_is_not_repeated_for_what_only_a_person_can_fix() -> None:

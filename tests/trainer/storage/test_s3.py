@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.messages.run import DataConfig, ModelConfig, S3Config
+from finetune_api.messages.run import CacheConfig, DataConfig, ModelConfig, S3Config
 from finetune_trainer.manifest import of_file
 from testkit.s3_server import S3, running_s3
 from trainer.support import supervisor_process
@@ -73,6 +73,21 @@ def test_a_model_that_the_scratch_disk_cant_hold_is_refused_before_it_is_downloa
     assert ended.last.reason == "InvalidConfig"
     assert "resources.scratch is 0.0 GiB, but the files of the model s3://models/tiny" in ended.last.message
     assert not list((Path(run.scratch) / "model").glob("*.safetensors"))
+
+
+def test_a_model_is_downloaded_once_for_two_jobs_that_share_a_cache(remote: Remote, tmp_path: Path) -> None:
+    cache = CacheConfig(root=str(tmp_path / "cache"), max_bytes=10**9)
+    outputs = []
+    for number in (1, 2):
+        output = supervisor_process.location(f"s3://outputs/{tmp_path.name}/cached-{number}", remote.keys)
+        run = remote.setup.with_changes(output=output).run()
+        run = run.model_copy(update={"model_cache": cache, "scratch": f"{run.scratch}-{number}"})
+        ended = supervisor_process.supervise(run, remote.setup.folder)
+        assert ended.code == 0, ended.output
+        outputs.append(ended.output)
+        (weights,) = (Path(run.scratch) / "model").glob("*.safetensors")
+        assert weights.resolve().is_relative_to(tmp_path / "cache" / "models")
+    assert ["the model is in the cache" in output for output in outputs] == [False, True]
 
 
 def test_keys_and_endpoint_may_come_from_the_environment(remote: Remote) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FileInfo
-from finetune_trainer.supervisor import download
+from finetune_trainer.supervisor import download, preflight
 from trainer.support import supervisor_process
 from trainer.support.supervisor_process import JobSetup
 
@@ -89,3 +89,38 @@ def test_a_model_on_a_volume_takes_no_scratch_disk(tmp_path: Path) -> None:
     setup = JobSetup(tmp_path).write_inputs()
     run = setup.run().model_copy(update={"scratch_bytes": 500})  # its files have more
     assert supervisor_process.supervise(run, setup.folder).code == 0
+
+
+def _facts(total: int, *, on_scratch: bool = True) -> download.ModelFacts:
+    return download.ModelFacts(None, "", 0, total_bytes=total, on_scratch=on_scratch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "data", "field"),
+    [
+        ({"scratch_bytes": 100}, _facts(80), 30, "resources.scratch"),
+        ({"scratch_bytes": 100}, _facts(80), 20, None),
+        ({"scratch_bytes": 100, "merge": True}, _facts(60), 0, "resources.scratch"),
+        ({"scratch_bytes": 100, "method": "full", "lora": None}, _facts(60), 0, "resources.scratch"),
+        ({"scratch_bytes": 100, "method": "full", "lora": None}, _facts(60, on_scratch=False), 0, None),
+        ({"scratch_bytes": 100, "auto_scratch": True}, _facts(800), 30, None),
+        ({"memory_bytes": 100}, _facts(202), 0, "resources.memory"),
+        ({"memory_bytes": 100}, _facts(200), 0, None),
+        ({"memory_bytes": 100, "auto_memory": True}, _facts(202), 0, None),
+    ],
+    ids=[
+        "rows too", "all fits", "a merged model", "a whole model as the result", "a model on a volume",
+        "disk that grows with the model", "memory", "enough memory", "memory that grows with the model",
+    ],
+)  # fmt: skip
+def test_room_that_cannot_suffice_is_refused_before_gpus_are_allocated(
+    tmp_path: Path, changes: dict[str, object], facts: download.ModelFacts, data: int, field: str | None
+) -> None:
+    run = JobSetup(tmp_path).run()
+    run = run.model_copy(update={"world": run.world.model_copy(update={"device": "cuda"}), **changes})
+    if field is None:
+        preflight.check_room(run, facts, data)
+        return
+    with pytest.raises(RunError, match=f"{field} is .*; raise it") as refused:
+        preflight.check_room(run, facts, data)
+    assert refused.value.reason == "InvalidConfig"

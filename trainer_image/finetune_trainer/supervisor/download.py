@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, checkpoint_dir
+from finetune_api.status import ModelStatus
 from finetune_trainer import license as model_license
 from finetune_trainer import model_folder
 from finetune_trainer.data import sources
@@ -24,6 +26,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.manifest import of_files
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import FileInfo, Storage
+from finetune_trainer.storage.model_cache import Source, linked_files
 from finetune_trainer.storage.schemes import Access, open_file, open_files, open_folder, resolved_revision
 from finetune_trainer.supervisor.output_check import Destination, own_manifest
 
@@ -44,12 +47,22 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Describes the downloaded model. `bytes` is the size of the downloaded files."""
+    """Describes the downloaded model. `bytes` is the size of the downloaded files, and
+    `total_bytes` that of all of its files. `on_scratch` says whether they take scratch disk."""
 
     revision: str | None
     digest: str
     bytes: int
     license: str = model_license.UNKNOWN
+    total_bytes: int = 0
+    on_scratch: bool = True
+
+    def status(self, *, complete: bool) -> ModelStatus:
+        """Returns the status; the digest covers the weights, so only a complete model has one."""
+        digest = self.digest if complete else None
+        return ModelStatus(
+            revision=self.revision, digest=digest, license=self.license, size_bytes=self.total_bytes or None
+        )
 
 
 @dataclass(frozen=True)
@@ -140,17 +153,24 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
     weight_entries, others = model_files(listed, location.display, index)
     entries = (*weight_entries, *others) if weights else others
     size = sum(entry.size for entry in (*weight_entries, *others))
-    if storage.uses_scratch:
-        _check_scratch(size, run, location.display)
+    on_scratch = storage.uses_scratch and run.model_cache is None
     downloaded = sum(entry.size for entry in entries)
     report(f"downloading the model {location.display}: {len(entries)} files, {downloaded / 1e6:,.0f} MB")
-    digests = _download_all(storage, entries, paths.model)
+    digests = None
+    if weights and run.model_cache is not None and storage.uses_scratch:
+        source = Source(location.uri, resolved_revision(storage), entries)
+        digests = linked_files(run.model_cache, source, paths.model, partial(_download_all, storage), report)
+    if digests is None:
+        if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
+            _check_scratch(size, run, location.display)
+        digests = _download_all(storage, entries, paths.model)
     check_config((paths.model / "config.json").read_bytes(), location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
     policies = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
     model_license.check(identifier, policies, location.display)
-    return ModelFacts(resolved_revision(storage), of_files(digests.items()), downloaded, identifier)
+    revision, digest = resolved_revision(storage), of_files(digests.items())
+    return ModelFacts(revision, digest, downloaded, identifier, size, on_scratch)
 
 
 def data(run: RunConfig, paths: Paths, access: Access, report: Report) -> dict[str, DataFacts]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from finetune_api.amounts import FEW_CORES
 from finetune_api.messages.result import Result
 from finetune_api.messages.run import RunConfig
-from finetune_api.status import DataStatus, ModelStatus
+from finetune_api.status import DataStatus
 from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import rows
@@ -21,7 +22,7 @@ from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
 from finetune_trainer.supervisor import download, output_check
-from finetune_trainer.supervisor.download import Report
+from finetune_trainer.supervisor.download import ModelFacts, Report
 from finetune_trainer.supervisor.output_check import Destination
 
 
@@ -35,12 +36,45 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
     if destination.finished is not None:
         return Result(outcome="succeeded", message="the output already holds this job's result")
     model = download.model(run, paths, access, report, weights=False)
-    download.data(run, paths, access, report)
+    data_files = download.data(run, paths, access, report)
+    check_room(run, model, sum(facts.bytes for facts in data_files.values()))
+    if run.world.device == "cuda" and run.world.threads_per_process < FEW_CORES:
+        report(
+            f"resources.cpu: {run.world.threads_per_process} cores for each GPU are few, so that the GPUs may wait for "
+            f"the CPU; use at least {FEW_CORES}, or auto"
+        )
     counts, data = check_tokens(run, paths, report)
-    # The model's digest covers all of its files, so it isn't known before the weights are
-    # downloaded.
-    status = ModelStatus(revision=model.revision, license=model.license)
-    return Result(outcome="succeeded", message=counts, model=status, data=data)
+    return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
+
+
+def check_room(run: RunConfig, model: ModelFacts, data_bytes: int) -> None:
+    """Checks that the model, the rows and the result fit on the scratch disk, and the model into
+    memory.
+
+    Only what every run needs is counted. If resources.scratch or resources.memory is auto, the
+    operator raises it once the size of the model is known. Raises RunError InvalidConfig.
+    """
+    copies = (1 if model.on_scratch else 0) + (1 if run.merge or run.method == "full" else 0)
+    needed = copies * model.total_bytes + data_bytes
+    if run.scratch_bytes is not None and not run.auto_scratch and needed > run.scratch_bytes:
+        raise RunError(
+            "InvalidConfig",
+            f"resources.scratch is {_gib(run.scratch_bytes)}, but the model, the rows and the result need "
+            f"{_gib(needed)} of it; raise it, and add room for checkpoints, or use auto",
+        )
+    # A base whose files are in float32 is loaded in half of that, and a quantized one in less.
+    least = model.total_bytes // 2
+    loads_all = run.world.device == "cuda" and run.model.quantization == "none"
+    if loads_all and run.memory_bytes is not None and not run.auto_memory and least > run.memory_bytes:
+        raise RunError(
+            "InvalidConfig",
+            f"resources.memory is {_gib(run.memory_bytes)}, but loading the model takes at least {_gib(least)} of it; "
+            "raise it, or use auto",
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[Storage, Destination]:

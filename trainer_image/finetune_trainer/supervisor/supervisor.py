@@ -122,9 +122,7 @@ class Supervisor:
         """Restores what an earlier attempt reported, and starts the trackers and the uploader."""
         run = self._node.run
         if inputs.model is not None:
-            self._model = ModelStatus(
-                revision=inputs.model.revision, digest=inputs.model.digest, license=inputs.model.license
-            )
+            self._model = inputs.model.status(complete=True)
         if inputs.resume is not None:
             file = inputs.resume.folder / names.CHECKPOINT_HISTORY
             lines = history.parse(file.read_text() if file.exists() else "", inputs.resume.step)
