@@ -18,9 +18,9 @@ from finetune_api import names
 from finetune_operator.controller import watches
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.reconcile import Reconciler
-from finetune_operator.controller.resync import resync, resync_periodically
+from finetune_operator.controller.resync import first_resync, resync_periodically
 from finetune_operator.controller.state import ControllerState
-from finetune_operator.controller.workqueue import WorkQueue
+from finetune_operator.controller.workqueue import BrokenInvariant, WorkQueue
 from finetune_operator.kube.client import KubeClient, Unavailable, connect, wait_until_available
 from finetune_operator.kube.leader_election import Leadership
 from finetune_operator.servers import job_metrics, probes
@@ -97,7 +97,7 @@ class App:
         settings, namespaces, state = self._settings, self._settings.watch_namespaces, self._state
         await wait_until_available(self._client, names.PLURAL, namespaces)
         set_resync_time = self._metrics.last_resync.set_to_current_time
-        await resync(self._client, state, namespaces, set_resync_time)
+        await first_resync(self._client, state, namespaces, set_resync_time)
         self._synced = True
         operator = kopf.operator(
             registry=watches.registry(state.cache, state.queue, self._abort, kubeconfig),
@@ -151,6 +151,16 @@ class App:
                     "reconcile failed, retrying in %.1f s: %s", delay, error, extra={"namespace": key[0], "job": key[1]}
                 )
                 self._metrics.observe_reconcile("retried", time.monotonic() - started_at)
+            except BrokenInvariant:
+                raise
+            except Exception as error:  # whatever one job contains, the others are served
+                delay = self._state.queue.failed(key)
+                log.exception(
+                    "reconcile failed unexpectedly, retrying in %.1f s", delay,
+                    extra={"namespace": key[0], "job": key[1]},
+                )  # fmt: skip
+                self._metrics.observe_reconcile("failed", time.monotonic() - started_at)
+                await self._reconciler.report_error(key, error, delay)
             else:
                 self._state.queue.done(key)
                 self._metrics.observe_reconcile("done", time.monotonic() - started_at)

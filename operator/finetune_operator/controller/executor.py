@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_api import names
-from finetune_operator.controller.cache import Cache, JobSnapshot
+from finetune_operator.controller.cache import Cache, is_unwatched
+from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core import manifests
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob
 from finetune_operator.core.objects import Observed
@@ -20,6 +21,9 @@ from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, N
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_GARBAGE_COLLECTION = {"foregroundDeletion", "orphan"}  # finalizers of Kubernetes itself
+_REFUSED_FOR_NOW = (401, 403, 408)
 
 
 class OutOfDate(Exception):
@@ -74,6 +78,22 @@ class Executor:
         except NotFound:
             self._cache.drop_body(snapshot.body)
 
+    async def end(self, snapshot: JobSnapshot) -> None:
+        """Deletes the Jobs of a FineTuneJob that a finalizer of somebody else keeps from vanishing.
+
+        Else the garbage collector deletes them, or leaves them if that was asked for.
+        """
+        if not set(snapshot.body["metadata"].get("finalizers") or ()) - _GARBAGE_COLLECTION:
+            return
+        children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
+        for job in (child.job for child in children if not child.job.deleting):
+            preconditions = {"uid": job.uid}
+            try:
+                await self._client.delete("jobs", job.namespace, job.name, preconditions, wait=True)
+                log.info("deleted Job %s of a deleted FineTuneJob", job.name)
+            except (NotFound, Conflict):
+                self._cache.drop_job(job.uid)
+
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         run = plan(observed.job, self._settings, action.number)
         if not _is_new(observed):
@@ -103,16 +123,25 @@ class Executor:
             raise OutOfDate
 
     async def _children_differ(self, snapshot: JobSnapshot) -> bool:
+        """Whether the children aren't those of the snapshot, wherever their labels point."""
         namespace, _ = snapshot.key
-        jobs = await self._client.children("jobs", namespace, snapshot.uid)
-        pods = await self._client.children("pods", namespace, snapshot.uid)
-        for job in jobs:
-            self._cache.put_job(job)
-        for pod in pods:
-            self._cache.put_pod(pod)
+        jobs = await self._client.matching("jobs", namespace, lambda raw: _controller(raw).get("uid") == snapshot.uid)
         cached_jobs = {attempt.job.uid for attempt in snapshot.attempts} | (
             {snapshot.preflight.job.uid} if snapshot.preflight else set()
         )
+        owners = cached_jobs | {job["metadata"]["uid"] for job in jobs}
+        pods = await self._client.matching(
+            "pods",
+            namespace,
+            lambda raw: (
+                _controller(raw).get("uid") in owners
+                or (raw["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID) == snapshot.uid
+            ),
+        )
+        for job in jobs:
+            self._cache.put_job(job)
+        for pod in pods:
+            (self._cache.put_unwatched_pod if is_unwatched(pod) else self._cache.put_pod)(pod)
         missing = cached_jobs - {job["metadata"]["uid"] for job in jobs}
         self._cache.drop_missing("jobs", missing)
         current = self._cache.snapshot(snapshot.key)
@@ -131,7 +160,7 @@ class Executor:
         except NotFound as error:
             raise OutOfDate from error
         except Refused as error:
-            if error.code == 403:
+            if error.code in _REFUSED_FOR_NOW:
                 raise Blocked(error.message) from error
             raise SpecRefused(error.message) from error
         if resource == "jobs":

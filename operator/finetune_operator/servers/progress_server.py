@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from finetune_api import names
 from finetune_api.messages.progress import MAX_BODY_BYTES, Progress
-from finetune_operator.controller.cache import Key
+from finetune_operator.controller.snapshot import Key
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import ApiError, KubeClient

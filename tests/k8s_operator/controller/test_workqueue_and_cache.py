@@ -88,7 +88,9 @@ def _child(version: int, uid: str = "j1", owner: str = "u1") -> dict[str, Any]:
             "uid": uid,
             "resourceVersion": str(version),
             "labels": {names.LABEL_ROLE: names.ROLE_TRAINER, names.LABEL_ATTEMPT: "1", names.LABEL_JOB_UID: "u1"},
-            "ownerReferences": [{"kind": names.KIND, "uid": owner, "controller": True}],
+            "ownerReferences": [
+                {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "a", "uid": owner, "controller": True}
+            ],
         },
     }
 
@@ -100,8 +102,10 @@ def _pod(version: int, phase: str = "Running", job: str = "j1") -> dict[str, Any
             "name": "a-1-0",
             "uid": "p1",
             "resourceVersion": str(version),
-            "labels": {names.LABEL_JOB_UID: "u1"},
-            "ownerReferences": [{"kind": "Job", "uid": job, "controller": True}],
+            "labels": {**names.WATCHED_LABELS, names.LABEL_JOB_UID: "u1"},
+            "ownerReferences": [
+                {"apiVersion": "batch/v1", "kind": "Job", "name": "a-1", "uid": job, "controller": True}
+            ],
         },
         "status": {"phase": phase},
     }
