@@ -24,6 +24,7 @@ from finetune_operator.controller.workqueue import BrokenInvariant, WorkQueue
 from finetune_operator.kube.client import KubeClient, Unavailable, connect, wait_until_available
 from finetune_operator.kube.leader_election import Leadership
 from finetune_operator.servers import job_metrics, probes
+from finetune_operator.servers.connections import Limits, serve
 from finetune_operator.servers.metrics import Metrics
 from finetune_operator.servers.progress_server import ProgressServer
 from finetune_operator.settings import Identity, Settings
@@ -31,6 +32,9 @@ from finetune_operator.settings import Identity, Settings
 log = logging.getLogger(__name__)
 
 EXIT_UNEXPECTED = 1
+
+_PROBES = Limits(connections=64, per_address=32)
+_METRICS = Limits(connections=64, per_address=16)
 
 
 class App:
@@ -72,11 +76,14 @@ class App:
             self._client, self._state, self._leadership, settings.progress, self._metrics.count_post
         )
         runners = (
-            await probes.serve(probes.probes_app(self._not_ready_reason), settings.probes_port, "probes"),
-            await probes.serve(
-                probes.metrics_app(self._metrics.registry, self._refresh_gauges), settings.metrics_port, "metrics"
+            await serve(probes.probes_app(self._not_ready_reason), settings.probes_port, "probes", _PROBES),
+            await serve(
+                probes.metrics_app(self._metrics.registry, self._refresh_gauges),
+                settings.metrics_port,
+                "metrics",
+                _METRICS,
             ),
-            await probes.serve(progress_server.app(), settings.progress.port, "progress"),
+            await serve(progress_server.app(), settings.progress.port, "progress", Limits()),
         )
         return [runner for runner in runners if runner]
 

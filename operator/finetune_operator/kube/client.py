@@ -33,6 +33,7 @@ _APPLY = "application/apply-patch+yaml; charset=utf-8"
 _TOO_LARGE = ("request is too large", "Request entity too large", "exceeds")  # etcd's limit, as a 500 or 413
 _CHILD_SELECTOR = f"app.kubernetes.io/managed-by={names.COMMON_LABELS['app.kubernetes.io/managed-by']}"
 
+_UNTHROTTLED = ("leases", "tokenreviews")  # reviews have a budget of their own
 _API_PATHS = {
     names.PLURAL: f"/apis/{names.API_VERSION}",
     "jobs": "/apis/batch/v1",
@@ -197,7 +198,7 @@ class KubeClient:
         Raises a subclass of ApiError.
         """
         api, timeout = (self._lease_api, _LEASE_TIMEOUT) if resource == "leases" else (self._api, _TIMEOUT)
-        if resource != "leases":
+        if resource not in _UNTHROTTLED:
             await self._limiter.acquire(priority)
         query_string = urlencode({key: value for key, value in (query or {}).items() if value})
         url = f"{api.configuration.host}{path}" + (f"?{query_string}" if query_string else "")
