@@ -148,29 +148,29 @@ class Cache:
             self._store_pod(pod)
         return self._key_of_pod(self._pods[pod.uid])
 
-    def put_unwatched_pod(self, raw: Raw) -> Key | None:
-        """Stores a pod that was just listed but that no watch reports, since it has lost its label.
-
-        A resync drops it, and a later list stores it again while it exists.
-        """
-        self._deleted.pop(str(raw["metadata"]["uid"]), None)
-        self._deleted_earlier.pop(str(raw["metadata"]["uid"]), None)
-        self._pods.pop(str(raw["metadata"]["uid"]), None)
-        return self.put_pod(raw)
+    def put_unwatched_pod(self, raw: Raw, owner_uid: str) -> None:
+        """Stores a pod of a FineTuneJob that was just read but that no watch reports."""
+        pod = _parsed(parsing.pod, raw)
+        if pod is not None:
+            self._deleted.pop(pod.uid, None)
+            self._deleted_earlier.pop(pod.uid, None)
+            self._store_pod(replace(pod, owner_uid=owner_uid, unwatched=True))
 
     def drop_pod(self, uid: str, last_state: Raw | None = None) -> Key | None:
         """Marks a pod as deleted. Returns the key of the FineTuneJob that it belongs to.
 
         Its last state stays available while its Job exists, since it may show the root cause of a
-        failure. A pod that only lost the label which the watch selects still runs.
+        failure. A pod that nobody has asked to stop may only have lost the label that the watch
+        selects; it counts as running until it has been looked up.
         """
-        if last_state is not None and is_unwatched(last_state):
-            return self.put_pod(last_state)
         pod = (_parsed(parsing.pod, last_state) if last_state else None) or self._pods.get(uid)
         if pod is None:
             return None
-        self._record_deletion(uid, pod.version)
         key = self._key_of_pod(pod)
+        if last_state is not None and pod.is_live and not pod.deleting:
+            self._store_pod(replace(pod, unwatched=True))
+            return key
+        self._record_deletion(uid, pod.version)
         if pod.job_uid in self._jobs:
             self._store_pod(replace(pod, gone=True))
         else:
@@ -184,7 +184,7 @@ class Cache:
         return {
             names.PLURAL: set(self._keys),
             "jobs": set(self._jobs),
-            "pods": {uid for uid, pod in self._pods.items() if not pod.gone},
+            "pods": {uid for uid, pod in self._pods.items() if not pod.gone and not pod.unwatched},
         }
 
     def drop_missing(self, kind: str, missing: Iterable[str]) -> set[Key]:

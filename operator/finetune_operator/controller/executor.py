@@ -6,7 +6,9 @@ nothing; it raises one of four exceptions if the API server rejects a request.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ from finetune_operator.settings import Settings
 log = logging.getLogger(__name__)
 
 _GARBAGE_COLLECTION = {"foregroundDeletion", "orphan"}  # finalizers of Kubernetes itself
+_SINGLE_READS = 3  # of pods; more of them are listed
 _REFUSED_FOR_NOW = (401, 403, 408)
 
 
@@ -78,6 +81,28 @@ class Executor:
         except NotFound:
             self._cache.drop_body(snapshot.body)
 
+    async def look_up(self, snapshot: JobSnapshot) -> bool:
+        """Reads the live pods that no watch reports. Returns whether there were any."""
+        unwatched = {pod.uid: pod for pod in snapshot.pods if pod.unwatched and pod.is_live}
+        if not unwatched:
+            return False
+        namespace, _ = snapshot.key
+        existing: dict[str, Mapping[str, Any]] = {}
+        if len(unwatched) > _SINGLE_READS:
+            listed = await self._client.matching("pods", namespace, lambda raw: raw["metadata"]["uid"] in unwatched)
+            existing = {raw["metadata"]["uid"]: raw for raw in listed}
+        else:
+            for pod in unwatched.values():
+                with contextlib.suppress(NotFound):
+                    raw = await self._client.get("pods", namespace, pod.name)
+                    existing[raw["metadata"]["uid"]] = raw
+        for uid in unwatched:
+            if uid in existing:
+                self._cache.put_unwatched_pod(existing[uid], snapshot.uid)
+            else:
+                self._cache.drop_pod(uid)
+        return True
+
     async def end(self, snapshot: JobSnapshot) -> None:
         """Deletes the Jobs of a FineTuneJob that a finalizer of somebody else keeps from vanishing.
 
@@ -130,18 +155,14 @@ class Executor:
             {snapshot.preflight.job.uid} if snapshot.preflight else set()
         )
         owners = cached_jobs | {job["metadata"]["uid"] for job in jobs}
-        pods = await self._client.matching(
-            "pods",
-            namespace,
-            lambda raw: (
-                _controller(raw).get("uid") in owners
-                or (raw["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID) == snapshot.uid
-            ),
-        )
+        pods = await self._client.matching("pods", namespace, lambda raw: _may_be_of(raw, snapshot, owners))
         for job in jobs:
             self._cache.put_job(job)
         for pod in pods:
-            (self._cache.put_unwatched_pod if is_unwatched(pod) else self._cache.put_pod)(pod)
+            if is_unwatched(pod):
+                self._cache.put_unwatched_pod(pod, snapshot.uid)
+            else:
+                self._cache.put_pod(pod)
         missing = cached_jobs - {job["metadata"]["uid"] for job in jobs}
         self._cache.drop_missing("jobs", missing)
         current = self._cache.snapshot(snapshot.key)
@@ -232,6 +253,16 @@ def _fingerprint(snapshot: JobSnapshot) -> tuple[object, ...]:
         tuple((child.job.uid, child.job.is_finished, child.job.deleting, child.is_live) for child in children),
         tuple(sorted(pod.uid for pod in snapshot.orphaned_pods)),
     )
+
+
+def _may_be_of(pod: Mapping[str, Any], snapshot: JobSnapshot, owners: set[str]) -> bool:
+    """Whether a pod may belong to a FineTuneJob: by its controller, by its label, or, since both can
+    be removed, by its name, which can't."""
+    meta, controller = pod["metadata"], _controller(pod)
+    if controller:
+        return controller.get("uid") in owners
+    labeled = (meta.get("labels") or {}).get(names.LABEL_JOB_UID) == snapshot.uid
+    return labeled or re.fullmatch(rf"{re.escape(snapshot.key[1])}-[0-9]+-[0-9]+-[a-z0-9]+", meta["name"]) is not None
 
 
 def _controller(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -32,6 +32,7 @@ from finetune_operator.settings import Settings
 log = logging.getLogger(__name__)
 
 _BLOCKED_SECONDS = 10.0
+_LOOK_UP_SECONDS = 5.0  # until a pod that no watch reports is looked up again
 _REFUSED_SECONDS = 60.0  # until a status that the API server refuses is tried again
 _UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
 _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
@@ -63,6 +64,9 @@ class Reconciler:
             if snapshot:
                 await self._executor.end(snapshot)
             return
+        if await self._executor.look_up(snapshot):
+            self._queue.add_after(key, _LOOK_UP_SECONDS)
+            snapshot = self._cache.snapshot(key) or snapshot
         now = datetime.now(UTC)
         try:
             job = self._specs.job(key, snapshot.body)

@@ -34,6 +34,12 @@ class JobSnapshot:
     orphaned_pods: tuple[Pod, ...]
 
     @property
+    def pods(self) -> tuple[Pod, ...]:
+        """All pods, of all children."""
+        children = (*self.attempts, *((self.preflight,) if self.preflight else ()))
+        return (*(pod for child in children for pod in child.pods), *self.orphaned_pods)
+
+    @property
     def key(self) -> Key:
         """The key of the FineTuneJob."""
         return key_of(self.body)

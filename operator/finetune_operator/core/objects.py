@@ -49,6 +49,7 @@ class Pod:
     addresses: frozenset[str] = frozenset()  # of its network, once it has them
     deleting: bool = False
     gone: bool = False  # deleted; the other fields are its last observed state
+    unwatched: bool = False  # the watch lost it, by a label, so its state has to be looked up
     started: bool = False  # its container is running, or has run
     service_account: str = ""
     unschedulable: str = ""  # the scheduler's message
