@@ -116,8 +116,11 @@ def preflight_job_name(name: str) -> str:
 
 
 def service_name(name: str) -> str:
-    """Returns the name of the headless Service that gives an attempt's pods DNS names."""
-    return name
+    """Returns the name of the headless Service that gives an attempt's pods DNS names.
+
+    It isn't the job's own name, so that a job called `postgres` makes no Service `postgres`.
+    """
+    return f"{name}-ranks"
 
 
 def master_address(name: str, attempt: int) -> str:

@@ -256,8 +256,8 @@ def _fingerprint(snapshot: JobSnapshot) -> tuple[object, ...]:
 
 
 def _may_be_of(pod: Mapping[str, Any], snapshot: JobSnapshot, owners: set[str]) -> bool:
-    """Whether a pod may belong to a FineTuneJob: by its controller, by its label, or, since both can
-    be removed, by its name, which can't."""
+    """Whether a pod may belong to a FineTuneJob: by its controller, by its label, or by its name,
+    which can't be changed, while the others can be removed."""
     meta, controller = pod["metadata"], _controller(pod)
     if controller:
         return controller.get("uid") in owners
