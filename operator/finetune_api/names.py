@@ -33,6 +33,10 @@ COMMON_LABELS = {
     "app.kubernetes.io/managed-by": "finetune-operator",
 }
 
+# The operator's watches and lists of Jobs and pods select these. They prove nothing: anybody can
+# set and remove labels.
+WATCHED_LABELS = {"app.kubernetes.io/managed-by": COMMON_LABELS["app.kubernetes.io/managed-by"]}
+
 ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
 ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
 ANNOTATION_AVOIDED_NODES = f"{GROUP}/avoided-nodes"  # nodes with failed GPUs, as JSON, on a Job
@@ -120,8 +124,11 @@ def preflight_job_name(name: str) -> str:
 
 
 def service_name(name: str) -> str:
-    """Returns the name of the headless Service that gives an attempt's pods DNS names."""
-    return name
+    """Returns the name of the headless Service that gives an attempt's pods DNS names.
+
+    It isn't the job's own name, so that a job called `postgres` makes no Service `postgres`.
+    """
+    return f"{name}-ranks"
 
 
 def master_address(name: str, attempt: int) -> str:

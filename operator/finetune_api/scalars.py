@@ -11,7 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-_PATH = r"[^\x00-\x20\x7f?#\\]+"
+# No blanks, control, bidirectional or invisible characters, and no separators of lines.
+_PATH = (
+    r"[^\x00-\x20\x7f-\x{9f}?#\\\x{61c}\x{200b}\x{200e}\x{200f}\x{2028}-\x{202e}\x{2060}-\x{206f}\x{feff}"
+    r"\x{fff9}-\x{fffb}\x{fffe}\x{ffff}]+"
+)
 # hf://owner/model or hf://model; s3://bucket/key; pvc://claim/path
 MODEL_URI_PATTERN = (
     r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
@@ -49,6 +53,7 @@ REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 MODULE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
 VOCABULARY_PATTERN = r"^[^\x00-\x20\x7f]+$"
 WEIGHT_GLOB_PATTERN = r"^[A-Za-z0-9_.*?\[\]!-]+$"
+HTTP_URL_PATTERN = r"^https?://[!-\"$->A-~]+$"  # printable ASCII without #, ? and @
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 ENV_VALUE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
@@ -70,6 +75,7 @@ PATTERN_MESSAGES = {
     WEIGHT_GLOB_PATTERN: "must be a glob over weight names, e.g. model.layers.[0-3].*",
     ENV_NAME_PATTERN: "must be the name of an environment variable, e.g. NCCL_DEBUG",
     ENV_VALUE_PATTERN: "must be one line of text",
+    HTTP_URL_PATTERN: "must be an http:// or https:// URL in ASCII, without @, ? and #",
     NAME_PATTERN: "must be lowercase letters, digits and dashes, starting with a letter",
 }
 

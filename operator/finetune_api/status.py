@@ -5,10 +5,12 @@ Models are lenient, since an older operator may read what a newer one wrote.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from finetune_api import untrusted as u
 from finetune_api.base import LenientModel
 
 Phase = Literal["Pending", "Queued", "Starting", "Running", "Restarting", "Suspended", "Succeeded", "Failed"]
@@ -24,130 +26,130 @@ CONDITION_STALLED = "Stalled"
 class Condition(LenientModel):
     """Describes a condition, by the Kubernetes API conventions."""
 
-    type: str = Field(description="Complete, Failed, Suspended, Reconciling or Stalled.")
+    type: u.ShortLine = Field(description="Complete, Failed, Suspended, Reconciling or Stalled.")
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
-    observed_generation: int = Field(default=0, description="The generation that this condition refers to.")
-    last_transition_time: str = Field(description="When status last changed, RFC 3339 in UTC.")
-    reason: str = Field(description="CamelCase name, for programs.")
-    message: str = Field(default="", description="A sentence, for people.")
+    observed_generation: u.Count = Field(default=0, description="The generation that this condition refers to.")
+    last_transition_time: u.Time = Field(description="When status last changed, RFC 3339 in UTC.")
+    reason: u.ReasonName = Field(description="CamelCase name, for programs.")
+    message: u.Line = Field(default="", description="A sentence, for people.")
 
 
 class Restarts(LenientModel):
     """Counts the restarts of the whole group so far, by cause."""
 
-    application: int = Field(default=0, description="Failures of the training program itself.")
-    infrastructure: int = Field(default=0, description="Failures of nodes, network and storage.")
-    preemption: int = Field(default=0, description="Evictions and preemptions, which never count against a limit.")
+    application: u.Count = Field(default=0, description="Failures of the training program itself.")
+    infrastructure: u.Count = Field(default=0, description="Failures of nodes, network and storage.")
+    preemption: u.Count = Field(default=0, description="Evictions and preemptions, which never count against a limit.")
 
 
 class StragglerStatus(LenientModel):
     """Names a rank that stays slower than the others."""
 
-    rank: int = Field(description="Number of the rank.")
-    node: int = Field(description="Number of its pod, which is the last one in the pod's name.")
-    ratio: float = Field(description="Its time per token divided by the median of the other ranks.")
+    rank: u.Count = Field(description="Number of the rank.")
+    node: u.Count = Field(description="Number of its pod, which is the last one in the pod's name.")
+    ratio: u.Figure = Field(description="Its time per token divided by the median of the other ranks.")
 
 
 class ProgressStatus(LenientModel):
     """Reports the progress of training; it is written at most every 30 s."""
 
-    step: int = Field(default=0, description="Finished optimizer steps.")
-    total_steps: int = Field(default=0, description="Total number of optimizer steps.")
-    percent: int = Field(default=0, description="step / totalSteps, 0 to 100.")
-    epoch: float = Field(default=0.0, description="Finished passes over the data.")
-    train_loss: float | None = Field(
+    step: u.Count = Field(default=0, description="Finished optimizer steps.")
+    total_steps: u.Count = Field(default=0, description="Total number of optimizer steps.")
+    percent: u.Count = Field(default=0, description="step / totalSteps, 0 to 100.")
+    epoch: u.Figure = Field(default=0.0, description="Finished passes over the data.")
+    train_loss: u.Figure | None = Field(
         default=None, description="Training loss of the last step: the mean over its supervised tokens."
     )
-    eval_loss: float | None = Field(
+    eval_loss: u.Figure | None = Field(
         default=None, description="Validation loss: the mean over the supervised tokens of all rows."
     )
-    reward_margin: float | None = Field(
+    reward_margin: u.Figure | None = Field(
         default=None,
         description="With objective dpo: reward of the chosen answer minus that of the rejected one, averaged over the "
         "pairs of the last step. A reward is beta times the gain in log-probability over the reference model.",
     )
-    reward_accuracy: float | None = Field(
+    reward_accuracy: u.Ratio | None = Field(
         default=None,
         description="Share of the pairs of the last step whose chosen answer has the larger reward. 0 to 1.",
     )
-    eval_reward_margin: float | None = Field(
+    eval_reward_margin: u.Figure | None = Field(
         default=None, description="The same as rewardMargin, for the validation pairs."
     )
-    eval_reward_accuracy: float | None = Field(
+    eval_reward_accuracy: u.Ratio | None = Field(
         default=None, description="The same as rewardAccuracy, for the validation pairs."
     )
-    tokens_per_second: float | None = Field(
+    tokens_per_second: u.Figure | None = Field(
         default=None, description="Training speed in tokens per second, without padding."
     )
-    eta_seconds: int | None = Field(default=None, description="Estimated seconds of training left.")
-    skipped_steps: int = Field(
+    eta_seconds: u.Count | None = Field(default=None, description="Estimated seconds of training left.")
+    skipped_steps: u.Count = Field(
         default=0, description="Steps that had no effect: skipped, or rolled back after a loss spike."
     )
     straggler: StragglerStatus | None = Field(
         default=None, description="Set while a rank is at least 20% slower than the others in most steps."
     )
-    message: str = Field(default="", description="What the trainer is doing, e.g. loading the model.")
-    update_time: str | None = Field(default=None, description="When this was reported, RFC 3339 in UTC.")
+    message: u.Line = Field(default="", description="What the trainer is doing, e.g. loading the model.")
+    update_time: u.Time | None = Field(default=None, description="When this was reported, RFC 3339 in UTC.")
 
 
 class CheckpointStatus(LenientModel):
     """Describes the newest complete checkpoint in the output."""
 
-    step: int = Field(description="Optimizer step after which it was saved.")
-    uri: str = Field(description="Its folder.")
-    time: str = Field(description="When it was completed, RFC 3339 in UTC.")
+    step: u.Count = Field(description="Optimizer step after which it was saved.")
+    uri: u.Line = Field(description="Its folder.")
+    time: u.Time = Field(description="When it was completed, RFC 3339 in UTC.")
 
 
 class ArtifactStatus(LenientModel):
     """Describes the result."""
 
-    uri: str = Field(description="Its folder.")
-    manifest_digest: str = Field(
+    uri: u.Line = Field(description="Its folder.")
+    manifest_digest: u.ShortLine = Field(
         description="sha256:… of finetune/manifest.json, which lists the digest of every file."
     )
-    size_bytes: int = Field(description="Total size of the files, in bytes.")
+    size_bytes: u.Count = Field(description="Total size of the files, in bytes.")
 
 
 class ScoreStatus(LenientModel):
     """Compares the base model and the result by one score on the test rows."""
 
-    name: str = Field(description="rouge1, rouge2, rougeL, bleu, exactMatch, f1 or perplexity.")
-    base: float = Field(description="Score of the base model.")
-    tuned: float = Field(description="Score of the result.")
-    low: float = Field(description="Lower end of the interval of tuned - base (paired bootstrap, 95%).")
-    high: float = Field(description="Upper end of the interval of tuned - base (paired bootstrap, 95%).")
+    name: u.ShortLine = Field(description="rouge1, rouge2, rougeL, bleu, exactMatch, f1 or perplexity.")
+    base: u.Figure = Field(description="Score of the base model.")
+    tuned: u.Figure = Field(description="Score of the result.")
+    low: u.Figure = Field(description="Lower end of the interval of tuned - base (paired bootstrap, 95%).")
+    high: u.Figure = Field(description="Upper end of the interval of tuned - base (paired bootstrap, 95%).")
 
 
 class OverfittingStatus(LenientModel):
     """Describes a validation loss that rises while the training loss falls."""
 
-    best_step: int = Field(description="Step with the lowest validation loss.")
-    best_loss: float = Field(description="That validation loss.")
-    step: int = Field(description="Step of the last evaluation.")
-    loss: float = Field(description="Validation loss at that step.")
+    best_step: u.Count = Field(description="Step with the lowest validation loss.")
+    best_loss: u.Figure = Field(description="That validation loss.")
+    step: u.Count = Field(description="Step of the last evaluation.")
+    loss: u.Figure = Field(description="Validation loss at that step.")
 
 
 class EvaluationStatus(LenientModel):
     """Reports losses per supervised token, and scores of generated answers."""
 
-    train_loss: float | None = Field(default=None, description="Training loss of the last step.")
-    eval_loss: float | None = Field(default=None, description="Validation loss of the written weights.")
-    eval_reward_margin: float | None = Field(
+    train_loss: u.Figure | None = Field(default=None, description="Training loss of the last step.")
+    eval_loss: u.Figure | None = Field(default=None, description="Validation loss of the written weights.")
+    eval_reward_margin: u.Figure | None = Field(
         default=None, description="With objective dpo: reward margin of the written weights on the validation pairs."
     )
-    eval_reward_accuracy: float | None = Field(
+    eval_reward_accuracy: u.Ratio | None = Field(
         default=None, description="Share of the validation pairs whose chosen answer has the larger reward. 0 to 1."
     )
-    test_reward_margin: float | None = Field(
+    test_reward_margin: u.Figure | None = Field(
         default=None, description="Reward margin of the written weights on the test pairs."
     )
-    test_reward_accuracy: float | None = Field(
+    test_reward_accuracy: u.Ratio | None = Field(
         default=None, description="Share of the test pairs whose chosen answer has the larger reward. 0 to 1."
     )
-    test_loss_before: float | None = Field(default=None, description="Test loss of the base model.")
-    test_loss_after: float | None = Field(default=None, description="Test loss of the result.")
-    scored_rows: int | None = Field(default=None, description="Test rows whose generated answers were scored.")
-    scores: tuple[ScoreStatus, ...] = Field(
+    test_loss_before: u.Figure | None = Field(default=None, description="Test loss of the base model.")
+    test_loss_after: u.Figure | None = Field(default=None, description="Test loss of the result.")
+    scored_rows: u.Count | None = Field(default=None, description="Test rows whose generated answers were scored.")
+    scores: Annotated[tuple[ScoreStatus, ...], u.at_most(16)] = Field(
         default=(), description="Scores of the base model and of the result on the test rows."
     )
     overfitting: OverfittingStatus | None = Field(
@@ -175,30 +177,32 @@ class EvaluationStatus(LenientModel):
 class ModelStatus(LenientModel):
     """Describes the base model."""
 
-    revision: str | None = Field(default=None, description="Commit that the revision of an hf:// model resolved to.")
-    digest: str | None = Field(default=None, description="sha256:… over the digests of the files.")
-    license: str | None = Field(
+    revision: u.ShortLine | None = Field(
+        default=None, description="Commit that the revision of an hf:// model resolved to."
+    )
+    digest: u.ShortLine | None = Field(default=None, description="sha256:… over the digests of the files.")
+    license: u.ShortLine | None = Field(
         default=None,
         description="License that the model's README or config.json names, e.g. apache-2.0; unknown if they name none.",
     )
-    size_bytes: int | None = Field(default=None, description="Total size of its files, in bytes.")
-    parameters: int | None = Field(default=None, description="Total number of parameters.")
-    trainable_parameters: int | None = Field(default=None, description="Number of parameters that are trained.")
+    size_bytes: u.Count | None = Field(default=None, description="Total size of its files, in bytes.")
+    parameters: u.Count | None = Field(default=None, description="Total number of parameters.")
+    trainable_parameters: u.Count | None = Field(default=None, description="Number of parameters that are trained.")
 
 
 class DataStatus(LenientModel):
     """Summarizes the rows before training; finetune/data-report.json has the full report."""
 
-    rows: int = Field(default=0, description="Usable training rows.")
-    validation_rows: int | None = Field(default=None, description="Validation rows.")
-    test_rows: int | None = Field(default=None, description="Test rows.")
-    tokens: int | None = Field(default=None, description="Tokens of the training rows.")
-    label_share: float | None = Field(default=None, description="Share of these tokens that is supervised. 0 to 1.")
-    dropped: int = Field(default=0, description="Rows of all splits that can't be used.")
-    duplicates: int = Field(default=0, description="Rows that repeat an earlier row of their split.")
-    leaks: int = Field(default=0, description="Rows that are also in another split.")
-    truncated: int = Field(default=0, description="Rows that were truncated to maxSequenceLength.")
-    warnings: tuple[str, ...] = Field(
+    rows: u.Count = Field(default=0, description="Usable training rows.")
+    validation_rows: u.Count | None = Field(default=None, description="Validation rows.")
+    test_rows: u.Count | None = Field(default=None, description="Test rows.")
+    tokens: u.Count | None = Field(default=None, description="Tokens of the training rows.")
+    label_share: u.Ratio | None = Field(default=None, description="Share of these tokens that is supervised. 0 to 1.")
+    dropped: u.Count = Field(default=0, description="Rows of all splits that can't be used.")
+    duplicates: u.Count = Field(default=0, description="Rows that repeat an earlier row of their split.")
+    leaks: u.Count = Field(default=0, description="Rows that are also in another split.")
+    truncated: u.Count = Field(default=0, description="Rows that were truncated to maxSequenceLength.")
+    warnings: Annotated[tuple[u.Line, ...], u.at_most(64)] = Field(
         default=(), description="Findings that a person should look at; none of them fails the job."
     )
 
@@ -206,30 +210,32 @@ class DataStatus(LenientModel):
 class FailureStatus(LenientModel):
     """Explains why the last attempt ended."""
 
-    reason: str = Field(description="CamelCase name; docs/troubleshooting.md explains each.")
-    message: str = Field(default="", description="What happened.")
-    attempt: int = Field(default=0, description="The attempt that failed.")
-    rank: int | None = Field(default=None, description="Rank of the process that failed first.")
-    exit_code: int | None = Field(default=None, description="Exit code of that process; 128 + n means signal n.")
-    log_tail: str = Field(default="", description="Last lines of its log.")
-    hint: str = Field(default="", description="What to do.")
+    reason: u.ReasonName = Field(description="CamelCase name; docs/troubleshooting.md explains each.")
+    message: u.Line = Field(default="", description="What happened.")
+    attempt: u.Count = Field(default=0, description="The attempt that failed.")
+    rank: u.Rank | None = Field(default=None, description="Rank of the process that failed first.")
+    exit_code: u.ExitCode | None = Field(default=None, description="Exit code of that process; 128 + n means signal n.")
+    log_tail: u.Lines = Field(default="", description="Last lines of its log.")
+    hint: u.Line = Field(default="", description="What to do.")
 
 
 class Status(LenientModel):
     """Reports the state of the job, as the operator observes it."""
 
-    observed_generation: int = Field(default=0, description="The generation of spec that this status refers to.")
+    observed_generation: u.Count = Field(default=0, description="The generation of spec that this status refers to.")
     phase: Phase = Field(default="Pending", description="Summary of the conditions, for people.")
-    message: str = Field(default="", description="One sentence: what the job is waiting for, or how it ended.")
-    conditions: tuple[Condition, ...] = Field(
+    message: u.Line = Field(default="", description="One sentence: what the job is waiting for, or how it ended.")
+    conditions: Annotated[tuple[Condition, ...], u.at_most(16)] = Field(
         default=(), description="Complete, Failed, Suspended, Reconciling, Stalled."
     )
-    start_time: str | None = Field(default=None, description="When the first attempt was created, RFC 3339 in UTC.")
-    completion_time: str | None = Field(default=None, description="When the job succeeded or failed, RFC 3339 in UTC.")
-    attempt: int = Field(default=0, description="Number of the current or last attempt, starting at 1.")
-    gpus: int = Field(default=0, description="Total number of GPUs.")
+    start_time: u.Time | None = Field(default=None, description="When the first attempt was created, RFC 3339 in UTC.")
+    completion_time: u.Time | None = Field(
+        default=None, description="When the job succeeded or failed, RFC 3339 in UTC."
+    )
+    attempt: u.Count = Field(default=0, description="Number of the current or last attempt, starting at 1.")
+    gpus: u.Count = Field(default=0, description="Total number of GPUs.")
     restarts: Restarts = Field(default_factory=Restarts, description="Restarts so far, by cause.")
-    restarts_total: int = Field(default=0, description="Total number of restarts so far.")
+    restarts_total: u.Count = Field(default=0, description="Total number of restarts so far.")
     progress: ProgressStatus | None = Field(default=None, description="The progress of training.")
     checkpoint: CheckpointStatus | None = Field(default=None, description="The newest complete checkpoint.")
     model: ModelStatus | None = Field(default=None, description="Facts about the base model.")
@@ -239,3 +245,27 @@ class Status(LenientModel):
         default=None, description="Losses per supervised token, and scores of generated answers."
     )
     failure: FailureStatus | None = Field(default=None, description="Why the last attempt ended.")
+
+
+def read(raw: Any) -> Status:
+    """Returns a stored status as far as this version can parse it; it never raises.
+
+    Another version may have written it. A top-level field that can't be parsed is left out; a phase
+    that this version doesn't know follows from the conditions, so that an ended job stays ended.
+    """
+    fields = dict(raw) if isinstance(raw, Mapping) else {}
+    while True:
+        try:
+            status = Status.model_validate(fields)
+        except ValidationError as error:
+            unparsed = {str(detail["loc"][0]) for detail in error.errors(include_url=False) if detail["loc"]}
+            if not unparsed & fields.keys():
+                return Status()
+            fields = {key: value for key, value in fields.items() if key not in unparsed}
+        else:
+            return status if "phase" in fields else status.model_copy(update={"phase": _phase(status)})
+
+
+def _phase(status: Status) -> Phase:
+    met = {condition.type for condition in status.conditions if condition.status == "True"}
+    return "Succeeded" if CONDITION_COMPLETE in met else "Failed" if CONDITION_FAILED in met else "Pending"

@@ -18,12 +18,13 @@ from finetune_api import names
 from finetune_operator.controller import watches
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.reconcile import Reconciler
-from finetune_operator.controller.resync import resync, resync_periodically
+from finetune_operator.controller.resync import first_resync, resync_periodically
 from finetune_operator.controller.state import ControllerState
-from finetune_operator.controller.workqueue import WorkQueue
+from finetune_operator.controller.workqueue import BrokenInvariant, WorkQueue
 from finetune_operator.kube.client import KubeClient, Unavailable, connect, wait_until_available
 from finetune_operator.kube.leader_election import Leadership
 from finetune_operator.servers import job_metrics, probes
+from finetune_operator.servers.connections import Limits, serve
 from finetune_operator.servers.metrics import Metrics
 from finetune_operator.servers.progress_server import ProgressServer
 from finetune_operator.settings import Identity, Settings
@@ -31,6 +32,9 @@ from finetune_operator.settings import Identity, Settings
 log = logging.getLogger(__name__)
 
 EXIT_UNEXPECTED = 1
+
+_PROBES = Limits(connections=64, per_address=32)
+_METRICS = Limits(connections=64, per_address=16)
 
 
 class App:
@@ -72,11 +76,14 @@ class App:
             self._client, self._state, self._leadership, settings.progress, self._metrics.count_post
         )
         runners = (
-            await probes.serve(probes.probes_app(self._not_ready_reason), settings.probes_port, "probes"),
-            await probes.serve(
-                probes.metrics_app(self._metrics.registry, self._refresh_gauges), settings.metrics_port, "metrics"
+            await serve(probes.probes_app(self._not_ready_reason), settings.probes_port, "probes", _PROBES),
+            await serve(
+                probes.metrics_app(self._metrics.registry, self._refresh_gauges),
+                settings.metrics_port,
+                "metrics",
+                _METRICS,
             ),
-            await probes.serve(progress_server.app(), settings.progress.port, "progress"),
+            await serve(progress_server.app(), settings.progress.port, "progress", Limits()),
         )
         return [runner for runner in runners if runner]
 
@@ -97,7 +104,7 @@ class App:
         settings, namespaces, state = self._settings, self._settings.watch_namespaces, self._state
         await wait_until_available(self._client, names.PLURAL, namespaces)
         set_resync_time = self._metrics.last_resync.set_to_current_time
-        await resync(self._client, state, namespaces, set_resync_time)
+        await first_resync(self._client, state, namespaces, set_resync_time)
         self._synced = True
         operator = kopf.operator(
             registry=watches.registry(state.cache, state.queue, self._abort, kubeconfig),
@@ -151,6 +158,16 @@ class App:
                     "reconcile failed, retrying in %.1f s: %s", delay, error, extra={"namespace": key[0], "job": key[1]}
                 )
                 self._metrics.observe_reconcile("retried", time.monotonic() - started_at)
+            except BrokenInvariant:
+                raise
+            except Exception as error:  # whatever one job contains, the others are served
+                delay = self._state.queue.failed(key)
+                log.exception(
+                    "reconcile failed unexpectedly, retrying in %.1f s", delay,
+                    extra={"namespace": key[0], "job": key[1]},
+                )  # fmt: skip
+                self._metrics.observe_reconcile("failed", time.monotonic() - started_at)
+                await self._reconciler.report_error(key, error, delay)
             else:
                 self._state.queue.done(key)
                 self._metrics.observe_reconcile("done", time.monotonic() - started_at)

@@ -51,6 +51,11 @@ class ProgressSettings(Model):
     write_every_seconds: float = Field(
         default=30.0, gt=0, description="Seconds between two writes of a job's progress."
     )
+    verify_address: bool = Field(
+        default=True,
+        description="Refuse a post that doesn't come from the address of the pod that its token is bound to. Turn it "
+        "off if the cluster's network translates the addresses of pods.",
+    )
 
 
 class HubSettings(Model):

@@ -4,6 +4,7 @@ values."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +254,61 @@ def test_the_pod_monitor_finds_trainer_pods_by_the_labels_of_the_contract(helm: 
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] == names.METRICS_PORT_NAME
-    assert endpoint["honorLabels"] is True
+    assert endpoint["honorLabels"] is False
     assert monitor["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_a_scraped_pod_speaks_for_no_other_job(helm: str) -> None:
+    objects = render(helm, *EVERYTHING)
+    (endpoint,) = of_kind(objects, "PodMonitor")[0]["spec"]["podMetricsEndpoints"]
+    meta = {
+        "__meta_kubernetes_namespace": "team", "__meta_kubernetes_pod_controller_kind": "Job",
+        "__meta_kubernetes_pod_controller_name": "mine-12",
+    }  # fmt: skip
+    target = _relabeled(meta, endpoint["relabelings"])
+    assert target is not None
+    assert (target["namespace"], target["job"]) == ("team", "mine")
+    assert _relabeled({**meta, "__meta_kubernetes_pod_controller_kind": "ReplicaSet"}, endpoint["relabelings"]) is None
+    forged = {"exported_namespace": "ml-team", "exported_job": "quickstart", "namespace": "team", "job": "mine"}
+    rules = endpoint["metricRelabelings"]
+    for name in ("finetune_job_status_condition", "finetune_operator_leader", "node_load1"):
+        assert _relabeled({**forged, "__name__": name}, rules) is None
+    own = {"__name__": "finetune_train_loss", "namespace": "team", "job": "mine"}
+    assert _relabeled({**forged, "__name__": "finetune_train_loss"}, rules) == own
+    (operator,) = of_kind(objects, "ServiceMonitor")[0]["spec"]["endpoints"]
+    series = {"__name__": "finetune_job_step", **forged, "namespace": "finetune-system", "job": "finetune-operator"}
+    about = _relabeled(series, operator["metricRelabelings"])
+    assert about == {"__name__": "finetune_job_step", "namespace": "ml-team", "job": "quickstart"}
+    lag = {"__name__": "finetune_operator_leader", "namespace": "finetune-system", "job": "finetune-operator"}
+    assert _relabeled(lag, operator["metricRelabelings"]) == lag
+
+
+def test_metrics_are_closed_by_default(helm: str) -> None:
+    (policy,) = of_kind(render(helm), "NetworkPolicy")
+    (rule,) = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "metrics"}]]
+    assert {"namespaceSelector": {}} not in rule["from"]
+    assert all("podSelector" in peer or peer["namespaceSelector"]["matchLabels"] for peer in rule["from"])
+    (closed,) = of_kind(render(helm, "networkPolicy.metricsFrom=null"), "NetworkPolicy")
+    (rule,) = [rule for rule in closed["spec"]["ingress"] if rule["ports"] == [{"port": "metrics"}]]
+    assert rule["from"] == [{"podSelector": {}}]
+
+
+def _relabeled(labels: dict[str, str], rules: list[dict[str, Any]]) -> dict[str, str] | None:
+    """The labels after relabeling, as Prometheus defines its actions; None if dropped."""
+    labels = dict(labels)
+    for rule in rules:
+        pattern = re.compile(rule.get("regex", "(.*)"))
+        hit = pattern.fullmatch(";".join(labels.get(name, "") for name in rule.get("sourceLabels", ())))
+        match rule["action"]:
+            case "keep" if not hit:
+                return None
+            case "drop" if hit:
+                return None
+            case "labeldrop":
+                labels = {name: value for name, value in labels.items() if not pattern.fullmatch(name)}
+            case "replace" if hit:
+                labels[rule["targetLabel"]] = hit.group(1) if hit.groups() else hit.group()
+    return labels
 
 
 def test_a_changed_setting_restarts_the_operator(helm: str) -> None:

@@ -20,6 +20,7 @@ progress:
   {{- end }}
   intervalSeconds: {{ .Values.progress.intervalSeconds | toJson }}
   writeEverySeconds: {{ .Values.progress.writeEverySeconds | toJson }}
+  verifyAddress: {{ .Values.progress.verifyAddress }}
 storage:
   s3:
     endpoint: {{ if .Values.storage.s3.endpoint }}{{ .Values.storage.s3.endpoint | quote }}{{ else }}null{{ end }}

@@ -176,6 +176,16 @@ def troubleshooting() -> str:
                 "checkpoint."
             ),
             "",
+            "## OperatorError and StatusRefused",
+            "",
+            _wrapped(
+                "The job's phase remains, and other jobs aren't affected. With the reason OperatorError in the "
+                "condition Reconciling, the operator couldn't process the job; its log has the traceback, and it "
+                "tries again after at most a minute. If the message says that the API server refuses the full "
+                "status, the status lacks progress, figures and texts; an admission policy or the size of the "
+                "job are possible causes."
+            ),
+            "",
             "## Overfitting",
             "",
             _wrapped(

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from finetune_api import untrusted as u
 from finetune_api.base import LenientModel
 from finetune_api.status import ArtifactStatus, CheckpointStatus, DataStatus, EvaluationStatus, ModelStatus
 
@@ -16,13 +17,15 @@ class Result(LenientModel):
     """Says how a pod's part of an attempt, or a preflight check, ended."""
 
     outcome: Literal["succeeded", "failed", "preempted"]
-    reason: str = Field(default="", description="A name in reasons.REASONS; empty if the outcome is succeeded.")
-    message: str = ""
-    rank: int | None = None
-    exit_code: int | None = Field(default=None, description="Exit code of that rank; 128 + n means signal n.")
-    log_tail: str = ""
-    step: int | None = None
-    total_steps: int | None = None
+    reason: u.ReasonName = Field(
+        default="", description="A name in reasons.REASONS; empty if the outcome is succeeded."
+    )
+    message: u.Line = ""
+    rank: u.Rank | None = None
+    exit_code: u.ExitCode | None = Field(default=None, description="Exit code of that rank; 128 + n means signal n.")
+    log_tail: u.Lines = ""
+    step: u.Count | None = None
+    total_steps: u.Count | None = None
     checkpoint: CheckpointStatus | None = None
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
@@ -63,9 +66,10 @@ def _last_lines(text: str, chars: int) -> str:
 
 def decode(text: str | None) -> Result | None:
     """Parses a termination message; None if it isn't a result, e.g. because the pod was killed."""
-    if not text:
+    if not text or len(text) > 2 * LIMIT_BYTES:
         return None
     try:
-        return Result.model_validate_json(text)
-    except ValidationError:
+        result = Result.model_validate_json(text)
+    except (ValidationError, RecursionError):
         return None
+    return None if result.step and result.total_steps and result.step > result.total_steps else result

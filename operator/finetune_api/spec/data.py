@@ -15,6 +15,7 @@ DataFormat = Literal[
     "auto", "prompt-completion", "messages", "preference", "text", "alpaca", "sharegpt", "label-studio", "snorkel"
 ]  # fmt: skip
 _Column = Annotated[str, Field(min_length=1, max_length=128)]
+_LABEL_CHARACTERS = 65536  # a job has to fit into etcd together with its status
 _FORMATS = "; ".join(
     (
         "prompt-completion: prompt and completion, two strings or two lists of turns",
@@ -165,6 +166,9 @@ class DatasetSpec(Model):
              lambda m: (m.uri is None) != (not m.sources)),
         clean_uri(),
         reachable(),
+        Rule("labels", f"must have at most {_LABEL_CHARACTERS} characters in all",
+             f"self.labels.join('').size() <= {_LABEL_CHARACTERS}",
+             lambda m: sum(map(len, m.labels)) <= _LABEL_CHARACTERS),
         Rule("chatTemplate", "must be the text of a Jinja template, or the name of a .jinja file",
              "!has(self.chatTemplate) || self.chatTemplate.contains('{')"
              " || self.chatTemplate.matches('^[A-Za-z0-9][A-Za-z0-9._-]*[.]jinja$')",

@@ -23,15 +23,20 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 # Set for every pod by the operator, the supervisor or the device plugin.
 _RESERVED = ("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "OMP_NUM_THREADS")
 # Each names code, or a file that names code, which would run next to the job's credentials.
-_CODE = (
-    "CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "FI_PROVIDER_PATH", "HF_MODULES_CACHE", "IBV_DRIVERS",
-    "NCCL_CONF_FILE", "OMP_TOOL_LIBRARIES", "PYTORCH_KERNEL_CACHE_PATH", "TORCH_EXTENSIONS_DIR", "UCX_MODULE_DIR",
-)  # fmt: skip
+_CODE = ("NCCL_CONF_FILE",)
+# These connect to, or listen for, somebody whom the operator doesn't know.
+_PEERS = ("NCCL_COMM_ID", "NCCL_RAS_ADDR", "HF_DEBUG")
+# Kinds of names, so that a new library's variables are covered too. The first names code or a
+# folder in which code is looked up, such as CUDA_INJECTION64_PATH, CUDA_HOME, UCX_GDB_COMMAND,
+# IBV_DRIVERS and HF_MODULES_CACHE; the second turns a protection off, such as
+# TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD and HF_DATASETS_TRUST_REMOTE_CODE, or names another server.
+_NAMES_CODE = "_(PATHS?|HOME|DIR|DIRS|DIRECTORY|LIBS?|LIBRARY|LIBRARIES|DRIVERS?|CACHE|EXECUTABLE|COMMAND|CMD|PRELOAD)$"
+_UNPROTECTED = "TRUST|UNSAFE|INSECURE|ALLOW_CODE|WEIGHTS_ONLY|VERIFY|ENDPOINT|OFFLINE|TELEMETRY"
 
 _ANY_PROXY = "|".join((*PROXIES, *(name.lower() for name in PROXIES)))
 _ALLOWED = f"^(({'|'.join(PREFIXES)})[A-Za-z0-9_]+|{_ANY_PROXY})$"
 _CREDENTIAL = "(^|_)(API)?KEYS?(_|$)|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL"
-_REFUSED = f"^({'|'.join((*_RESERVED, *_CODE))})$"
+_REFUSED = f"^({'|'.join((*_RESERVED, *_CODE, *_PEERS))})$|{_NAMES_CODE}|{_UNPROTECTED}"
 
 
 def is_allowed(name: str) -> bool:
@@ -70,7 +75,8 @@ class EnvVarSpec(Model):
         _name("must not be the name of a credential; put it into a Secret and name that in credentialsRef",
               f"!self.name.upperAscii().matches('{_CREDENTIAL}')",
               lambda name: not is_credential(name)),
-        _name("is set by the operator, or would change which code is run, so a job can't set it",
+        _name("is set by the operator, would change which code is run, or turns a protection off; set it in a trainer "
+              "image of your own",
               f"!self.name.matches('{_REFUSED}')",
               lambda name: not re.search(_REFUSED, name)),
         Rule("value", "must be the name of a plugin in the trainer image, not a path",

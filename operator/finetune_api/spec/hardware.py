@@ -79,14 +79,17 @@ def _cel_quantity(field: str) -> str:
     return f"quantity(string(self.{field}))"
 
 
-def _positive(field: str) -> Rule:
-    """Returns the rule that a quantity is more than 0."""
+def _sane(field: str) -> Rule:
+    """Returns the rule that a quantity is more than 0, and no more than any machine has."""
     attribute = {"sharedMemory": "shared_memory"}.get(field, field)
     return Rule(
         field=field,
-        message="must be more than 0",
-        cel=f"string(self.{field}) == 'auto' || {_cel_quantity(field)}.isGreaterThan(quantity('0'))",
-        holds=lambda m: getattr(m, attribute) == "auto" or s.quantity_value(getattr(m, attribute)) > 0,
+        message="must be more than 0 and at most 1Pi",
+        cel=f"string(self.{field}) == 'auto' || ({_cel_quantity(field)}.isGreaterThan(quantity('0'))"
+        f" && !{_cel_quantity(field)}.isGreaterThan(quantity('1Pi')))",
+        holds=lambda m: (
+            getattr(m, attribute) == "auto" or 0 < s.quantity_value(getattr(m, attribute)) <= s.MAX_QUANTITY
+        ),
     )
 
 
@@ -152,7 +155,7 @@ class ResourcesSpec(Model):
     )
 
     rules = (
-        *(_positive(field) for field in ("cpu", "memory", "sharedMemory", "scratch")),
+        *(_sane(field) for field in ("cpu", "memory", "sharedMemory", "scratch")),
         Rule("sharedMemory", "must be less than memory, toward which it counts",
              f"string(self.memory) == 'auto' || {_cel_quantity('sharedMemory')}.isLessThan({_cel_quantity('memory')})",
              lambda m: m.memory == "auto" or s.quantity_value(m.shared_memory) < s.quantity_value(m.memory)),

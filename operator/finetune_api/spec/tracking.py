@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_api import scalars as s
 from finetune_api.base import Model
 from finetune_api.spec.inputs import SecretRef
 
@@ -15,7 +16,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
 class MlflowSpec(Model):
     """Configures an MLflow server, on which a job is one run, whatever the number of attempts."""
 
-    uri: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$", max_length=1024)] = Field(
+    uri: Annotated[str, Field(pattern=s.HTTP_URL_PATTERN, max_length=1024)] = Field(
         description="URL of the tracking server, http:// or https://. It must not contain credentials."
     )
     experiment: Annotated[str, Field(pattern=rf"{_NAME}|^$", max_length=256)] = Field(

@@ -7,49 +7,21 @@ so the order in which they arrive doesn't matter.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 from finetune_api import names
-from finetune_operator.core import objects
-from finetune_operator.core.objects import Attempt, ChildJob, Pod
+from finetune_api import untrusted as u
+from finetune_operator.controller.snapshot import JobSnapshot, Key, Owner, Raw, key_of
+from finetune_operator.core import objects, parsing
+from finetune_operator.core.objects import ChildJob, Pod
 
-Key = tuple[str, str]
-"""The namespace and name of a FineTuneJob."""
+log = logging.getLogger(__name__)
 
-Raw = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class JobSnapshot:
-    """Holds what the cache knows about one FineTuneJob at one moment: its raw body and its
-    children.
-
-    Children are matched by owner uid. `core.objects.Observed` is made from it: its body is parsed
-    and validated, and it adds warning events and the newest progress report.
-    """
-
-    body: Raw
-    attempts: tuple[Attempt, ...]
-    preflight: Attempt | None
-    orphaned_pods: tuple[Pod, ...]
-
-    @property
-    def key(self) -> Key:
-        """The key of the FineTuneJob."""
-        return key_of(self.body)
-
-    @property
-    def uid(self) -> str:
-        """The uid of the FineTuneJob."""
-        return str(self.body["metadata"]["uid"])
-
-    @property
-    def resource_version(self) -> str:
-        """The version that a decision is based on, and that its writes require."""
-        return str(self.body["metadata"]["resourceVersion"])
+_T = TypeVar("_T")
 
 
 class Cache:
@@ -59,9 +31,9 @@ class Cache:
         self._bodies: dict[Key, Raw] = {}
         self._jobs: dict[str, ChildJob] = {}  # by uid
         self._pods: dict[str, Pod] = {}  # by uid
-        self._jobs_of: dict[str, set[str]] = defaultdict(set)  # FineTuneJob uid → Job uids
-        self._pods_of: dict[str, set[str]] = defaultdict(set)  # Job uid → pod uids
-        self._pods_labeled: dict[str, set[str]] = defaultdict(set)  # FineTuneJob uid → pod uids
+        self._jobs_of: dict[Owner, set[str]] = defaultdict(set)  # FineTuneJob → Job uids
+        self._pods_of: dict[Owner, set[str]] = defaultdict(set)  # Job → pod uids
+        self._pods_labeled: dict[Owner, set[str]] = defaultdict(set)  # FineTuneJob → pod uids
         self._keys: dict[str, Key] = {}  # FineTuneJob uid → key
         self._deleted: dict[str, int] = {}  # uid → its last version, for late responses; see forget_deletions
         self._deleted_earlier: dict[str, int] = {}
@@ -71,15 +43,15 @@ class Cache:
         body = self._bodies.get(key)
         if body is None:
             return None
-        uid = str(body["metadata"]["uid"])
-        jobs = [self._jobs[job] for job in self._jobs_of.get(uid, ())]
-        pods = {job.uid: [self._pods[pod] for pod in self._pods_of.get(job.uid, ())] for job in jobs}
+        owner = (key[0], str(body["metadata"]["uid"]))
+        jobs, strangers = self._children(owner, key[1], body)
+        pods = {job.uid: [self._pods[pod] for pod in self._pods_of.get((key[0], job.uid), ())] for job in jobs}
         checks = objects.attempts((job for job in jobs if job.role == names.ROLE_PREFLIGHT), pods)
         return JobSnapshot(
             body=body,
             attempts=objects.attempts((job for job in jobs if job.role == names.ROLE_TRAINER), pods),
             preflight=checks[0] if checks else None,
-            orphaned_pods=tuple(self._orphaned_pods(uid)),
+            orphaned_pods=tuple(self._orphaned_pods(owner, {job.uid for job in jobs}, strangers)),
         )
 
     def bodies(self) -> Iterator[Raw]:
@@ -93,7 +65,7 @@ class Cache:
     def owner_of(self, pod: Pod) -> tuple[Key, ChildJob] | None:
         """Returns the key of the FineTuneJob and the Job that own a pod; None if unknown."""
         job = self._jobs.get(pod.job_uid)
-        key = self._keys.get(job.owner_uid) if job else None
+        key = self._key(job.namespace, job.owner_uid) if job and job.namespace == pod.namespace else None
         return (key, job) if key and job else None
 
     def sizes(self) -> dict[str, int]:
@@ -114,7 +86,7 @@ class Cache:
         if cached is None or _version(cached) < _version(body):
             if cached is not None:
                 self._keys.pop(cached["metadata"]["uid"], None)
-            self._bodies[key] = body
+            self._bodies[key] = _without_managed_fields(body)
             self._keys[body["metadata"]["uid"]] = key
         return key
 
@@ -136,57 +108,74 @@ class Cache:
 
         Returns the key of the FineTuneJob that owns it; None if it is unknown.
         """
-        job = objects.child_job(raw)
-        if not job.owner_uid or self._was_deleted(job.uid, job.version):
+        job = _parsed(parsing.child_job, raw)
+        if job is None or not job.owner_uid or self._was_deleted(job.uid, job.version):
             return None
         cached = self._jobs.get(job.uid)
         if cached is None or cached.version < job.version:
             self._jobs[job.uid] = job
-            self._jobs_of[job.owner_uid].add(job.uid)
-        return self._keys.get(job.owner_uid)
+            if cached is not None and cached.owner_uid != job.owner_uid:
+                _discard(self._jobs_of, (cached.namespace, cached.owner_uid), job.uid)
+            self._jobs_of[job.namespace, job.owner_uid].add(job.uid)
+        return self._key(job.namespace, job.owner_uid)
 
     def drop_job(self, uid: str, last_state: Raw | None = None) -> Key | None:
         """Removes a Job and its deleted pods. Returns the key of the FineTuneJob that owns it."""
         job = self._jobs.pop(uid, None)
-        last = objects.child_job(last_state) if last_state else job
+        last = _parsed(parsing.child_job, last_state) if last_state else job
         if last is not None:
             self._record_deletion(uid, last.version)
         if job is None:
             return None
-        _discard(self._jobs_of, job.owner_uid, uid)
-        for pod in tuple(self._pods_of.get(uid, ())):
+        _discard(self._jobs_of, (job.namespace, job.owner_uid), uid)
+        for pod in tuple(self._pods_of.get((job.namespace, uid), ())):
             if self._pods[pod].gone:
                 self._remove_pod(pod)
-        return self._keys.get(job.owner_uid)
+        return self._key(job.namespace, job.owner_uid)
 
     def put_pod(self, raw: Raw) -> Key | None:
         """Stores a pod unless a newer version is cached, or it was deleted.
 
         Returns the key of the FineTuneJob that it belongs to; None if it is unknown.
         """
-        pod = objects.pod(raw)
+        pod = _parsed(parsing.pod, raw)
+        if pod is None:
+            return None
         cached = self._pods.get(pod.uid)
-        if self._was_deleted(pod.uid, pod.version) or (cached is not None and cached.gone):
-            return self._keys.get(pod.owner_uid)
+        if self._was_deleted(pod.uid, pod.version):
+            return self._key_of_pod(pod)
         if cached is None or cached.version < pod.version:
             self._store_pod(pod)
-        return self._keys.get(pod.owner_uid)
+        return self._key_of_pod(self._pods[pod.uid])
+
+    def put_unwatched_pod(self, raw: Raw, owner_uid: str) -> None:
+        """Stores a pod of a FineTuneJob that was just read but that no watch reports."""
+        pod = _parsed(parsing.pod, raw)
+        if pod is not None:
+            self._deleted.pop(pod.uid, None)
+            self._deleted_earlier.pop(pod.uid, None)
+            self._store_pod(replace(pod, owner_uid=owner_uid, unwatched=True))
 
     def drop_pod(self, uid: str, last_state: Raw | None = None) -> Key | None:
         """Marks a pod as deleted. Returns the key of the FineTuneJob that it belongs to.
 
         Its last state stays available while its Job exists, since it may show the root cause of a
-        failure.
+        failure. A pod that nobody has asked to stop may only have lost the label that the watch
+        selects; it counts as running until it has been looked up.
         """
-        pod = objects.pod(last_state) if last_state else self._pods.get(uid)
+        pod = (_parsed(parsing.pod, last_state) if last_state else None) or self._pods.get(uid)
         if pod is None:
             return None
+        key = self._key_of_pod(pod)
+        if last_state is not None and pod.is_live and not pod.deleting:
+            self._store_pod(replace(pod, unwatched=True))
+            return key
         self._record_deletion(uid, pod.version)
         if pod.job_uid in self._jobs:
             self._store_pod(replace(pod, gone=True))
         else:
             self._remove_pod(uid)
-        return self._keys.get(pod.owner_uid)
+        return key
 
     # -- resync ------------------------------------------------------------------------------------
 
@@ -195,7 +184,7 @@ class Cache:
         return {
             names.PLURAL: set(self._keys),
             "jobs": set(self._jobs),
-            "pods": {uid for uid, pod in self._pods.items() if not pod.gone},
+            "pods": {uid for uid, pod in self._pods.items() if not pod.gone and not pod.unwatched},
         }
 
     def drop_missing(self, kind: str, missing: Iterable[str]) -> set[Key]:
@@ -224,12 +213,32 @@ class Cache:
 
     # -- internals ---------------------------------------------------------------------------------
 
-    def _orphaned_pods(self, uid: str) -> Iterator[Pod]:
-        """Yields live pods whose Job is gone, by label, since they no longer have an owner."""
-        for pod_uid in self._pods_labeled.get(uid, ()):
+    def _children(self, owner: Owner, name: str, body: Raw) -> tuple[list[ChildJob], set[str]]:
+        """Returns the Jobs that are proven to be the FineTuneJob's children, and the uids of those
+        that only claim to be."""
+        status = body.get("status")
+        newest = 1 + u.integer(status.get("attempt") if isinstance(status, Mapping) else 0)
+        jobs = [self._jobs[uid] for uid in self._jobs_of.get(owner, ())]
+        proven = [job for job in jobs if job.owner_name == name and job.attempt <= newest]
+        return proven, {job.uid for job in jobs} - {job.uid for job in proven}
+
+    def _orphaned_pods(self, owner: Owner, proven: set[str], strangers: set[str]) -> Iterator[Pod]:
+        """Yields live pods that no proven Job controls, but that may be the job's: by their label,
+        since they may no longer have an owner, or by a Job that claims to be a child."""
+        controlled = {pod for job in strangers for pod in self._pods_of.get((owner[0], job), ())}
+        for pod_uid in sorted(controlled | self._pods_labeled.get(owner, set())):
             pod = self._pods[pod_uid]
-            if pod.is_live and pod.job_uid not in self._jobs:
+            if pod.is_live and pod.job_uid not in proven:
                 yield pod
+
+    def _key(self, namespace: str, uid: str) -> Key | None:
+        """Returns the key of the FineTuneJob with a uid; None if it is in another namespace."""
+        key = self._keys.get(uid)
+        return key if key and key[0] == namespace else None
+
+    def _key_of_pod(self, pod: Pod) -> Key | None:
+        owner = self.owner_of(pod)
+        return owner[0] if owner else self._key(pod.namespace, pod.owner_uid)
 
     def _record_deletion(self, uid: str, version: int) -> None:
         """Remembers the newest version at which an object is known to be deleted."""
@@ -240,27 +249,49 @@ class Cache:
         return version <= max(self._deleted.get(uid, -1), self._deleted_earlier.get(uid, -1))
 
     def _store_pod(self, pod: Pod) -> None:
+        """Stores a pod. It stays the pod of the owners that it was first seen with: an editor may
+        have changed its labels, or the garbage collector may have orphaned it."""
+        cached = self._pods.get(pod.uid)
+        if cached is not None:
+            pod = replace(pod, job_uid=cached.job_uid or pod.job_uid, owner_uid=cached.owner_uid or pod.owner_uid)
         self._pods[pod.uid] = pod
-        self._pods_of[pod.job_uid].add(pod.uid)
-        self._pods_labeled[pod.owner_uid].add(pod.uid)
+        self._pods_of[pod.namespace, pod.job_uid].add(pod.uid)
+        self._pods_labeled[pod.namespace, pod.owner_uid].add(pod.uid)
 
     def _remove_pod(self, uid: str) -> None:
         pod = self._pods.pop(uid, None)
         if pod is not None:
-            _discard(self._pods_of, pod.job_uid, uid)
-            _discard(self._pods_labeled, pod.owner_uid, uid)
+            _discard(self._pods_of, (pod.namespace, pod.job_uid), uid)
+            _discard(self._pods_labeled, (pod.namespace, pod.owner_uid), uid)
 
 
-def key_of(body: Raw) -> Key:
-    """Returns the key of a FineTuneJob's raw body."""
-    return (body["metadata"]["namespace"], body["metadata"]["name"])
+def _without_managed_fields(body: Raw) -> Raw:
+    """Returns a body without the record of who set which field, which is as large as its spec."""
+    return {**body, "metadata": {key: value for key, value in body["metadata"].items() if key != "managedFields"}}
+
+
+def is_unwatched(raw: Raw) -> bool:
+    """Whether an object lacks the label that watches select, which anybody can remove."""
+    labels = raw["metadata"].get("labels") or {}
+    return any(labels.get(key) != value for key, value in names.WATCHED_LABELS.items())
+
+
+def _parsed(parse: Callable[[Raw], _T], raw: Raw) -> _T | None:
+    """Returns an object's value; None, with a warning, for an object that can't be read."""
+    try:
+        return parse(raw)
+    except parsing.Unreadable as error:
+        log.warning("object ignored: %s", error)
+        return None
 
 
 def _version(body: Raw) -> int:
     return int(body["metadata"]["resourceVersion"])
 
 
-def _discard(index: dict[str, set[str]], key: str, member: str) -> None:
+def _discard(index: dict[Owner, set[str]], key: Owner, member: str) -> None:
+    if key not in index:
+        return
     index[key].discard(member)
     if not index[key]:
         del index[key]

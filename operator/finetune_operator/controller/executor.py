@@ -6,12 +6,15 @@ nothing; it raises one of four exceptions if the API server rejects a request.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from finetune_api import names
-from finetune_operator.controller.cache import Cache, JobSnapshot
+from finetune_operator.controller.cache import Cache, is_unwatched
+from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core import manifests
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
@@ -21,6 +24,10 @@ from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, N
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_GARBAGE_COLLECTION = {"foregroundDeletion", "orphan"}  # finalizers of Kubernetes itself
+_SINGLE_READS = 3  # of pods; more of them are listed
+_REFUSED_FOR_NOW = (401, 403, 408)
 
 
 class OutOfDate(Exception):
@@ -83,6 +90,44 @@ class Executor:
         except NotFound:
             self._cache.drop_body(snapshot.body)
 
+    async def look_up(self, snapshot: JobSnapshot) -> bool:
+        """Reads the live pods that no watch reports. Returns whether there were any."""
+        unwatched = {pod.uid: pod for pod in snapshot.pods if pod.unwatched and pod.is_live}
+        if not unwatched:
+            return False
+        namespace, _ = snapshot.key
+        existing: dict[str, Mapping[str, Any]] = {}
+        if len(unwatched) > _SINGLE_READS:
+            listed = await self._client.matching("pods", namespace, lambda raw: raw["metadata"]["uid"] in unwatched)
+            existing = {raw["metadata"]["uid"]: raw for raw in listed}
+        else:
+            for pod in unwatched.values():
+                with contextlib.suppress(NotFound):
+                    raw = await self._client.get("pods", namespace, pod.name)
+                    existing[raw["metadata"]["uid"]] = raw
+        for uid in unwatched:
+            if uid in existing:
+                self._cache.put_unwatched_pod(existing[uid], snapshot.uid)
+            else:
+                self._cache.drop_pod(uid)
+        return True
+
+    async def end(self, snapshot: JobSnapshot) -> None:
+        """Deletes the Jobs of a FineTuneJob that a finalizer of somebody else keeps from vanishing.
+
+        Else the garbage collector deletes them, or leaves them if that was asked for.
+        """
+        if not set(snapshot.body["metadata"].get("finalizers") or ()) - _GARBAGE_COLLECTION:
+            return
+        children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
+        for job in (child.job for child in children if not child.job.deleting):
+            preconditions = {"uid": job.uid}
+            try:
+                await self._client.delete("jobs", job.namespace, job.name, preconditions, wait=True)
+                log.info("deleted Job %s of a deleted FineTuneJob", job.name)
+            except (NotFound, Conflict):
+                self._cache.drop_job(job.uid)
+
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         check_offered(observed.job, self._settings)
         run = plan(observed.job, self._settings, action.number, model_bytes(observed))
@@ -114,16 +159,21 @@ class Executor:
             raise OutOfDate
 
     async def _children_differ(self, snapshot: JobSnapshot) -> bool:
+        """Whether the children aren't those of the snapshot, wherever their labels point."""
         namespace, _ = snapshot.key
-        jobs = await self._client.children("jobs", namespace, snapshot.uid)
-        pods = await self._client.children("pods", namespace, snapshot.uid)
-        for job in jobs:
-            self._cache.put_job(job)
-        for pod in pods:
-            self._cache.put_pod(pod)
+        jobs = await self._client.matching("jobs", namespace, lambda raw: _controller(raw).get("uid") == snapshot.uid)
         cached_jobs = {attempt.job.uid for attempt in snapshot.attempts} | (
             {snapshot.preflight.job.uid} if snapshot.preflight else set()
         )
+        owners = cached_jobs | {job["metadata"]["uid"] for job in jobs}
+        pods = await self._client.matching("pods", namespace, lambda raw: _may_be_of(raw, snapshot, owners))
+        for job in jobs:
+            self._cache.put_job(job)
+        for pod in pods:
+            if is_unwatched(pod):
+                self._cache.put_unwatched_pod(pod, snapshot.uid)
+            else:
+                self._cache.put_pod(pod)
         missing = cached_jobs - {job["metadata"]["uid"] for job in jobs}
         self._cache.drop_missing("jobs", missing)
         current = self._cache.snapshot(snapshot.key)
@@ -142,7 +192,7 @@ class Executor:
         except NotFound as error:
             raise OutOfDate from error
         except Refused as error:
-            if error.code == 403:
+            if error.code in _REFUSED_FOR_NOW:
                 raise Blocked(error.message) from error
             raise SpecRefused(error.message) from error
         if resource == "jobs":
@@ -240,6 +290,16 @@ def _fingerprint(snapshot: JobSnapshot) -> tuple[object, ...]:
         tuple((child.job.uid, child.job.is_finished, child.job.deleting, child.is_live) for child in children),
         tuple(sorted(pod.uid for pod in snapshot.orphaned_pods)),
     )
+
+
+def _may_be_of(pod: Mapping[str, Any], snapshot: JobSnapshot, owners: set[str]) -> bool:
+    """Whether a pod may belong to a FineTuneJob: by its controller, by its label, or by its name,
+    which can't be changed, while the others can be removed."""
+    meta, controller = pod["metadata"], _controller(pod)
+    if controller:
+        return controller.get("uid") in owners
+    labeled = (meta.get("labels") or {}).get(names.LABEL_JOB_UID) == snapshot.uid
+    return labeled or re.fullmatch(rf"{re.escape(snapshot.key[1])}-[0-9]+-[0-9]+-[a-z0-9]+", meta["name"]) is not None
 
 
 def _controller(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,23 +14,26 @@ from pydantic import ValidationError
 
 from finetune_api import errors
 from finetune_api.resource import FineTuneJob
-from finetune_api.status import TERMINAL_PHASES, Status
-from finetune_operator.controller.cache import JobSnapshot, Key
+from finetune_api.status import TERMINAL_PHASES, Status, read
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.executor import Blocked, Executor, NameTaken, OutOfDate, SpecRefused
+from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_cache import SpecCache
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.warning_events import WarningEvents
-from finetune_operator.core import decide, status, verdict
+from finetune_operator.core import decide, reduced_status, status, verdict
 from finetune_operator.core.actions import Decision, DesiredStatus
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.plan import NotOffered, PlanError
-from finetune_operator.kube.client import Conflict, KubeClient, NotFound
+from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD
+from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _BLOCKED_SECONDS = 10.0
+_LOOK_UP_SECONDS = 5.0  # until a pod that no watch reports is looked up again
+_REFUSED_SECONDS = 60.0  # until a status that the API server refuses is tried again
 _UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
 _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
 _LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
@@ -49,6 +52,8 @@ class Reconciler:
         self._executor = Executor(client, state.cache, settings)
         self._warning_events = WarningEvents(client)
         self._specs = SpecCache()
+        self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
+        self._refusals: dict[Key, str] = {}
         self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
 
     async def reconcile(self, key: Key) -> None:
@@ -56,7 +61,12 @@ class Reconciler:
         snapshot = self._cache.snapshot(key)
         if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
             self._forget(key, snapshot)
+            if snapshot:
+                await self._executor.end(snapshot)
             return
+        if await self._executor.look_up(snapshot):
+            self._queue.add_after(key, _LOOK_UP_SECONDS)
+            snapshot = self._cache.snapshot(key) or snapshot
         now = datetime.now(UTC)
         try:
             job = self._specs.job(key, snapshot.body)
@@ -150,16 +160,63 @@ class Reconciler:
         """
         namespace, name = snapshot.key
         try:
-            body = await self._client.apply_status(namespace, name, snapshot.resource_version, after.to_json())
+            body = await self._apply(snapshot, after)
         except Conflict as error:
             await self._executor.refresh(snapshot)
             raise OutOfDate from error
         except NotFound:
             self._cache.drop_body(snapshot.body)
             return
+        if body is None:
+            return
         self._differs_since.pop(snapshot.key, None)
         self._cache.put_body(body)
         log.info("status written: %s: %s", after.phase, after.message, extra={"namespace": namespace, "job": name})
+
+    async def _apply(self, snapshot: JobSnapshot, after: Status) -> dict[str, Any] | None:
+        """Applies a status, or a reduced one while the API server refuses it.
+
+        Returns the object; None if even the reduced one is refused. It is tried again later.
+        """
+        key, version = snapshot.key, snapshot.resource_version
+        if time.monotonic() >= self._refused_until.get(key, 0.0):
+            try:
+                body = await self._client.apply_status(*key, version, after.to_json())
+            except Refused as error:
+                self._refused_until[key] = time.monotonic() + _REFUSED_SECONDS
+                self._refusals[key] = f"{error.code} {error.reason or error.message[:200]}"
+                log.warning("status refused: %s", error, extra={"namespace": key[0], "job": key[1]})
+            else:
+                self._refused_until.pop(key, None)
+                return body
+        self._queue.add_after(key, _REFUSED_SECONDS)
+        less = reduced_status.refused(after, self._refusals[key])
+        if less == read(snapshot.body.get("status")):
+            return None
+        try:
+            return await self._client.apply_status(*key, version, less.to_json())
+        except Refused as error:
+            log.error("even a reduced status is refused: %s", error, extra={"namespace": key[0], "job": key[1]})
+            return None
+
+    async def report_error(self, key: Key, error: Exception, delay: float) -> None:
+        """Says in the status of a job that reconciling it failed unexpectedly. Never raises."""
+        snapshot = self._cache.snapshot(key)
+        if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
+            return
+        before = read(snapshot.body.get("status"))
+        message = (
+            f"the operator can't process this job: {type(error).__name__}; it tries again in {delay:.0f} s, and its "
+            "log has the cause"
+        )
+        after = reduced_status.hindered(before, _generation(snapshot), OPERATOR_ERROR, message, datetime.now(UTC))
+        reported = any(c.reason == OPERATOR_ERROR for c in before.conditions)
+        if before.phase in TERMINAL_PHASES or reported:
+            return
+        try:
+            await self._write(snapshot, after)
+        except (ApiError, OutOfDate) as refusal:
+            log.warning("the error isn't in status: %s", refusal, extra={"namespace": key[0], "job": key[1]})
 
     async def _schedule_requeue(self, key: Key, observed: Observed, decision: Decision, now: datetime) -> None:
         """Sets timers for what no watch reports: back-off, deadlines, and warning events."""
@@ -185,7 +242,7 @@ class Reconciler:
         During an upgrade, the CRD is newer for a few seconds, so this is reported only after a
         while.
         """
-        key, before = snapshot.key, _readable_status(snapshot.body)
+        key, before = snapshot.key, read(snapshot.body.get("status"))
         if before.phase in TERMINAL_PHASES:
             return
         since = self._differs_since.setdefault(key, time.monotonic())
@@ -193,22 +250,26 @@ class Reconciler:
         if wait > 0:
             self._queue.add_after(key, wait)
             return
-        after = status.from_newer_version(before, int(snapshot.body["metadata"].get("generation", 1)), fields, now)
+        message = (
+            f"{', '.join(fields)}: this operator doesn't know the field, and changes nothing; upgrade the operator"
+        )
+        after = reduced_status.hindered(before, _generation(snapshot), OPERATOR_TOO_OLD, message, now)
         if after.message != before.message:
             await self._write(snapshot, after)
 
     async def _fail_unreadable(self, snapshot: JobSnapshot, error: ValidationError, now: datetime) -> None:
         """Fails a job whose body this version can't parse, unless it has ended already."""
-        before = _readable_status(snapshot.body)
+        before = read(snapshot.body.get("status"))
         if before.phase in TERMINAL_PHASES:
             return
-        meta = snapshot.body["metadata"]
-        after = status.unreadable(before, int(meta.get("generation", 1)), "; ".join(errors.describe(error)), now)
+        after = status.unreadable(before, _generation(snapshot), "; ".join(errors.describe(error)), now)
         await self._write(snapshot, after)
 
     def _forget(self, key: Key, snapshot: JobSnapshot | None) -> None:
         """Removes all that is in memory about a job that is gone or being deleted."""
         self._differs_since.pop(key, None)
+        self._refused_until.pop(key, None)
+        self._refusals.pop(key, None)
         self._specs.forget(key)
         self._queue.forget(key)
         if snapshot:
@@ -221,9 +282,5 @@ def _child_uids(snapshot: JobSnapshot) -> tuple[str, ...]:
     return tuple(uid for child in children for uid in (child.job.uid, *(pod.uid for pod in child.pods)))
 
 
-def _readable_status(body: Any) -> Status:
-    """Returns the status of a raw body; an empty one if this version can't parse it."""
-    try:
-        return Status.model_validate(body.get("status") or {})
-    except ValidationError:
-        return Status()
+def _generation(snapshot: JobSnapshot) -> int:
+    return int(snapshot.body["metadata"].get("generation", 1))

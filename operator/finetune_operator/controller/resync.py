@@ -11,11 +11,46 @@ import logging
 from collections.abc import Callable
 
 from finetune_api import names
-from finetune_operator.controller.cache import Key
+from finetune_operator.controller.snapshot import Key, Raw
 from finetune_operator.controller.state import ControllerState
-from finetune_operator.kube.client import KubeClient, Unavailable
+from finetune_operator.controller.workqueue import BrokenInvariant
+from finetune_operator.kube.client import ApiError, KubeClient, NotFound
 
 log = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.5
+_LONGEST_RETRY_SECONDS = 10.0
+
+
+def tolerantly(update: Callable[[Raw], Key | None], raw: Raw) -> Key | None:
+    """Updates the cache with one object; one that can't be read costs a log line and no more.
+
+    Returns the key of the FineTuneJob that it belongs to; None if there is none.
+    """
+    try:
+        return update(raw)
+    except BrokenInvariant:
+        raise
+    except Exception:
+        meta = raw.get("metadata") or {}
+        log.exception("object ignored: namespace=%s name=%s", meta.get("namespace"), meta.get("name"))
+        return None
+
+
+async def first_resync(
+    client: KubeClient, state: ControllerState, namespaces: tuple[str, ...], completed: Callable[[], None]
+) -> None:
+    """Resyncs once, with retries while the API server is overloaded or lists expire."""
+    delay = _FIRST_RETRY_SECONDS
+    while True:
+        try:
+            return await resync(client, state, namespaces, completed)
+        except NotFound:
+            raise
+        except ApiError as error:
+            log.warning("the first resync failed, retrying in %.1f s: %s", delay, error)
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, _LONGEST_RETRY_SECONDS)
 
 
 async def resync(
@@ -23,7 +58,7 @@ async def resync(
 ) -> None:
     """Lists each resource once, queues every affected job, and calls `completed`.
 
-    Empty `namespaces` mean all. Raises kube.client.Unavailable.
+    Empty `namespaces` mean all. Raises kube.client.ApiError.
     """
     cache = state.cache
     cache.forget_deletions()
@@ -31,7 +66,7 @@ async def resync(
     affected: set[Key] = set()
     for kind, put in ((names.PLURAL, cache.put_body), ("jobs", cache.put_job), ("pods", cache.put_pod)):
         items = await client.all_of(kind, namespaces)
-        affected |= {key for key in map(put, items) if key}
+        affected |= {key for item in items if (key := tolerantly(put, item))}
         missing = before[kind] - {item["metadata"]["uid"] for item in items}
         if missing:
             log.info("resync removed %d %s that no longer exist", len(missing), kind)
@@ -53,5 +88,5 @@ async def resync_periodically(
         await asyncio.sleep(seconds)
         try:
             await resync(client, state, namespaces, completed)
-        except Unavailable as error:
+        except ApiError as error:
             log.warning("resync failed: %s", error)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api import resource
+from finetune_api import resource, status
 from finetune_api.resource import FineTuneJob, Metadata, Spec
-from finetune_api.status import Status
-from finetune_operator.controller.cache import Key
+from finetune_operator.controller.snapshot import Key
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,10 @@ class SpecCache:
         parsed = self._specs.get(key)
         if parsed and (parsed.uid, parsed.generation) == (meta["uid"], meta["generation"]):
             metadata = Metadata.model_validate(meta)
-            return FineTuneJob(
-                metadata=metadata, spec=parsed.spec, status=Status.model_validate(body.get("status") or {})
-            )
-        job = resource.parse(body)
+            return FineTuneJob(metadata=metadata, spec=parsed.spec, status=status.read(body.get("status")))
+        job = resource.parse({**body, "status": {}})
         self._specs[key] = _ParsedSpec(meta["uid"], meta["generation"], job.spec)
-        return job
+        return job.model_copy(update={"status": status.read(body.get("status"))})
 
     def forget(self, key: Key) -> None:
         """Removes the spec of a job that is gone."""

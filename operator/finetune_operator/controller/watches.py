@@ -1,7 +1,7 @@
 """Registers kopf's watches, which feed the cache and the queue.
 
-Only low-level handlers are used, which write nothing to any object. They decide nothing, and an
-unexpected error in one ends the process; kopf would only log it.
+Only low-level handlers are used, which write nothing to any object. They decide nothing. An object
+that can't be read is left out; a broken invariant ends the process, while kopf would only log it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 import kopf
 
 from finetune_api import names
-from finetune_operator.controller.cache import Cache, Key
+from finetune_operator.controller.cache import Cache
+from finetune_operator.controller.resync import tolerantly
+from finetune_operator.controller.snapshot import Key
 from finetune_operator.controller.workqueue import WorkQueue
 
 Raw = Mapping[str, Any]
 Abort = Callable[[BaseException], None]
 """Is called with an unexpected error and ends the process."""
 
-_CHILD_LABELS = {"app.kubernetes.io/managed-by": names.COMMON_LABELS["app.kubernetes.io/managed-by"]}
-_CHILD_SELECTOR = ",".join(f"{key}={value}" for key, value in _CHILD_LABELS.items())
+_CHILD_SELECTOR = ",".join(f"{key}={value}" for key, value in names.WATCHED_LABELS.items())
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 
 
@@ -103,11 +104,11 @@ def registry(cache: Cache, queue: WorkQueue, abort: Abort, kubeconfig: Path | No
     async def finetunejob(event: Raw, **_: Any) -> None:
         enqueue(_update(abort, event, cache.drop_body, cache.put_body))
 
-    @kopf.on.event("batch", "v1", "jobs", labels=_CHILD_LABELS, registry=handlers)
+    @kopf.on.event("batch", "v1", "jobs", labels=names.WATCHED_LABELS, registry=handlers)
     async def child_job(event: Raw, **_: Any) -> None:
         enqueue(_update(abort, event, lambda raw: cache.drop_job(_uid(raw), raw), cache.put_job))
 
-    @kopf.on.event("", "v1", "pods", labels=_CHILD_LABELS, registry=handlers)
+    @kopf.on.event("", "v1", "pods", labels=names.WATCHED_LABELS, registry=handlers)
     async def pod(event: Raw, **_: Any) -> None:
         enqueue(_update(abort, event, lambda raw: cache.drop_pod(_uid(raw), raw), cache.put_pod))
 
@@ -118,9 +119,8 @@ def _update(
     abort: Abort, event: Raw, drop: Callable[[Raw], Key | None], put: Callable[[Raw], Key | None]
 ) -> Key | None:
     """Updates the cache. Returns the key of the FineTuneJob to reconcile; None if unknown."""
-    body = event["object"]
     try:
-        return drop(body) if event["type"] == "DELETED" else put(body)
+        return tolerantly(drop if event["type"] == "DELETED" else put, event["object"])
     except Exception as error:
         abort(error)
         raise

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune_operator.controller.cache import Key
+from finetune_operator.controller.snapshot import Key
 
 _FIRST_BACKOFF_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 60.0
@@ -24,6 +24,10 @@ class _Timer:
 
     due: float  # in the event loop's time
     handle: asyncio.TimerHandle
+
+
+class BrokenInvariant(Exception):
+    """Is raised if the operator contradicts itself, which ends the process. No input causes it."""
 
 
 class WorkQueue:
@@ -76,14 +80,14 @@ class WorkQueue:
         return key
 
     def done(self, key: Key) -> None:
-        """Reports that the key was reconciled."""
-        self._busy.discard(key)
+        """Reports that the key was reconciled. Raises BrokenInvariant if no worker had it."""
+        self._release(key)
         self._failures.pop(key, None)
         self._add_if_requeued(key)
 
     def failed(self, key: Key) -> float:
         """Requeues the key with exponential back-off. Returns the delay in seconds."""
-        self._busy.discard(key)
+        self._release(key)
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         longest = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16), _LONGEST_BACKOFF_SECONDS)
         delay = longest * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
@@ -97,6 +101,11 @@ class WorkQueue:
         if timer:
             timer.handle.cancel()
         self._failures.pop(key, None)
+
+    def _release(self, key: Key) -> None:
+        if key not in self._busy:
+            raise BrokenInvariant(f"no worker has {key}")
+        self._busy.discard(key)
 
     def _fire(self, key: Key) -> None:
         self._timers.pop(key, None)

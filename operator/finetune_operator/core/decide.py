@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_api import reasons
+from finetune_api.resource import FineTuneJob
 from finetune_api.status import CONDITION_SUSPENDED, TERMINAL_PHASES, FailureStatus, Phase, Restarts, Status
-from finetune_operator.core import gang, plan, restart_policy
+from finetune_operator.core import gang, output, plan, restart_policy
 from finetune_operator.core.actions import (
     CHECKING,
     SUSPENDED,
@@ -63,13 +64,17 @@ def decide(observed: Observed, now: datetime) -> Decision:
         return _finished(observed, now)
     case = _case(observed, now)
     if case.verdict and case.verdict.state == "succeeded":
-        return Decision(case.desired("Succeeded", case.verdict.reason, _success(case.verdict)))
+        return Decision(case.desired("Succeeded", case.verdict.reason, _success(case.verdict, observed.job)))
     if observed.job.spec.run_policy.suspend:
         return _suspend(case)
     remaining = _seconds_to_deadline(case)
     if remaining is not None and remaining <= 0:
         return _deadline_exceeded(case)
     decision = _before_first_attempt(case) if case.number == 0 else _after_first_attempt(case)
+    if decision.desired and decision.desired.attempt > case.status.attempt + 1:
+        # Only an attempt that follows the one in status is proven to be the job's.
+        message = f"recording attempt {case.number} before the next one"
+        decision = Decision(case.desired("Restarting", STARTING, message), status_first=True)
     return replace(decision, requeue_after=_earlier(decision.requeue_after, remaining))
 
 
@@ -283,11 +288,14 @@ def _starting_phase(number: int) -> Phase:
     return "Starting" if number <= 1 else "Restarting"
 
 
-def _success(verdict: Verdict) -> str:
-    if verdict.result is None or verdict.result.artifact is None:
+def _success(verdict: Verdict, job: FineTuneJob) -> str:
+    result = verdict.result
+    if result is None or result.artifact is None:
         return "training is complete"
-    headline = verdict.result.evaluation.headline if verdict.result.evaluation else ""
-    return f"the result is in {verdict.result.artifact.uri}{headline and f'; {headline}'}"
+    if output.artifact(result, job) is None:
+        return "training is complete; the pod names a result outside of spec.output.uri, which isn't believed"
+    headline = result.evaluation.headline if result.evaluation else ""
+    return f"the result is in {job.spec.output.uri}{headline and f'; {headline}'}"
 
 
 def _earlier(first: float | None, second: float | None) -> float | None:

@@ -1,30 +1,25 @@
-"""Parses raw Kubernetes objects into the small frozen values that decisions are made from.
-
-A field that the API server omits has its zero value here. It does no I/O.
+"""Defines the small frozen values that decisions are made from; `core.parsing` makes them from raw
+objects. It does no I/O.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
-from pydantic import ValidationError
-
-from finetune_api import names
+from finetune_api import untrusted as u
 from finetune_api.messages.progress import Progress
-from finetune_api.messages.result import Result, decode
+from finetune_api.messages.result import Result
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import Restarts
-
-Raw = Mapping[str, Any]
 
 PENDING = "Pending"
 RUNNING = "Running"
 SUCCEEDED = "Succeeded"
 FAILED = "Failed"
+
+MAX_PODS = 1024  # of one attempt, as spec.distribution.nodes has it
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,10 @@ class Pod:
     created: str
     node: str = ""
     scheduled_at: str = ""
+    addresses: frozenset[str] = frozenset()  # of its network, once it has them
     deleting: bool = False
     gone: bool = False  # deleted; the other fields are its last observed state
+    unwatched: bool = False  # the watch lost it, by a label, so its state has to be looked up
     started: bool = False  # its container is running, or has run
     service_account: str = ""
     unschedulable: str = ""  # the scheduler's message
@@ -81,10 +78,11 @@ class ChildJob:
     uid: str
     version: int
     resource_version: str
-    owner_uid: str
+    owner_uid: str  # of the FineTuneJob; empty if the Job isn't called as one of its children
     role: str
     attempt: int  # 0 for preflight
     created: str
+    owner_name: str = ""
     expected_pods: int = 1
     deleting: bool = False
     complete: bool = False
@@ -153,78 +151,6 @@ class Observed:
         return self.attempts[-1] if self.attempts else None
 
 
-def pod(raw: Raw) -> Pod:
-    """Parses the raw body of a pod."""
-    meta, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
-    labels = meta.get("labels", {})
-    conditions = {c["type"]: c for c in status.get("conditions") or ()}
-    scheduled = conditions.get("PodScheduled", {})
-    disruption = conditions.get("DisruptionTarget", {})
-    state = _container_state(status)
-    waiting, terminated = state.get("waiting") or {}, state.get("terminated")
-    unscheduled = not spec.get("nodeName") and scheduled.get("status") == "False"
-    unschedulable = unscheduled and scheduled.get("reason") == "Unschedulable"
-    disrupted = disruption.get("status") == "True"
-    return Pod(
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        version=int(meta["resourceVersion"]),
-        job_uid=_controller_uid(meta, "Job"),
-        owner_uid=labels.get(names.LABEL_JOB_UID, ""),
-        index=int(labels.get("batch.kubernetes.io/job-completion-index", 0)),
-        phase=status.get("phase", PENDING),
-        created=meta.get("creationTimestamp", ""),
-        node=spec.get("nodeName", ""),
-        scheduled_at=scheduled.get("lastTransitionTime") or "" if scheduled.get("status") == "True" else "",
-        deleting="deletionTimestamp" in meta,
-        started="running" in state or "terminated" in state,
-        service_account=spec.get("serviceAccountName", ""),
-        unschedulable=scheduled.get("message", "") if unschedulable else "",
-        waiting_reason=waiting.get("reason", ""),
-        waiting_message=waiting.get("message", ""),
-        disruption=disruption.get("reason", "") if disrupted else "",
-        disruption_message=disruption.get("message", "") if disrupted else "",
-        status_reason=status.get("reason", ""),
-        status_message=status.get("message", ""),
-        termination=_termination(terminated) if terminated else None,
-        result=decode(terminated.get("message")) if terminated else None,
-    )
-
-
-def child_job(raw: Raw) -> ChildJob:
-    """Parses the raw body of a batch/v1 Job."""
-    meta, spec, status = raw["metadata"], raw.get("spec", {}), raw.get("status", {})
-    labels, annotations = meta.get("labels", {}), meta.get("annotations", {})
-    conditions = {c["type"]: c for c in status.get("conditions") or () if c.get("status") == "True"}
-    failure = conditions.get("Failed") or conditions.get("FailureTarget") or {}
-    end = conditions.get("Complete") or conditions.get("Failed") or {}
-    return ChildJob(
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        version=int(meta["resourceVersion"]),
-        resource_version=meta["resourceVersion"],
-        owner_uid=_controller_uid(meta, names.KIND),
-        role=labels.get(names.LABEL_ROLE, ""),
-        attempt=int(labels.get(names.LABEL_ATTEMPT, 0)),
-        created=meta.get("creationTimestamp", ""),
-        expected_pods=int(spec.get("completions") or 1),
-        deleting="deletionTimestamp" in meta,
-        complete="Complete" in conditions,
-        failed="Failed" in conditions,
-        failing="FailureTarget" in conditions or (names.LABEL_ATTEMPT in labels and bool(status.get("failed"))),
-        suspended=bool(spec.get("suspend")),
-        released_at=annotations.get(names.ANNOTATION_RELEASED_AT, ""),
-        releases=_count(annotations.get(names.ANNOTATION_RELEASES)),
-        failure_reason=failure.get("reason", ""),
-        failure_message=failure.get("message", ""),
-        finished_at=end.get("lastTransitionTime", ""),
-        restarts=_restarts(annotations.get(names.ANNOTATION_RESTARTS)),
-        avoided_nodes=_names(annotations.get(names.ANNOTATION_AVOIDED_NODES)),
-    )
-
-
 def attempts(jobs: Iterable[ChildJob], pods: Mapping[str, Iterable[Pod]]) -> tuple[Attempt, ...]:
     """Joins Jobs with their pods (grouped by the Job's uid), ordered by attempt number."""
     joined = (Attempt(job, tuple(sorted(pods.get(job.uid, ()), key=lambda p: (p.index, p.created)))) for job in jobs)
@@ -233,53 +159,5 @@ def attempts(jobs: Iterable[ChildJob], pods: Mapping[str, Iterable[Pod]]) -> tup
 
 def seconds_between(earlier: str, later: datetime) -> float:
     """Returns the seconds from an RFC 3339 time to `later`; 0 if the earlier one is unknown."""
-    if not earlier:
-        return 0.0
-    return (later - datetime.fromisoformat(earlier)).total_seconds()
-
-
-def _container_state(status: Raw) -> Mapping[str, Any]:
-    for container in status.get("containerStatuses") or ():
-        if container.get("name") == names.CONTAINER_TRAINER:
-            state: Mapping[str, Any] = container.get("state") or {}
-            return state
-    return {}
-
-
-def _termination(raw: Raw) -> Termination:
-    return Termination(
-        exit_code=int(raw.get("exitCode", 0)),
-        reason=raw.get("reason", ""),
-        message=raw.get("message", ""),
-        finished_at=raw.get("finishedAt") or "",
-    )
-
-
-def _controller_uid(meta: Raw, kind: str) -> str:
-    for owner in meta.get("ownerReferences") or ():
-        if owner.get("controller") and owner.get("kind") == kind:
-            return str(owner.get("uid", ""))
-    return ""
-
-
-def _restarts(annotation: str | None) -> Restarts:
-    if not annotation:
-        return Restarts()
-    try:
-        return Restarts.model_validate(json.loads(annotation))
-    except (ValidationError, ValueError):
-        return Restarts()
-
-
-def _count(annotation: str | None) -> int:
-    """Returns a number; 0 for an annotation that somebody has changed."""
-    return int(annotation) if annotation and annotation.isdecimal() else 0
-
-
-def _names(annotation: str | None) -> tuple[str, ...]:
-    """Returns the names in a JSON list; none for an annotation that somebody has changed."""
-    try:
-        content = json.loads(annotation or "[]")
-    except ValueError:
-        return ()
-    return tuple(name for name in content if isinstance(name, str)) if isinstance(content, list) else ()
+    start = u.seconds(earlier)
+    return 0.0 if start is None else later.timestamp() - start

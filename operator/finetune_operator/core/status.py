@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from finetune_api import reasons
+from finetune_api import untrusted as u
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.result import Result
 from finetune_api.status import (
@@ -27,9 +28,9 @@ from finetune_api.status import (
     ModelStatus,
     Status,
 )
-from finetune_operator.core import plan, restart_policy
+from finetune_operator.core import output, plan, restart_policy
 from finetune_operator.core.actions import SUSPENDED, SUSPENDING, DesiredStatus
-from finetune_operator.core.objects import Observed, Report
+from finetune_operator.core.objects import Observed, Report, seconds_between
 from finetune_operator.core.progress_status import progress
 
 # A change that isn't urgent waits this long, so that one write includes a change that follows
@@ -65,7 +66,7 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         observed_generation=observed.job.metadata.generation,
         phase=desired.phase,
         message=desired.message,
-        conditions=_conditions(before, observed.job.metadata.generation, desired, time),
+        conditions=conditions(before, observed.job.metadata.generation, desired, time),
         start_time=before.start_time or _start_time(observed, desired, time),
         completion_time=before.completion_time or (time if desired.is_terminal else None),
         attempt=desired.attempt,
@@ -76,7 +77,7 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         checkpoint=None if desired.phase == "Succeeded" else _checkpoint(observed),
         model=_model(before.model, report, result),
         data=_data(observed, report, result),
-        artifact=(result.artifact if result else None) or before.artifact,
+        artifact=output.artifact(result, observed.job) or before.artifact,
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )
@@ -84,7 +85,7 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
 
 def unreadable(before: Status, generation: int, message: str, now: datetime) -> Status:
     """Returns the status of a job whose spec can't be parsed: its CRD has another version."""
-    time = timestamp(now)
+    time, message = timestamp(now), u.line(message)
     failure = FailureStatus(reason="InvalidSpec", message=message, hint=reasons.hint("InvalidSpec"))
     desired = DesiredStatus("Failed", "InvalidSpec", message, before.attempt, before.restarts, failure)
     return before.model_copy(
@@ -92,24 +93,9 @@ def unreadable(before: Status, generation: int, message: str, now: datetime) -> 
             "observed_generation": generation,
             "phase": desired.phase,
             "message": message,
-            "conditions": _conditions(before, generation, desired, time),
+            "conditions": conditions(before, generation, desired, time),
             "completion_time": time,
             "failure": failure,
-        }
-    )
-
-
-def from_newer_version(before: Status, generation: int, fields: tuple[str, ...], now: datetime) -> Status:
-    """Returns the status of a job with fields that only a newer operator knows.
-
-    Nothing is done to such a job until that operator takes over, so its phase remains.
-    """
-    message = f"{', '.join(fields)}: this operator doesn't know the field, and changes nothing; upgrade the operator"
-    waiting = DesiredStatus("Pending", "OperatorTooOld", message, before.attempt, before.restarts, before.failure)
-    return before.model_copy(
-        update={
-            "message": message,
-            "conditions": _conditions(before, generation, waiting, timestamp(now)),
         }
     )
 
@@ -137,7 +123,7 @@ def seconds_until_due(
     if _without_progress(before) == _without_progress(after):
         if before.progress is None or before.progress.update_time is None:
             return 0.0
-        age = (now - datetime.fromisoformat(before.progress.update_time)).total_seconds()
+        age = seconds_between(before.progress.update_time, now)
         return max(0.0, write_every - age)
     if _is_urgent(before, after):
         return 0.0
@@ -173,22 +159,23 @@ def _without_progress(status: Status) -> Status:
 
 
 def _without_messages(status: Status) -> Status:
-    conditions = tuple(c.model_copy(update={"message": ""}) for c in status.conditions)
-    return _without_progress(status).model_copy(update={"message": "", "conditions": conditions})
+    without = tuple(c.model_copy(update={"message": ""}) for c in status.conditions)
+    return _without_progress(status).model_copy(update={"message": "", "conditions": without})
 
 
 def _start_time(observed: Observed, desired: DesiredStatus, time: str) -> str | None:
     if observed.attempts:
-        return observed.attempts[0].job.created
+        return observed.attempts[0].job.created or time
     return time if desired.attempt > 0 else None
 
 
-def _conditions(before: Status, generation: int, desired: DesiredStatus, time: str) -> tuple[Condition, ...]:
+def conditions(before: Status, generation: int, desired: DesiredStatus, time: str) -> tuple[Condition, ...]:
+    """Returns the conditions by which a status reports what is desired."""
     failed = desired.phase == "Failed"
     working = desired.phase in ("Pending", "Queued", "Starting", "Restarting") or desired.suspension == SUSPENDING
     met = _DesiredCondition(True, desired.reason, desired.message)
     not_met = _DesiredCondition(False, "Finished" if desired.is_terminal else "NotFinished")
-    conditions = {
+    by_type = {
         CONDITION_COMPLETE: met if desired.phase == "Succeeded" else not_met,
         CONDITION_FAILED: met if failed else not_met,
         CONDITION_SUSPENDED: _DesiredCondition(desired.suspension == SUSPENDED, desired.suspension or "NotSuspended"),
@@ -197,7 +184,7 @@ def _conditions(before: Status, generation: int, desired: DesiredStatus, time: s
     }
     earlier = {condition.type: condition for condition in before.conditions}
     return tuple(
-        _condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in conditions.items()
+        _condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in by_type.items()
     )
 
 
@@ -226,7 +213,8 @@ def _checkpoint(observed: Observed) -> CheckpointStatus | None:
     """Returns the newest checkpoint that status, the report or a terminated pod mentions."""
     reported = observed.report.progress.checkpoint if observed.report else None
     ended = (pod.result.checkpoint for attempt in observed.attempts for pod in attempt.pods if pod.result)
-    return _newest(observed.job.status.checkpoint, reported, *ended)
+    credible = (checkpoint for checkpoint in (reported, *ended) if output.contains(observed.job, checkpoint))
+    return _newest(observed.job.status.checkpoint, *credible)
 
 
 def _newest(*checkpoints: CheckpointStatus | None) -> CheckpointStatus | None:

@@ -111,8 +111,9 @@ def _all_succeeded(attempt: Attempt) -> bool:
 
     The Job controller reports completion a second or two later.
     """
-    done = {pod.index for pod in attempt.pods if pod.phase == objects.SUCCEEDED}
-    return not attempt.job.failed and done >= set(range(attempt.job.expected_pods))
+    expected = attempt.job.expected_pods
+    done = {pod.index for pod in attempt.pods if pod.phase == objects.SUCCEEDED and pod.index < expected}
+    return not attempt.job.failed and len(done) >= expected
 
 
 def _present(pods: tuple[Pod, ...]) -> tuple[Pod, ...]:

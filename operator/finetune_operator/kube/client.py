@@ -18,6 +18,8 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_api import names
+from finetune_api.untrusted import line
+from finetune_operator.kube.encoding import yaml_safe
 from finetune_operator.kube.rate_limiter import ORDINARY, URGENT, RateLimiter
 
 Raw = dict[str, Any]
@@ -25,9 +27,13 @@ Count = Callable[[str, str, str], None]
 """Counts a request by verb, resource and response code."""
 
 _TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
+_LEASE_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=3)
 _PAGE_SIZE = 500
+_APPLY = "application/apply-patch+yaml; charset=utf-8"
+_TOO_LARGE = ("request is too large", "Request entity too large", "exceeds")  # etcd's limit, as a 500 or 413
 _CHILD_SELECTOR = f"app.kubernetes.io/managed-by={names.COMMON_LABELS['app.kubernetes.io/managed-by']}"
 
+_UNTHROTTLED = ("leases", "tokenreviews")  # reviews have a budget of their own
 _API_PATHS = {
     names.PLURAL: f"/apis/{names.API_VERSION}",
     "jobs": "/apis/batch/v1",
@@ -64,21 +70,33 @@ class Refused(ApiError):
     """Is raised for another 4xx: the same request fails again unless something else changes."""
 
 
+class TooLarge(Refused):
+    """Is raised if the object is too large for the server, whatever code it answers with."""
+
+
 class Unavailable(ApiError):
     """Is raised if the server doesn't respond or is overloaded; the request may succeed later."""
 
 
 class KubeClient:
-    """Wraps one connection pool and one rate limiter."""
+    """Wraps one connection pool and one rate limiter, and a pool of its own for the Lease.
 
-    def __init__(self, api: client.ApiClient, limiter: RateLimiter, count: Count) -> None:
+    Requests for Leases wait neither for a token of the limiter nor for a free connection, so that
+    load on the operator can't take the Lease from it.
+    """
+
+    def __init__(
+        self, api: client.ApiClient, limiter: RateLimiter, count: Count, lease_api: client.ApiClient | None = None
+    ) -> None:
         self._api = api
+        self._lease_api = lease_api or api
         self._limiter = limiter
         self._count = count
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._api.close()
+        await self._lease_api.close()
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -86,10 +104,9 @@ class KubeClient:
         """Reads the newest version of an object. Raises NotFound."""
         return await self._request("GET", resource, _path(resource, namespace, name))
 
-    async def children(self, resource: str, namespace: str, owner_uid: str) -> list[Raw]:
-        """Lists the newest versions of the Jobs or pods that have a FineTuneJob's label."""
-        selector = f"{names.LABEL_JOB_UID}={owner_uid}"
-        return [item async for item in self.items(resource, namespace, selector)]
+    async def matching(self, resource: str, namespace: str, matches: Callable[[Raw], bool]) -> list[Raw]:
+        """Lists the newest versions of the namespace's objects, whatever their labels are."""
+        return [item async for item in self.items(resource, namespace) if matches(item)]
 
     async def all_of(self, resource: str, namespaces: tuple[str, ...]) -> list[Raw]:
         """Lists FineTuneJobs, or their Jobs or pods, in the namespaces; empty means all."""
@@ -129,8 +146,7 @@ class KubeClient:
         }
         path = _path(names.PLURAL, namespace, name) + "/status"
         query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
-        content_type = "application/apply-patch+yaml"
-        return await self._request("PATCH", f"{names.PLURAL}/status", path, query, body, content_type=content_type)
+        return await self._request("PATCH", f"{names.PLURAL}/status", path, query, yaml_safe(body), content_type=_APPLY)
 
     async def delete(self, resource: str, namespace: str, name: str, preconditions: Raw, wait: bool) -> Raw:
         """Deletes an object. With `wait` it stays visible until its dependents are gone.
@@ -181,7 +197,7 @@ class KubeClient:
         resource: str,
         path: str,
         query: Mapping[str, str] | None = None,
-        body: Raw | None = None,
+        body: Raw | str | None = None,
         *,
         verb: str = "",
         content_type: str = "application/json",
@@ -191,22 +207,23 @@ class KubeClient:
 
         Raises a subclass of ApiError.
         """
-        await self._limiter.acquire(priority)
+        api, timeout = (self._lease_api, _LEASE_TIMEOUT) if resource == "leases" else (self._api, _TIMEOUT)
+        if resource not in _UNTHROTTLED:
+            await self._limiter.acquire(priority)
         query_string = urlencode({key: value for key, value in (query or {}).items() if value})
-        url = f"{self._api.configuration.host}{path}" + (f"?{query_string}" if query_string else "")
+        url = f"{api.configuration.host}{path}" + (f"?{query_string}" if query_string else "")
         headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.FIELD_MANAGER}
-        await self._api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        await api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         verb = verb or method.lower()
         try:
-            response = await self._api.call_api(method, url, headers, body, _request_timeout=_TIMEOUT)
+            response = await api.call_api(method, url, headers, body, _request_timeout=timeout)
             content = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._count(verb, resource, "error")
             raise Unavailable(0, type(error).__name__, f"{method} {path}: {error}") from error
         self._count(verb, resource, str(response.status))
         if response.status < 300:
-            value: Raw = json.loads(content)
-            return value
+            return _object(content)
         raise _error(response.status, content)
 
 
@@ -224,7 +241,7 @@ async def connect(rate: float, burst: int, count: Count, kubeconfig: Path | None
         file = str(kubeconfig) if kubeconfig else None
         await config.load_kube_config(config_file=file, client_configuration=configuration)
     configuration.connection_pool_maxsize = 100
-    return KubeClient(client.ApiClient(configuration), RateLimiter(rate, burst), count)
+    return KubeClient(client.ApiClient(configuration), RateLimiter(rate, burst), count, client.ApiClient(configuration))
 
 
 async def wait_until_available(client: KubeClient, resource: str, namespaces: tuple[str, ...]) -> None:
@@ -246,12 +263,25 @@ def _path(resource: str, namespace: str, name: str = "") -> str:
     return f"{prefix}{scope}/{resource}" + (f"/{quote(name)}" if name else "")
 
 
+def _object(content: bytes) -> Raw:
+    """Parses a response. Raises Unavailable if a proxy answered with something else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Unavailable(0, "InvalidResponse", f"the response isn't JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Unavailable(0, "InvalidResponse", "the response isn't an object")
+    return value
+
+
 def _error(code: int, content: bytes) -> ApiError:
     try:
         status = json.loads(content)
-        reason, message = str(status.get("reason", "")), str(status.get("message", ""))
-    except (ValueError, AttributeError):
-        reason, message = "", content[:500].decode(errors="replace")
+        reason, message = line(str(status.get("reason", "")), 128), line(str(status.get("message", "")))
+    except (ValueError, AttributeError, RecursionError):
+        reason, message = "", line(content[:500].decode(errors="replace"))
+    if code == 413 or (code == 500 and any(text in message for text in _TOO_LARGE)):
+        return TooLarge(code, reason, message)
     if code == 404:
         return NotFound(code, reason, message)
     if code == 409:

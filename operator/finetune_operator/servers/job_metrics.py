@@ -6,6 +6,7 @@ scrape still gets it. Nothing is stored here, so the metrics of a deleted job di
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -13,16 +14,30 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from pydantic import ValidationError
 
 from finetune_api.messages.progress import Progress
-from finetune_api.status import TERMINAL_PHASES, ProgressStatus, Status
+from finetune_api.status import (
+    CONDITION_COMPLETE,
+    CONDITION_FAILED,
+    CONDITION_RECONCILING,
+    CONDITION_STALLED,
+    CONDITION_SUSPENDED,
+    TERMINAL_PHASES,
+    ProgressStatus,
+    Status,
+    read,
+)
+from finetune_api.untrusted import line, seconds
 from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.progress_store import ProgressStore
 from finetune_operator.core.objects import Report, seconds_between
 
+log = logging.getLogger(__name__)
+
 _JOB = ["namespace", "job"]
 _MAX_LABEL_CHARACTERS = 80
+_CONDITIONS = (CONDITION_COMPLETE, CONDITION_FAILED, CONDITION_SUSPENDED, CONDITION_RECONCILING, CONDITION_STALLED)
+_SCORES = ("rouge1", "rouge2", "rougeL", "bleu", "exactMatch", "f1", "perplexity")
 
 _Value = Callable[[ProgressStatus, Progress | None], float | None]
 
@@ -56,6 +71,7 @@ class JobCollector(Collector):
         self._cache = cache
         self._progress = progress
         self._retention = retention_seconds
+        self._statuses: dict[str, tuple[str, Status]] = {}  # by uid, with the version of the object
 
     def describe(self) -> Iterable[Metric]:
         """Returns nothing, so that registering the collector doesn't collect."""
@@ -65,10 +81,19 @@ class JobCollector(Collector):
         """Returns the metrics of all jobs, except those that ended before the retention period."""
         families = _Families()
         now = datetime.now(UTC)
+        statuses: dict[str, tuple[str, Status]] = {}
         for body in self._cache.bodies():
-            status = _status(body)
-            if status is not None and not self._is_expired(status, now):
-                families.add(body, status, self._progress.get(str(body["metadata"]["uid"])))
+            uid, version = str(body["metadata"]["uid"]), str(body["metadata"].get("resourceVersion"))
+            parsed = self._statuses.get(uid)
+            statuses[uid] = parsed if parsed and parsed[0] == version else (version, read(body.get("status")))
+            status = statuses[uid][1]
+            if self._is_expired(status, now):
+                continue
+            try:
+                families.add(body, status, self._progress.get(uid))
+            except Exception:  # whatever one job contains, the others are exported
+                log.exception("metrics of a job can't be exported", extra={"job": body["metadata"].get("name")})
+        self._statuses = statuses
         return families.all()
 
     def _is_expired(self, status: Status, now: datetime) -> bool:
@@ -118,7 +143,7 @@ class _Families:
         job = [str(meta["namespace"]), str(meta["name"])]
         self._info.add_metric([*job, *_description(body)], 1)
         self._phase.add_metric([*job, status.phase], 1)
-        for condition in status.conditions:
+        for condition in (c for c in status.conditions if c.type in _CONDITIONS):
             self._condition.add_metric([*job, condition.type], float(condition.status == "True"))
         for cause in ("application", "infrastructure", "preemption"):
             self._restarts.add_metric([*job, cause], getattr(status.restarts, cause))
@@ -129,7 +154,8 @@ class _Families:
         if checkpoint and status.phase != "Succeeded":
             _add_if_set(self._checkpoint, job, _epoch(checkpoint.time))
             _add_if_set(self._checkpoint_step, job, checkpoint.step)
-        for score in status.evaluation.scores if status.evaluation else ():
+        scores = {score.name: score for score in (status.evaluation.scores if status.evaluation else ())}
+        for score in (scores[name] for name in _SCORES if name in scores):
             self._score.add_metric([*job, score.name, "base"], score.base)
             self._score.add_metric([*job, score.name, "tuned"], score.tuned)
         self._add_progress(job, status, report)
@@ -193,14 +219,8 @@ def _description(body: Mapping[str, Any]) -> list[str]:
     spec = body.get("spec", {})
     model = str(spec.get("model", {}).get("uri", "")).rstrip("/").rpartition("/")[2]
     strategy = str(spec.get("distribution", {}).get("strategy", "auto"))
-    return [str(spec.get("method", {}).get("type", "")), model[:_MAX_LABEL_CHARACTERS], strategy]
-
-
-def _status(body: Mapping[str, Any]) -> Status | None:
-    try:
-        return Status.model_validate(body.get("status") or {})
-    except ValidationError:
-        return None
+    method = str(spec.get("method", {}).get("type", ""))
+    return [line(text, _MAX_LABEL_CHARACTERS) for text in (method, model, strategy)]
 
 
 def _add_if_set(family: GaugeMetricFamily, labels: list[str], value: float | None) -> None:
@@ -213,4 +233,4 @@ def _ratio(progress: ProgressStatus) -> float | None:
 
 
 def _epoch(time: str | None) -> float | None:
-    return datetime.fromisoformat(time).timestamp() if time else None
+    return seconds(time) if time else None

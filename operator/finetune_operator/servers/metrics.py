@@ -18,7 +18,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._reconciles = Counter(
-            "finetune_operator_reconcile", "Reconciles, by result (done, retried).", ["result"],
+            "finetune_operator_reconcile", "Reconciles, by result (done, retried, failed).", ["result"],
             registry=self.registry,
         )  # fmt: skip
         self._duration = Histogram(
@@ -64,7 +64,7 @@ class Metrics:
         self._wait.observe(seconds)
 
     def observe_reconcile(self, result: str, seconds: float) -> None:
-        """Records the result (done, retried) and the duration of a reconcile."""
+        """Records the result (done, retried, failed) and the duration of a reconcile."""
         self._reconciles.labels(result).inc()
         self._duration.observe(seconds)
 

@@ -1,40 +1,51 @@
-"""Starts the operator's HTTP servers, and implements the endpoints for metrics and probes.
+"""Implements the endpoints for metrics and probes.
 
 It decides nothing: readiness and the values of metrics come from callables.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import math
+import time
 from collections.abc import Callable
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-log = logging.getLogger(__name__)
+_SHARED_SECONDS = 1.0
 
 NotReadyReason = Callable[[], str]
 """Returns why the replica isn't ready; empty if it is."""
 
 
-async def serve(app: web.Application, port: int, name: str) -> web.AppRunner | None:
-    """Serves an app on all addresses until the runner is cleaned up; port 0 turns it off."""
-    if port == 0:
-        return None
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, None, port, reuse_address=True).start()
-    log.info("server started: name=%s port=%d", name, port)
-    return runner
+class Exposition:
+    """Makes the text of all metrics, at most once a second, in a thread and for all scrapes."""
+
+    def __init__(self, registry: CollectorRegistry, refresh: Callable[[], None]) -> None:
+        self._registry = registry
+        self._refresh = refresh
+        self._text = b""
+        self._made_at = -math.inf  # monotonic
+        self._making = asyncio.Lock()
+
+    async def text(self) -> bytes:
+        """Returns the text; `refresh` has updated the gauges before it was made."""
+        async with self._making:
+            if time.monotonic() - self._made_at >= _SHARED_SECONDS:
+                self._refresh()
+                self._text = await asyncio.to_thread(generate_latest, self._registry)
+                self._made_at = time.monotonic()
+            return self._text
 
 
 def metrics_app(registry: CollectorRegistry, refresh: Callable[[], None]) -> web.Application:
     """Returns the app that serves `GET /metrics`; `refresh` updates the gauges first."""
+    exposition = Exposition(registry, refresh)
 
     async def metrics(_: web.Request) -> web.Response:
         """Answers a scrape."""
-        refresh()
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=await exposition.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)

@@ -1,43 +1,36 @@
 """Receives the progress posts of trainer pods.
 
 A bearer token identifies the pod (TokenReview; the kubelet binds the token to it), and the cache
-identifies the pod's job, so a pod can only report for its own job. Losing a post, or this server,
-never disturbs training.
+identifies the pod's job, so a pod can only report for its own job, from its own address. Losing a
+post, or this server, never disturbs training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_api import names
-from finetune_api.messages.progress import MAX_BODY_BYTES, Progress
-from finetune_operator.controller.cache import Key
+from finetune_api.messages.progress import MAX_BODY_BYTES, Progress, decode
+from finetune_api.untrusted import line
+from finetune_operator.controller.snapshot import Key
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.leader_election import Leadership
+from finetune_operator.servers.token_reviews import Busy, Caller, TokenReviews, claimed
 from finetune_operator.settings import ProgressSettings
 
-_REVIEW_SECONDS = 60.0  # how long the review of a token stays valid
 _MAX_ENTRIES = 10000  # of each table; a full one is cleared
 _POSTS_PER_SECOND = 2.0
 _BURST_POSTS = 10.0
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Identifies the pod that a valid token is bound to."""
-
-    namespace: str
-    pod_uid: str
 
 
 @dataclass
@@ -68,14 +61,13 @@ class ProgressServer:
         settings: ProgressSettings,
         count: Callable[[int], None],
     ) -> None:
-        self._client = client
+        self._reviews = TokenReviews(client.review_token)
         self._cache = state.cache
         self._queue = state.queue
         self._progress = state.progress
         self._leadership = leadership
         self._settings = settings
         self._count = count
-        self._reviews: dict[str, tuple[Caller | None, float]] = {}
         self._buckets: dict[str, _TokenBucket] = {}  # by uid of the pod
         self._enqueued_at: dict[str, float] = {}  # by uid of the FineTuneJob
 
@@ -101,10 +93,10 @@ class ProgressServer:
         """Stores the progress of a post. Raises Refusal or a redirect to the leader."""
         if not self._leadership.is_leader:
             self._redirect_to_leader()
-        caller = await self._caller(request.headers.get("Authorization", ""))
+        caller = await self._caller(request)
         self._limit_rate(caller.pod_uid)
-        key, attempt, uid = self._job_of(caller)
         progress = _parse(await request.read())
+        key, attempt, uid = self._job_of(caller)
         if progress.attempt != attempt:
             raise Refusal(
                 403, f"the pod belongs to attempt {attempt}, but reports progress of attempt {progress.attempt}"
@@ -119,30 +111,47 @@ class ProgressServer:
         host = f"[{holder.pod_ip}]" if ":" in holder.pod_ip else holder.pod_ip
         raise web.HTTPTemporaryRedirect(f"http://{host}:{self._settings.port}{names.PROGRESS_PATH}")
 
-    async def _caller(self, authorization: str) -> Caller:
-        """Returns the pod that a bearer token identifies. Raises Refusal if it isn't valid."""
-        scheme, _, token = authorization.partition(" ")
+    async def _caller(self, request: web.Request) -> Caller:
+        """Returns the pod that a bearer token identifies.
+
+        Raises Refusal if the token isn't valid, or its pod doesn't post from its own address.
+        """
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Refusal(401, "a bearer token is required")
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        review = self._reviews.get(digest)
-        if review is None or time.monotonic() - review[1] > _REVIEW_SECONDS:
-            review = (await self._review(token), time.monotonic())
-            _clear_if_full(self._reviews)
-            self._reviews[digest] = review
-        caller, _ = review
-        if caller is None:
-            raise Refusal(401, f"the token isn't valid for audience {names.PROGRESS_AUDIENCE}")
-        return caller
-
-    async def _review(self, token: str) -> Caller | None:
+        claim = claimed(token, time.time())
+        if claim is None:
+            raise Refusal(401, f"the token isn't one of a pod for audience {names.PROGRESS_AUDIENCE}")
+        self._job_of(claim)  # before anything is spent on a pod that couldn't post anyway
+        address = request.remote or ""
         try:
-            status = await self._client.review_token(token, names.PROGRESS_AUDIENCE)
+            caller = await self._reviews.caller(token, address)
+        except Busy as error:
+            raise Refusal(429, "too many tokens are waiting for their review; post again later") from error
         except ApiError as error:
             raise Refusal(
                 503, f"the token can't be reviewed at the moment: {error.reason}; post again later"
             ) from error
-        return _caller(status)
+        if caller is None or caller != claim:
+            raise Refusal(401, f"the token isn't valid for audience {names.PROGRESS_AUDIENCE}")
+        self._check_address(caller, address)
+        return caller
+
+    def _check_address(self, caller: Caller, address: str) -> None:
+        """Raises Refusal if a pod with an address of its own posts from another one.
+
+        A post that a proxy in the operator's own pod passes on comes from the loopback.
+        """
+        pod = self._cache.pod(caller.pod_uid)
+        if not self._settings.verify_address or pod is None or not pod.addresses:
+            return
+        peer = _address(address)
+        if peer is None or peer.is_loopback or peer in {_address(text) for text in pod.addresses}:
+            return
+        raise Refusal(
+            403, f"the post comes from {peer}, which isn't the pod's address; if the network of the cluster "
+            "translates addresses, turn progress.verifyAddress off"
+        )  # fmt: skip
 
     def _limit_rate(self, pod_uid: str) -> None:
         """Counts a post of a pod. Raises Refusal if it posts much faster than configured."""
@@ -186,20 +195,19 @@ def _clear_if_full(table: dict[str, Any]) -> None:
 
 def _parse(body: bytes) -> Progress:
     try:
-        return Progress.model_validate_json(body)
+        return decode(body)
     except ValidationError as error:
-        message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise Refusal(400, message) from error
+        details = error.errors(include_url=False, include_input=False, include_context=False)[:3]
+        message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details)
+        raise Refusal(400, line(message, 512)) from error
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, line(str(error), 512)) from error
 
 
-def _caller(status: dict[str, Any]) -> Caller | None:
-    """Returns the pod that a token is bound to; None if it is invalid or bound to no pod."""
-    if not status.get("authenticated") or names.PROGRESS_AUDIENCE not in (status.get("audiences") or ()):
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    """Parses an IP address; one of IPv4 that is written as one of IPv6 is one of IPv4."""
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
         return None
-    user = status.get("user") or {}
-    extra = user.get("extra") or {}
-    pod_uid = (extra.get("authentication.kubernetes.io/pod-uid") or [""])[0]
-    parts = str(user.get("username", "")).split(":")
-    if not pod_uid or parts[:2] != ["system", "serviceaccount"] or len(parts) != 4:
-        return None
-    return Caller(namespace=parts[2], pod_uid=pod_uid)
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address

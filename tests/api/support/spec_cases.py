@@ -85,7 +85,8 @@ TEST_FILE = (("dataset.test", {"uri": "s3://data/test.jsonl"}),)
 LONG = "x" * 1100
 SETTABLE = (
     "NCCL_SOCKET_IFNAME", "NCCL_IB_PKEY", "GLOO_SOCKET_IFNAME", "TORCH_NCCL_TRACE_BUFFER_SIZE", "PYTORCH_ALLOC_CONF",
-    "CUDA_DEVICE_MAX_CONNECTIONS", "FI_EFA_USE_DEVICE_RDMA", "UCX_TLS", "OMP_PROC_BIND", "HF_HUB_DOWNLOAD_TIMEOUT",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_CACHE_DISABLE", "FI_MR_CACHE_MONITOR", "NCCL_TOPO_FILE",
+    "FI_EFA_USE_DEVICE_RDMA", "UCX_TLS", "OMP_PROC_BIND", "HF_HUB_DOWNLOAD_TIMEOUT",
     "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy",
 )  # fmt: skip
 NOT_SETTABLE = (
@@ -93,7 +94,13 @@ NOT_SETTABLE = (
     "POD_NAME", "NVIDIA_VISIBLE_DEVICES", "AWS_REGION", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "HF_TOKEN_PATH",
     "HF_hub_token", "NCCL_API_KEY", "UCX_KEY", "TORCH_PASSWORD", "CUDA_VISIBLE_DEVICES", "HF_ENDPOINT",
     "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_INJECTION64_PATH", "UCX_MODULE_DIR", "NCCL_CONF_FILE",
-    "TORCH_EXTENSIONS_DIR", "Https_Proxy", "XNCCL_DEBUG", "NCCL_", "NCCL-DEBUG", "NCCL DEBUG", "", "N" * 129,
+    "TORCH_EXTENSIONS_DIR", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_HOME", "PYTORCH_TRANSFORMERS_CACHE",
+    "CUDA_HOME", "CUDA_CACHE_PATH", "CUDA_INJECTION32_PATH", "CUDNN_PATH", "NCCL_COMM_ID", "NCCL_RAS_ADDR",
+    "NCCL_CUDA_PATH", "UCX_GDB_COMMAND", "IBV_DRIVERS", "RDMAV_DRIVERS", "IBV_CONFIG_DIR", "FI_PROVIDER_PATH",
+    "OMP_TOOL_LIBRARIES", "HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_TRUST_REMOTE_CODE", "HF_ALLOW_CODE_EVAL",
+    "HF_INFERENCE_ENDPOINT", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_DEBUG", "TRUST_REMOTE_CODE",
+    "TRANSFORMERS_CACHE", "PYTHONSTARTUP", "LD_AUDIT",
+    "Https_Proxy", "XNCCL_DEBUG", "NCCL_", "NCCL-DEBUG", "NCCL DEBUG", "", "N" * 129,
 )  # fmt: skip
 
 CASES: tuple[Case, ...] = (
@@ -202,7 +209,8 @@ CASES: tuple[Case, ...] = (
     bad("a column without a name", "spec.dataset.columns.prompt", ("dataset.columns", {"prompt": ""})),
     bad("a column that we don't have", "spec.dataset.columns.query", ("dataset.columns", {"query": "q"})),
     *one("dataset.labels", [], ["ham", "spam"]),
-    *none_of("dataset.labels", "spam", {}),
+    *none_of("dataset.labels", "spam", {}, ["<" * 256] * 257),
+    ok("many classes", ("dataset.labels", ["<" * 65] * 1000)),
     *one("dataset.minLabelProbability", 0, 0.7, 1),
     *none_of("dataset.minLabelProbability", -0.1, 1.5, "sure"),
     *one("dataset.chatTemplate", "{% for m in messages %}{{ m.content }}{% endfor %}", "chat_template.jinja"),
@@ -352,8 +360,9 @@ CASES: tuple[Case, ...] = (
     *none_of("resources.gpu.name", "", "nvidia.com/", "a/b/c", "nvidia gpu"),
     *one("resources.cpu", 16, "16", "500m", "1.5", "auto"),
     *none_of("resources.cpu", "", "-1", -1, "four", 1.5, "16 ", "1e3", "0", 0, "0m", True, 2**51),
-    *one("resources.memory", "128Gi", "2000M", 2000000000000, "auto"),
-    *none_of("resources.memory", "128GB", "0", "128gi", "١Gi", "Auto", "auto8Gi"),
+    *one("resources.memory", "128Gi", "2000M", 2000000000000, "1Pi", "auto"),
+    *none_of("resources.memory", "128GB", "0", "128gi", "١Gi", "Auto", "auto8Gi", "1025Ti", "9999999999999999999999Ei"),
+    *none_of("resources.cpu", "2Pi"),
     *one("resources.scratch", "auto", "1Ti"),
     *none_of("resources.scratch", "0Gi", "lots"),
     *none_of("resources.sharedMemory", "auto", "0"),
@@ -386,7 +395,8 @@ CASES: tuple[Case, ...] = (
          "Support replies v1.2", "registeredModel": "support-replies", "credentialsRef": {"name": "mlflow"}}),
     *(Case(f"mlflow at {_short(uri)}", (("tracking.mlflow", {"uri": uri}),), "spec.tracking.mlflow.uri")
       for uri in ("", "mlflow:5000", "sqlite:///mlflow.db", "file:///tmp", "http://user:secret@mlflow", "http://a b",
-                  "http://mlflow?token=1", 5000)),
+                  "http://mlflow?token=1", "http://mlflow/\xa0",
+                  "http://mlflow/\u2028x", 5000)),
     *none_of("tracking.mlflow.experiment", "a/b", " a", 1, also=(("tracking.mlflow", {"uri": "http://mlflow"}),)),
     *none_of("tracking.mlflow.registeredModel", "a/b", "x" * 257, also=(("tracking.mlflow", {"uri": "http://mlflow"}),)),
     bad("mlflow without uri", "spec.tracking.mlflow.uri", ("tracking.mlflow", {})),

@@ -38,7 +38,7 @@ def test_a_job_of_one_node_starts_runs_and_succeeds(world: World, operator: Oper
     assert done["completionTime"] >= done["startTime"]
     assert world.condition("one", "Complete")["status"] == "True"
     assert world.condition("one", "Reconciling")["status"] == "False"
-    assert world.get("services", "one") is None
+    assert world.get("services", names.service_name("one")) is None
 
 
 def test_a_job_of_two_nodes_gets_a_service_and_starts_both_pods_together(world: World, operator: Operator) -> None:
@@ -48,9 +48,9 @@ def test_a_job_of_two_nodes_gets_a_service_and_starts_both_pods_together(world: 
 
     run = parse(pods[0]["metadata"]["annotations"][names.ANNOTATION_RUN_CONFIG])
     assert run.world.size == 4
-    assert run.world.master_address == "two-1-0.two"
+    assert run.world.master_address == "two-1-0.two-ranks"
     assert [pod["spec"]["hostname"] for pod in pods] == ["two-1-0", "two-1-1"]
-    service = world.get("services", "two")
+    service = world.get("services", "two-ranks")
     assert service is not None
     assert service["spec"]["clusterIP"] == "None"
     for pod in pods:
@@ -198,14 +198,14 @@ def test_deleting_the_job_deletes_what_belongs_to_it(world: World, operator: Ope
     world.delete("finetunejobs", "gone")
     world.wait(lambda: world.get("jobs", "gone-1") is None)
     world.leave("gone-1")
-    world.wait(lambda: world.all("pods") == [] and world.get("services", "gone") is None)
+    world.wait(lambda: world.all("pods") == [] and world.get("services", names.service_name("gone")) is None)
 
 
 def test_a_name_that_belongs_to_somebody_else_is_never_overwritten(world: World, operator: Operator) -> None:
     foreign = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": "taken", "labels": {"mine": "yes"}},
+        "metadata": {"name": "taken-ranks", "labels": {"mine": "yes"}},
         "spec": {"ports": [{"port": 80}]},
     }
     world.create("services", foreign)
@@ -213,7 +213,7 @@ def test_a_name_that_belongs_to_somebody_else_is_never_overwritten(world: World,
     failed = world.wait_phase("taken", "Failed")
     assert failed["failure"]["reason"] == "NameConflict"
     assert world.condition("taken", "Stalled")["reason"] == "NameConflict"
-    service = world.get("services", "taken")
+    service = world.get("services", "taken-ranks")
     assert service is not None
     assert service["metadata"]["labels"] == {"mine": "yes"}
     assert world.all("jobs") == []

@@ -88,7 +88,9 @@ def _child(version: int, uid: str = "j1", owner: str = "u1") -> dict[str, Any]:
             "uid": uid,
             "resourceVersion": str(version),
             "labels": {names.LABEL_ROLE: names.ROLE_TRAINER, names.LABEL_ATTEMPT: "1", names.LABEL_JOB_UID: "u1"},
-            "ownerReferences": [{"kind": names.KIND, "uid": owner, "controller": True}],
+            "ownerReferences": [
+                {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "a", "uid": owner, "controller": True}
+            ],
         },
     }
 
@@ -100,8 +102,10 @@ def _pod(version: int, phase: str = "Running", job: str = "j1") -> dict[str, Any
             "name": "a-1-0",
             "uid": "p1",
             "resourceVersion": str(version),
-            "labels": {names.LABEL_JOB_UID: "u1"},
-            "ownerReferences": [{"kind": "Job", "uid": job, "controller": True}],
+            "labels": {**names.WATCHED_LABELS, names.LABEL_JOB_UID: "u1"},
+            "ownerReferences": [
+                {"apiVersion": "batch/v1", "kind": "Job", "name": "a-1", "uid": job, "controller": True}
+            ],
         },
         "status": {"phase": phase},
     }
@@ -176,7 +180,9 @@ def test_a_resync_drops_what_no_longer_exists() -> None:
 def test_a_late_response_does_not_bring_deleted_objects_back() -> None:
     """A list that began before a deletion may arrive after its watch event."""
     cache = _filled()
-    cache.drop_pod("p1", _pod(6))
+    deleted = _pod(6)
+    deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    cache.drop_pod("p1", deleted)
     cache.drop_job("j1", _child(7))
     cache.put_job(_child(4))
     cache.put_pod(_pod(5))
@@ -186,6 +192,20 @@ def test_a_late_response_does_not_bring_deleted_objects_back() -> None:
     cache.drop_body(_body(8))
     cache.put_body(_body(1))
     assert cache.snapshot(_A) is None
+
+
+def test_a_running_pod_that_nobody_deleted_counts_as_running_until_it_was_looked_up() -> None:
+    """A watch with a selector reports a pod as deleted when somebody removes its label."""
+    cache = _filled()
+    cache.drop_pod("p1", _pod(6))
+    cache.drop_job("j1", _child(7))
+    snapshot = cache.snapshot(_A)
+    assert snapshot is not None
+    assert [(pod.uid, pod.unwatched) for pod in snapshot.pods] == [("p1", True)]
+    cache.drop_pod("p1")
+    snapshot = cache.snapshot(_A)
+    assert snapshot is not None
+    assert snapshot.pods == ()
 
 
 def test_an_older_report_of_a_deletion_does_not_replace_a_newer_one() -> None:

@@ -16,7 +16,7 @@ def _failed_attempt(number: int, reason: str, node: str, avoided: tuple[str, ...
 
 
 def test_the_next_attempt_avoids_the_node_whose_gpu_failed_and_only_that() -> None:
-    decision = decide(an_observation(None, _failed_attempt(1, "GpuFault", "node-a")), NOW)
+    decision = decide(an_observation(a_job(Status(attempt=1)), _failed_attempt(1, "GpuFault", "node-a")), NOW)
     assert decision.actions == (CreateAttempt(2, Restarts(infrastructure=1), ("node-a",)),)
     assert decision.desired is not None
     assert decision.desired.failure is not None

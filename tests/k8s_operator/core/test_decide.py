@@ -185,9 +185,10 @@ def test_a_suspended_job_resumes_without_cost_even_if_the_last_status_was_lost_i
 
 
 def test_an_attempt_that_fails_after_a_resume_is_not_a_suspension() -> None:
-    status = _status("Suspended", 1, "Suspended")
     attempt = an_attempt(2, a_dead_pod(0, 72, failed("RankKilled")), failed=True)
-    decision = decide(an_observation(a_job(status), attempt), NOW)
+    unrecorded = decide(an_observation(a_job(_status("Suspended", 1, "Suspended")), attempt), NOW)
+    assert (unrecorded.actions, unrecorded.status_first, _desired(unrecorded).attempt) == ((), True, 2)
+    decision = decide(an_observation(a_job(_status("Running", 2)), attempt), NOW)
     assert decision.actions == (CreateAttempt(3, Restarts(infrastructure=1)),)
 
 

@@ -15,7 +15,7 @@ from finetune_api.resource import EnvVarSpec
 from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
 from finetune_operator.core import manifests
-from finetune_operator.core.objects import child_job
+from finetune_operator.core.parsing import child_job
 from finetune_operator.core.plan import needs_preflight, plan, spec_digest
 from finetune_operator.settings import Settings
 from finetune_operator.settings import parse as parse_settings
@@ -162,7 +162,7 @@ def test_a_check_is_not_repeated_for_what_only_a_person_can_fix() -> None:
 
 def test_only_several_pods_need_names() -> None:
     assert "subdomain" not in _pod()
-    assert _pod(distribution={"nodes": 2})["subdomain"] == "train"
+    assert _pod(distribution={"nodes": 2})["subdomain"] == "train-ranks"
 
 
 def test_settings_and_job_both_place_the_pods() -> None:
@@ -296,7 +296,7 @@ def test_the_specs_digest_is_about_what_is_trained() -> None:
 def test_the_plan_of_every_attempt_is_the_same_except_for_its_number() -> None:
     job = a_job(distribution={"nodes": 2})
     first, second = plan(job, Settings(), 1), plan(job, Settings(), 2)
-    assert second.world.master_address == "train-2-0.train"
+    assert second.world.master_address == "train-2-0.train-ranks"
     again = second.model_copy(update={"job": first.job, "world": first.world})
     assert again == first
 

@@ -37,6 +37,7 @@ from finetune_operator.core.status import (
     unreadable,
 )
 from k8s_operator.support.observed_states import (
+    BEFORE,
     NOW,
     a_check,
     a_dead_pod,
@@ -67,7 +68,7 @@ _SUCCESS = Result(
     outcome="succeeded",
     step=24,
     total_steps=24,
-    artifact=ArtifactStatus(uri="s3://o", manifest_digest="sha256:1", size_bytes=1),
+    artifact=ArtifactStatus(uri="s3://outputs/result", manifest_digest="sha256:1", size_bytes=1),
 )
 
 CASES: dict[str, tuple[Observed, str, str, set[str]]] = {
@@ -129,7 +130,7 @@ def test_progress_of_an_earlier_attempt_is_not_reported() -> None:
 
 def test_the_newest_checkpoint_is_kept_from_any_source() -> None:
     def at(step: int) -> CheckpointStatus:
-        return CheckpointStatus(step=step, uri=f"s3://o/checkpoints/step-{step}", time="t")
+        return CheckpointStatus(step=step, uri=f"s3://outputs/result/checkpoints/step-{step}", time=BEFORE)
 
     result = Result(outcome="preempted", checkpoint=at(9))
     observed = an_observation(
@@ -154,7 +155,7 @@ def test_success_shows_the_figures_of_the_result() -> None:
 
 
 def test_a_complete_result_has_no_checkpoints_left() -> None:
-    checkpoint = CheckpointStatus(step=3, uri="s3://o/checkpoints/step-3", time="t")
+    checkpoint = CheckpointStatus(step=3, uri="s3://outputs/result/checkpoints/step-3", time=BEFORE)
     job = a_job(Status(checkpoint=checkpoint))
     assert _status_of(an_observation(job, an_attempt(1, a_pod()))).checkpoint == checkpoint
     assert _status_of(an_observation(job, an_attempt(1, a_done_pod(0, _SUCCESS), complete=True))).checkpoint is None
@@ -186,7 +187,11 @@ def test_ends_are_reported_immediately_and_small_changes_settle(
 def test_progress_alone_is_written_at_most_once_per_interval() -> None:
     observed = an_observation(a_job(), an_attempt(1, a_pod()), report=_report(step=1, total_steps=10))
     first = _status_of(observed)
-    observed = replace(observed, job=a_job(first), report=Report(Progress(attempt=1, step=2, total_steps=10), "later"))
+    observed = replace(
+        observed,
+        job=a_job(first),
+        report=Report(Progress(attempt=1, step=2, total_steps=10), timestamp(NOW + timedelta(seconds=1))),
+    )
     desired = decide(observed, NOW).desired
     assert desired is not None
     second = status(observed, desired, NOW)
@@ -258,6 +263,6 @@ def test_the_facts_about_the_rows_are_kept_and_reported_once() -> None:
     assert event_of_change(Status(), reported) == ("DataWarning", "FewExamples: 40 training rows")
     assert event_of_change(reported, reported) is None
     running = replace(
-        an_observation(a_job(), an_attempt(1, a_pod())), report=Report(Progress(attempt=1, data=few), "t")
+        an_observation(a_job(), an_attempt(1, a_pod())), report=Report(Progress(attempt=1, data=few), timestamp(NOW))
     )
     assert _status_of(running).data == few

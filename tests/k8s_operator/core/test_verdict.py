@@ -6,7 +6,7 @@ import pytest
 
 from finetune_api.messages.result import Result
 from finetune_api.status import ArtifactStatus
-from finetune_operator.core import objects
+from finetune_operator.core import parsing
 from finetune_operator.core.objects import Pod, Termination
 from finetune_operator.core.verdict import needs_warning_events, verdict
 from k8s_operator.support.observed_states import a_dead_pod, a_done_pod, a_pod, an_attempt, failed
@@ -165,7 +165,7 @@ def test_a_pod_whose_container_has_ended_but_whose_phase_lags_counts_as_started(
             "containerStatuses": [{"name": "trainer", "state": {"terminated": {"exitCode": 0}}}],
         },
     }
-    assert objects.pod(raw).started
+    assert parsing.pod(raw).started
 
 
 def test_an_attempt_has_succeeded_when_every_index_has_before_the_job_controller_reports_it() -> None:

@@ -20,7 +20,7 @@ OWN = JobRef(namespace="ns", name="job", uid="uid-1", attempt=1)
 OTHER = JobRef(namespace="ns", name="elder", uid="uid-2", attempt=3)
 UNREADABLE = "not a manifest"
 INCOMPLETE = "no manifest"
-REFUSAL = "has the checkpoint of ns/elder (uid uid-2), not this job's; choose another output.uri, or delete its content"
+REFUSAL = "has the checkpoint of ns/elder, not this job's; choose another output.uri, or delete its content"
 
 # case → (what the output has by step, whether the job is refused)
 CASES: dict[str, tuple[dict[int, JobRef | str], bool]] = {

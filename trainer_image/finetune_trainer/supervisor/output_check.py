@@ -79,7 +79,7 @@ def own_manifest(data: bytes, job: JobRef, storage: Storage) -> Manifest | None:
         content = "checkpoint" if manifest.kind == "checkpoint" else "result"
         raise RunError(
             "OutputOccupied",
-            f"output.uri: {storage.display} has the {content} of {owner.namespace}/{owner.name} (uid {owner.uid}), "
+            f"output.uri: {storage.display} has the {content} of {owner.namespace}/{owner.name}, "
             "not this job's; choose another output.uri, or delete its content",
         )
     return manifest

@@ -89,7 +89,7 @@ def _maps_files(context: RankContext, dtype: torch.dtype) -> bool:
     that once.
     """
     run = context.run
-    if run.quantization != "none":
+    if run.model.quantization != "none":
         return False
     changed = bool(run.added_tokens) or (run.lora is not None and run.lora.init != "default")
     formats = {tensor.format for tensor in adapter_merge.stored_tensors(context.paths.model)}

@@ -1,0 +1,53 @@
+"""Computes the status of a job that is in trouble of its own: it says so, and keeps what decisions
+need. The clock is an argument, and there is no I/O.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_api import untrusted as u
+from finetune_api.status import FailureStatus, Status
+from finetune_operator.core.actions import DesiredStatus
+from finetune_operator.core.status import conditions, timestamp
+
+STATUS_REFUSED = "StatusRefused"
+OPERATOR_ERROR = "OperatorError"
+OPERATOR_TOO_OLD = "OperatorTooOld"
+
+
+def hindered(before: Status, generation: int, reason: str, message: str, now: datetime) -> Status:
+    """Returns the status of a job that the operator can't continue for now; its phase remains."""
+    text = u.line(message)
+    waiting = DesiredStatus("Pending", reason, text, before.attempt, before.restarts, before.failure)
+    return before.model_copy(
+        update={"message": text, "conditions": conditions(before, generation, waiting, timestamp(now))}
+    )
+
+
+def refused(after: Status, error: str) -> Status:
+    """Returns what is written instead of a status that the API server refuses.
+
+    It lacks all texts and figures that pods, users or the cluster have contributed.
+    """
+    message = u.line(f"{after.phase}; the API server refuses the full status: {error}", 512)
+    failure = after.failure and FailureStatus(
+        reason=after.failure.reason, attempt=after.failure.attempt, exit_code=after.failure.exit_code,
+        hint=after.failure.hint,
+    )  # fmt: skip
+    return Status(
+        observed_generation=after.observed_generation,
+        phase=after.phase,
+        message=message,
+        conditions=tuple(
+            condition.model_copy(update={"message": message if condition.status == "True" else ""})
+            for condition in after.conditions
+        ),
+        start_time=after.start_time,
+        completion_time=after.completion_time,
+        attempt=after.attempt,
+        gpus=after.gpus,
+        restarts=after.restarts,
+        restarts_total=after.restarts_total,
+        failure=failure,
+    )
