@@ -72,7 +72,7 @@ def test_plan_shows_world_batches_and_objects(capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(ROOT / "examples" / "quickstart.yaml")]) == 0
     out = capsys.readouterr().out
     assert "4 processes: 2 pods x 2" in out
-    assert "Service quickstart\n  Job quickstart-1" in out
+    assert "Service quickstart-ranks\n  Job quickstart-1" in out
 
 
 def test_plan_can_print_the_objects_as_yaml(capsys: pytest.CaptureFixture[str]) -> None:
