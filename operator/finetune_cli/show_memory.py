@@ -9,8 +9,9 @@ from pathlib import Path
 
 from finetune_api.messages.run import RunConfig
 from finetune_trainer.parallel import model_size, strategy_choice
+from finetune_trainer.parallel.estimate.host_memory import gib
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
-from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, gib, memory_estimate
+from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, memory_estimate
 
 _PARALLEL_CONFIGS = (
     ParallelConfig("ddp"),

@@ -15,8 +15,8 @@ from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
 from finetune_cli import files, show_memory
-from finetune_operator.core import manifests
 from finetune_operator.core.plan import PlanError, gpu_count, needs_preflight, plan
+from finetune_operator.core.pods import manifests
 from finetune_operator.settings import Settings
 from finetune_trainer.errors import RunError
 

@@ -133,6 +133,44 @@ def _rules(rules: tuple[Rule, ...]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+# What isn't the reason of a failure, but needs an explanation: titles, and their paragraphs.
+_TOPICS = (
+    (
+        "Straggler",
+        (
+            "This is not a failure but an Event and `status.progress.straggler`: in more than half of the last 20 "
+            "steps, the same rank needed at least 20% longer per token than the median of the others, which all "
+            "wait for it.",
+            "Compare `finetune_gpu_sm_clock_hertz`, `finetune_gpu_throttled` and "
+            "`finetune_gpu_temperature_celsius` of its GPU with the others, and look for other load on its node. "
+            "A pod on another node (cordon this one, then delete the pod) costs one restart from the last "
+            "checkpoint.",
+        ),
+    ),
+    (
+        "OperatorError and StatusRefused",
+        (
+            "The job's phase remains, and other jobs aren't affected. With the reason OperatorError in the "
+            "condition Reconciling, the operator couldn't process the job; its log has the traceback, and it "
+            "tries again after at most a minute. If the message says that the API server refuses the full "
+            "status, the status lacks progress, figures and texts; an admission policy or the size of the "
+            "job are possible causes.",
+        ),
+    ),
+    (
+        "Overfitting",
+        (
+            "This is not a failure but an Event and `status.evaluation.overfitting`: over at least two "
+            "evaluations the validation loss rose by at least 1% while the training loss fell. The model is "
+            "memorizing its training rows.",
+            "With `training.keepBest` (the default), the weights from before the rise are written. For the next "
+            "run, use fewer `training.epochs`, `training.earlyStopping`, more rows, a smaller `method.lora.rank` "
+            "or more dropout.",
+        ),
+    ),
+)
+
+
 def troubleshooting() -> str:
     """Returns the page that lists every reason why an attempt or a job fails, and what to do."""
     return "\n".join(
@@ -161,47 +199,13 @@ def troubleshooting() -> str:
             ),
             "",
             *(line for reason in REASONS.values() for line in _reason(reason)),
-            "## Straggler",
-            "",
-            _wrapped(
-                "This is not a failure but an Event and `status.progress.straggler`: in more than half of the last 20 "
-                "steps, the same rank needed at least 20% longer per token than the median of the others, which all "
-                "wait for it."
-            ),
-            "",
-            _wrapped(
-                "Compare `finetune_gpu_sm_clock_hertz`, `finetune_gpu_throttled` and "
-                "`finetune_gpu_temperature_celsius` of its GPU with the others, and look for other load on its node. "
-                "A pod on another node (cordon this one, then delete the pod) costs one restart from the last "
-                "checkpoint."
-            ),
-            "",
-            "## OperatorError and StatusRefused",
-            "",
-            _wrapped(
-                "The job's phase remains, and other jobs aren't affected. With the reason OperatorError in the "
-                "condition Reconciling, the operator couldn't process the job; its log has the traceback, and it "
-                "tries again after at most a minute. If the message says that the API server refuses the full "
-                "status, the status lacks progress, figures and texts; an admission policy or the size of the "
-                "job are possible causes."
-            ),
-            "",
-            "## Overfitting",
-            "",
-            _wrapped(
-                "This is not a failure but an Event and `status.evaluation.overfitting`: over at least two "
-                "evaluations the validation loss rose by at least 1% while the training loss fell. The model is "
-                "memorizing its training rows."
-            ),
-            "",
-            _wrapped(
-                "With `training.keepBest` (the default), the weights from before the rise are written. For the next "
-                "run, use fewer `training.epochs`, `training.earlyStopping`, more rows, a smaller `method.lora.rank` "
-                "or more dropout."
-            ),
-            "",
+            *(line for title, paragraphs in _TOPICS for line in _topic(title, paragraphs)),
         ]
     )
+
+
+def _topic(title: str, paragraphs: tuple[str, ...]) -> list[str]:
+    return [f"## {title}", "", *(line for text in paragraphs for line in (_wrapped(text), ""))]
 
 
 def _reason(reason: Reason) -> list[str]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from finetune_api import names
+from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache, is_unwatched
 from finetune_operator.controller.snapshot import JobSnapshot
-from finetune_operator.core import manifests
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.plan import check_offered, model_bytes, plan
+from finetune_operator.core.pods import manifests
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
@@ -161,12 +161,14 @@ class Executor:
     async def _children_differ(self, snapshot: JobSnapshot) -> bool:
         """Whether the children aren't those of the snapshot, wherever their labels point."""
         namespace, _ = snapshot.key
-        jobs = await self._client.matching("jobs", namespace, lambda raw: _controller(raw).get("uid") == snapshot.uid)
+        jobs = await self._client.matching(
+            "jobs", namespace, lambda raw: ownership.controller_of(raw).get("uid") == snapshot.uid
+        )
         cached_jobs = {attempt.job.uid for attempt in snapshot.attempts} | (
             {snapshot.preflight.job.uid} if snapshot.preflight else set()
         )
         owners = cached_jobs | {job["metadata"]["uid"] for job in jobs}
-        pods = await self._client.matching("pods", namespace, lambda raw: _may_be_of(raw, snapshot, owners))
+        pods = await self._client.matching("pods", namespace, lambda raw: ownership.may_be_of(raw, snapshot, owners))
         for job in jobs:
             self._cache.put_job(job)
         for pod in pods:
@@ -177,7 +179,7 @@ class Executor:
         missing = cached_jobs - {job["metadata"]["uid"] for job in jobs}
         self._cache.drop_missing("jobs", missing)
         current = self._cache.snapshot(snapshot.key)
-        return current is None or _fingerprint(current) != _fingerprint(snapshot)
+        return current is None or ownership.fingerprint(current) != ownership.fingerprint(snapshot)
 
     async def _create(self, resource: str, manifest: Mapping[str, Any], observed: Observed) -> None:
         meta = manifest["metadata"]
@@ -209,7 +211,7 @@ class Executor:
             existing = await self._client.get(resource, meta["namespace"], meta["name"])
         except NotFound as error:
             raise OutOfDate from error
-        owner = _controller(existing)
+        owner = ownership.controller_of(existing)
         if owner.get("uid") == observed.job.metadata.uid:
             if "deletionTimestamp" in existing["metadata"]:
                 raise Blocked(f"{kind_and_name} is being deleted; it will be created again when it is gone")
@@ -218,9 +220,9 @@ class Executor:
             raise Blocked(
                 f"{kind_and_name} of a deleted FineTuneJob of the same name still exists; waiting until it is gone"
             )
-        ownership = f"belongs to {owner.get('kind')} {owner.get('name')}" if owner else "has no owner"
+        belonging = f"belongs to {owner.get('kind')} {owner.get('name')}" if owner else "has no owner"
         raise NameTaken(
-            f"{kind_and_name} already exists and {ownership}; rename the FineTuneJob or delete the {resource[:-1]}"
+            f"{kind_and_name} already exists and {belonging}; rename the FineTuneJob or delete the {resource[:-1]}"
         )
 
     async def _delete_job(self, observed: Observed, action: DeleteJob) -> None:
@@ -281,27 +283,3 @@ def _is_new(observed: Observed) -> bool:
     the child.
     """
     return observed.job.status.observed_generation == 0
-
-
-def _fingerprint(snapshot: JobSnapshot) -> tuple[object, ...]:
-    """Returns what a decision about a new attempt depends on."""
-    children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
-    return (
-        tuple((child.job.uid, child.job.is_finished, child.job.deleting, child.is_live) for child in children),
-        tuple(sorted(pod.uid for pod in snapshot.orphaned_pods)),
-    )
-
-
-def _may_be_of(pod: Mapping[str, Any], snapshot: JobSnapshot, owners: set[str]) -> bool:
-    """Whether a pod may belong to a FineTuneJob: by its controller, by its label, or by its name,
-    which can't be changed, while the others can be removed."""
-    meta, controller = pod["metadata"], _controller(pod)
-    if controller:
-        return controller.get("uid") in owners
-    labeled = (meta.get("labels") or {}).get(names.LABEL_JOB_UID) == snapshot.uid
-    return labeled or re.fullmatch(rf"{re.escape(snapshot.key[1])}-[0-9]+-[0-9]+-[a-z0-9]+", meta["name"]) is not None
-
-
-def _controller(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    owners = body["metadata"].get("ownerReferences") or ()
-    return next((owner for owner in owners if owner.get("controller")), {})

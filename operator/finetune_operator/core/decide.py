@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_api import reasons
-from finetune_api.resource import FineTuneJob
 from finetune_api.status import CONDITION_SUSPENDED, TERMINAL_PHASES, FailureStatus, Phase, Restarts, Status
 from finetune_operator.core import gang, output, plan, restart_policy
 from finetune_operator.core.actions import (
@@ -64,7 +63,9 @@ def decide(observed: Observed, now: datetime) -> Decision:
         return _finished(observed, now)
     case = _case(observed, now)
     if case.verdict and case.verdict.state == "succeeded":
-        return Decision(case.desired("Succeeded", case.verdict.reason, _success(case.verdict, observed.job)))
+        return Decision(
+            case.desired("Succeeded", case.verdict.reason, output.message(case.verdict.result, observed.job))
+        )
     if observed.job.spec.run_policy.suspend:
         return _suspend(case)
     remaining = _seconds_to_deadline(case)
@@ -286,16 +287,6 @@ def _delete(attempt: Attempt, wait: bool) -> DeleteJob:
 
 def _starting_phase(number: int) -> Phase:
     return "Starting" if number <= 1 else "Restarting"
-
-
-def _success(verdict: Verdict, job: FineTuneJob) -> str:
-    result = verdict.result
-    if result is None or result.artifact is None:
-        return "training is complete"
-    if output.artifact(result, job) is None:
-        return "training is complete; the pod names a result outside of spec.output.uri, which isn't believed"
-    headline = result.evaluation.headline if result.evaluation else ""
-    return f"the result is in {job.spec.output.uri}{headline and f'; {headline}'}"
 
 
 def _earlier(first: float | None, second: float | None) -> float | None:

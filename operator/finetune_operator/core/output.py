@@ -21,3 +21,13 @@ def contains(job: FineTuneJob, checkpoint: CheckpointStatus | None) -> bool:
     """Whether a checkpoint is one of the output's."""
     folder = f"{job.spec.output.uri.rstrip('/')}/{names.CHECKPOINTS_DIR}/"
     return checkpoint is not None and checkpoint.uri.startswith(folder)
+
+
+def message(result: Result | None, job: FineTuneJob) -> str:
+    """Returns what a job that has succeeded says of its result."""
+    if result is None or result.artifact is None:
+        return "training is complete"
+    if artifact(result, job) is None:
+        return "training is complete; the pod names a result outside of spec.output.uri, which isn't believed"
+    headline = result.evaluation.headline if result.evaluation else ""
+    return f"the result is in {job.spec.output.uri}{headline and f'; {headline}'}"

@@ -8,8 +8,8 @@ import pytest
 
 from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
-from finetune_operator.core import manifests
 from finetune_operator.core.plan import plan
+from finetune_operator.core.pods import manifests
 from finetune_operator.settings import Settings, parse
 from k8s_operator.support.observed_states import a_job
 

@@ -14,9 +14,9 @@ from finetune_api.reasons import REASONS
 from finetune_api.resource import EnvVarSpec
 from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
-from finetune_operator.core import manifests
 from finetune_operator.core.parsing import child_job
 from finetune_operator.core.plan import needs_preflight, plan, spec_digest
+from finetune_operator.core.pods import manifests
 from finetune_operator.settings import Settings
 from finetune_operator.settings import parse as parse_settings
 from k8s_operator.support.observed_states import a_job

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from finetune_api.messages import events
 from finetune_api.messages.run import parse
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import adapter_merge, export_check
+from finetune_trainer.model.result import adapter_merge, export_check
 from finetune_trainer.reporting.event_writer import EventWriter
 from testkit.rows import pairs
 from trainer.support.forked_ranks import exit_code_in_a_fork

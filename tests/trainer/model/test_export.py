@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from finetune_api.messages import events
 from finetune_trainer.data.chat_rendering import Renderer
-from finetune_trainer.model import export
 from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.model.result import export
 from finetune_trainer.reporting import model_card
 from testkit.rows import pairs
 from trainer.support.rank_runs import FinishedRun, finish_all, prepare

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig, MixtralForCausalLM
 
-from finetune_trainer.model import weight_files
+from finetune_trainer.model.result import weight_files
 
 
 class _Weights:

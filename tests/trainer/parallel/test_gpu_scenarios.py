@@ -11,10 +11,10 @@ from finetune_api.resource import LoraSpec
 from finetune_api.spec.hardware import Strategy
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import model_size, strategy_choice
+from finetune_trainer.parallel.estimate.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
 from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
-from finetune_trainer.parallel.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.strategy_choice import Choice, UserChoice
 from finetune_trainer.training.resolve import Facts, resolve
 from sizing.fits import METHODS, run_config

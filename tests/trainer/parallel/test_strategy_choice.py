@@ -13,7 +13,8 @@ import pytest
 from finetune_api.resource import LoraSpec
 from finetune_trainer.model import freezing, loading
 from finetune_trainer.model import lora as adapters
-from finetune_trainer.parallel import activations, free_memory, model_size, strategy_choice
+from finetune_trainer.parallel import free_memory, model_size, strategy_choice
+from finetune_trainer.parallel.estimate import activations
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
 from finetune_trainer.parallel.memory_estimate import (
     MemoryEstimate,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.core.certificates import variables
+from finetune_operator.core.pods.certificates import variables
 
 _LISTING = b"<ListBucketResult><Name>b</Name><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
 _MODEL = b'{"id": "owner/model", "sha": "abc", "siblings": []}'

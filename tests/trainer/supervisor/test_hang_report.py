@@ -69,7 +69,7 @@ Current thread 0x00007f01 (most recent call first):
   File "/x/torch/distributed/distributed_c10d.py", line 2810 in all_reduce
   File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
   File "/app/finetune_trainer/parallel/world.py", line 48 in total
-  File "/app/finetune_trainer/training/step_sync.py", line 60 in agree
+  File "/app/finetune_trainer/training/steps/step_sync.py", line 60 in agree
   File "/app/finetune_trainer/training/loop.py", line 90 in train
 """
 _MOVING = _WAITING.replace("/x/torch/distributed/", "/x/torch/nn/").replace("all_reduce", "linear")

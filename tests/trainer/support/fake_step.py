@@ -38,7 +38,7 @@ from finetune_trainer.model import activation_checkpointing
 from finetune_trainer.model import lora as adapters
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
-from finetune_trainer.parallel import fsdp
+from finetune_trainer.parallel import fsdp_shards
 from finetune_trainer.parallel.world import World
 
 ROWS = 4
@@ -173,7 +173,7 @@ def _model(step: Step) -> LoadedModel:
     if step.recompute:
         activation_checkpointing.enable(loaded)
     if step.ranks is not None:
-        fsdp._shard_model(
+        fsdp_shards.shard_model(
             loaded.model, World(0, 0, step.ranks, step.ranks, torch.device("cpu")), offload=False, half=torch.bfloat16
         )
     if step.fused:

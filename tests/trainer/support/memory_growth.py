@@ -28,12 +28,13 @@ class MemoryGrowth:
     folder: Path
 
     def install(self) -> None:
-        from finetune_trainer.model import export, loading
+        from finetune_trainer.model import loading
+        from finetune_trainer.model.result import export
         from finetune_trainer.parallel import fsdp
 
         for owner, name, phase in (
             (loading, "load", "load"),
-            (fsdp, "_shard_model", "shard"),
+            (fsdp, "shard_model", "shard"),
             (export, "write", "write"),
             (export, "send", "write"),
         ):

@@ -152,7 +152,7 @@ ALL = (
         ),
     ),
     _one(
-        15, "each rank stops as soon as it gets the signal", "training/step_sync.py",
+        15, "each rank stops as soon as it gets the signal", "training/steps/step_sync.py",
         "    return StepOutcome(\n        loss / step.label_tokens,\n        any_stop > 0,",
         "    return StepOutcome(\n        loss / step.label_tokens,\n        stop,",
         f"{_BUGS}test_a_stop_that_reaches_the_ranks_at_different_steps",
@@ -190,13 +190,13 @@ ALL = (
         (f"{_BUGS}test_small_updates_that_are_lost_in_bfloat16",),
     ),
     _one(
-        19, "an adapter of the output layer isn't written", "model/export.py",
+        19, "an adapter of the output layer isn't written", "model/result/export.py",
         "contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}",
         'contiguous = {name: tensor.contiguous() for name, tensor in tensors.items() if "lm_head" not in name}',
         f"{_BUGS}test_an_adapter_on_an_output_head_that_is_tied_to_the_embeddings",
     ),
     _one(
-        19, "a tied weight is written twice", "model/export.py",
+        19, "a tied weight is written twice", "model/result/export.py",
         "tensors = {name: tensor.to(dtype) for name, tensor in full.items()}",
         'tensors = {name: tensor.to(dtype) for name, tensor in full.items()}\n'
         '    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()',
@@ -208,7 +208,7 @@ ALL = (
         f"{_BUGS}test_a_token_that_the_model_has_no_embedding_for",
     ),
     _one(
-        20, "the tokenizer isn't written", "model/export.py",
+        20, "the tokenizer isn't written", "model/result/export.py",
         "        if (model / name).is_file():\n            shutil", "        if False:\n            shutil",
         f"{_EXPORT}test_the_tokenizer_is_written_unchanged",
     ),
@@ -263,10 +263,11 @@ ALL = (
         26, "the base isn't the original one, and the run's own check is off",
         (
             (
-                "model/export.py", "contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}",
+                "model/result/export.py",
+                "contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}",
                 "contiguous = {name: tensor.contiguous() * 1.5 for name, tensor in tensors.items()}",
             ),
-            ("model/export_check.py", "if not difference <= TOLERANCE[coarsest]:", "if difference < 0:"),
+            ("model/result/export_check.py", "if not difference <= TOLERANCE[coarsest]:", "if difference < 0:"),
         ),
         (f"{_EXPORT}test_the_result_loads_air_gapped_and_gives_the_reported_loss",),
     ),

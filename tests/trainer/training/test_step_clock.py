@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer.training import step_clock
-from finetune_trainer.training.step_clock import CudaClock, HostClock
+from finetune_trainer.training.steps import step_clock
+from finetune_trainer.training.steps.step_clock import CudaClock, HostClock
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune_api.messages import events
-from finetune_trainer.training.stragglers import Straggler, StragglerWatch, slowest
+from finetune_trainer.training.steps.stragglers import Straggler, StragglerWatch, slowest
 from testkit.rows import pairs
 from trainer.support import rank_runs
 from trainer.support.fault_injection import Fault

@@ -24,7 +24,7 @@ from torch import Tensor
 from finetune_api.base import LenientModel
 from finetune_api.messages.manifest import FileEntry
 from finetune_trainer import manifest
-from finetune_trainer.parallel.memory_estimate import gib
+from finetune_trainer.parallel.estimate.host_memory import gib
 from finetune_trainer.parallel.strategy import Extent, ShardedStrategy
 from finetune_trainer.parallel.world import World
 

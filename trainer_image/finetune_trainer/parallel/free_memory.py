@@ -9,14 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from finetune_trainer.parallel.memory_estimate import (
-    HostMemory,
-    MemoryEstimate,
-    ParallelConfig,
-    TrainingSetup,
-    gib,
-    memory_estimate,
-)
+from finetune_trainer.parallel.estimate.host_memory import HostMemory, gib
+from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 
 _USABLE = 0.85  # of free memory: the estimate ignores fragmentation and libraries

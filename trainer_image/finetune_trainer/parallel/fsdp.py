@@ -2,12 +2,7 @@
 
 It uses PyTorch's FSDP2 (`fully_shard`), which gathers a layer only while that layer is computed. In
 a run in half precision it gathers the layer in that format, and reduces gradients in float32.
-If the model's files have the number format that the run needs, or a shorter one that is trained in
-float32, each rank copies only its own rows from the mapped files to its device. Otherwise, only
-rank 0 reads the model, and the others start from its outline (`loading.load(outline=True)`) and
-receive one weight at a time. No other rank ever holds more than its shard and one weight. A 4-bit
-weight is sharded as the bytes that it is packed in; its constants, a byte for each 64 values, are
-complete on every rank.
+`fsdp_shards` divides the weights.
 """
 
 from __future__ import annotations
@@ -15,40 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from finetune_trainer.model import quantization
-from finetune_trainer.model.loading import layers
+from finetune_trainer.parallel.fsdp_shards import FROM_RANK_0, WeightSource, first_row, shard_model
 from finetune_trainer.parallel.gradient_clipping import clip_by_global_norm
 from finetune_trainer.parallel.optimizers import OptimizerConfig, adamw, set_rate
 from finetune_trainer.parallel.strategy import MOMENTS, Extent, TensorSource, to_cpu, trained
 from finetune_trainer.parallel.world import World
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """Says where ranks find the weights that they shard.
-
-    If `mapped`, every rank has those of the base, as views of files that all ranks of a node share;
-    otherwise, rank 0 sends them. Adapters always come from rank 0. `dtype` is the number format of
-    the base's shards, or None for that of the weights.
-    """
-
-    mapped: bool = False
-    adapters: bool = False
-    dtype: torch.dtype | None = None
-
-    def has(self, parameter: Any) -> bool:
-        """Returns whether every rank has this weight."""
-        return self.mapped and not (self.adapters and parameter.requires_grad)
-
-
-FROM_RANK_0 = WeightSource()
 
 
 class FullyShardedDataParallel:
@@ -71,7 +42,7 @@ class FullyShardedDataParallel:
         self._half = half
         self._max_norm = config.max_grad_norm
         self._storage_device = torch.device("cpu") if offload else world.device
-        _shard_model(model, world, offload=offload, half=half, source=source)
+        shard_model(model, world, offload=offload, half=half, source=source)
         self._model = model
         self._optimizer = adamw(trained(model), config, fused=True)
         self._parameters = trained(model)
@@ -199,7 +170,7 @@ class FullyShardedDataParallel:
 
     def _extent(self, sharded: Any) -> Extent:
         """Returns which part of a sharded tensor this rank holds."""
-        first = _first_row(sharded.shape[0], self._world)
+        first = first_row(sharded.shape[0], self._world)
         return Extent(tuple(sharded.shape), first * math.prod(sharded.shape[1:]), sharded.to_local().numel())
 
     def _load_part(self, sharded: Any, tensors: TensorSource, name: str) -> None:
@@ -230,108 +201,6 @@ def _forget_forward_passes(module: Any) -> None:
     state._comm_ctx.post_forward_order.clear()
     for group in state._fsdp_param_groups:
         group._post_forward_indices.clear()
-
-
-def _shard_model(
-    model: Any,
-    world: World,
-    *,
-    offload: bool,
-    half: torch.dtype | None,
-    source: WeightSource = FROM_RANK_0,
-) -> None:
-    """Shards each layer, and then what remains outside of the layers (embeddings, output layer,
-    norms)."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
-    precision = MixedPrecisionPolicy() if half is None else MixedPrecisionPolicy(half, torch.float32)
-    for unit in [*layers(model), model]:
-        replaced = _replace_by_outlines(unit, world, source)
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=policy)
-        for weight in replaced:
-            weight.fill(world, torch.device("cpu") if offload else world.device)
-
-
-@dataclass
-class _Weight:
-    """Holds a weight of which this rank needs a shard, and the modules that use it. `value` is the
-    full weight, or an outline if `everywhere` is false and this isn't rank 0."""
-
-    value: Any
-    outline: Any
-    everywhere: bool
-    places: list[tuple[torch.nn.Module, str]] = field(default_factory=list)
-
-    def fill(self, world: World, device: torch.device) -> None:
-        """Replaces the sharded outline by this rank's shard, on the device that stores it. All
-        ranks must call it in the same order."""
-        from torch.distributed.tensor import DTensor
-
-        module, name = self.places[0]
-        sharded: Any = module._parameters[name]
-        local = torch.empty(sharded.to_local().shape, dtype=sharded.dtype, device=device)
-        full = self.value.data if self.everywhere else _broadcast(self.value.data, world)
-        first = _first_row(sharded.shape[0], world)
-        local.copy_(full[first : first + local.shape[0]])
-        shard = DTensor(local, sharded._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-        parameter = torch.nn.Parameter(shard, self.value.requires_grad)
-        for module, name in self.places:
-            module._parameters[name] = parameter
-
-
-def _replace_by_outlines(unit: torch.nn.Module, world: World, source: WeightSource) -> list[_Weight]:
-    """Puts outlines into a unit, in the number format of the shards, and returns the weights that
-    it had. Tied weights stay tied. Buffers come from rank 0."""
-    from torch.distributed.tensor import DTensor
-
-    weights: dict[int, _Weight] = {}
-    originals = []  # keeps them alive, so that no other object gets their id
-    for module in unit.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or isinstance(parameter, DTensor):
-                continue
-            if id(parameter) not in weights:
-                originals.append(parameter)
-                packed = name == "weight" and quantization.is_packed(module)
-                value = _packed(module, parameter, world) if packed else parameter
-                everywhere = source.has(parameter)
-                dtype = source.dtype if everywhere and source.dtype is not None else value.dtype
-                values = torch.empty_like(value, dtype=dtype, device="meta")
-                weights[id(parameter)] = _Weight(value, torch.nn.Parameter(values, value.requires_grad), everywhere)
-            weight = weights[id(parameter)]
-            weight.places.append((module, name))
-            module._parameters[name] = weight.outline
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _broadcast(buffer, world)
-    return list(weights.values())
-
-
-def _packed(module: torch.nn.Module, parameter: Any, world: World) -> torch.nn.Parameter:
-    """Gives a layer with a 4-bit weight rank 0's constants. Returns its packed weight, which is an
-    outline on the other ranks."""
-    tensors = {"": parameter.data, **quantization.constants(module)} if world.is_first else {}
-    outlines = world.broadcast({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
-    for key, (shape, dtype) in outlines.items():
-        outline = tensors.get(key, torch.empty(shape, dtype=dtype, device="meta"))
-        tensors[key] = _broadcast(outline, world) if key else outline
-    return quantization.with_constants(module, tensors.pop(""), tensors, world.device)
-
-
-def _broadcast(value: Tensor, world: World) -> Tensor:
-    """Returns rank 0's value, on this rank's device."""
-    local = value.to(world.device) if world.is_first else torch.empty_like(value, device=world.device)
-    dist.broadcast(local, src=0)
-    return local
-
-
-def _first_row(rows: int, world: World) -> int:
-    """Returns the first row of this rank's shard of a tensor. FSDP2 divides the first dimension, as
-    torch.chunk does."""
-    return min(-(-rows // world.size) * world.rank, rows)
 
 
 def _full(sharded: Any, world: World) -> Tensor:

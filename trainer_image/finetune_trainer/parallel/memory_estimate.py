@@ -15,7 +15,8 @@ from typing import Literal
 from finetune_api.spec.hardware import Offload, Strategy
 from finetune_trainer.kernels.sizes import ATTENTION_SCORES, CHUNK_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
 from finetune_trainer.model_folder import can_be_mapped
-from finetune_trainer.parallel import activations
+from finetune_trainer.parallel.estimate import activations
+from finetune_trainer.parallel.estimate.host_memory import HostMemory, gib
 from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
 from finetune_trainer.parallel.model_size import ModelSize
 
@@ -88,38 +89,6 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         return f"{self.kind}, activations recomputed" if self.recompute else self.kind
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """Holds the bytes of the host's memory that the `ranks` ranks of the first node need together
-    while the model is loaded, while it is trained and checkpoints are copied, and while the result
-    is saved."""
-
-    ranks: int
-    loading: int
-    training: int
-    saving: int
-
-    def __str__(self) -> str:
-        return f"{gib(self.loading)} to load, {gib(self.training)} to train, {gib(self.saving)} to save"
-
-    @property
-    def peak(self) -> int:
-        """The bytes that suffice for the whole run."""
-        return max(self.loading, self.training, self.saving)
-
-    @property
-    def per_rank(self) -> int:
-        """The share of one rank."""
-        return self.peak // self.ranks
-
-    @property
-    def purpose(self) -> str:
-        """What needs the most, in words."""
-        if self.peak == self.loading:
-            return "to load the model"
-        return "to train and to copy checkpoints" if self.peak == self.training else "to save the result"
 
 
 @dataclass(frozen=True)
@@ -317,8 +286,3 @@ def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) ->
 def _scores(size: ModelSize, setup: TrainingSetup) -> int:
     """Returns the bytes of attention scores that are computed at a time without a kernel."""
     return _SCORE_BYTES if size.chunks_scores or (setup.device == "cuda" and not setup.half) else 0
-
-
-def gib(size: float) -> str:
-    """Formats a number of bytes in GiB."""
-    return f"{size / 2**30:.2f} GiB"

@@ -11,6 +11,8 @@ from typing import Literal
 
 from finetune_api.messages.run import RunConfig
 from finetune_api.spec.hardware import Offload, Strategy, StrategyOption
+from finetune_trainer.parallel.estimate.host_memory import gib
+from finetune_trainer.parallel.estimate.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.free_memory import (
     FreeMemory,
     Need,
@@ -20,15 +22,8 @@ from finetune_trainer.parallel.free_memory import (
     shortage,
     too_little_on_host,
 )
-from finetune_trainer.parallel.memory_estimate import (
-    MemoryEstimate,
-    ParallelConfig,
-    TrainingSetup,
-    gib,
-    memory_estimate,
-)
+from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
-from finetune_trainer.parallel.speed_estimate import seconds_per_token
 
 # Beyond a few hundred tokens, matrix products on a CPU hardly get faster while memory use grows. A
 # GPU needs thousands of tokens.

@@ -24,7 +24,7 @@ from finetune_trainer.evaluation.answers import AnswerJob
 from finetune_trainer.evaluation.evaluator import SplitLoss
 from finetune_trainer.evaluation.generation import Answer, GenerationSettings
 from finetune_trainer.model import device_memory
-from finetune_trainer.parallel.memory_estimate import gib
+from finetune_trainer.parallel.estimate.host_memory import gib
 from finetune_trainer.training.context import Training
 
 _MAX_PARTS = 1000

@@ -8,8 +8,8 @@ from finetune_trainer.checkpoint import local_folder
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.data.dataset import read
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import adapter_merge, export, export_check
 from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.model.result import adapter_merge, export, export_check
 from finetune_trainer.reporting import model_card
 from finetune_trainer.training import final_evaluation, loop, setup
 from finetune_trainer.training.context import RankContext, Training

@@ -10,9 +10,10 @@ import torch
 from finetune_trainer import model_folder
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.dataset import Data
-from finetune_trainer.model import activation_checkpointing, adapter_merge, loading, method, weight_files
+from finetune_trainer.model import activation_checkpointing, loading, method
 from finetune_trainer.model.loading import LoadedModel
-from finetune_trainer.parallel import deepspeed, deepspeed_config, fsdp, optimizers
+from finetune_trainer.model.result import adapter_merge, weight_files
+from finetune_trainer.parallel import deepspeed, deepspeed_config, fsdp, fsdp_shards, optimizers
 from finetune_trainer.parallel.ddp import DataParallel
 from finetune_trainer.parallel.strategy import ParallelStrategy
 from finetune_trainer.training.context import RankContext
@@ -112,7 +113,9 @@ def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -
     context.reporter.decision("optimizer", config.optimizer, optimizers.reason(run.training, config, name))
     if name == "fsdp":
         offload = run.world.offload == "parameters"
-        source = fsdp.WeightSource(loaded.mapped, run.method == "lora", stored(resolved) if loaded.mapped else None)
+        source = fsdp_shards.WeightSource(
+            loaded.mapped, run.method == "lora", stored(resolved) if loaded.mapped else None
+        )
         return fsdp.FullyShardedDataParallel(loaded.model, config, world, offload=offload, half=dtype, source=source)
     options = _zero_options(resolved)
     if options is None:

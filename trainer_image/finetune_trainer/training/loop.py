@@ -21,11 +21,12 @@ from finetune_trainer.data.splits import Split
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.model import dpo
 from finetune_trainer.reporting.event_log import listed
-from finetune_trainer.training import anomalies, early_stopping, layer_kernels, lr_schedule, rollback, step_clock
+from finetune_trainer.training import anomalies, early_stopping, layer_kernels, lr_schedule, rollback
 from finetune_trainer.training.context import Training
-from finetune_trainer.training.step_clock import StepClock
-from finetune_trainer.training.step_sync import OwnMicroBatches, StepOutcome, agree
-from finetune_trainer.training.stragglers import StragglerWatch
+from finetune_trainer.training.steps import step_clock
+from finetune_trainer.training.steps.step_clock import StepClock
+from finetune_trainer.training.steps.step_sync import OwnMicroBatches, StepOutcome, agree
+from finetune_trainer.training.steps.stragglers import StragglerWatch
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from finetune_api.messages.run import RunConfig
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import strategy_choice
+from finetune_trainer.parallel.estimate.host_memory import gib
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
-from finetune_trainer.parallel.memory_estimate import gib
 from finetune_trainer.parallel.model_size import ModelSize
 from finetune_trainer.parallel.strategy_choice import Choice, UserChoice
 

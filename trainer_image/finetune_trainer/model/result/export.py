@@ -19,9 +19,10 @@ from torch import Tensor
 from finetune_api.messages.run import RunConfig
 from finetune_trainer.data import tokenizer
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import adapter_merge, lora, weight_files
+from finetune_trainer.model import lora
 from finetune_trainer.model.loading import LoadedModel
-from finetune_trainer.model.weight_files import Gather
+from finetune_trainer.model.result import adapter_merge, weight_files
+from finetune_trainer.model.result.weight_files import Gather
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",

@@ -15,9 +15,9 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
-from finetune_operator.core import certificates
 from finetune_operator.core.plan import trainer_image
-from finetune_operator.core.scheduling import scheduling
+from finetune_operator.core.pods import certificates
+from finetune_operator.core.pods.scheduling import scheduling
 from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
 

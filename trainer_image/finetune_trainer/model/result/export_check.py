@@ -24,9 +24,10 @@ from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.splits import Split
 from finetune_trainer.errors import RunError
 from finetune_trainer.host_memory import release_unused
-from finetune_trainer.model import adapter_merge, added_tokens, export
+from finetune_trainer.model import added_tokens
 from finetune_trainer.model.device_memory import free_bytes
 from finetune_trainer.model.quantization import Quantization, disable_repacking
+from finetune_trainer.model.result import adapter_merge, export
 from finetune_trainer.reporting.event_writer import EventWriter
 
 _CPU = torch.device("cpu")

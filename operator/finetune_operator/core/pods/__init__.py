@@ -1,0 +1,1 @@
+"""Builds the manifests of a job's children."""

@@ -1,0 +1,1 @@
+"""Parts of the memory estimate, and the estimate of speed."""
