@@ -7,8 +7,9 @@ bytes at the bandwidth of large copies, and that of a launch.
 from __future__ import annotations
 
 import torch
-from benchmarks.gpu.flops import PEAKS
 from benchmarks.gpu.roofline.kernels import Kernel
+
+from finetune_trainer.model.flops import PEAKS
 
 PEAK = PEAKS["H100"]
 """FLOP/s of dense bfloat16 products, from NVIDIA's data sheet. MFU is relative to it."""

@@ -12,7 +12,8 @@ from finetune_api import names
 from finetune_api.status import Restarts
 from finetune_operator.core.actions import ReleaseGroup, ResumeGroup
 from finetune_operator.core.decide import decide
-from finetune_operator.core.objects import Attempt, Pod, child_job
+from finetune_operator.core.objects import Attempt, Pod
+from finetune_operator.core.parsing import child_job
 from finetune_operator.core.plan import plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.settings import Settings
