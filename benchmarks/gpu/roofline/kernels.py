@@ -22,7 +22,7 @@ WIDEST_ADAPTER = 64
 """A matrix product with a side that isn't longer belongs to an adapter."""
 
 _WORK = {"aten.mm": (0, 1), "aten.addmm": (1, 2), "aten.bmm": (0, 1)}  # the factors among the arguments
-_ATTENTION = "varlen_attn"
+_ATTENTION = "finetune.attend_flash"
 _FREE = frozenset(
     ["aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided",
      "aten._unsafe_view", "aten.sym_size", "aten.set_", "aten.resize_"]
@@ -143,8 +143,9 @@ class Recorder(TorchDispatchMode):
         elif factors:
             flops = 2.0 * factors[0].numel() * factors[1].shape[-1]
         elif _ATTENTION in name:
-            query = next(tensor for tensor in inputs if tensor.dim() == 3)
-            flops = 4.0 * self._pairs * query.shape[1] * query.shape[2] * (2.5 if "backward" in name else 1.0)
+            backward = "backward" in name
+            _, heads, _, head_size = args[1 if backward else 0].shape
+            flops = 4.0 * self._pairs * heads * head_size * (2.5 if backward else 1.0)
         dtype = factors[0].dtype if factors else outputs[0].dtype
         kind = self._kind(name, [*inputs, *outputs], factors)
         self.kernels.append(Kernel(name, kind, flops, size, dtype, self.backward))
