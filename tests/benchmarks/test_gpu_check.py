@@ -93,7 +93,8 @@ def test_a_claim_is_judged_by_a_cards_results_and_is_open_without_them() -> None
 
 
 def test_the_page_matches_the_results() -> None:
-    assert page.PAGE.read_text() == page.page(page.read(page.RESULTS))
+    model = json.loads((page.RESULTS / page.MODEL).read_text())
+    assert page.PAGE.read_text() == page.page(page.read(page.RESULTS), model)
 
 
 def test_the_page_has_a_section_for_each_card() -> None:
