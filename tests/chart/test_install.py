@@ -170,7 +170,7 @@ def test_the_operator_works_with_the_charts_rights(installed: ControlPlane, helm
     with operator_as_its_service_account(installed, tmp_path, helm) as log:
         installed.kubectl("apply", "-f", "-", stdin=json.dumps(job))
         eventually(lambda: get("job", "rights-1", ".metadata.name"), f"a first attempt\n{log.read_text()[-2000:]}")
-        eventually(lambda: get("service", "rights", ".metadata.name"), "a Service")
+        eventually(lambda: get("service", "rights-ranks", ".metadata.name"), "a Service")
         eventually(lambda: get("ftj", "rights", ".status.observedGeneration") == "1", "a status")
         installed.kubectl(
             "-n",
