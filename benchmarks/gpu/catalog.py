@@ -10,13 +10,14 @@ from dataclasses import dataclass
 class Stage:
     """A module of `benchmarks.gpu.stages`.
 
-    `seconds` is its time limit on a GPU, `rehearsal_seconds` that of a rehearsal.
+    `seconds` is its time limit on a GPU, `rehearsal_seconds` that of a rehearsal,
+    which may run next to other tests.
     """
 
     name: str
     seconds: int
     question: str
-    rehearsal_seconds: int = 120
+    rehearsal_seconds: int = 360
 
 
 STAGES = (
@@ -29,15 +30,15 @@ STAGES = (
     Stage("head", 45, "Are the loss and the gradients of the chunked head exact, and which chunk size is fastest?"),
     Stage("fused", 45, "Are the fused kernels exact and used, how fast are they, and what do they save?"),
     Stage(
-        "ranks", 170, "Does every strategy and method train, with the losses of the CPU and in the chosen dtype?", 400
+        "ranks", 170, "Does every strategy and method train, with the losses of the CPU and in the chosen dtype?", 900
     ),
-    Stage("large", 170, "How fast is an 8B model, and how far off is the memory estimate?", 240),
+    Stage("large", 170, "How fast is an 8B model, and how far off is the memory estimate?", 600),
     Stage(
         "memory", 60, "Does a run that lacks memory continue with the same loss, and how much is lost to fragmentation?"
     ),
     Stage("fsdp", 60, "How much memory does one of eight ranks of a sharded 8B model need, and how long is its step?"),
-    Stage("resume", 60, "How close to bit-identical is a run that was stopped or killed and resumed?", 180),
-    Stage("operations", 60, "Does the supervisor detect a stalled rank, and is the GPU free after a kill?", 180),
+    Stage("resume", 60, "How close to bit-identical is a run that was stopped or killed and resumed?", 600),
+    Stage("operations", 60, "Does the supervisor detect a stalled rank, and is the GPU free after a kill?", 600),
 )
 
 

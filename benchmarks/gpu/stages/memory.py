@@ -41,7 +41,7 @@ def _backoff(stage: child.Stage, model: Path, root: Path) -> None:
         scratch = root / name.replace(" ", "-")
         scratch.mkdir()
         paths = kit.prepare(scratch, model, documents, recipe, device=stage.setting.device)
-        ran[name] = running.run(paths, options=options, timeout=120)
+        ran[name] = running.run(paths, options=options, timeout=300)
     limited, unlimited = ran["too large"], ran["fitting"]
     halvings = [event["halvings"] for event in limited.events("backoff")]
     if limited.code or unlimited.code:
@@ -73,7 +73,7 @@ def _fragments(stage: child.Stage, model: Path, root: Path, setting: str) -> Non
     environment: Mapping[str, str] = (
         {"PYTORCH_ALLOC_CONF": setting, "PYTORCH_CUDA_ALLOC_CONF": setting} if setting else {}
     )
-    ran = running.run(paths, environment=environment, timeout=120)
+    ran = running.run(paths, environment=environment, timeout=300)
     if ran.code:
         stage.report(name, "wrong", ran.error, seconds=ran.seconds)
         return

@@ -58,7 +58,7 @@ def _cell(
         scratch.mkdir()
         paths = kit.prepare(scratch, models[cell.model], rows_of(cell), cell.recipe, device=stage.setting.device)
         options = ["--rank", str(_RANK), *(["--cuda-autocast"] if stage.setting.device != "cuda" else [])]
-        ran = running.run(paths, options=options, timeout=120)
+        ran = running.run(paths, options=options, timeout=300)
         report(stage, cell, ran, references[cell.reference])
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -49,7 +49,7 @@ def run(stage: child.Stage) -> None:
 
 
 def _run(stage: child.Stage, model: Path, scratch: Path, recipe: Recipe) -> running.FinishedRank:
-    return running.run(_prepared(stage, model, scratch, recipe), timeout=120)
+    return running.run(_prepared(stage, model, scratch, recipe), timeout=300)
 
 
 def _prepared(stage: child.Stage, model: Path, scratch: Path, recipe: Recipe) -> running.Paths:
@@ -65,9 +65,9 @@ def _compare(
     at = 0
     if case != "repeated":
         rank = running.Rank(_prepared(stage, model, root / f"{name}-first", recipe))
-        rank.until(lambda: rank.steps() >= _CUT and bool(_checkpoints(rank.paths.checkpoints)), 90)
+        rank.until(lambda: rank.steps() >= _CUT and bool(_checkpoints(rank.paths.checkpoints)), 240)
         rank.process.send_signal(signal.SIGTERM if case.startswith("stopped") else signal.SIGKILL)
-        code = rank.wait(60).code
+        code = rank.wait(180).code
         checkpoint = _checkpoints(rank.paths.checkpoints)[-1]
         at = int(checkpoint.name.removeprefix("step-"))
         if case.startswith("stopped") and (code or not running.read_events(rank.paths, "preempted")):
