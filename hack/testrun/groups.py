@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Folders of tests that mostly wait for an API server, a kubelet, a container or an image.
-WAITING = ("api", "chart", "e2e", "images", "k8s_operator", "localcluster")
+WAITING = ("api", "chart", "e2e", "images", "k8s_operator", "localcluster", "security")
 _FAILURE_TITLES = (" ERRORS ", " FAILURES ", " short test summary info ")
 ONCE_MORE = 3  # at most so many failed tests run a second time; more are no accident
 SIDE_BY_SIDE_BYTES = 10 << 30  # available memory that both groups need together
