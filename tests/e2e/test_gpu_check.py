@@ -38,7 +38,10 @@ def test_the_check_runs_from_the_trainers_image_and_its_log_contains_the_results
     world.kubectl("apply", "-f", "-", stdin=json.dumps(_rehearsing(world.trainer_image)))
     try:
         world.kubectl("wait", f"job/{NAME}", "--for=jsonpath={.status.ready}=1", "--timeout=60s", check=False)
-        world.kubectl("wait", f"job/{NAME}", "--for=condition=Complete", "--timeout=90s", check=False)
+        for _ in range(4):  # on a machine that is busy with other tests, it takes minutes
+            ended = world.kubectl("wait", f"job/{NAME}", "--for=condition=Complete", "--timeout=90s", check=False)
+            if "condition met" in ended:
+                break
         log = world.kubectl("logs", f"job/{NAME}")
         command = "sed -n '/^--- gpu-check.json/,$p' | tail -n +2"  # as described in the example's first lines
         assert command in FILE.read_text()

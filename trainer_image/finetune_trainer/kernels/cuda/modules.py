@@ -8,7 +8,6 @@ on this rank. A module that computes anything else stays as it is.
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -88,10 +87,18 @@ def _norm(module: Any, device: torch.device) -> _Norm | None:
     return next((kind for kind in kinds if _same(sample.forward, _Norm(sample, epsilon, kind.shifted), inputs)), None)
 
 
+def _copied(module: Any) -> Any:
+    """Returns a shallow copy of a module, which may be sharded: FSDP2 doesn't let `copy` create
+    one."""
+    sample = object.__new__(type(module))
+    sample.__dict__.update(module.__dict__)
+    return sample
+
+
 def _with_sample_weight(norm: Any, device: torch.device) -> Any:
     """Returns a copy of a norm with another weight, on `device`."""
     weight = _wave(1, len(norm.weight), norm.weight.dtype, device)[0]
-    sample = copy.copy(norm)
+    sample = _copied(norm)
     sample._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     return sample
 
@@ -108,7 +115,7 @@ def _replace_product(module: Any, device: torch.device) -> bool:
             return out
 
         if _same(lambda gate, up: module.act_fn(gate) * up, product, factors):
-            sample = copy.copy(module)
+            sample = _copied(module)
             parts = zip(_GATED, (_Scaled(0.75), _Scaled(-0.5), _Scaled(1.25), module.act_fn), strict=True)
             sample._modules = dict(parts)
             if not _same(sample.forward, _product_forward(sample, product), factors[:1]):
@@ -133,7 +140,7 @@ def _replace_layer(layer: Any, norms: dict[int, _Norm], device: torch.device) ->
     norm = norms.get(id(layer.post_attention_layernorm))
     if norm is None or id(layer.input_layernorm) not in norms:
         return False
-    sample = copy.copy(layer)
+    sample = _copied(layer)
     sample_norms = [
         _with_sample_weight(layer._modules[f"{name}_layernorm"], device) for name in ("input", "post_attention")
     ]
