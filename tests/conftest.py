@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,23 @@ def kubeconfig(control_plane: ControlPlane) -> Path:
 def crd(control_plane: ControlPlane) -> ControlPlane:
     """The control plane, with the committed CRD established."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+    _wait_until_established(control_plane)
     control_plane.kubectl("api-resources", "--api-group=finetune-operator.io")  # this refreshes what kubectl has cached
     return control_plane
+
+
+def _wait_until_established(control_plane: ControlPlane, seconds: float = 30) -> None:
+    """Waits for the condition, even if the CRD has no conditions yet: kubectl wait fails then."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+        except AssertionError as error:
+            if "accessor error" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,7 @@ WANDB_DIR = f"{FINETUNE_DIR}/wandb"
 CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MANIFEST = "manifest.json"
 CHECKPOINT_HISTORY = "history.jsonl"
+CHECKPOINT_STATE = "state.json"
 
 
 def attempt_job_name(name: str, attempt: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Cause = Literal["user", "application", "infrastructure", "preemption"]
+Cause = Literal["user", "application", "memory", "infrastructure", "preemption"]
 """Why an attempt ended. A failure with cause user is never retried, since a person must change
 something. Each other cause has a restart budget of its own; that of preemption is unlimited."""
 
@@ -50,9 +50,14 @@ _ALL = (
     Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key.",
            "Add the key that the message names to the Secret."),
     # The training program.
-    Reason("OutOfMemory", "application", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
-           "A restart halves the micro-batches. If that isn't enough, raise resources.memory, lower "
-           "training.microBatchSize or dataset.maxSequenceLength, or use zero2 or zero3."),
+    Reason("OutOfMemory", "memory", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
+           "Each restart halves the micro-batches, at most runPolicy.maxRestarts.memory times. If that isn't enough, "
+           "raise resources.memory, lower training.microBatchSize or dataset.maxSequenceLength, or use zero2 or "
+           "zero3."),
+    Reason("InsufficientMemory", "user", 81, "Memory ran out although micro-batches can't get any smaller.",
+           "The largest micro-batch is a single example, so a restart would run out of memory again, and there is "
+           "none. Raise resources.memory or use GPUs with more memory, lower dataset.maxSequenceLength, or set "
+           "distribution.strategy to zero3 or fsdp."),
     Reason("NonFiniteLoss", "application", 71, "The loss or the gradient was NaN or infinite in too many steps.",
            "Look at the rows that the message lists, or lower training.learningRate; see training.maxSkippedSteps."),
     Reason("LossSpike", "user", 77, "The training loss jumped far above the recent losses and stayed there.",

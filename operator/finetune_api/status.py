@@ -38,6 +38,7 @@ class Restarts(LenientModel):
     """Counts the restarts of the whole group so far, by cause."""
 
     application: u.Count = Field(default=0, description="Failures of the training program itself.")
+    memory: u.Count = Field(default=0, description="Lacks of memory, each of which halved the micro-batches.")
     infrastructure: u.Count = Field(default=0, description="Failures of nodes, network and storage.")
     preemption: u.Count = Field(default=0, description="Evictions and preemptions, which never count against a limit.")
 

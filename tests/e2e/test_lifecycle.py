@@ -42,7 +42,7 @@ def test_a_suspended_job_saves_a_checkpoint_stops_and_resumes_from_it(world: Wor
     world.suspend(name, False)
     status = world.until_phase(name, "Succeeded", seconds=300)
     assert status["attempt"] == 2
-    assert status["restarts"] == {"application": 0, "infrastructure": 0, "preemption": 0}
+    assert status["restarts"] == {"application": 0, "memory": 0, "infrastructure": 0, "preemption": 0}
     assert _reported_steps(world, name) == list(range(1, 401)), "a step is missing or was reported twice"
 
 

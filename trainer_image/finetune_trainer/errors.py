@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from typing import Any
 
 from finetune_api.reasons import REASONS
 
@@ -36,6 +37,20 @@ class RunError(Exception):
         self.rank = rank
         self.exit_code = exit_code
         self.log_tail = log_tail
+
+
+def insufficient_memory(message: str, **process: Any) -> RunError:
+    """Returns the error for a lack of memory (`message`) that smaller micro-batches can't cure.
+
+    `process` describes the process that failed, as in RunError.
+    """
+    return RunError(
+        "InsufficientMemory",
+        f"{message}; the largest micro-batch is a single example, so a restart can't use less memory: raise "
+        "resources.memory or use GPUs with more memory, lower dataset.maxSequenceLength, or set "
+        "distribution.strategy to zero3 or fsdp",
+        **process,
+    )
 
 
 # Which reason the text of an exception or of a log stands for, the strongest first. A lost peer

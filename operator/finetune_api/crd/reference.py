@@ -187,6 +187,10 @@ def troubleshooting() -> str:
                 "- **application**: the whole group restarts from the last checkpoint, at most "
                 "`runPolicy.maxRestarts.application` times."
             ),
+            _wrapped(
+                "- **memory**: the same, at most `runPolicy.maxRestarts.memory` times, each time with micro-batches "
+                "half as large."
+            ),
             "- **infrastructure**: the same, at most `runPolicy.maxRestarts.infrastructure` times.",
             "- **preemption**: the group resumes from the last checkpoint, without a limit.",
             "",

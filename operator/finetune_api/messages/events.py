@@ -69,6 +69,9 @@ class PlanEvent(LenientModel):
     parameters: int
     trainable_parameters: int
     halvings: int = Field(default=0, description="How often micro-batches were halved for lack of memory.")
+    smallest_micro_batches: bool = Field(
+        default=False, description="Whether the largest micro-batch is a single example, so that it can't be halved."
+    )
     flops_per_token: float | None = Field(
         default=None, description="Floating-point operations that one token needs; None if they aren't known."
     )

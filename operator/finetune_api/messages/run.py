@@ -205,6 +205,9 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the final values are scraped.",
     )
     stall_seconds: int = 600
+    memory_restarts: int = Field(
+        default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
+    )
 
     grace_seconds: int = Field(
         default=120, description="Seconds from SIGTERM to SIGKILL; saving the checkpoint must fit into them."

@@ -118,6 +118,11 @@ class MaxRestartsSpec(Model):
     """Limits how many times the group is restarted for each cause; preemptions never count."""
 
     application: int = Field(default=1, ge=0, le=1000, description="Failures of the training program itself.")
+    memory: int = Field(
+        default=4, ge=0, le=1000,
+        description="Lacks of memory. Each of these restarts halves the micro-batches. A job whose largest "
+        "micro-batch is a single example fails without another restart.",
+    )  # fmt: skip
     infrastructure: int = Field(default=20, ge=0, le=1000, description="Failures of nodes, network and storage.")
 
 

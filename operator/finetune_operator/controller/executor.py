@@ -130,7 +130,8 @@ class Executor:
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         check_offered(observed.job, self._settings)
-        run = plan(observed.job, self._settings, action.number, model_bytes(observed))
+        size, memory_restarts = model_bytes(observed), action.restarts.memory
+        run = plan(observed.job, self._settings, action.number, size, memory_restarts)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         if run.world.nodes > 1:

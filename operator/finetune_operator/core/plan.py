@@ -94,11 +94,14 @@ def _is_allowed_image(image: str, settings: Settings) -> bool:
     return any(image == entry or (entry.endswith(("/", ":", "@")) and image.startswith(entry)) for entry in allowed)
 
 
-def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: int | None = None) -> RunConfig:
+def plan(
+    job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: int | None = None, memory_restarts: int = 0
+) -> RunConfig:
     """Returns everything that the pods of one attempt need to know.
 
-    `model_bytes` is the size of the base model's files, None if no pod has read it yet. Raises
-    PlanError if the spec can't be run.
+    `model_bytes` is the size of the base model's files, None if no pod has read it yet.
+    `memory_restarts` counts the restarts so far for lack of memory. Raises PlanError if the spec
+    can't be run.
     """
     spec = job.spec
     pod = amounts(spec, model_bytes)
@@ -135,6 +138,7 @@ def plan(job: FineTuneJob, settings: Settings, attempt: int = 1, model_bytes: in
         memory_bytes=int(quantity_value(pod.memory)),
         auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
+        memory_restarts=memory_restarts,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
     )
 

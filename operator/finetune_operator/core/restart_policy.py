@@ -38,6 +38,7 @@ def next_attempt(cause: Cause, restarts: Restarts, budget: MaxRestartsSpec, life
         return GiveUp()
     limit = {
         "application": budget.application,
+        "memory": budget.memory,
         "infrastructure": budget.infrastructure,
         "preemption": None,
     }[cause]
@@ -49,7 +50,7 @@ def next_attempt(cause: Cause, restarts: Restarts, budget: MaxRestartsSpec, life
 
 def total(restarts: Restarts) -> int:
     """Returns the number of restarts of all causes."""
-    return restarts.application + restarts.infrastructure + restarts.preemption
+    return restarts.application + restarts.memory + restarts.infrastructure + restarts.preemption
 
 
 def _delay(restart: int, lifetime: float) -> float:

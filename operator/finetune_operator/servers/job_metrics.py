@@ -145,7 +145,7 @@ class _Families:
         self._phase.add_metric([*job, status.phase], 1)
         for condition in (c for c in status.conditions if c.type in _CONDITIONS):
             self._condition.add_metric([*job, condition.type], float(condition.status == "True"))
-        for cause in ("application", "infrastructure", "preemption"):
+        for cause in ("application", "memory", "infrastructure", "preemption"):
             self._restarts.add_metric([*job, cause], getattr(status.restarts, cause))
         self._gpus.add_metric(job, status.gpus)
         _add_if_set(self._start, job, _epoch(status.start_time))

@@ -100,7 +100,7 @@ def test_an_operator_killed_at_any_moment_finishes_the_job_with_one_group_at_a_t
         world.end_pod(pod, 0, _DONE)
     here("ended")
     done = world.wait_phase("steady", "Succeeded", 20)
-    assert done["restarts"] == {"application": 0, "infrastructure": 1, "preemption": 0}
+    assert done["restarts"] == {"application": 0, "memory": 0, "infrastructure": 1, "preemption": 0}
     assert done["attempt"] == 3
     assert {job["metadata"]["name"] for job in world.all("jobs")} <= {"steady-1", "steady-3"}
 

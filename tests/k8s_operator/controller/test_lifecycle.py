@@ -105,16 +105,31 @@ def test_a_users_mistake_fails_immediately_and_names_the_field(world: World, ope
 def test_the_full_group_restarts_on_an_application_failure_until_its_budget_is_spent(
     world: World, operator: Operator
 ) -> None:
-    world.submit("oom", distribution={"nodes": 2})
+    world.submit("broken", distribution={"nodes": 2})
     for attempt in (1, 2):
+        pods = world.run_pods(f"broken-{attempt}", 2)
+        world.end_pod(pods[1], 1, Result(outcome="failed", reason="TrainingError", message="a bug"))
+        world.leave(f"broken-{attempt}", 75, _PEER_LOST)
+    failed = world.wait_phase("broken", "Failed")
+    assert failed["failure"]["reason"] == "TrainingError"
+    assert world.condition("broken", "Failed")["reason"] == "RestartBudgetSpent"
+    assert failed["restarts"] == {"application": 1, "memory": 0, "infrastructure": 0, "preemption": 0}
+    assert failed["attempt"] == 2
+
+
+def test_a_lack_of_memory_has_a_budget_of_its_own_and_each_attempt_knows_it(world: World, operator: Operator) -> None:
+    world.submit("oom", distribution={"nodes": 2}, run_policy={"maxRestarts": {"application": 0, "memory": 2}})
+    for attempt in (1, 2, 3):
         pods = world.run_pods(f"oom-{attempt}", 2)
+        run = parse(pods[0]["metadata"]["annotations"][names.ANNOTATION_RUN_CONFIG])
+        assert run.memory_restarts == attempt - 1
         world.end_pod(pods[1], 137, reason="OOMKilled")
         world.leave(f"oom-{attempt}", 75, _PEER_LOST)
     failed = world.wait_phase("oom", "Failed")
     assert failed["failure"]["reason"] == "OutOfMemory"
     assert world.condition("oom", "Failed")["reason"] == "RestartBudgetSpent"
-    assert failed["restarts"] == {"application": 1, "infrastructure": 0, "preemption": 0}
-    assert failed["attempt"] == 2
+    assert failed["restarts"] == {"application": 0, "memory": 2, "infrastructure": 0, "preemption": 0}
+    assert failed["attempt"] == 3
 
 
 def test_no_attempt_starts_while_a_pod_of_the_last_one_lives(world: World, operator: Operator) -> None:

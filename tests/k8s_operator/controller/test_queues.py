@@ -62,7 +62,7 @@ def test_a_job_that_a_queue_takes_its_nodes_from_continues_when_it_is_admitted_a
         world.end_pod(pod, 0, _DONE)
     status = world.wait_phase("displaced", "Succeeded", 20)
     assert status["attempt"] == 1
-    assert status["restarts"] == {"application": 0, "infrastructure": 0, "preemption": 0}
+    assert status["restarts"] == {"application": 0, "memory": 0, "infrastructure": 0, "preemption": 0}
 
 
 def test_a_queued_job_can_be_suspended_and_resumed(world: World, operator: Operator) -> None:

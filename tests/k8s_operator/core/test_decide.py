@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from finetune_api import names
 from finetune_api.messages.result import Result
 from finetune_api.status import Condition, Phase, Restarts, Status
+from finetune_operator.core import parsing
 from finetune_operator.core.decide import (
     CreateAttempt,
     CreatePreflight,
@@ -91,8 +93,14 @@ def test_no_check_is_repeated_once_an_attempt_exists() -> None:
     ("reason", "restarts", "then"),
     [
         ("DatasetInvalid", Restarts(), None),
-        ("OutOfMemory", Restarts(), Restarts(application=1)),
-        ("OutOfMemory", Restarts(application=1), None),
+        ("InsufficientMemory", Restarts(), None),
+        ("TrainingError", Restarts(), Restarts(application=1)),
+        ("TrainingError", Restarts(application=1), None),
+        ("OutOfMemory", Restarts(), Restarts(memory=1)),
+        ("OutOfMemory", Restarts(application=1), Restarts(application=1, memory=1)),
+        ("OutOfMemory", Restarts(memory=3), Restarts(memory=4)),
+        ("OutOfMemory", Restarts(memory=4), None),
+        ("TrainingError", Restarts(memory=4), Restarts(application=1, memory=4)),
         ("RankKilled", Restarts(application=1), Restarts(application=1, infrastructure=1)),
         ("RankKilled", Restarts(infrastructure=20), None),
         ("Preempted", Restarts(preemption=500), Restarts(preemption=501)),
@@ -109,6 +117,34 @@ def test_a_failed_attempt_costs_its_causes_budget(reason: str, restarts: Restart
     failure = _desired(decision).failure
     assert failure is not None
     assert (failure.reason, failure.attempt) == (reason, 3)
+
+
+def test_a_container_that_the_kernel_killed_for_memory_costs_the_memory_budget() -> None:
+    attempt = an_attempt(
+        1, a_dead_pod(0, 137, reason="OOMKilled"), failed=True, restarts=Restarts(), finished_at=BEFORE
+    )
+    for limit, then in ((1, (CreateAttempt(2, Restarts(memory=1)),)), (0, ())):
+        policy = {"maxRestarts": {"memory": limit, "application": 0}}
+        observed = an_observation(a_job(_status("Running"), run_policy=policy), attempt)
+        decision = decide(observed, NOW + timedelta(hours=1))
+        assert decision.actions == then
+
+
+def test_counters_of_an_older_version_have_no_memory_restarts() -> None:
+    raw = {
+        "metadata": {
+            "name": "train-3",
+            "namespace": "ns",
+            "uid": "u",
+            "resourceVersion": "1",
+            "annotations": {names.ANNOTATION_RESTARTS: '{"application": 1, "infrastructure": 2, "preemption": 3}'},
+        }
+    }
+    older = Restarts(application=1, infrastructure=2, preemption=3, memory=0)
+    assert parsing.child_job(raw).restarts == older
+    assert (
+        Status.model_validate({"restarts": {"application": 1, "infrastructure": 2, "preemption": 3}}).restarts == older
+    )
 
 
 def test_restarts_have_growing_delays_but_none_after_a_long_life() -> None:

@@ -30,7 +30,8 @@ class Cluster:
 
     def __init__(self) -> None:
         self.job = a_job(
-            distribution={"nodes": NODES}, run_policy={"maxRestarts": {"application": 3, "infrastructure": 5}}
+            distribution={"nodes": NODES},
+            run_policy={"maxRestarts": {"application": 3, "memory": 2, "infrastructure": 5}},
         )
         self.attempts: dict[int, Attempt] = {}
         self.orphaned_pods: tuple[Pod, ...] = ()
@@ -148,8 +149,8 @@ def _ended(pod: Pod, code: int, result: Result) -> Pod:
 
 
 _EVENTS = (
-    "start", "start", "leave", "OutOfMemory", "RankKilled", "PeerLost", "job deleted", "orphaned_pods end", "suspend",
-    "resume", "time", "finish",
+    "start", "start", "leave", "OutOfMemory", "TrainingError", "RankKilled", "PeerLost", "job deleted",
+    "orphaned_pods end", "suspend", "resume", "time", "finish",
 )  # fmt: skip
 _STEP = st.tuples(st.sampled_from(_EVENTS), st.integers(min_value=0, max_value=4))
 
@@ -178,5 +179,6 @@ def test_no_crash_and_no_order_of_events_creates_a_second_group(steps: list[tupl
     assert final.attempt in cluster.created
     restarts = final.restarts
     assert restarts == Restarts() or restarts.application <= 3
+    assert restarts.memory <= 2
     assert restarts.infrastructure <= 5
     assert final.restarts_total <= len(cluster.created) - 1

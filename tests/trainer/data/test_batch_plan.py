@@ -51,6 +51,37 @@ def _all_labeled(lengths: Iterable[int]) -> _Examples:
     return [(length, length - 1) for length in lengths]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "rows", "tokens", "smallest"),
+    [
+        ((10, 10, 10, 10), 2, 0, False),
+        ((10, 10, 10, 10), 1, 0, True),
+        ((10, 10, 10, 10), 0, 20, False),
+        ((10, 10, 10, 10), 0, 19, True),
+        ((40, 10, 10, 10), 0, 70, False),
+        ((40, 10, 10, 10), 0, 30, True),
+        ((40,), 4, 0, True),
+    ],
+    ids=[
+        "two padded", "one padded", "two in a packed row", "one in each packed row", "all in a packed row",
+        "the longest example is alone, and more than a shorter row", "one example",
+    ],
+)  # fmt: skip
+def test_a_plan_is_the_smallest_if_its_largest_micro_batch_is_one_example(
+    lengths: tuple[int, ...], rows: int, tokens: int, smallest: bool
+) -> None:
+    shape = batch_plan.MicroBatchShape(world=1, rows=max(1, rows), tokens=max(1, tokens), packed=rows == 0)
+    assert _plan(_all_labeled(lengths), shape, 4, epochs=1.0).is_smallest is smallest
+
+
+@given(_examples, _shapes, st.integers(1, 17), st.booleans())
+def test_halving_always_ends_at_a_smallest_plan(
+    examples: _Examples, shape: batch_plan.MicroBatchShape, batch: int, by_length: bool
+) -> None:
+    plan = _plan(examples, shape, batch, epochs=1.0, by_length=by_length)
+    assert plan.halved(16).is_smallest
+
+
 @given(_examples, _shapes, st.integers(1, 17), st.integers(1, 3), st.booleans())
 def test_every_row_occurs_once_per_epoch(
     examples: _Examples, shape: batch_plan.MicroBatchShape, batch: int, epochs: int, by_length: bool

@@ -22,6 +22,10 @@ TABLE: dict[str, tuple[tuple[RankEnd, ...], int, str, int]] = {
     "killed for memory": ((KILLED,), 1, "OutOfMemory", 1),
     "killed by somebody": ((KILLED,), 0, "RankKilled", 1),
     "a kill explains broken connections": ((LOST, KILLED), 0, "RankKilled", 1),
+    "a single example without memory explains the rest": (
+        (RankEnd(0, 70, error(0, "OutOfMemory", 1.0)), RankEnd(1, 81, error(1, "InsufficientMemory", 2.0))), 0,
+        "InsufficientMemory", 1,
+    ),
     "memory explains broken connections": ((LOST, KILLED), 2, "OutOfMemory", 1),
     "only broken connections": ((LOST,), 0, "PeerLost", 0),
     "an error explains broken connections": ((LOST, RankEnd(2, 71, error(2, "NonFiniteLoss", 9.0))), 0,

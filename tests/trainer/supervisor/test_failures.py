@@ -167,6 +167,13 @@ def test_ranks_without_memory_leave_a_record_for_the_next_attempt_until_the_job_
     assert not record.exists()
 
 
+def test_a_lack_of_memory_is_final_if_micro_batches_cannot_get_smaller(setup: JobSetup) -> None:
+    ended = ending(setup, {"at_step": 3, "on_rank": 1, "then": "memory", "smallest": True})
+    assert (ended.code, ended.last.reason, ended.last.rank) == (81, "InsufficientMemory", 1)
+    for part in ("CUDA out of memory", "dataset.maxSequenceLength", "resources.memory"):
+        assert part in ended.last.message
+
+
 def test_slow_loading_is_not_a_stall_while_the_limit_is_off(setup: JobSetup) -> None:
     ended = supervisor_process.supervise(
         setup.with_changes(stall_seconds=0).run(), setup.folder, behavior={"loading": 1.5}

@@ -45,9 +45,9 @@ def _cgroup(folder: Path, used: int) -> Cgroup:
     return limit, statistics, "anon"
 
 
-def watch(folder: Path, used: int, node: int = 0, nodes: int = 2) -> MemoryWatch:
+def watch(folder: Path, used: int, node: int = 0, nodes: int = 2, restarts: int = 0, saved: int = 0) -> MemoryWatch:
     memory = MemoryWatch(_JOB, node, Log(), [_cgroup(folder, used)])
-    memory.start(LocalStorage(folder / "out", role="output", display="out"), nodes)
+    memory.start(LocalStorage(folder / "out", role="output", display="out"), nodes, restarts, saved)
     return memory
 
 
@@ -72,6 +72,61 @@ def test_an_attempt_that_is_killed_as_a_whole_while_memory_is_scarce_counts(node
     assert watch(tmp_path, 50).halvings == 3
     assert _notes(tmp_path) == {"memory.json": 3}
     assert watch(tmp_path, 50).halvings == 3
+
+
+@pytest.mark.parametrize(
+    ("record", "restarts", "saved", "halvings"),
+    [
+        (None, 0, 0, 0),
+        (None, 1, 0, 1),
+        (None, 1, 2, 3),
+        ((1, 1), 1, 0, 1),
+        ((1, 1), 1, 1, 1),
+        ((1, 1), 2, 0, 2),
+        ((1, 1), 2, 2, 3),
+        ((3, 1), 2, 0, 4),
+        ((2, 2), 1, 0, 2),
+        ((16, 3), 4, 0, 16),
+    ],
+    ids=[
+        "nothing happened",
+        "killed without a note",
+        "killed without a note, after halvings within the run",
+        "recorded",
+        "recorded, and resumed from a checkpoint since",
+        "recorded once, killed once",
+        "recorded once, killed once, after halvings within the run",
+        "halved within the run before the record",
+        "recorded on one node, but the operator saw another cause",
+        "the limit",
+    ],
+)
+def test_each_restart_for_memory_halves_even_if_no_note_was_written(
+    record: tuple[int, int] | None, restarts: int, saved: int, halvings: int, tmp_path: Path
+) -> None:
+    if record is not None:
+        storage = LocalStorage(tmp_path / "out", role="output", display="out")
+        oom_backoff.write(storage, _JOB, *record, Log())
+    assert watch(tmp_path, 50, node=1, restarts=restarts, saved=saved).halvings == halvings
+    assert watch(tmp_path, 50, node=0, restarts=restarts, saved=saved).halvings == halvings
+    for node in (0, 1):  # also after node 0 has recorded it
+        assert watch(tmp_path, 50, node=node, restarts=restarts, saved=saved).halvings == halvings
+
+
+def test_a_note_and_a_restart_for_the_same_kill_halve_once(tmp_path: Path) -> None:
+    memory = watch(tmp_path, 95)
+    memory.look(0)
+    _wait_for_notes(tmp_path, 1)
+    for node in (1, 0, 1):
+        assert watch(tmp_path, 50, node=node, restarts=1).halvings == 1
+
+
+def test_a_record_of_an_older_version_still_counts(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "out", role="output", display="out")
+    storage.write(oom_backoff.PATH, b'{"uid": "uid-1", "halvings": 2}')
+    assert watch(tmp_path, 50).halvings == 2
+    assert watch(tmp_path, 50, restarts=1).halvings == 3
+    assert watch(tmp_path, 50, restarts=1).halvings == 3
 
 
 def test_an_attempt_that_reports_its_end_leaves_no_note(tmp_path: Path) -> None:

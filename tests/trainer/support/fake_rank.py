@@ -38,6 +38,7 @@ class FakeRankBehavior:
     hold: str = ""  # a file: training continues after step `hold_at` once it exists
     hold_at: int = 0
     holds: dict[str, str] = field(default_factory=dict)  # more of these: step → file
+    smallest: bool = False  # micro-batches can't get smaller
     shards: bool = False  # checkpoints are written in shards, one folder for each node
 
 
@@ -66,6 +67,7 @@ def main() -> int:
         e.PlanEvent(
             time=now(), total_steps=behavior.steps, start_step=start, epochs=1, rows=8, tokens_per_epoch=80,
             label_tokens_per_epoch=40, padding_share=0.1, parameters=1000, trainable_parameters=10,
+            smallest_micro_batches=behavior.smallest,
         )
     )  # fmt: skip
     if start == 0:

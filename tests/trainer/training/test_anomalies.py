@@ -184,8 +184,32 @@ def test_if_ranks_meet_within_a_micro_batch_the_next_attempt_halves_it(tmp_path:
 def test_a_single_example_without_memory_ends_the_attempt(tmp_path: Path, models: dict[str, Path]) -> None:
     job = prepare(tmp_path / "job", models["llama"], pairs(8), training={"max_steps": 2})
     ended = RunningRanks(job, faults={0: Fault("memory", 5)}).wait()
-    assert ended.codes == (70,)
-    assert ended.failure.reason == "OutOfMemory"
+    assert ended.codes == (81,)
+    assert ended.failure.reason == "InsufficientMemory"
+    for part in ("dataset.maxSequenceLength", "resources.memory", "distribution.strategy"):
+        assert part in ended.failure.message
+
+
+def test_an_attempt_that_could_not_be_any_smaller_than_the_last_one_ends(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    """Two rows are halved once; packed rows are halved until the longest example is alone."""
+    ways: dict[str, dict[str, Any]] = {
+        "padded": {"data": {"packing": False}, "training": {"max_steps": 2, "micro_batch_size": 2}},
+        "packed": {"training": {"max_steps": 2}},
+    }
+
+    def job(name: str, way: dict[str, Any], halvings: int) -> Job:
+        one = prepare(tmp_path / f"{name} {halvings}", models["llama"], pairs(8), **way)
+        one.paths.halvings.write_text(str(halvings))  # as the supervisor does
+        return one
+
+    for ended in finish_all([job(name, way, 1) for name, way in ways.items()]):
+        assert ended.losses
+    for ended in in_parallel([RunningRanks(job(name, way, 9)).wait for name, way in ways.items()]):
+        assert ended.codes == (81,)
+        assert ended.failure.reason == "InsufficientMemory"
+        assert "dataset.maxSequenceLength" in ended.failure.message
 
 
 def test_a_rank_that_is_terminated_stops_all_ranks(tmp_path: Path, models: dict[str, Path]) -> None:

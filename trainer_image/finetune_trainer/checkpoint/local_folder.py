@@ -21,13 +21,15 @@ from torch import Tensor
 
 from finetune_api.messages.manifest import FileEntry
 from finetune_api.messages.run import JobRef
+from finetune_api.names import CHECKPOINT_STATE
 from finetune_trainer import manifest
 from finetune_trainer.checkpoint import sharded
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.errors import RunError
 from finetune_trainer.paths import step_number
 
-WEIGHTS, OPTIMIZER, BEST, STATE = "weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, BEST = "weights.safetensors", "optimizer.safetensors", "best.safetensors"
+STATE = CHECKPOINT_STATE
 KEPT_LOCALLY = 2
 
 

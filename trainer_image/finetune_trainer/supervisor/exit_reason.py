@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from finetune_api.messages.events import ErrorEvent
 from finetune_api.reasons import REASONS
-from finetune_trainer.errors import RunError, reason_in
+from finetune_trainer.errors import RunError, insufficient_memory, reason_in
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,15 @@ def with_gpu_faults(error: RunError, faults: tuple[str, ...]) -> RunError:
     )
 
 
+def with_smallest_micro_batches(error: RunError) -> RunError:
+    """Returns InsufficientMemory for a rank's lack of memory, because micro-batches can't get
+    smaller; any other error stays as it is."""
+    if error.reason != "OutOfMemory" or error.rank is None:
+        return error
+    process = {"rank": error.rank, "exit_code": error.exit_code, "log_tail": error.log_tail}
+    return insufficient_memory(error.message, **process)
+
+
 def _judge(end: RankEnd, oom_kills: int) -> RunError:
     if end.signal == signal.SIGKILL:
         if oom_kills > 0:
@@ -111,7 +120,9 @@ def _run_error(reason: str, predicate: str | None, end: RankEnd) -> RunError:
 
 
 def _severity(error: RunError) -> int:
-    """Returns 0 for the reason that explains all others, and more for weaker ones."""
+    """Returns a number that is lowest for the reason that explains all others."""
+    if error.reason == "InsufficientMemory":
+        return -1
     if error.reason == "OutOfMemory":
         return 0
     if error.reason in ("RankKilled", "GpuFault", "GpuUnavailable"):

@@ -107,8 +107,6 @@ class Supervisor:
         if destination.finished is not None:
             return Inputs(storage, destination)
         self._storage = storage
-        self._memory.start(storage, run.world.nodes)
-        node.paths.halvings.write_text(str(self._memory.halvings))
         data = download.data(run, node.paths, node.access, self._set_message)
         if node.leads and run.world.device == "cpu":
             self._enter("checking", "checking the rows")
@@ -116,6 +114,9 @@ class Supervisor:
             self._enter("fetching")
         model = download.model(run, node.paths, node.access, self._set_message)
         resume = download.checkpoint(storage, destination.checkpoints, run.job, node.paths.resume, self._set_message)
+        saved = oom_backoff.saved_halvings(resume.folder if resume else None)
+        self._memory.start(storage, run.world.nodes, run.memory_restarts, saved)
+        node.paths.halvings.write_text(str(self._memory.halvings))
         return Inputs(storage, destination, model, data, resume)
 
     def _resume(self, inputs: Inputs) -> None:
@@ -249,10 +250,12 @@ class Supervisor:
     def _failed(self, error: RunError) -> Result:
         """Handles a failure, after a checkpoint's upload: the next attempt resumes from it."""
         error = exit_reason.with_gpu_faults(error, self._gpus.faults())
+        if self._state.plan is not None and self._state.plan.smallest_micro_batches:
+            error = exit_reason.with_smallest_micro_batches(error)
         self._log.error(error.message, reason=error.reason, rank=error.rank, exit_code=error.exit_code)
         if error.reason == "OutOfMemory" and error.rank is not None:
-            halvings = max(self._memory.halvings, self._state.halvings) + 1
-            oom_backoff.write(self._storage, self._node.run.job, halvings, self._log)
+            halvings, run = max(self._memory.halvings, self._state.halvings) + 1, self._node.run
+            oom_backoff.write(self._storage, run.job, halvings, run.memory_restarts + 1, self._log)
         if self._uploader is not None:
             self._uploader.wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))
         ending = Ending(how="failed", message=f"{error.reason}: {error.message}")

@@ -18,7 +18,7 @@ from finetune_trainer import seeds
 from finetune_trainer.checkpoint.state import CheckpointState, Skipped
 from finetune_trainer.data.batching.batch_plan import Step
 from finetune_trainer.data.splits import Split
-from finetune_trainer.errors import RunError, run_error_from
+from finetune_trainer.errors import RunError, insufficient_memory, run_error_from
 from finetune_trainer.model import dpo
 from finetune_trainer.reporting.event_log import listed
 from finetune_trainer.training import anomalies, early_stopping, layer_kernels, lr_schedule, rollback
@@ -112,6 +112,8 @@ def _accumulate_gradients(t: Training, step: Step, clock: StepClock) -> OwnMicro
         except Exception as error:
             failure = run_error_from(error)
             independent = t.strategy.independent_micro_batches
+            if isinstance(error, torch.OutOfMemoryError) and len(micro_batch) == 1:  # of a GPU, which no rank shares
+                raise insufficient_memory(failure.message) from error
             if failure.reason != "OutOfMemory" or not independent or len(micro_batch) < 2:
                 raise
             return OwnMicroBatches((), out_of_memory=failure.message, metric_sums=(0.0,) * len(metric_sums))

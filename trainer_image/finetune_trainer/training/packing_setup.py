@@ -17,6 +17,7 @@ from finetune_trainer.data.batching import batch_plan
 from finetune_trainer.data.batching.batch_plan import BatchPlan, MicroBatch
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.splits import Split
+from finetune_trainer.errors import insufficient_memory
 from finetune_trainer.kernels import attention_avx512
 from finetune_trainer.kernels.cuda import softmax
 from finetune_trainer.model.loading import LoadedModel
@@ -84,7 +85,11 @@ def choose_head(trial: Trial, loss_sum: LossSum) -> LossSum:
 def plan_micro_batches(
     context: RankContext, resolved: ResolvedRun, wrapped: WrappedModel, trial: Trial, loss_sum: LossSum
 ) -> MicroBatches:
-    """Decide on packing and shared prefixes, and plan all steps. All ranks call it together."""
+    """Decide on packing and shared prefixes, and plan all steps. All ranks call it together.
+
+    Raises RunError(InsufficientMemory) if the last attempt ran out of memory, and micro-batches
+    can't get smaller than they were.
+    """
     run, train = context.run, trial.train
     packed = _packs(trial, loss_sum, wrapped.loaded, enabled=run.data.packing)
     if packed and trial.padded.device.type == "cpu":
@@ -104,6 +109,8 @@ def plan_micro_batches(
     shared = _shares_prefixes(trial, loss_sum, unhalved, enabled=run.data.shared_prefix != "off", dropout=dropout)
     unhalved = replace(unhalved, shape=replace(shape, shared=shared))
     _report_order(unhalved, trial.reporter)
+    if resolved.ran_out_of_memory and unhalved.halved(resolved.halvings - 1).is_smallest:
+        raise insufficient_memory("an earlier attempt ran out of memory")
     plan = unhalved.halved(resolved.halvings)
     reason = resolved.micro_batch_reason
     if resolved.halvings:

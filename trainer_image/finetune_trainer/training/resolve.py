@@ -51,7 +51,8 @@ class ResolvedRun:
 
     `run` is the run's configuration with a strategy other than auto. `micro_batch_tokens` is how
     many tokens a rank computes at a time, before any of the `halvings`. `longest` is the number of
-    tokens in the longest row.
+    tokens in the longest row. `ran_out_of_memory` says that the last attempt did, and that no
+    checkpoint since then was computed with the smaller micro-batches.
     """
 
     run: RunConfig
@@ -61,6 +62,7 @@ class ResolvedRun:
     micro_batch_tokens: int
     micro_batch_reason: str
     halvings: int
+    ran_out_of_memory: bool
     size: ModelSize
     decisions: tuple[Decision, ...]
 
@@ -76,6 +78,7 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
     Raises RunError if nothing fits into memory.
     """
     saved = facts.saved
+    saved_halvings = saved.halvings if saved else 0
     dtype = (saved.dtype, "the checkpoint was computed in it") if saved and saved.dtype else facts.dtype
     half = dtype[0] == "bfloat16"
     user_choice = _with_saved_strategy(strategy_choice.user_choice(run, facts.longest), saved)
@@ -93,7 +96,8 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
         longest=facts.longest,
         micro_batch_tokens=tokens,
         micro_batch_reason=tokens_reason,
-        halvings=max(saved.halvings if saved else 0, facts.halvings),
+        halvings=max(saved_halvings, facts.halvings),
+        ran_out_of_memory=facts.halvings > saved_halvings,
         size=facts.size,
         decisions=(
             Decision("dtype", *dtype),

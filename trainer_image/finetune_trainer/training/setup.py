@@ -152,6 +152,7 @@ def _report_plan(
         parameters=wrapped.parameters,
         trainable_parameters=wrapped.trainable,
         halvings=state.halvings,
+        smallest_micro_batches=plan.is_smallest,
         flops_per_token=facts.flops_per_token(resolved, data.train, plan.computed_share()),
         peak_flops=facts.peak_flops(resolved, training.world.device),
     )

@@ -12,7 +12,7 @@ per epoch. Only the last step of a run can be smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -114,10 +114,15 @@ class BatchPlan:
         """
         if times == 0:
             return self
-        micro_batches = [m for n in self._first_steps() for rank in self.step(n).micro_batches for m in rank]
         tokens = max(self._positions)
-        rows = max(len(micro_batch) for micro_batch in micro_batches)
+        rows = max(len(micro_batch) for micro_batch in self._first_micro_batches())
         return replace(self, shape=replace(self.shape, tokens=max(1, tokens >> times), rows=max(1, rows >> times)))
+
+    @property
+    def is_smallest(self) -> bool:
+        """Whether more halvings save no memory: the largest micro-batch is a single example."""
+        sizes = [(size, len(m)) for size, m in zip(self._positions, self._first_micro_batches(), strict=True)]
+        return max(sizes)[1] < 2
 
     @property
     def epochs(self) -> float:
@@ -167,8 +172,11 @@ class BatchPlan:
     @cached_property
     def _positions(self) -> list[int]:
         """The computed positions of each micro-batch of the first steps."""
-        micro_batches = (m for n in self._first_steps() for rank in self.step(n).micro_batches for m in rank)
+        micro_batches = self._first_micro_batches()
         return [positions(micro_batch, self.lengths, self.shape, self.prefixes) for micro_batch in micro_batches]
+
+    def _first_micro_batches(self) -> Iterator[MicroBatch]:
+        return (m for n in self._first_steps() for rank in self.step(n).micro_batches for m in rank)
 
     @property
     def _padded_positions(self) -> int:
