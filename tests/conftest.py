@@ -28,6 +28,7 @@ _SLOW = (
     "trainer/checkpoint/test_sharded.py",
     "trainer/kernels/test_attention_options.py",
     "trainer/model/test_compilation.py",
+    "trainer/parallel/test_hybrid_sharding.py",
     "trainer/parallel/test_memory_of_a_step.py",
     "trainer/parallel/test_mixed_precision.py",
     "trainer/reporting/test_trackers.py",

@@ -205,6 +205,8 @@ CLAIMS = (
         "R1", "the fused softmax of the head runs and is exact, and its chunks of 256 MiB are within 5% of the fastest",
         BY_FAKES, _head_chunks,
     ),
+    Claim("M1", "a copy of the model on every node makes fsdp on several nodes faster than one copy over all of them",
+          BY_ARITHMETIC),
     Claim("R2", "an 8B model trains at 40% MFU or more with LoRA on q and v (57.6% in the model)", BY_FAKES,
           _figures("large/LoRA q,v", lambda f: f["mfu"] >= 0.40 and "8B" in f["shape"])),
     Claim(

@@ -5,13 +5,15 @@ It reads only the headers of the model's files.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from finetune_api.messages.run import RunConfig
 from finetune_trainer.parallel import model_size, strategy_choice
+from finetune_trainer.parallel.estimate import mesh
 from finetune_trainer.parallel.estimate.host_memory import gib
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
-from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, memory_estimate
+from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 
 _PARALLEL_CONFIGS = (
     ParallelConfig("ddp"),
@@ -47,7 +49,7 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
     ]
     table += [
         _line(parallel, memory_estimate(size, setup, parallel), tokens, setup.device)
-        for parallel in _PARALLEL_CONFIGS
+        for parallel in _parallel_configs(setup)
         if setup.supports(parallel.strategy)
     ]
     if half and setup.device == "cuda":
@@ -61,7 +63,21 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
         choice = strategy_choice.choose(user_choice, size, setup, free_memory)
     except TooLittleMemory as error:
         return [*table, f"  {error.field}: {error}"]
-    return [*table, f"  chosen: {choice.parallel} ({choice.reason}); micro-batches of {choice.tokens} tokens"]
+    table.append(f"  chosen: {choice.parallel} ({choice.reason}); micro-batches of {choice.tokens} tokens")
+    if choice.mesh_reason:
+        replicas = choice.parallel.replicas
+        copies = "a copy of the model on each node" if replicas > 1 else "one copy of the model over all nodes"
+        table.append(f"  mesh: {replicas} x {setup.ranks // replicas}, {copies} ({choice.mesh_reason})")
+    return table
+
+
+def _parallel_configs(setup: TrainingSetup) -> list[ParallelConfig]:
+    """Returns the configurations to show: fsdp also within each node, if there are several."""
+    return [
+        replace(parallel, replicas=replicas)
+        for parallel in _PARALLEL_CONFIGS
+        for replicas in sorted(mesh.replica_counts(setup, parallel.strategy, parallel.offload))
+    ]
 
 
 def _line(parallel: ParallelConfig, estimate: MemoryEstimate, tokens: int, device: str) -> str:

@@ -11,7 +11,9 @@ from finetune_cli.main import main
 from testkit.tiny_models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
-LORA, FULL = (str(ROOT / "examples" / name) for name in ("quickstart.yaml", "full-zero3.yaml"))
+LORA, FULL, NODES = (
+    str(ROOT / "examples" / name) for name in ("quickstart.yaml", "full-zero3.yaml", "infiniband.yaml")
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,16 @@ def test_the_memory_of_a_gpu_has_to_be_specified(model: Path, capsys: pytest.Cap
         assert phase in out
     assert main(["plan", FULL, "--model", str(model), "--gpu-memory", "large"]) == 1
     assert "is not a quantity" in capsys.readouterr().err
+
+
+def test_a_plan_for_several_nodes_says_whether_each_of_them_has_a_copy_of_the_model(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", NODES, "--model", str(model), "--gpu-memory", "80Gi"]) == 0
+    out = capsys.readouterr().out
+    assert "  fsdp within each of 4 nodes " in out
+    assert "chosen: fsdp within each of 4 nodes" in out
+    assert "mesh: 4 x 8, a copy of the model on each node (it fits within a node: " in out
 
 
 def test_a_folder_that_is_not_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -23,9 +22,6 @@ from finetune_api.reasons import REASONS
 from finetune_trainer.errors import run_error_from
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporting.event_writer import EventWriter
-
-# How long a collective waits for another rank; the supervisor's stall timeout is shorter.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 
 def main() -> int:
@@ -58,7 +54,7 @@ def _run_job(run: RunConfig, paths: Paths, reporter: EventWriter) -> None:
     from finetune_trainer.training.context import RankContext
 
     group = world.from_environment(os.environ, run.world.device)
-    world.join(group, expected=run.world.size, timeout=_COLLECTIVE_TIMEOUT)
+    world.join(group, expected=run.world.size, timeout=world.COLLECTIVE_TIMEOUT)
     flight_recorder.answer_requests(paths.flight_request, paths.flight_record(group.rank))
     job.run_job(RankContext(run, paths, group, reporter))
     world.leave(group)

@@ -95,7 +95,7 @@ _CHOICES = [
     ),
     pytest.param(replace(_LORA_8B_H100, ranks=32, nodes=4), "ddp", id="LoRA 8B on 4 x 8 H100"),
     pytest.param(
-        replace(_FULL_8B_H100, ranks=32, nodes=4), "zero2, activations recomputed", id="full 8B on 4 x 8 H100"
+        replace(_FULL_8B_H100, ranks=32, nodes=4), "fsdp within each of 4 nodes", id="full 8B on 4 x 8 H100"
     ),
 ]  # fmt: skip
 

@@ -160,7 +160,7 @@ def prepare(
     paths.run_config.write_text(json.dumps(run.to_json()))
     for node in range(1, nodes):
         (scratch / f"node-{node}").mkdir()
-        for name in ("model", "data", "run.json"):
+        for name in ("model", "data", "run.json", *(["resume"] if resume is not None else [])):
             (scratch / f"node-{node}" / name).symlink_to(scratch / name)
     return Job(scratch, run)
 

@@ -64,6 +64,9 @@ class CheckpointState(LenientModel):
     halvings: int = Field(default=0, description="How often micro-batches were halved because memory ran out.")
     strategy: Literal["", Strategy] = ""
     offload: Offload = "none"
+    mesh: tuple[int, int] | None = Field(
+        default=None, description="Of fsdp: copies of the model, and ranks that share one. None means a single copy."
+    )
     skipped: tuple[Skipped, ...] = Field(default=(), description="Steps that changed nothing, in order.")
     losses: tuple[float, ...] = Field(default=(), description="The latest losses, in which spikes are detected.")
     compiled: bool | None = None

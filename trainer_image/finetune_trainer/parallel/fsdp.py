@@ -3,6 +3,10 @@
 It uses PyTorch's FSDP2 (`fully_shard`), which gathers a layer only while that layer is computed. In
 a run in half precision it gathers the layer in that format, and reduces gradients in float32.
 `fsdp_shards` divides the weights.
+
+On a mesh of two dimensions, each node gathers weights and scatters gradients among its own ranks,
+and gradients are summed over the nodes once per step. In a checkpoint, each copy of the model
+stores its own part of every shard, so the format is that of a mesh of one dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_trainer.parallel.fsdp_shards import FROM_RANK_0, WeightSource, first_row, shard_model
+from finetune_trainer.parallel.fsdp_shards import FROM_RANK_0, Mesh, WeightSource, shard_model
 from finetune_trainer.parallel.gradient_clipping import clip_by_global_norm
 from finetune_trainer.parallel.optimizers import OptimizerConfig, adamw, set_rate
 from finetune_trainer.parallel.strategy import MOMENTS, Extent, TensorSource, to_cpu, trained
@@ -23,8 +27,10 @@ from finetune_trainer.parallel.world import World
 
 
 class FullyShardedDataParallel:
-    """Keeps a shard of everything on each rank. With `offload`, weights, gradients and moments stay
-    in the host's memory until they are needed."""
+    """Keeps a shard of everything on each rank, of each of the `replicas` copies of the model.
+
+    With `offload`, weights, gradients and moments stay in the host's memory until they are needed.
+    """
 
     independent_micro_batches = False  # ranks communicate in forward and backward passes
 
@@ -37,12 +43,15 @@ class FullyShardedDataParallel:
         offload: bool,
         half: torch.dtype | None = None,
         source: WeightSource = FROM_RANK_0,
+        replicas: int = 1,
     ) -> None:
         self._world = world
+        self._mesh = Mesh.of(world, replicas)
+        self._adapters = source.adapters
         self._half = half
         self._max_norm = config.max_grad_norm
         self._storage_device = torch.device("cpu") if offload else world.device
-        shard_model(model, world, offload=offload, half=half, source=source)
+        shard_model(model, self._mesh, offload=offload, half=half, source=source)
         self._model = model
         self._optimizer = adamw(trained(model), config, fused=True)
         self._parameters = trained(model)
@@ -66,11 +75,17 @@ class FullyShardedDataParallel:
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Returns a context that does nothing.
+        """Returns a context that reduces gradients as far as memory demands.
 
-        Gradients are reduced after each micro-batch: waiting for the last one would keep them
-        unsharded until then.
+        On a mesh of one dimension, they are reduced after each micro-batch: waiting for the last
+        one would keep them unsharded until then. With several copies of the model, the copies
+        communicate only after the last micro-batch. The gradients of adapters are small, so until
+        then they stay unsharded, and the ranks of a copy don't communicate, either.
         """
+        if self._mesh.replicas > 1 and self._adapters:
+            self._model.set_requires_gradient_sync(last)
+        elif self._mesh.replicas > 1:
+            self._model.set_requires_all_reduce(last)
         yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -134,12 +149,12 @@ class FullyShardedDataParallel:
         return {name: self._extent(parameter) for name, parameter in self._parameters.items()}
 
     def own_weights(self) -> dict[str, Tensor]:
-        return {name: _local_part(parameter) for name, parameter in self._parameters.items()}
+        return {name: self._own_part(parameter) for name, parameter in self._parameters.items()}
 
     def own_optimizer_state(self) -> dict[str, Tensor]:
         state = self._optimizer.state
         return {
-            f"{moment}/{name}": _local_part(state[parameter][moment])
+            f"{moment}/{name}": self._own_part(state[parameter][moment])
             for name, parameter in self._parameters.items()
             for moment in MOMENTS
         }
@@ -169,16 +184,26 @@ class FullyShardedDataParallel:
         return _full(norm, self._world).to(self._storage_device)
 
     def _extent(self, sharded: Any) -> Extent:
-        """Returns which part of a sharded tensor this rank holds."""
-        first = first_row(sharded.shape[0], self._world)
-        return Extent(tuple(sharded.shape), first * math.prod(sharded.shape[1:]), sharded.to_local().numel())
+        """Returns which part of a sharded tensor this rank stores in a checkpoint."""
+        first = self._mesh.first_row(sharded.shape[0]) * math.prod(sharded.shape[1:])
+        own = self._mesh.own_range(sharded.to_local().numel())
+        return Extent(tuple(sharded.shape), first + own.start, len(own))
+
+    def _own_part(self, sharded: Any) -> Tensor:
+        """Returns a flat copy, on the CPU, of what `_extent` describes."""
+        shard = sharded.to_local().reshape(-1)
+        own = self._mesh.own_range(len(shard))
+        return to_cpu(shard[own.start : own.stop])
 
     def _load_part(self, sharded: Any, tensors: TensorSource, name: str) -> None:
-        """Copies this rank's part of the tensor `name` into a sharded tensor."""
+        """Copies this rank's shard of the tensor `name` into a sharded tensor. Each copy of the
+        model reads its own part, and sends it to the others."""
         extent = self._extent(sharded)
         with torch.no_grad():
-            local = sharded.to_local()
-            local.copy_(tensors.part(name, extent.offset, extent.length).view(local.shape))
+            shard = sharded.to_local().view(-1)
+            own = self._mesh.own_range(len(shard))
+            shard[own.start : own.stop].copy_(tensors.part(name, extent.offset, extent.length))
+            self._mesh.exchange(shard)
 
     def _gathered(self, sharded_tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         """Gathers one tensor at a time, so that only rank 0, which keeps them, holds more than
@@ -207,8 +232,3 @@ def _full(sharded: Any, world: World) -> Tensor:
     """Gathers a sharded tensor on the device that the ranks use to communicate."""
     full: Tensor = sharded.to(world.device).full_tensor()
     return full
-
-
-def _local_part(sharded: Any) -> Tensor:
-    """Returns a flat copy of this rank's part on the CPU."""
-    return to_cpu(sharded.to_local()).reshape(-1)

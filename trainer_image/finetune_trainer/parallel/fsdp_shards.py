@@ -6,6 +6,9 @@ rank 0 reads the model, and the others start from its outline (`loading.load(out
 receive one weight at a time. No other rank ever holds more than its shard and one weight. A 4-bit
 weight is sharded as the bytes that it is packed in; its constants, a byte for each 64 values, are
 complete on every rank.
+
+The ranks form a mesh (`Mesh`). It has one dimension, in which all ranks share the model, or two:
+then every node holds the whole model, and shards it over its own ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from finetune_trainer.model import quantization
 from finetune_trainer.model.loading import layers
-from finetune_trainer.parallel.world import World
+from finetune_trainer.parallel.world import COLLECTIVE_TIMEOUT, World
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,76 @@ class WeightSource:
 FROM_RANK_0 = WeightSource()
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """Describes which part of the model a rank holds.
+
+    There are `replicas` copies of the model, each sharded over `shards` ranks. This rank holds
+    shard number `shard` of copy number `replica`. `device_mesh` is PyTorch's.
+    """
+
+    world: World
+    device_mesh: Any
+    replicas: int
+
+    @classmethod
+    def of(cls, world: World, replicas: int) -> Mesh:
+        """Returns the mesh of a world whose nodes, one after the other, hold `replicas` copies of
+        the model. All ranks call it together."""
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+        if replicas == 1:
+            return cls(world, init_device_mesh(world.device.type, (world.size,)), 1)
+        ranks = torch.arange(world.size).view(replicas, -1)
+        # A mesh that makes its own groups gives them PyTorch's timeout instead of ours.
+        groups = [
+            dist.new_subgroups_by_enumeration(members.tolist(), timeout=COLLECTIVE_TIMEOUT)[0]  # type: ignore[no-untyped-call]
+            for members in (ranks.T, ranks)
+        ]
+        device_mesh = DeviceMesh.from_group(
+            groups, world.device.type, mesh=ranks, mesh_dim_names=("replicate", "shard")
+        )
+        return cls(world, device_mesh, replicas)
+
+    @property
+    def shards(self) -> int:
+        return self.world.size // self.replicas
+
+    @property
+    def shard(self) -> int:
+        return self.world.rank % self.shards
+
+    @property
+    def replica(self) -> int:
+        return self.world.rank // self.shards
+
+    def first_row(self, rows: int) -> int:
+        """Returns the first row of this rank's shard of a tensor. FSDP2 divides the first
+        dimension, as torch.chunk does."""
+        return min(-(-rows // self.shards) * self.shard, rows)
+
+    def own_range(self, length: int, replica: int | None = None) -> range:
+        """Returns which of the `length` values of a shard this copy of the model stores in a
+        checkpoint, or the copy number `replica`. Together, the copies store each value once."""
+        number = self.replica if replica is None else replica
+        return range(length * number // self.replicas, length * (number + 1) // self.replicas)
+
+    def exchange(self, shard: Tensor) -> None:
+        """Completes a shard, flat and on the device that trains, of which this rank has only its
+        own range, by the ranges of the other copies. All ranks call it together."""
+        if self.replicas == 1:
+            return
+        for replica in range(self.replicas):
+            values = self.own_range(len(shard), replica)
+            if values:
+                source = replica * self.shards + self.shard
+                part = shard[values.start : values.stop]
+                dist.broadcast(part, src=source, group=self.device_mesh.get_group("replicate"))
+
+
 def shard_model(
     model: Any,
-    world: World,
+    mesh: Mesh,
     *,
     offload: bool,
     half: torch.dtype | None,
@@ -53,17 +123,16 @@ def shard_model(
 ) -> None:
     """Shards each layer, and then what remains outside of the layers (embeddings, output layer,
     norms)."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    world = mesh.world
     policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     precision = MixedPrecisionPolicy() if half is None else MixedPrecisionPolicy(half, torch.float32)
     for unit in [*layers(model), model]:
         replaced = _replace_by_outlines(unit, world, source)
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=policy)
+        fully_shard(unit, mesh=mesh.device_mesh, mp_policy=precision, offload_policy=policy)
         for weight in replaced:
-            weight.fill(world, torch.device("cpu") if offload else world.device)
+            weight.fill(mesh, torch.device("cpu") if offload else world.device)
 
 
 @dataclass
@@ -76,7 +145,7 @@ class _Weight:
     everywhere: bool
     places: list[tuple[torch.nn.Module, str]] = field(default_factory=list)
 
-    def fill(self, world: World, device: torch.device) -> None:
+    def fill(self, mesh: Mesh, device: torch.device) -> None:
         """Replaces the sharded outline by this rank's shard, on the device that stores it. All
         ranks must call it in the same order."""
         from torch.distributed.tensor import DTensor
@@ -84,8 +153,8 @@ class _Weight:
         module, name = self.places[0]
         sharded: Any = module._parameters[name]
         local = torch.empty(sharded.to_local().shape, dtype=sharded.dtype, device=device)
-        full = self.value.data if self.everywhere else _broadcast(self.value.data, world)
-        first = first_row(sharded.shape[0], world)
+        full = self.value.data if self.everywhere else _broadcast(self.value.data, mesh.world)
+        first = mesh.first_row(sharded.shape[0])
         local.copy_(full[first : first + local.shape[0]])
         shard = DTensor(local, sharded._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         parameter = torch.nn.Parameter(shard, self.value.requires_grad)
@@ -137,9 +206,3 @@ def _broadcast(value: Tensor, world: World) -> Tensor:
     local = value.to(world.device) if world.is_first else torch.empty_like(value, device=world.device)
     dist.broadcast(local, src=0)
     return local
-
-
-def first_row(rows: int, world: World) -> int:
-    """Returns the first row of this rank's shard of a tensor. FSDP2 divides the first dimension, as
-    torch.chunk does."""
-    return min(-(-rows // world.size) * world.rank, rows)

@@ -76,11 +76,13 @@ class TrainingSetup:
 @dataclass(frozen=True)
 class ParallelConfig:
     """Describes how weights, gradients and moments are distributed. With `recompute`, activations
-    are computed again in the backward pass instead of being stored."""
+    are computed again in the backward pass instead of being stored. fsdp shards each of the
+    `replicas` copies of the model over as many ranks; several copies mean one on every node."""
 
     strategy: Strategy
     offload: Offload = "none"
     recompute: bool = False
+    replicas: int = 1
 
     @property
     def kind(self) -> str:
@@ -88,7 +90,8 @@ class ParallelConfig:
         return self.strategy if self.offload == "none" else f"{self.strategy}, {self.offload} offloaded"
 
     def __str__(self) -> str:
-        return f"{self.kind}, activations recomputed" if self.recompute else self.kind
+        kind = f"{self.kind} within each of {self.replicas} nodes" if self.replicas > 1 else self.kind
+        return f"{kind}, activations recomputed" if self.recompute else kind
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,14 @@ class MemoryEstimate:
 
 def memory_estimate(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> MemoryEstimate:
     """Returns the bytes that each rank needs. They are the same on all ranks."""
-    ranks, sharded = setup.ranks, parallel.strategy in ("zero3", "fsdp")
+    ranks, sharded = setup.ranks // parallel.replicas, parallel.strategy in ("zero3", "fsdp")
     base = _base_bytes(size, setup)
     constants = int(_quantized_values(size, setup) * _CONSTANT_BYTES.get(setup.quantized, 0.0))
     weights = (base - constants) // ranks if sharded else base - constants
     optimizer = _optimizer_bytes(size, setup, parallel)
     gradients = size.trained * 4 // (ranks if sharded or parallel.strategy == "zero2" else 1)
+    if parallel.replicas > 1 and not setup.full:  # those of adapters stay unsharded until they are reduced
+        gradients += size.trained * 4
     offloaded = 0
     if parallel.offload != "none":
         offloaded += optimizer + gradients
@@ -250,7 +255,7 @@ def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
     DeepSpeed's optimizer works on."""
     moments = int(size.trained * _MOMENT_BYTES.get(setup.optimizer, 8.0))
     masters = size.trained * 4 if parallel.strategy in _ZERO_STAGES else 0
-    return (moments + masters) // (setup.ranks if parallel.strategy != "ddp" else 1)
+    return (moments + masters) // (setup.ranks // parallel.replicas if parallel.strategy != "ddp" else 1)
 
 
 def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:

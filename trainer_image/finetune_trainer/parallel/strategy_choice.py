@@ -6,11 +6,13 @@ This module is pure. The choice changes speed and memory, never the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_api.messages.run import RunConfig
 from finetune_api.spec.hardware import Offload, Strategy, StrategyOption
+from finetune_trainer.parallel.estimate import mesh
 from finetune_trainer.parallel.estimate.host_memory import gib
 from finetune_trainer.parallel.estimate.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.free_memory import (
@@ -46,7 +48,8 @@ class UserChoice:
 
     `longest` is the number of tokens in the longest row. `tokens` is how many are computed at a
     time, if microBatchSize is a number. With `from_checkpoint`, strategy and offload are those of
-    the checkpoint that the run resumes from.
+    the checkpoint that the run resumes from. `mesh` is that checkpoint's: the copies of the model,
+    and the ranks that share one; None unless it was trained with fsdp.
     """
 
     strategy: StrategyOption
@@ -55,6 +58,7 @@ class UserChoice:
     longest: int
     tokens: int | None = None
     from_checkpoint: bool = False
+    mesh: tuple[int, int] | None = None
 
     @property
     def min_tokens(self) -> int:
@@ -67,7 +71,8 @@ class Choice:
     """Holds what was chosen.
 
     `reason` says why this strategy and no faster one was chosen; `table` is the estimate in words,
-    for the log.
+    for the log. `mesh_reason` says why every node has a copy of the model or not; it is empty
+    unless fsdp runs on several nodes.
     """
 
     parallel: ParallelConfig
@@ -76,6 +81,7 @@ class Choice:
     tokens_reason: str
     estimate: MemoryEstimate
     table: str
+    mesh_reason: str = ""
 
 
 def user_choice(run: RunConfig, longest: int) -> UserChoice:
@@ -146,12 +152,14 @@ def choose(choice: UserChoice, size: ModelSize, setup: TrainingSetup, free_memor
     fitting = [option for option in options if option.fits]
     if fitting:
         best = min(fitting, key=lambda option: option.preference)
-        return _choice(choice, best, _auto_reason(best, options, size, setup, free_memory), free_memory)
+        made = _choice(choice, best, _auto_reason(best, options, size, setup, free_memory), free_memory)
+        return replace(made, mesh_reason=_mesh_reason(choice, best, options, setup, free_memory))
     last = options[-1]
     if choice.strategy != "auto" and last.need.estimate.fixed <= free_memory.free:
         if not fits_host(last.need.estimate, last.need.tokens, free_memory):
             raise too_little_on_host(last.need, free_memory)
-        return _choice(choice, last, "", free_memory)
+        made = _choice(choice, last, "", free_memory)
+        return replace(made, mesh_reason=_mesh_reason(choice, last, options, setup, free_memory))
     raise refusal([option.need for option in options], size, setup, free_memory)
 
 
@@ -163,7 +171,7 @@ def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory
     """
     recompute = {"auto": (False, True), "always": (True,), "never": (False,)}[choice.recompute]
     if choice.strategy != "auto":
-        return [ParallelConfig(choice.strategy, choice.offload, again) for again in recompute]
+        return _configs([(choice.strategy, choice.offload)], recompute, setup, choice.mesh)
     pairs = [pair for pair in (_PAIRS if setup.quantized == "none" else _QUANTIZED_PAIRS) if setup.supports(pair[0])]
     if choice.offload != "none":
         pairs = [pair for pair in pairs if pair[1] in (choice.offload, "parameters")]
@@ -173,7 +181,21 @@ def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory
         pairs = [pair for pair in pairs if pair[0] == "ddp" or pair[1] != "none"]
         if not setup.full and choice.offload == "none":  # adapters have few moments
             pairs = [pair for pair in pairs if pair[0] != "zero2"]
-    return [ParallelConfig(*pair, again) for again in recompute for pair in pairs]
+    return _configs(pairs, recompute, setup, choice.mesh)
+
+
+def _configs(
+    pairs: Sequence[tuple[Strategy, Offload]],
+    recompute: tuple[bool, ...],
+    setup: TrainingSetup,
+    saved: tuple[int, int] | None,
+) -> list[ParallelConfig]:
+    return [
+        ParallelConfig(*pair, again, replicas)
+        for again in recompute
+        for pair in pairs
+        for replicas in mesh.replica_counts(setup, *pair, saved)
+    ]
 
 
 def micro_batch_tokens(estimate: MemoryEstimate, free_memory: FreeMemory, longest: int) -> int:
@@ -229,6 +251,27 @@ def _choice(choice: UserChoice, option: _Option, auto_reason: str, free_memory: 
         estimate=estimate,
         table=f"{estimate.table(tokens)}: {gib(estimate.total(tokens))} in total; {free_memory} may be used",
     )
+
+
+def _mesh_reason(
+    choice: UserChoice, best: _Option, options: list[_Option], setup: TrainingSetup, free_memory: FreeMemory
+) -> str:
+    """Returns why every node has a copy of the model, or why all ranks share one."""
+    parallel = best.parallel
+    if parallel.strategy != "fsdp" or setup.nodes == 1:
+        return ""
+    obstacle = mesh.obstacle(setup, parallel.offload)
+    if obstacle:
+        return obstacle
+    alternatives = [option for option in options if replace(option.parallel, replicas=parallel.replicas) == parallel]
+    if len(alternatives) == 1:
+        return "the checkpoint was trained with it"
+    if parallel.replicas > 1:
+        return f"it fits within a node: {gib(best.need.total)} of {gib(free_memory.usable)}"
+    copies = next(option for option in alternatives if option.parallel.replicas > 1)
+    if not copies.fits:
+        return shortage(copies.need, free_memory)
+    return f"with {best.need.tokens} tokens at a time, it is estimated to be faster than {copies.parallel}"
 
 
 def _auto_reason(

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import gpu_access
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+"""How long a collective waits for another rank; the supervisor's stall timeout is shorter."""
+
 
 @dataclass(frozen=True)
 class World:

@@ -116,7 +116,9 @@ def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -
         source = fsdp_shards.WeightSource(
             loaded.mapped, run.method == "lora", stored(resolved) if loaded.mapped else None
         )
-        return fsdp.FullyShardedDataParallel(loaded.model, config, world, offload=offload, half=dtype, source=source)
+        return fsdp.FullyShardedDataParallel(
+            loaded.model, config, world, offload=offload, half=dtype, source=source, replicas=resolved.replicas
+        )
     options = _zero_options(resolved)
     if options is None:
         return DataParallel(loaded.model, config, world, dtype)

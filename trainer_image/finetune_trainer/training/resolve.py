@@ -52,7 +52,8 @@ class ResolvedRun:
     `run` is the run's configuration with a strategy other than auto. `micro_batch_tokens` is how
     many tokens a rank computes at a time, before any of the `halvings`. `longest` is the number of
     tokens in the longest row. `ran_out_of_memory` says that the last attempt did, and that no
-    checkpoint since then was computed with the smaller micro-batches.
+    checkpoint since then was computed with the smaller micro-batches. fsdp trains `replicas` copies
+    of the model, each of which a number of ranks share.
     """
 
     run: RunConfig
@@ -64,6 +65,7 @@ class ResolvedRun:
     halvings: int
     ran_out_of_memory: bool
     size: ModelSize
+    replicas: int
     decisions: tuple[Decision, ...]
 
     @property
@@ -81,8 +83,8 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
     saved_halvings = saved.halvings if saved else 0
     dtype = (saved.dtype, "the checkpoint was computed in it") if saved and saved.dtype else facts.dtype
     half = dtype[0] == "bfloat16"
-    user_choice = _with_saved_strategy(strategy_choice.user_choice(run, facts.longest), saved)
     setup = strategy_choice.training_setup(run, half=half)
+    user_choice = _with_saved_strategy(strategy_choice.user_choice(run, facts.longest), saved, setup.ranks)
     try:
         choice = strategy_choice.choose(user_choice, facts.size, setup, facts.free_memory)
     except TooLittleMemory as error:
@@ -99,9 +101,11 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
         halvings=max(saved_halvings, facts.halvings),
         ran_out_of_memory=facts.halvings > saved_halvings,
         size=facts.size,
+        replicas=choice.parallel.replicas,
         decisions=(
             Decision("dtype", *dtype),
             Decision("strategy", choice.parallel.kind, choice.reason),
+            *_mesh(setup.ranks, choice),
             Decision("memory", gib(choice.estimate.total(choice.tokens)), choice.table),
             _activation_checkpointing(run, choice),
         ),
@@ -113,10 +117,22 @@ def _with_strategy(run: RunConfig, choice: Choice) -> RunConfig:
     return run.model_copy(update={"world": run.world.model_copy(update=update)})
 
 
-def _with_saved_strategy(user_choice: UserChoice, saved: CheckpointState | None) -> UserChoice:
+def _with_saved_strategy(user_choice: UserChoice, saved: CheckpointState | None, ranks: int) -> UserChoice:
+    """A checkpoint of fsdp without a mesh is older than meshes of two dimensions."""
+    if saved is not None and saved.strategy == "fsdp":
+        user_choice = replace(user_choice, mesh=saved.mesh or (1, ranks))
     if user_choice.strategy != "auto" or saved is None or not saved.strategy:
         return user_choice
     return replace(user_choice, strategy=saved.strategy, offload=saved.offload, from_checkpoint=True)
+
+
+def _mesh(ranks: int, choice: Choice) -> tuple[Decision, ...]:
+    """Returns the decision on the mesh if fsdp runs on several nodes: copies of the model, and
+    processes that share one."""
+    if not choice.mesh_reason:
+        return ()
+    replicas = choice.parallel.replicas
+    return (Decision("mesh", f"{replicas} x {ranks // replicas}", choice.mesh_reason),)
 
 
 def _micro_batch_tokens(run: RunConfig, choice: Choice, saved: CheckpointState | None) -> tuple[int, str]:

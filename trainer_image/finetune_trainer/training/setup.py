@@ -57,7 +57,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     for decision in resolved.decisions:
         context.reporter.decision(decision.topic, decision.choice, decision.reason)
     context = replace(context, run=resolved.run)
-    _measure_network(context)
+    _measure_network(context, resolved.replicas)
     run, paths, world, reporter = context.run, context.paths, context.world, context.reporter
     wrapped = load_and_wrap(context, resolved, data)
     strategy, loaded = wrapped.strategy, wrapped.loaded
@@ -113,14 +113,16 @@ def _state(resolved: ResolvedRun, saved: CheckpointState | None, data_key: str, 
         update={
             "strategy": world.strategy,
             "offload": world.offload,
+            "mesh": (resolved.replicas, world.size // resolved.replicas) if world.strategy == "fsdp" else None,
             "compiled": compiled,
             "halvings": resolved.halvings,
         }
     )
 
 
-def _measure_network(context: RankContext) -> None:
-    """Measure and report the bandwidth between nodes, if there are several."""
+def _measure_network(context: RankContext, replicas: int) -> None:
+    """Measure and report the bandwidth between nodes, if there are several. With a copy of the
+    model on each of them, weights aren't sent between nodes, so there is nothing to warn of."""
     run, world, reporter = context.run, context.world, context.reporter
     if run.world.nodes < 2:
         return
@@ -130,7 +132,7 @@ def _measure_network(context: RankContext) -> None:
         events.NetworkEvent,
         bytes_per_second=measured.bytes_per_second,
         backend=measured.backend,
-        warning=measured.warning(run.world.strategy),
+        warning=measured.warning(run.world.strategy) if replicas == 1 else "",
     )
 
 

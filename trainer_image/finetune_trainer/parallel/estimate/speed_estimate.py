@@ -6,7 +6,7 @@ device, and none of them was measured on a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_trainer.parallel.memory_estimate import QUANTIZED_BYTES, ParallelConfig, TrainingSetup
 from finetune_trainer.parallel.model_size import ModelSize
@@ -48,12 +48,23 @@ def seconds_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelC
     operations = 2 * size.parameters * passes * tokens / rates.operations
     reading = _base_bytes(size, setup, setup.stored) * passes / rates.memory
     computing = max(operations + reading, size.layers * rates.launches * passes / 2)
-    sending = _sent_bytes(size, setup, parallel) / (rates.same_node if setup.nodes == 1 else rates.other_nodes)
+    sending = _sending_seconds(size, setup, parallel, rates)
     if parallel.strategy in ("fsdp", "zero3") and setup.device == "cuda":
         seconds = max(computing, sending) + min(computing, sending) / 4
     else:
         seconds = computing + sending
     return (seconds + _host_seconds(size, setup, parallel, rates)) / tokens
+
+
+def _sending_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, rates: _Rates) -> float:
+    """Returns the seconds of a micro-batch in which a rank sends. If every node has a copy of the
+    model, a shard of the gradients is sent to the other nodes, twice, once per step."""
+    if parallel.replicas == 1:
+        return _sent_bytes(size, setup, parallel) / (rates.same_node if setup.nodes == 1 else rates.other_nodes)
+    shards = setup.ranks // parallel.replicas
+    gradients = size.trained * _GRADIENT_BYTES / shards * 2 / _MICRO_BATCHES
+    between = (parallel.replicas - 1) / parallel.replicas * gradients / rates.other_nodes
+    return _sent_bytes(size, replace(setup, ranks=shards, nodes=1), parallel) / rates.same_node + between
 
 
 def _sent_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> float:
