@@ -173,9 +173,8 @@ def _model(step: Step) -> LoadedModel:
     if step.recompute:
         activation_checkpointing.enable(loaded)
     if step.ranks is not None:
-        fsdp_shards.shard_model(
-            loaded.model, World(0, 0, step.ranks, step.ranks, torch.device("cpu")), offload=False, half=torch.bfloat16
-        )
+        mesh = fsdp_shards.Mesh.of(World(0, 0, step.ranks, step.ranks, torch.device("cpu")), 1)
+        fsdp_shards.shard_model(loaded.model, mesh, offload=False, half=torch.bfloat16)
     if step.fused:
         with _always_equal():
             modules.replace_modules(base, torch.device("cpu"))
