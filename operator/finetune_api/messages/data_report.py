@@ -156,7 +156,8 @@ class DataWarning(LenientModel):
     """Points out what a person should look at; it never fails a job."""
 
     reason: str = Field(
-        description="FewExamples, Leaks, NearLeaks, Duplicates, NearDuplicates, Truncated, RowsDropped or Unlabelled."
+        description="FewExamples, HeldOutFiles, Leaks, NearLeaks, Duplicates, NearDuplicates, Truncated, RowsDropped "
+        "or Unlabelled."
     )
     message: str
 

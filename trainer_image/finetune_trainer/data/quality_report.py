@@ -7,6 +7,8 @@ cache and never reads the files again, so it costs a second or two per million r
 from __future__ import annotations
 
 import itertools
+import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ _PADDED_BATCH = 8  # examples
 _LINES_PER_GROUP = 10
 _SAMPLES = {"train": 3, "validation": 1, "test": 1}
 _SAMPLE_TOKENS = 512
+_HELD_OUT = re.compile(r"(^|/)(test|validation|valid|val|dev|eval)([-_.0-9][^/]*|/.*)$", re.IGNORECASE)
 _NEARLY = "only in case, spaces, punctuation or numbers"
 
 
@@ -213,6 +216,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
             "can already show something"
         )
         warnings.append(r.DataWarning(reason="FewExamples", message=message))
+    warnings += _held_out_files(train)
     for leak in leaks:
         for count, reason, description in (
             (leak.rows, "Leaks", f"that {leak.first} holds too"),
@@ -235,6 +239,19 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                     r.DataWarning(reason=reason, message=f"{_counted_rows(count, split.split)} {description}")
                 )
     return warnings
+
+
+def _held_out_files(train: r.SplitReport) -> Iterator[r.DataWarning]:
+    """Yield a warning if files among others are named as rows that must not be trained on."""
+    if train.split != "train" or len(train.files) < 2:
+        return
+    common = len(posixpath.commonprefix([posixpath.dirname(file.name) + "/" for file in train.files]))
+    names = [file.name for file in train.files if _HELD_OUT.search("/" + file.name[common:])]
+    if 0 < len(names) < len(train.files):
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        verb = "is" if len(names) == 1 else "are"
+        remedy = "name the training files by a pattern in dataset.uri, such as data/train-*.parquet"
+        yield r.DataWarning(reason="HeldOutFiles", message=f"{listed} {verb} trained on; {remedy}")
 
 
 def _counted_rows(count: int, split: r.SplitName) -> str:
