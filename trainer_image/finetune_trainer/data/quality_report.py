@@ -7,8 +7,6 @@ cache and never reads the files again, so it costs a second or two per million r
 from __future__ import annotations
 
 import itertools
-import posixpath
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,8 +15,9 @@ from numpy.typing import NDArray
 
 from finetune_api.messages import data_report as r
 from finetune_api.status import DataStatus
-from finetune_trainer.data import dedup
+from finetune_trainer.data import dedup, sources
 from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.reading import findings
 from finetune_trainer.data.splits import SplitRows
 from finetune_trainer.data.token_cache import Tokens
 
@@ -27,7 +26,6 @@ _PADDED_BATCH = 8  # examples
 _LINES_PER_GROUP = 10
 _SAMPLES = {"train": 3, "validation": 1, "test": 1}
 _SAMPLE_TOKENS = 512
-_HELD_OUT = re.compile(r"(^|/)(test|validation|valid|val|dev|eval)([-_.0-9][^/]*|/.*)$", re.IGNORECASE)
 _NEARLY = "only in case, spaces, punctuation or numbers"
 
 
@@ -136,6 +134,7 @@ def _split_report(name: r.SplitName, split: SplitRows) -> r.SplitReport:
             r.DroppedRow(row=problem.number, file=problem.file, reason=problem.message)
             for problem in rows.problems[: r.LISTED]
         ),
+        findings=() if split.held_out else rows.findings,
         duplicates=_groups(first_equal, np.flatnonzero(first_equal != positions), lines),
         near_duplicates=_groups(first_similar, similar, lines),
         same_prompts=int((first_equal == positions).sum() - first_prompts.sum()),
@@ -216,7 +215,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
             "can already show something"
         )
         warnings.append(r.DataWarning(reason="FewExamples", message=message))
-    warnings += _held_out_files(train)
+    warnings += sources.held_out_files(train)
     for leak in leaks:
         for count, reason, description in (
             (leak.rows, "Leaks", f"that {leak.first} holds too"),
@@ -226,6 +225,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                 effect = f"so the {leak.second} loss looks better than it is"
                 message = f"{_counted_rows(count, leak.second)} {description}, {effect}"
                 warnings.append(r.DataWarning(reason=reason, message=message))
+    warnings += [warning for split in splits for warning in findings.warnings(split)]
     for split in splits:
         for count, reason, description in (
             (split.duplicates.rows, "Duplicates", "that repeat an earlier row"),
@@ -239,19 +239,6 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                     r.DataWarning(reason=reason, message=f"{_counted_rows(count, split.split)} {description}")
                 )
     return warnings
-
-
-def _held_out_files(train: r.SplitReport) -> Iterator[r.DataWarning]:
-    """Yield a warning if files among others are named as rows that must not be trained on."""
-    if train.split != "train" or len(train.files) < 2:
-        return
-    common = len(posixpath.commonprefix([posixpath.dirname(file.name) + "/" for file in train.files]))
-    names = [file.name for file in train.files if _HELD_OUT.search("/" + file.name[common:])]
-    if 0 < len(names) < len(train.files):
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        verb = "is" if len(names) == 1 else "are"
-        remedy = "name the training files by a pattern in dataset.uri, such as data/train-*.parquet"
-        yield r.DataWarning(reason="HeldOutFiles", message=f"{listed} {verb} trained on; {remedy}")
 
 
 def _counted_rows(count: int, split: r.SplitName) -> str:
