@@ -158,7 +158,7 @@ def _replaced(
 ) -> Location | None:
     """Returns the overriding location, or the planned one as this machine can read it."""
     if override is not None:
-        return _location(override, folder)
+        return _location(override, folder, of_rows=option != "--model")
     if planned is None:
         return None
     if planned.display.startswith("pvc://"):
@@ -176,12 +176,16 @@ def _local_source(source: DataSource, notes: list[str]) -> DataSource:
     return source.model_copy(update={"location": location})
 
 
-def _location(path_or_uri: str, folder: Path) -> Location:
-    """Resolves a path on this machine; leaves a URI unchanged."""
+def _location(path_or_uri: str, folder: Path, *, of_rows: bool = False) -> Location:
+    """Resolves a path on this machine; leaves a URI unchanged.
+
+    The location of rows ends with a slash if it is a folder.
+    """
     if "://" in path_or_uri:
         return Location(uri=path_or_uri, display=path_or_uri)
     path = (folder / Path(path_or_uri).expanduser()).resolve()
-    return Location(uri=f"file://{path}", display=str(path))
+    slash = "/" if of_rows and path.is_dir() else ""
+    return Location(uri=f"file://{path}{slash}", display=f"{path}{slash}")
 
 
 def _tracking(planned: RunConfig) -> TrackingConfig:

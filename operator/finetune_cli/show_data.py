@@ -92,7 +92,9 @@ def _files(option: str, value: str) -> Sequence[Path]:
 
     path = Path(value)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and is_named_as_data(file.name))
+        files = sorted(
+            file for file in path.rglob("*") if file.is_file() and is_named_as_data(file.relative_to(path).as_posix())
+        )
         if not files:
             raise CannotRead(f"{option} {value}: this folder has no file whose name ends with {', '.join(SUFFIXES)}")
         return files

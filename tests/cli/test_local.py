@@ -41,6 +41,24 @@ def test_paths_replace_uris_and_the_default_output_is_in_this_folder() -> None:
     assert config.output.display == "/home/user/quickstart-output"
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_folder_of_rows_may_replace_a_uri(end: str, tmp_path: Path) -> None:
+    config = planned(job(), Overrides(dataset=f"{tmp_path}{end}", model=f"{tmp_path}{end}")).config
+    assert config.data.train.uri == f"file://{tmp_path}/"
+    assert config.model.location.uri == f"file://{tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("objective", "format", "expected"),
+    [("dpo", "auto", "preference"), ("supervised", "auto", "auto"), ("dpo", "messages", "messages")],
+)
+def test_the_objective_decides_how_rows_are_read(objective: str, format: str, expected: str) -> None:
+    training = {"objective": objective, "maxSteps": 1, "globalBatchSize": 4, "learningRate": 1e-3}
+    dataset = {"uri": "s3://data/train.jsonl", "format": format}
+    data = planned(job(training=training, dataset=dataset, evaluation={})).config.data
+    assert (data.format, data.sources_of("train")[0].format) == (expected, expected)
+
+
 def test_a_uri_may_replace_a_uri() -> None:
     assert planned(job(), Overrides(model="hf://owner/name")).config.model.location.uri == "hf://owner/name"
 

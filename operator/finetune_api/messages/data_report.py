@@ -50,6 +50,16 @@ class FileReport(LenientModel):
     weight: float = Field(default=1.0, description="How often each row is trained on per epoch.")
 
 
+class Finding(LenientModel):
+    """Counts something that rows have and that isn't trained on."""
+
+    reason: str = Field(description="KeysNotRead, TemplateOmits or AnswersNotTrained.")
+    subject: str = Field(description="A key, messages[].key for a key of turns, or a part such as tool results.")
+    count: int
+    row: int = Field(description="The first row that has it.")
+    file: str = Field(default="", description="Empty if the split has a single file.")
+
+
 class DroppedRow(LenientModel):
     """Names a row that isn't trained on, and the reason."""
 
@@ -116,6 +126,7 @@ class SplitReport(LenientModel):
         description="Rows among `dropped` without a label, or without a confident one. They never fail a job.",
     )
     dropped_rows: tuple[DroppedRow, ...] = ()
+    findings: tuple[Finding, ...] = ()
     duplicates: Duplicates = Field(default_factory=Duplicates)
     near_duplicates: Duplicates = Field(
         default_factory=Duplicates,
@@ -156,7 +167,8 @@ class DataWarning(LenientModel):
     """Points out what a person should look at; it never fails a job."""
 
     reason: str = Field(
-        description="FewExamples, Leaks, NearLeaks, Duplicates, NearDuplicates, Truncated, RowsDropped or Unlabelled."
+        description="FewExamples, HeldOutFiles, AnswersNotTrained, TemplateOmits, KeysNotRead, Leaks, NearLeaks, "
+        "Duplicates, NearDuplicates, Truncated, RowsDropped or Unlabelled."
     )
     message: str
 

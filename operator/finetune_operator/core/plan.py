@@ -28,6 +28,7 @@ from finetune_api.messages.run import (
 )
 from finetune_api.resource import BaseModelSpec, FineTuneJob, OutputSpec, SecretRef, Spec
 from finetune_api.scalars import quantity_value
+from finetune_api.spec.data import DataFormat
 from finetune_operator.core.objects import Observed
 from finetune_operator.settings import Settings
 
@@ -203,10 +204,12 @@ def _data(spec: Spec) -> DataConfig:
     dataset = spec.dataset
     credentials = _credentials("dataset", dataset.credentials_ref)
     validation, test = dataset.validation, dataset.test
+    # Rows may have messages next to their pairs of answers. The objective decides which are read.
+    detected: DataFormat = "preference" if spec.training.objective == "dpo" else "auto"
     sources = tuple(
         DataSource(
             location=_location(source.uri, credentials),
-            format=source.format or "auto",
+            format=detected if source.format in (None, "auto") else source.format,
             columns=source.columns,
             weight=source.weight,
         )
@@ -219,7 +222,7 @@ def _data(spec: Spec) -> DataConfig:
         validation_fraction=validation.fraction if validation else None,
         test=_location(test.uri, credentials) if test and test.uri else None,
         test_fraction=test.fraction if test else None,
-        format=dataset.format,
+        format=detected if dataset.format == "auto" else dataset.format,
         columns=dataset.columns,
         labels=dataset.labels,
         min_label_probability=dataset.min_label_probability,

@@ -308,3 +308,26 @@ def test_rows_without_a_sure_label_are_skipped_and_the_data_is_accepted(
     path.write_text(path.read_text() + '{"text": "mail", "probs": [7, 1]}\n')
     with pytest.raises(RunError, match=r"1 row can't be used: row 6: probabilities are \[7, 1\]"):
         preparation.prepare([file], ReadOptions("dataset.uri", None, "fail"))
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (("data/train-00000.parquet", "data/test-00000.parquet"), "data/test-00000.parquet is trained on"),
+        (("train.jsonl", "validation.jsonl", "dev/a.jsonl"), "validation.jsonl, dev/a.jsonl are trained on"),
+        (("/home/test/set/train.jsonl", "/home/test/set/more.jsonl"), ""),
+        (("test-a.jsonl", "test-b.jsonl"), ""),
+        (("testimonials.jsonl", "validated.jsonl"), ""),
+        (("test.jsonl",), ""),
+    ],
+)
+def test_files_that_are_named_as_held_out_rows_are_pointed_out(
+    names: tuple[str, ...], named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(_pair("fox", "a dog")) + "\n")
+    files = [InputFile(tmp_path / "rows.jsonl", name) for name in names]
+    examples = preparation.prepare(files, ReadOptions("dataset.uri", None, "fail"))
+    measured: Any = {"train": RowStatistics.of_examples(examples)}
+    report = quality_report.report(splits.split_rows(measured, None, None), max_length=64, renderer=None)
+    messages = [warning.message for warning in report.warnings if warning.reason == "HeldOutFiles"]
+    assert [message.split(";")[0] for message in messages] == ([named] if named else [])

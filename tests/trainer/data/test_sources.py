@@ -99,3 +99,13 @@ def test_missing_files_are_reported_by_their_location(
         _fetched(tmp_path, train=_location(rows, end))
     assert error.value.reason == reason
     assert message in error.value.message
+
+
+def test_hidden_files_of_a_folder_are_passed_over(rows: Path, tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", "deep/._c.csv"):
+        (rows / name).parent.mkdir(exist_ok=True)
+        (rows / name).write_text(_ROW)
+    run, paths, log_lines, _ = _fetched(tmp_path, train=_location(rows, ""))
+    names = [file.name for file in inputs.of(run.data, paths, "train")]
+    assert names == ["a.jsonl", "b.jsonl.gz", "deep/c.csv"]
+    assert "3 other files are ignored" in log_lines[0]

@@ -16,10 +16,13 @@ from typing import Any
 from finetune_trainer.data import example
 from finetune_trainer.data import tokenizer as tokenizer_files
 from finetune_trainer.data.example import Example
-from finetune_trainer.data.reading import preference_rows
+from finetune_trainer.data.reading import findings, preference_rows
 from finetune_trainer.data.reading.row import Problem, Row
-from finetune_trainer.errors import RunError
 
+INSEPARABLE = (
+    "renders a prompt alone differently from the same prompt with its answer, so the answer can't be separated from "
+    "the prompt"
+)
 Texts = list[tuple[str, str]]
 """(the text before an answer, the answer) for each answer; a document has no text before it."""
 
@@ -101,10 +104,7 @@ class Renderer:
         return tuple(self._first)
 
     def render(self, row: Row) -> Example | Problem:
-        """Return a row's tokens, truncated to `max_length`, or why the row can't be used.
-
-        Raises RunError ModelInvalid if the chat template can't separate prompt and answer.
-        """
+        """Return a row's tokens, truncated to `max_length`, or why the row can't be used."""
         return self._rendered([row], self._max_length)[0]
 
     def render_all(self, rows: Sequence[Row]) -> list[Example | Problem]:
@@ -189,7 +189,8 @@ class Renderer:
                 f"the prompt has {loss_mask.index(True)} tokens, so dataset.maxSequenceLength {max_length} leaves "
                 "nothing to train on",
             )
-        return Example(row.number, tuple(ids[:max_length]), tuple(loss_mask[:max_length]), source, len(ids))
+        omissions = findings.omitted(row, texts) if self._chat and not row.is_text else ()
+        return Example(row.number, tuple(ids[:max_length]), tuple(loss_mask[:max_length]), source, len(ids), omissions)
 
     def _segments(self, row: Row, texts: Texts, token_ids: dict[str, list[int]]) -> list[tuple[list[int], bool]]:
         """Split a row into runs of tokens, each with whether it counts in the loss."""
@@ -219,18 +220,22 @@ class Renderer:
             last.append(self._stop)
         return segments[:-1]  # nothing follows the last stop token
 
-    def _chat_texts(self, row: Row) -> Texts:
+    def _chat_texts(self, row: Row) -> Texts | Problem:
         answers = [index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.in_loss]
         # Some templates render an earlier answer differently once another one follows (they drop
         # its reasoning). Then only the last answer counts in the loss, after exactly the text that
         # inference would show.
         texts = self._texts_of_answers(row, answers) or self._texts_of_answers(row, answers[-1:])
         if texts is None:
-            raise RunError(
-                "ModelInvalid",
-                "model.uri: the chat template renders a prompt alone differently from the same prompt with its answer, "
-                "so the answer can't be separated from the prompt; fix chat_template, or set dataset.chatTemplate",
-            )
+            return Problem(row.number, f"the chat template {INSEPARABLE}; fix it, or set dataset.chatTemplate")
+        for index, (_, answer) in zip(answers[-len(texts) :], texts, strict=True):
+            turn = row.turns[index]
+            if turn.more and (name := findings.missing_call(turn, answer)):
+                return Problem(
+                    row.number,
+                    f"the chat template leaves out the call of {name!r} or its arguments, so an answer without it "
+                    "would be trained on; set dataset.chatTemplate to a template that writes tool_calls",
+                )
         return texts
 
     def _texts_of_answers(self, row: Row, answers: list[int]) -> Texts | None:

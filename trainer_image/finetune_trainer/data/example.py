@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from finetune_trainer.data.reading.findings import Omission
 from finetune_trainer.data.reading.row import Problem, Row
 
 
@@ -24,6 +25,7 @@ class Example:
     loss_mask: tuple[bool, ...]
     source: int = 0
     uncut_length: int = 0  # tokens before the example was truncated
+    omissions: tuple[Omission, ...] = ()  # what the chat template leaves out
 
 
 def of_pair(pair: Row, chosen: Example | Problem, rejected: Example | Problem) -> Example | Problem:

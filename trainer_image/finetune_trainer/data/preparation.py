@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_api.messages.data_report import FileReport
+from finetune_api.messages.data_report import FileReport, Finding
 from finetune_trainer.data import dedup
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.example import Example
 from finetune_trainer.data.npy_writer import Column, NpyWriter
 from finetune_trainer.data.reading import compression, rows
+from finetune_trainer.data.reading.findings import Findings
 from finetune_trainer.data.reading.row import Problem, Row
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.errors import RunError
@@ -68,6 +69,7 @@ class Examples:
     dropped: int
     unlabelled: int  # of the dropped rows
     rendered: bool
+    findings: tuple[Finding, ...] = ()
 
     def __len__(self) -> int:
         return len(self.arrays["line_numbers"])
@@ -143,6 +145,7 @@ def _prepared(files: tuple[InputFile, ...], options: ReadOptions, folder: Path) 
         collected.dropped,
         collected.unlabelled,
         options.renderer is not None,
+        collected.findings.listed(),
     )
 
 
@@ -157,6 +160,7 @@ class _Collected:
     problems: list[Problem] = field(default_factory=list)
     dropped: int = 0
     unlabelled: int = 0
+    findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
         self.writer.add("offsets", [0])
@@ -228,7 +232,11 @@ def _render(batch: Sequence[Row | Problem], renderer: Renderer | None, collected
             continue
         if isinstance(row, Row):
             usable.append(row)
+            if row.unread:
+                collected.findings.add(row.unread, row.number, file_name)
         if isinstance(outcome, Example):
+            if outcome.omissions:
+                collected.findings.add(outcome.omissions, outcome.number, file_name)
             examples.append(outcome)
     collected.add(usable, examples if renderer else None)
 

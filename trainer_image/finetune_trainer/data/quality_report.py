@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from finetune_api.messages import data_report as r
 from finetune_api.status import DataStatus
-from finetune_trainer.data import dedup
+from finetune_trainer.data import dedup, sources
 from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.reading import findings
 from finetune_trainer.data.splits import SplitRows
 from finetune_trainer.data.token_cache import Tokens
 
@@ -133,6 +134,7 @@ def _split_report(name: r.SplitName, split: SplitRows) -> r.SplitReport:
             r.DroppedRow(row=problem.number, file=problem.file, reason=problem.message)
             for problem in rows.problems[: r.LISTED]
         ),
+        findings=() if split.held_out else rows.findings,
         duplicates=_groups(first_equal, np.flatnonzero(first_equal != positions), lines),
         near_duplicates=_groups(first_similar, similar, lines),
         same_prompts=int((first_equal == positions).sum() - first_prompts.sum()),
@@ -213,6 +215,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
             "can already show something"
         )
         warnings.append(r.DataWarning(reason="FewExamples", message=message))
+    warnings += sources.held_out_files(train)
     for leak in leaks:
         for count, reason, description in (
             (leak.rows, "Leaks", f"that {leak.first} holds too"),
@@ -222,6 +225,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
                 effect = f"so the {leak.second} loss looks better than it is"
                 message = f"{_counted_rows(count, leak.second)} {description}, {effect}"
                 warnings.append(r.DataWarning(reason=reason, message=message))
+    warnings += [warning for split in splits for warning in findings.warnings(split)]
     for split in splits:
         for count, reason, description in (
             (split.duplicates.rows, "Duplicates", "that repeat an earlier row"),

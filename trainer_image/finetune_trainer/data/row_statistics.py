@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_api.messages.data_report import FileReport
+from finetune_api.messages.data_report import FileReport, Finding
 from finetune_trainer.data.preparation import Examples
 from finetune_trainer.data.reading.row import Problem
 from finetune_trainer.data.token_cache import Tokens
@@ -35,6 +35,7 @@ class RowStatistics:
     problems: tuple[Problem, ...]
     dropped: int
     unlabelled: int
+    findings: tuple[Finding, ...] = ()
     tokens: Tokens | None = None
 
     @classmethod
@@ -43,7 +44,7 @@ class RowStatistics:
         return cls(
             tokens.line_numbers, tokens.file_index, tokens.lengths, tokens.label_counts, tokens.uncut_lengths,
             tokens.characters, tokens.digests, tokens.prompts, tokens.near_duplicate_digests, tokens.facts.files,
-            tokens.facts.problems, tokens.facts.dropped, tokens.facts.unlabelled, tokens,
+            tokens.facts.problems, tokens.facts.dropped, tokens.facts.unlabelled, tokens.facts.findings, tokens,
         )  # fmt: skip
 
     @classmethod
@@ -54,5 +55,5 @@ class RowStatistics:
             arrays["line_numbers"], arrays["file_index"], examples.lengths, arrays["label_counts"],
             arrays["uncut_lengths"], arrays["characters"], arrays["digests"], arrays["prompts"],
             arrays["near_duplicate_digests"], examples.files,
-            examples.problems, examples.dropped, examples.unlabelled,
+            examples.problems, examples.dropped, examples.unlabelled, examples.findings,
         )  # fmt: skip

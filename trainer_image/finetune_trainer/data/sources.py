@@ -5,9 +5,12 @@ The module is pure, except that it lists folders.
 
 from __future__ import annotations
 
+import posixpath
+import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from finetune_api.messages.data_report import SplitName
+from finetune_api.messages.data_report import DataWarning, SplitName, SplitReport
 from finetune_api.messages.run import DataConfig, DataSource
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.errors import RunError
@@ -15,6 +18,7 @@ from finetune_trainer.paths import Paths
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _FIELDS = {"train": "dataset.uri", "validation": "dataset.validation.uri", "test": "dataset.test.uri"}
+_HELD_OUT = re.compile(r"(^|/)(test|validation|valid|val|dev|eval)([-_.0-9][^/]*|/.*)$", re.IGNORECASE)
 
 
 def splits(data: DataConfig) -> tuple[SplitName, ...]:
@@ -64,3 +68,16 @@ def of(data: DataConfig, paths: Paths, split: str) -> tuple[InputFile, ...]:
     if not files or not all(file.path.is_file() for file in files):
         raise RunError("DatasetNotFound", f"{field(data, split)}: no file was fetched; give the URI of a file of rows")
     return tuple(files)
+
+
+def held_out_files(train: SplitReport) -> Iterator[DataWarning]:
+    """Yield a warning if files among others are named as rows that must not be trained on."""
+    if train.split != "train" or len(train.files) < 2:
+        return
+    common = len(posixpath.commonprefix([posixpath.dirname(file.name) + "/" for file in train.files]))
+    names = [file.name for file in train.files if _HELD_OUT.search("/" + file.name[common:])]
+    if 0 < len(names) < len(train.files):
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        verb = "is" if len(names) == 1 else "are"
+        remedy = "name the training files by a pattern in dataset.uri, such as data/train-*.parquet"
+        yield DataWarning(reason="HeldOutFiles", message=f"{listed} {verb} trained on; {remedy}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.chat_rendering import INSEPARABLE, Renderer
 from finetune_trainer.data.example import Example
 from finetune_trainer.data.reading.row import Row, Turn
 from finetune_trainer.errors import RunError
@@ -73,14 +73,10 @@ def _row(questions: tuple[str, ...], answers: tuple[str, ...], system: str = "")
 
 
 def _probe(renderer: Renderer, row: Row, refuse: _Refusal) -> Example:
-    try:
-        example = renderer.render_uncut(row)
-    except RunError:
-        raise refuse(
-            "renders a prompt alone differently from the same prompt with its answer, so the answer can't be "
-            "separated from the prompt"
-        ) from None
+    example = renderer.render_uncut(row)
     if not isinstance(example, Example):
+        if INSEPARABLE in example.message:
+            raise refuse(INSEPARABLE)
         raise refuse(f"can't render a plain question and answer ({example.message})")
     return example
 

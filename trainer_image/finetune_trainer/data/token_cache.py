@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_api.messages.data_report import FileReport
+from finetune_api.messages.data_report import FileReport, Finding
 from finetune_trainer import manifest
 from finetune_trainer.data import preparation, shared_prefixes
 from finetune_trainer.data.preparation import ReadOptions
@@ -27,7 +27,7 @@ from finetune_trainer.data.reading.row import Problem
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.data.shared_prefixes import SharedPrefixes
 
-_VERSION = 5
+_VERSION = 6
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",
@@ -89,6 +89,7 @@ class Facts:
     truncated: int
     files: tuple[FileReport, ...]
     problems: tuple[Problem, ...]
+    findings: tuple[Finding, ...]
 
 
 def key(data: Sequence[InputFile], model: Path, **settings: Any) -> str:
@@ -132,8 +133,9 @@ def load(root: Path, name: str) -> Tokens:
     facts = json.loads((folder / "facts.json").read_text())
     files = tuple(FileReport.model_validate(file) for file in facts.pop("files"))
     problems = tuple(Problem(*problem) for problem in facts.pop("problems"))
+    findings = tuple(Finding.model_validate(finding) for finding in facts.pop("findings"))
     arrays = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in _PARTS}
-    return Tokens(**arrays, facts=Facts(**facts, files=files, problems=problems))
+    return Tokens(**arrays, facts=Facts(**facts, files=files, problems=problems, findings=findings))
 
 
 _PARTS = (*preparation.COLUMNS, "rank", "common")
@@ -152,6 +154,7 @@ def _complete(folder: Path, name: str, examples: preparation.Examples, heartbeat
         "duplicates": examples.duplicates,
         "truncated": examples.truncated,
         "files": [file.to_json() for file in examples.files],
+        "findings": [finding.to_json() for finding in examples.findings],
         "problems": [
             [problem.number, problem.message, problem.file, problem.unlabelled] for problem in examples.problems
         ],

@@ -25,6 +25,8 @@ _LABELS = ("label", "labels", "preds", "pred", "prediction")
 _PROBABILITIES = ("probs", "probabilities", "proba", "label_probs")
 _NUMBERED = ("prob_", "probs_", "proba_", "probability_", "p_")
 
+_REGIONS = "labels regions of a text or relations between them, which isn't text; use a TextArea or Choices"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -91,6 +93,8 @@ def _task(value: Values, options: Options) -> tuple[str, str]:
         raise Unlabelled("has no annotation (not labeled yet, or skipped)")
     annotation = max(annotations, key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or "")))
     results = [r for r in annotation.get("result") or [] if isinstance(r, Mapping) and "value" in r]
+    if any(isinstance(r, Mapping) and r.get("type") == "relation" for r in annotation.get("result") or []):
+        raise ValueError(f"the annotation {_REGIONS}")
     names = sorted({str(r.get("from_name")) for r in results})
     answer = options.columns.get("completion") or (names[0] if len(names) == 1 else None)
     if answer is None and names:
@@ -135,6 +139,8 @@ def _flat_record(value: Values, options: Options) -> tuple[str, str]:
 def _as_text(value: Any, name: str) -> str:
     """Return as text what a person wrote or chose."""
     if isinstance(value, Mapping):
+        if "start" in value or any(key.endswith("labels") for key in value):
+            raise ValueError(f"{name} {_REGIONS}")
         for key in ("text", "choices", "rating", "number", "taxonomy"):
             if key in value:
                 return _as_text(value[key], name)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from finetune_trainer.data.reading.row import Row
+from finetune_trainer.data.reading.row import Row, short_repr
 
 FORMAT = "preference"
-_KEYS = ("prompt", "chosen", "rejected")
+_KEYS = ("prompt", "chosen", "rejected", "label")
 
 
 def is_pair(value: Mapping[str, Any]) -> bool:
@@ -38,15 +38,47 @@ def _side(
     rest = {name: content for name, content in value.items() if name not in _KEYS}
     answer, prompt = value[key], value.get("prompt")
     try:
+        if isinstance(prompt, list) and isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
         if isinstance(answer, list):
-            before = prompt if isinstance(prompt, list) else []
-            if isinstance(prompt, str):
-                before = [{"role": "user", "content": prompt}]
-            return messages(number, {**rest, "messages": [*before, *answer]})
+            return messages(number, {**rest, "messages": _joined(prompt, answer, key)})
         return texts(number, {**rest, **({"prompt": prompt} if "prompt" in value else {}), "completion": answer})
     except ValueError as error:
         message = str(error).replace("completion", key)
         raise ValueError(message if message.startswith((key, "prompt")) else f"{key}: {message}") from None
+
+
+def _joined(prompt: Any, answer: list[Any], key: str) -> list[Any]:
+    """Return the dialogue of a prompt and an answer, which may be the complete dialogue already."""
+    if not isinstance(prompt, str | list):
+        return answer
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    without_system = before[1:] if _role(before[:1]) == "system" != _role(answer[:1]) else before
+    start = 1 if _role(answer[:1]) == "system" != _role(before[:1]) else 0
+    length = start + len(without_system)
+    if [_content(turn) for turn in answer[start:length]] == [_content(turn) for turn in without_system]:
+        return answer if start else [*before, *answer[length:]]
+    if _role(answer[:1]) not in ("system", "user") or _role(before[-1:]) == "assistant":
+        return [*before, *answer]
+    if isinstance(prompt, str) and any(_content(turn) == _content(before[0]) for turn in answer):
+        return answer
+    question: Any = next((turn for turn in answer if _role([turn]) == "user"), {})
+    raise ValueError(
+        f"{key} begins with a user turn ({short_repr(question.get('content'))}) that isn't the prompt; give the prompt "
+        "once, in prompt or as the first turns of chosen and rejected"
+    )
+
+
+def _role(turns: list[Any]) -> Any:
+    return turns[0].get("role") if turns and isinstance(turns[0], Mapping) else None
+
+
+def _content(turn: Any) -> Any:
+    """Return what makes two turns the same."""
+    if not isinstance(turn, Mapping):
+        return turn
+    content = turn.get("content")
+    return turn.get("role"), content.strip() if isinstance(content, str) else content
 
 
 def sides(pair: Row) -> tuple[Row, ...]:

@@ -28,11 +28,14 @@ COMPRESSION_SUFFIXES = ("", ".gz", ".zst", ".bz2", ".xz")
 
 
 def is_named_as_data(name: str) -> bool:
-    """Whether a file of a folder holds rows.
+    """Whether a file of a folder holds rows. `name` is its path within the folder.
 
-    Its suffix decides, because a folder holds READMEs too.
+    Its suffix decides, because a folder holds READMEs too. Hidden files and those in hidden folders
+    are copies that a notebook or an operating system has left behind.
     """
     lower = name.lower()
+    if any(part.startswith(".") for part in lower.split("/")):
+        return False
     return any(lower.endswith(suffix + packed) for suffix in SUFFIXES for packed in COMPRESSION_SUFFIXES)
 
 

@@ -6,7 +6,7 @@ The module also has the checks that all formats share.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -40,6 +40,7 @@ class Row:
     file_index: int = 0
     tools: str = ""  # JSON of a list of functions, for the chat template
     rejected: tuple[Turn, ...] = ()  # a preference pair: the turns with the rejected answer
+    unread: tuple[tuple[str, str, int], ...] = field(default=(), compare=False)  # see `findings.Omission`
     plain_prompt: str = ""  # the prompt without a chat template; if empty, it is the user's turn
 
     @property

@@ -13,14 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 from finetune_trainer.data.reading import preference_rows
-from finetune_trainer.data.reading.row import ROLES, Row, Turn, Values, short_repr, text
+from finetune_trainer.data.reading.row import Row, Turn, Values, short_repr, text
+from finetune_trainer.data.reading.turns import canonical, is_in_loss, turns
 
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bard": "assistant", "bing": "assistant", "model": "assistant", "function_call": "assistant", "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ai": "assistant",
+    "tool_call": "assistant", "tool_response": "tool", "developer": "system",
 }  # fmt: skip
-_FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -45,6 +46,7 @@ def prompt_completion(number: int, value: Values) -> Row:
         before = tuple(replace(turn, in_loss=False) for turn in turns(value["prompt"], "prompt"))
         after = turns(value["completion"], "completion")
         return _conversation(number, (*before, *after), value, "completion")
+    _refuse_undesired(value)
     prompt, completion = text(value, "prompt"), text(value, "completion")
     if not completion.strip():
         raise ValueError("completion is empty")
@@ -107,7 +109,7 @@ def sharegpt(number: int, value: Values) -> Row:
         if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
             raise ValueError(f"{path}.from is {short_repr(role)}; it must be one of {', '.join(_SHAREGPT_ROLES)}")
         key = "value" if "value" in turn or "content" not in turn else "content"
-        parsed.append(Turn(_SHAREGPT_ROLES[role], text(turn, key, f"{path}.")))
+        parsed.append(Turn(_SHAREGPT_ROLES[role], text(turn, key, f"{path}."), in_loss=is_in_loss(path, turn)))
     return _conversation(number, tuple(parsed), value, "conversations")
 
 
@@ -121,17 +123,8 @@ FORMATS: dict[str, RowFormat] = {
 }
 
 
-def turns(value: Any, path: str) -> tuple[Turn, ...]:
-    """Parse a list of objects with role and content, as chat APIs have them.
-
-    `path` is what messages call the list. Raises ValueError.
-    """
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} isn't a list with at least one turn")
-    return tuple(_turn(f"{path}[{index}]", turn) for index, turn in enumerate(value))
-
-
 def _conversation(number: int, turns: tuple[Turn, ...], value: Values, path: str) -> Row:
+    _refuse_undesired(value)
     if turns[0].role != "system":
         turns = (*_system(value), *turns)
     last = turns[-1]
@@ -145,61 +138,17 @@ def _conversation(number: int, turns: tuple[Turn, ...], value: Values, path: str
         raise ValueError("role 'system' must be the first turn")
     if not any(turn.in_loss for turn in turns if turn.role == "assistant"):
         raise ValueError(f"{path}: every assistant turn has weight 0, so there is nothing to train on")
-    return Row(number, turns, tools=_tools(value.get("tools")))
+    return Row(number, turns, tools=_tools(value.get("tools")) or _functions(value.get("functions")))
 
 
-def _turn(path: str, turn: Any) -> Turn:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"{path} isn't an object with role and content")
-    role = turn.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{path}.role is {short_repr(role)}; it must be one of {', '.join(ROLES)}")
-    weight = turn.get("weight", 1)
-    if weight not in (0, 1):
-        raise ValueError(f"{path}.weight is {short_repr(weight)}; it must be 0 (not trained on) or 1")
-    further = {key: turn[key] for key in _FURTHER_KEYS if turn.get(key)}
-    if "tool_calls" in further:
-        further["tool_calls"] = _calls(further["tool_calls"], f"{path}.tool_calls")
-    content = turn.get("content")
-    if content is None and "tool_calls" in further:
-        content = ""
-    elif isinstance(content, list):
-        content = "".join(_part(f"{path}.content[{index}]", part) for index, part in enumerate(content))
-    else:
-        content = text(turn, "content", f"{path}.")
-    return Turn(role, content, in_loss=bool(weight), more=_canonical(further, path) if further else "")
-
-
-def _calls(value: Any, path: str) -> list[Any]:
-    """Parse tool calls.
-
-    APIs give their arguments as JSON text, but chat templates serialize objects themselves.
-    """
-    if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
-        raise ValueError(f"{path} isn't a list of calls")
-    return [_call(call) for call in value]
-
-
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    inner = call.get("function")
-    if isinstance(inner, Mapping):
-        return {**call, "function": _call(inner)}
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return dict(call)
-        if isinstance(parsed, Mapping):
-            return {**call, "arguments": parsed}
-    return dict(call)
-
-
-def _part(path: str, part: Any) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        raise ValueError(f"{path} is of type {short_repr(kind)}; only text is supported")
-    return text(part, "text", f"{path}.")
+def _refuse_undesired(value: Values) -> None:
+    """Refuse an answer that must not be learned. Raises ValueError."""
+    label = value.get("label", True)
+    if label is not None and (label in (False, "false", "False", "FALSE")):
+        raise ValueError(
+            f"label is {short_repr(label)}, which marks the answer as undesired (a row for KTO, which isn't supported);"
+            " remove the row, or rename the key if it means something else"
+        )
 
 
 def _tools(value: Any) -> str:
@@ -215,18 +164,15 @@ def _tools(value: Any) -> str:
             return ""
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise ValueError("tools isn't a list of functions")
-    return _canonical(value, "tools")
+    return canonical(value, "tools")
 
 
-def _canonical(value: Any, path: str) -> str:
-    try:
-        serialized = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        serialized.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{path} contains half a character (a lone surrogate)") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be written as JSON ({error})") from None
-    return serialized
+def _functions(value: Any) -> str:
+    """Parse the list of functions that chat APIs had before `tools`."""
+    functions = json.loads(_tools(value) or "[]")
+    if not functions:
+        return ""
+    return canonical([{"type": "function", "function": function} for function in functions], "functions")
 
 
 def _system(value: Values) -> tuple[Turn, ...]:

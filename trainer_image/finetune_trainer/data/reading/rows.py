@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.data.reading import labeling_tools, preference_rows, records, row_formats
+from finetune_trainer.data.reading import findings, labeling_tools, preference_rows, records, row_formats
 from finetune_trainer.data.reading.record import Record, Unreadable
 from finetune_trainer.data.reading.records import FileFormat
 from finetune_trainer.data.reading.row import Problem, Row, Turn, Values
@@ -74,8 +74,10 @@ class Stream:
                 yield Problem(number, value, self._name)
                 continue
             try:
-                row = self._row(number, renamed(value, self._input_file.columns))
-                yield replace(row, file_index=self._file_index)
+                record = renamed(value, self._input_file.columns)
+                row = self._row(number, record)
+                unread = tuple(findings.unread(self.format or "", record))
+                yield replace(row, file_index=self._file_index, unread=unread)
             except ValueError as error:
                 yield Problem(number, str(error), self._name, isinstance(error, labeling_tools.Unlabelled))
             except RecursionError:

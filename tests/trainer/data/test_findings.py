@@ -1,0 +1,116 @@
+"""What rows have and what isn't trained on is counted, and a call that vanishes is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.messages.data_report import DataReport
+from finetune_trainer.data import quality_report, splits, token_cache
+from finetune_trainer.data import tokenizer as tokenizer_files
+from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.preparation import ReadOptions
+from finetune_trainer.data.row_statistics import RowStatistics
+
+_PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_NO_SYSTEM = _PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+_NO_RESULTS = _PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+_TOOLS = _PLAIN.replace(
+    "(m.content or '')", "(m.content or '') + (m.tool_calls | tojson if m.tool_calls else '')"
+).replace("{% for m", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m", 1)
+_NAMES_ONLY = _TOOLS.replace("m.tool_calls | tojson if", "m.tool_calls[0].function.name if")
+_LAST_ANSWER = _PLAIN.replace("m.role + '\n'", "m.role + '\n' + ('*' if loop.last and m.role == 'assistant' else '')")
+
+_USER = {"role": "user", "content": "weather in Oslo?"}
+_COLD = {"role": "assistant", "content": "It is cold."}
+_CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
+}
+_RESULT = {"role": "tool", "content": "minus five"}
+_SCHEMA = [{"type": "function", "function": {"name": "forecast", "parameters": {"type": "object"}}}]
+
+
+def _report(models: dict[str, Path], folder: Path, template: str, rows: list[Any]) -> DataReport:
+    tokenizer = tokenizer_files.load(models["llama"])
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), max_length=400)
+    path = folder / "train.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, *rows)))
+    tokens = token_cache.build(folder / "cache", "train", path, ReadOptions("dataset.uri", renderer, "drop"))
+    measured: Any = {"train": RowStatistics.of_tokens(tokens)}
+    return quality_report.report(splits.split_rows(measured, None, None), max_length=400, renderer=renderer)
+
+
+def _listed(report: DataReport) -> list[tuple[str, str, int, int]]:
+    return [(f.reason, f.subject, f.count, f.row) for f in report.splits[0].findings]
+
+
+@pytest.mark.parametrize(("template", "writes"), [(_PLAIN, False), (_NAMES_ONLY, False), (_TOOLS, True)])
+@pytest.mark.parametrize("content", [None, "I ask forecast."])
+def test_a_call_that_the_template_leaves_out_is_refused(
+    template: str, writes: bool, content: str | None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    report = _report(
+        models, tmp_path, template, [{"messages": [_USER, {**_CALL, "content": content}], "tools": _SCHEMA}]
+    )
+    reasons = [row.reason for row in report.splits[0].dropped_rows]
+    assert [reason.split(",")[0] for reason in reasons] == (
+        [] if writes else ["the chat template leaves out the call of 'forecast' or its arguments"]
+    )
+    assert _listed(report) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        pytest.param(_NO_SYSTEM, {"messages": [{"role": "system", "content": "Be curt."}, _USER, _COLD]},
+                     ("TemplateOmits", "system prompts", 1, 2), id="system"),
+        pytest.param(_NO_RESULTS, {"messages": [_USER, _CALL | {"weight": 0, "content": "forecast"}, _RESULT, _COLD]},
+                     ("TemplateOmits", "tool results", 1, 2), id="tool result"),
+        pytest.param(_PLAIN, {"messages": [_USER, _COLD], "tools": _SCHEMA},
+                     ("TemplateOmits", "tools", 1, 2), id="tools"),
+        pytest.param(_PLAIN, {"messages": [_USER, {**_CALL, "weight": 0}, _RESULT, _COLD]},
+                     ("TemplateOmits", "tool calls", 1, 2), id="earlier call"),
+        pytest.param(_PLAIN, {"messages": [_USER, {**_COLD, "reasoning_content": "because of snow"}]},
+                     ("TemplateOmits", "reasoning", 1, 2), id="reasoning"),
+        pytest.param(_LAST_ANSWER, {"messages": [_USER, _COLD] * 5},
+                     ("AnswersNotTrained", "answers", 4, 2), id="answers"),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_counted(
+    template: str, row: Any, expected: tuple[str, str, int, int], models: dict[str, Path], tmp_path: Path
+) -> None:
+    report = _report(models, tmp_path, template, [row])
+    assert _listed(report) == [expected]
+    assert expected[0] in {warning.reason for warning in report.warnings}
+    assert any(text.startswith(f"{expected[0]}: ") for text in quality_report.summary(report).warnings)
+
+
+def test_keys_that_nothing_reads_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    row = {"messages": [_USER, {**_COLD, "refusal": None, "audio": "x"}], "score": 3, "source": "", "system": "S"}
+    report = _report(models, tmp_path, _PLAIN, [row, {**row, "id": 7}])
+    assert _listed(report) == [
+        ("KeysNotRead", "messages[].audio", 2, 2),
+        ("KeysNotRead", "score", 2, 2),
+        ("KeysNotRead", "id", 1, 3),
+    ]
+    (warning,) = [warning.message for warning in report.warnings if warning.reason == "KeysNotRead"]
+    assert (
+        warning == "train: nothing reads messages[].audio (2, first row 2), score (2, first row 2), id (1, first row 3)"
+    )
+
+
+def test_a_row_that_the_template_cant_separate_is_refused_by_number(models: dict[str, Path], tmp_path: Path) -> None:
+    unstable = "{% if messages[0].content == 'odd' %}{{ messages | length }}{% endif %}" + _PLAIN
+    odd = {"messages": [{"role": "user", "content": "odd"}, _COLD]}
+    (row,) = _report(models, tmp_path, unstable, [odd]).splits[0].dropped_rows
+    assert row.row == 2
+    assert "renders a prompt alone differently" in row.reason

@@ -1,0 +1,162 @@
+"""A row is trained on as it was meant, or refused: no answer is read as something else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune_trainer.data.reading import rows
+from finetune_trainer.data.reading.row import Row
+
+_USER = {"role": "user", "content": "sky?"}
+_BLUE = {"role": "assistant", "content": "blue"}
+_GREEN = {"role": "assistant", "content": "green"}
+_SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def _read(*values: Any, format: str = "auto") -> rows.Rows:
+    return rows.parse([json.dumps(value).encode() for value in values], format)
+
+
+def _roles_and_texts(row: Row) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in row.turns]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "expected"),
+    [
+        pytest.param({"prompt": "sky?"}, [_USER], ["user"], id="a text"),
+        pytest.param({"prompt": "sky? \n"}, [_USER], ["user"], id="a text with blanks"),
+        pytest.param({"prompt": [_USER]}, [_USER], ["user"], id="turns"),
+        pytest.param({"prompt": [_SYSTEM, _USER]}, [_SYSTEM, _USER], ["system", "user"], id="with a system turn"),
+        pytest.param({"prompt": [_SYSTEM, _USER]}, [_USER], ["system", "user"], id="system turn in the prompt only"),
+        pytest.param({"prompt": [_USER]}, [_SYSTEM, _USER], ["system", "user"], id="system turn in the answers only"),
+        pytest.param({"prompt": "sky?", "system": "S"}, [_USER], ["system", "user"], id="a system key"),
+        pytest.param({"prompt": "sky?"}, [_USER, _GREEN, _USER], ["user", "assistant", "user"], id="a dialogue"),
+        pytest.param(
+            {"prompt": "sea?"}, [_USER, _GREEN, {"role": "user", "content": "sea?"}], ["user", "assistant", "user"],
+            id="the last question of a dialogue",
+        ),
+        pytest.param({"prompt": [_USER]}, [], ["user"], id="answers without the prompt"),
+        pytest.param({}, [_USER], ["user"], id="no prompt"),
+    ],
+)  # fmt: skip
+def test_a_pair_has_its_prompt_once(prompt: dict[str, Any], before: list[Any], expected: list[str]) -> None:
+    read = _read({**prompt, "chosen": [*before, _BLUE], "rejected": [*before, _GREEN]})
+    assert read.problems == ()
+    (row,) = read.rows
+    assert [turn.role for turn in row.turns] == [*expected, "assistant"]
+    assert [turn.role for turn in row.rejected] == [*expected, "assistant"]
+    assert (row.turns[-1].content, row.rejected[-1].content) == ("blue", "green")
+
+
+def test_a_pair_of_turns_may_have_texts_as_answers() -> None:
+    (row,) = _read({"prompt": [_SYSTEM, _USER], "chosen": "blue", "rejected": "green"}).rows
+    assert _roles_and_texts(row) == [("system", "Be brief."), ("user", "sky?"), ("assistant", "blue")]
+
+
+def test_answers_that_begin_with_another_question_are_refused() -> None:
+    other = {"role": "user", "content": "sea?"}
+    (problem,) = _read({"prompt": "sky?", "chosen": [other, _BLUE], "rejected": [other, _GREEN]}).problems
+    assert "chosen begins with a user turn ('sea?') that isn't the prompt" in problem.message
+
+
+@pytest.mark.parametrize("label", [False, 0, "false", "False"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "sky?", "completion": "green"}, {"messages": [_USER, _GREEN]}], ids=["texts", "messages"]
+)
+def test_an_undesired_answer_is_refused(row: dict[str, Any], label: Any) -> None:
+    read = _read({**row, "label": label}, {**row, "label": True})
+    assert [usable.number for usable in read.rows] == [2]
+    assert "label" in read.problems[0].message
+    assert "KTO" in read.problems[0].message
+
+
+_REGIONS = [
+    {"start": 0, "end": 5, "text": "Alice", "labels": ["PER"]},
+    {"start": 15, "end": 19, "text": "Oslo", "labels": ["LOC"]},
+]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        pytest.param(
+            {"id": 1, "data": {"text": "Alice lives in Oslo."},
+             "annotations": [{"result": [{"value": region, "from_name": "label", "to_name": "text", "type": "labels"}
+                                         for region in _REGIONS]}]},
+            id="JSON",
+        ),
+        pytest.param({"id": 1, "text": "Alice lives in Oslo.", "label": _REGIONS, "annotator": 1, "annotation_id": 2},
+                     id="JSON-MIN"),
+        pytest.param({"text": "Alice lives in Oslo.", "label": json.dumps(_REGIONS), "annotator": 1,
+                      "annotation_id": 2}, id="CSV"),
+        pytest.param({"text": "A.", "label": [{"start": "/p[1]", "end": "/p[1]", "text": "A", "hypertextlabels": ["X"]}
+                                               ], "annotator": 1, "annotation_id": 2}, id="HTML"),
+        pytest.param({"text": "A.", "label": [{"start": 0, "end": 1, "text": "A", "choices": ["X"]}],
+                      "annotator": 1, "annotation_id": 2}, id="a choice per region"),
+        pytest.param(
+            {"id": 1, "data": {"text": "A."},
+             "annotations": [{"result": [
+                 {"value": {"choices": ["X"]}, "from_name": "label", "to_name": "text", "type": "choices"},
+                 {"from_id": "a", "to_id": "b", "type": "relation", "labels": ["lives_in"]}]}]},
+            id="a relation",
+        ),
+    ],
+)  # fmt: skip
+def test_labels_of_regions_are_refused_instead_of_lost(record: dict[str, Any]) -> None:
+    read = _read(record)
+    assert read.rows == ()
+    assert "regions" in read.problems[0].message
+    assert "TextArea or Choices" in read.problems[0].message
+
+
+_CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+_FUNCTION = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+def test_a_legacy_function_call_is_a_tool_call(content: str | None) -> None:
+    call = {"role": "assistant", "content": content, "function_call": _CALL}
+    result = {"role": "function", "name": "weather", "content": "cold"}
+    legacy = {"messages": [_USER, call, result, _BLUE], "functions": [_FUNCTION]}
+    called = {"type": "function", "function": _CALL}
+    current = {
+        "messages": [
+            _USER,
+            {"role": "assistant", "content": content, "tool_calls": [called]},
+            {"role": "tool", "name": "weather", "content": "cold"},
+            _BLUE,
+        ],
+        "tools": [{"type": "function", "function": _FUNCTION}],
+    }
+    first, second = _read(legacy).rows + _read(current).rows
+    assert first == second
+    assert json.loads(first.turns[1].more)["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+
+
+def test_roles_of_other_tools_are_understood() -> None:
+    turns = [{"role": "developer", "content": "s"}, {"role": "human", "content": "q"}, {"role": "ai", "content": "a"}]
+    (row,) = _read({"messages": turns}).rows
+    assert [turn.role for turn in row.turns] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss": 0}])
+@pytest.mark.parametrize("format", ["messages", "conversations"])
+def test_a_turn_that_must_not_be_trained_on_isnt(mark: dict[str, Any], format: str) -> None:
+    turns = [_USER, {**_GREEN, **mark}, _USER, _BLUE]
+    if format == "conversations":
+        turns = [
+            {"from": turn["role"], "value": turn["content"], **({} if turn != turns[1] else mark)} for turn in turns
+        ]
+    (row,) = _read({format: turns}).rows
+    assert [turn.in_loss for turn in row.turns if turn.role == "assistant"] == [False, True]
+
+
+def test_a_mark_that_says_neither_yes_nor_no_is_refused() -> None:
+    (problem,) = _read(
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0.5}]}
+    ).problems
+    assert "conversations[1].weight is 0.5; it must be 0 (not trained on) or 1" in problem.message
