@@ -67,10 +67,10 @@ _FULL_70B = Scenario("Llama-3.1-70B", "full", 32, 78.5, 200, nodes=4)
 _CHOICES = [
     pytest.param(_LORA_8B_4090, "ddp, activations recomputed", id="LoRA 8B on a 4090"),
     pytest.param(
-        replace(_LORA_8B_4090, longest=8192), "ddp, activations recomputed", id="LoRA 8B on a 4090, rows of 8,192"
+        replace(_LORA_8B_4090, longest=7168), "ddp, activations recomputed", id="LoRA 8B on a 4090, rows of 7,168"
     ),
     pytest.param(replace(_LORA_8B_4090, free=21.9), "ddp, activations recomputed", id="LoRA 8B on an A10G"),
-    pytest.param(_QLORA_8B_A10G, "ddp, activations recomputed", id="QLoRA 8B on four A10G"),
+    pytest.param(_QLORA_8B_A10G, "fsdp", id="QLoRA 8B on four A10G"),
     pytest.param(
         replace(_QLORA_8B_A10G, longest=16384), "ddp, activations recomputed", id="QLoRA 8B on A10G, rows of 16,384"
     ),

@@ -198,7 +198,7 @@ def test_the_gathered_keys_of_shared_prefixes_are_counted(keys: int, shares_pref
     """One layer at a time, since they are gathered again in the backward pass."""
     shape = model_size.LayerShape(4096, keys, 2 * 4096)
     size = replace(_LORA, intermediate=1024, layer=shape)
-    precision = activations.Precision(half=True, trained=False, fused=True, quantized=False)
+    precision = activations.Precision(half=True, trained=False)
     token = activations.bytes_per_token(size, precision, recompute=False, shares_prefixes=shares_prefixes)
     assert token.layer == layer
     setup = replace(_setup(1), shares_prefixes=shares_prefixes)
