@@ -33,6 +33,7 @@ MISSING_PACKAGE = 2
 _TRAINER = (
     "torch",
     "transformers",
+    "triton",
     "peft",
     "accelerate",
     "deepspeed",
