@@ -33,7 +33,6 @@ MISSING_PACKAGE = 2
 _TRAINER = (
     "torch",
     "transformers",
-    "triton",
     "peft",
     "accelerate",
     "deepspeed",
