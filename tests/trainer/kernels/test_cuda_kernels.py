@@ -27,11 +27,17 @@ _FEW_BYTES = 16
 _CPU = torch.device("cpu")
 
 
+_ROOT = Path(__file__).parents[3]
+_SOURCES = os.pathsep.join(str(_ROOT / folder) for folder in ("operator", "trainer_image", "tests"))
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": _SOURCES}
+
+
 def _in_subprocess(module: str, **environment: str) -> dict[str, float]:
     """Returns the JSON that a module of the tests' support prints. Triton decides at its import
     whether it interprets."""
     done = subprocess.run(
-        [sys.executable, "-m", f"trainer.support.{module}"], env={**os.environ, **environment}, stdout=subprocess.PIPE,
+        [sys.executable, "-m", f"trainer.support.{module}"], env=_ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
         text=True, check=True, timeout=600,
     )  # fmt: skip
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

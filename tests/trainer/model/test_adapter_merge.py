@@ -128,7 +128,7 @@ def test_a_result_that_differs_from_the_trained_model_fails_the_run(
     trained = (
         export_check._model(export, torch.float32, probe)
         if harm == "full"
-        else export_check._adapted(result, torch.float32, probe)
+        else export_check._adapted(result, _CPU, torch.float32, probe)
     )
     probe = replace(probe, logits=export_check._logits(trained, probe, _CPU))
     reporter = EventWriter(tmp_path / "events" / "rank-0.jsonl", 0)
