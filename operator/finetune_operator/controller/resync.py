@@ -7,6 +7,7 @@ changes nothing in the cluster.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 10.0
+# Watches begin after the first resync, and never report what was deleted in between.
+_SECONDS_AFTER_START = (2.0, 8.0)
 
 
 def tolerantly(update: Callable[[Raw], Key | None], raw: Raw) -> Key | None:
@@ -54,14 +57,21 @@ async def first_resync(
 
 
 async def resync(
-    client: KubeClient, state: ControllerState, namespaces: tuple[str, ...], completed: Callable[[], None]
+    client: KubeClient,
+    state: ControllerState,
+    namespaces: tuple[str, ...],
+    completed: Callable[[], None],
+    *,
+    forget: bool = True,
 ) -> None:
     """Lists each resource once, queues every affected job, and calls `completed`.
 
-    Empty `namespaces` mean all. Raises kube.client.ApiError.
+    Empty `namespaces` mean all. With `forget`, deletions before the last resync are forgotten.
+    Raises kube.client.ApiError.
     """
     cache = state.cache
-    cache.forget_deletions()
+    if forget:
+        cache.forget_deletions()
     before = cache.uids()
     affected: set[Key] = set()
     for kind, put in ((names.PLURAL, cache.put_body), ("jobs", cache.put_job), ("pods", cache.put_pod)):
@@ -83,10 +93,14 @@ async def resync_periodically(
     completed: Callable[[], None],
     seconds: float,
 ) -> None:
-    """Resyncs every `seconds`, forever; a failed resync is logged, and the next one repeats it."""
-    while True:
-        await asyncio.sleep(seconds)
+    """Resyncs twice soon after the start, and then every `seconds`, forever.
+
+    A failed resync is logged, and the next one repeats it.
+    """
+    for number in itertools.count():
+        early = number < len(_SECONDS_AFTER_START)
+        await asyncio.sleep(min(_SECONDS_AFTER_START[number], seconds) if early else seconds)
         try:
-            await resync(client, state, namespaces, completed)
+            await resync(client, state, namespaces, completed, forget=not early)
         except ApiError as error:
             log.warning("resync failed: %s", error)

@@ -74,3 +74,16 @@ async def test_a_failed_resync_is_not_reported_as_completed_and_the_next_one_fol
         periodic = asyncio.create_task(resync_periodically(kube, state, (), completed, seconds=0.01))
         assert await asyncio.wait_for(requests_at_completion.get(), 10) == 2 + _LISTS_PER_RESYNC
         periodic.cancel()
+
+
+async def test_what_was_deleted_before_the_watches_began_is_noticed_soon() -> None:
+    state = ControllerState(WorkQueue())
+    state.cache.put_body(
+        {"metadata": {"namespace": "a", "name": "gone", "uid": "1", "resourceVersion": "1"}, "spec": {}}
+    )
+    done = asyncio.Event()
+    async with _EmptyApiServer().client() as kube:
+        periodic = asyncio.create_task(resync_periodically(kube, state, (), done.set, seconds=3600))
+        await asyncio.wait_for(done.wait(), 15)
+        periodic.cancel()
+    assert state.cache.snapshot(("a", "gone")) is None
