@@ -129,12 +129,15 @@ def fake_flash_attention() -> Iterator[None]:
         by_token = query.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return by_token, torch.zeros(query.shape[1], query.shape[2])
 
-    def attend_backward(gradient: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor.clone() for tensor in tensors[:3])
+    def attend_backward(
+        gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, ...]:
+        by_token = (torch.zeros_like(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (query, key, value))
+        return (*by_token, query.new_empty(0))
 
     with (
-        mock.patch.object(attention_cpu, "supports", return_value=False),
-        mock.patch.object(attention_cuda, "supports", return_value=True),
+        mock.patch.object(attention_cpu, "supports", lambda *_: False),
+        mock.patch.object(attention_cuda, "supports", lambda *_: True),
     ):
         attention_cuda.attend.register_kernel("cpu")(attend)
         attention_cuda.attend_backward.register_kernel("cpu")(attend_backward)

@@ -78,7 +78,7 @@ def _packed(row: CurrentRow, query: Tensor, key: Tensor, value: Tensor, options:
     dropout = float(options.get("dropout") or 0.0)
     softcap, sinks = float(options.get("softcap") or 0.0), options.get("s_aux")
     window = int(options.get("sliding_window") or 0)
-    if window >= row.longest_context:
+    if window and window >= row.longest_context:
         window = 0
     if dropout:
         return attention_reference.attend(
