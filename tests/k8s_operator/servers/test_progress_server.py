@@ -50,6 +50,14 @@ def _post(operator: Operator, token: str, progress: Progress | bytes) -> tuple[i
         return error.code, {"message": error.read().decode(), "location": error.headers.get("Location")}
 
 
+def _post_when_known(operator: Operator, token: str, progress: Progress | bytes) -> tuple[int, Raw]:
+    """Post as soon as the operator's watch has seen the pod; until then it answers 403."""
+    deadline = time.monotonic() + 30
+    while (answer := _post(operator, token, progress))[0] == 403 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return answer
+
+
 def test_progress_is_accepted_shown_in_status_and_exported_and_outlives_the_pod(
     world: World, operator: Operator
 ) -> None:
@@ -58,7 +66,7 @@ def test_progress_is_accepted_shown_in_status_and_exported_and_outlives_the_pod(
     progress = Progress(
         attempt=1, phase="training", step=6, total_steps=24, train_loss=2.5, tokens=1000, eta_seconds=90
     )
-    code, answer = _post(operator, _token(world, pod), progress)
+    code, answer = _post_when_known(operator, _token(world, pod), progress)
     assert code == 200, answer
     status = world.wait(lambda: (s := world.status("live")).get("progress") and s)
     assert status["progress"]["percent"] == 25
@@ -77,7 +85,8 @@ def test_progress_is_accepted_shown_in_status_and_exported_and_outlives_the_pod(
 def test_running_is_reported_together_with_the_first_progress(world: World, crd: Any, operator: Operator) -> None:
     world.submit("fold")
     (pod,) = world.run_pods("fold-1")
-    _post(operator, _token(world, pod), Progress(attempt=1, phase="fetching", message="fetching the model"))
+    fetching = Progress(attempt=1, phase="fetching", message="fetching the model")
+    assert _post_when_known(operator, _token(world, pod), fetching)[0] == 200
     status = world.wait_phase("fold", "Running")
     assert status["progress"]["message"] == "fetching the model"
     assert len(audit_writes(crd.audit_log, world.namespace)) == 3
@@ -125,16 +134,22 @@ def test_a_pod_reports_only_for_its_own_job_and_attempt(world: World, operator: 
     assert code == 403, answer
     world.submit("mine")
     (pod,) = world.run_pods("mine-1")
-    code, answer = _post(operator, _token(world, pod), Progress(attempt=2))
-    assert code == 403
-    assert "attempt 1" in answer["message"]
+    token = _token(world, pod)
+
+    def refused() -> bool:
+        code, answer = _post(operator, token, Progress(attempt=2))
+        assert code == 403
+        return "attempt 1" in answer["message"]
+
+    world.wait(refused, what=lambda: "refusal that names the attempt")
 
 
 def test_a_post_that_is_too_large_wrong_or_too_often_is_refused(world: World, operator: Operator) -> None:
     world.submit("flood")
     (pod,) = world.run_pods("flood-1")
     token = _token(world, pod)
-    assert _post(operator, token, b'{"attempt": 1, "message": "' + b"x" * 20000 + b'"}')[0] == 413
+    large = b'{"attempt": 1, "message": "' + b"x" * 20000 + b'"}'
+    assert _post_when_known(operator, token, large)[0] == 413
     code, answer = _post(operator, token, b'{"attempt": "many"}')
     assert (code, "attempt" in answer["message"]) == (400, True)
     codes = [_post(operator, token, Progress(attempt=1))[0] for _ in range(30)]
