@@ -206,6 +206,10 @@ def test_a_window_matters_if_it_is_shorter_than_the_longest_row(build: Callable[
         assert (loaded.window, loaded.packing_obstacle) == (window, "")
 
 
+# Padding is routed to experts, too: which ones changes the order in which their tokens are summed.
+_ROUTED = ("gpt-oss",)
+
+
 @pytest.mark.parametrize("family", _FAMILIES)
 def test_what_is_computed_for_padding_reaches_no_loss_and_no_gradient(
     family: str, cases: Callable[[str, torch.dtype], Case]
@@ -225,4 +229,9 @@ def test_what_is_computed_for_padding_reaches_no_loss_and_no_gradient(
         for way, gradients in by_way.items():
             assert gradients.loss == expected[way].loss, (way, poison)
             for name, gradient in gradients.gradients.items():
-                assert torch.equal(gradient, expected[way].gradients[name]), (way, poison, name)
+                same = torch.equal if family not in _ROUTED else _equal_but_for_rounding
+                assert same(gradient, expected[way].gradients[name]), (way, poison, name)
+
+
+def _equal_but_for_rounding(gradient: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(gradient, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
