@@ -41,16 +41,16 @@ def main(options: list[str]) -> int:
         for wave in waves(divide(entries(ROOT / "tests")), available):
             runs = [_Run(group, options, Path(folder)) for group in wave]
             for run, code in zip(runs, _wait(runs), strict=True):
-                outcome, whole = run.conclude(code)
-                broken |= not whole
+                outcome, complete = run.conclude(code)
+                broken |= not complete
                 total += outcome
                 failed += last_failed(run.cache)
         if once_more(total, failed) and not broken:
             print(f"\nOnce more, alone: {', '.join(failed)}", flush=True)
             run = _Run(Group("again", tuple(failed)), options, Path(folder))
             (code,) = _wait([run])
-            outcome, whole = run.conclude(code)
-            total = total.after(outcome) if whole else total
+            outcome, complete = run.conclude(code)
+            total = total.after(outcome) if complete else total
     print(total.line(time.monotonic() - begin), flush=True)
     return 1 if broken or total.failed or total.errors or not total.passed else 0
 
@@ -91,11 +91,11 @@ class _Run:
         if code == _NO_TESTS:
             return Outcome(), True
         outcome = read(self.report)
-        whole = code in (0, _FAILED) and outcome is not None
-        if not whole:
+        complete = code in (0, _FAILED) and outcome is not None
+        if not complete:
             lack = "" if outcome else " and left no report"
             print(f"{self.group.name}: pytest ended with exit code {code}{lack}")
-        return outcome or Outcome(), whole
+        return outcome or Outcome(), complete
 
     def _copy(self) -> None:
         stream = self.process.stdout

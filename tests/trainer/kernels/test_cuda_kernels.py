@@ -3,10 +3,6 @@ GPUs, and the operators and modules that use them."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,31 +18,15 @@ from transformers.models.llama import modeling_llama
 from finetune_trainer.kernels.cuda import elementwise, lora, modules
 from finetune_trainer.model import activation_checkpointing
 from finetune_trainer.model.loading import LoadedModel
+from trainer.support.printed_figures import printed_figures
 
 _FEW_BYTES = 16
 _CPU = torch.device("cpu")
 
 
-_ROOT = Path(__file__).parents[3]
-_SOURCES = os.pathsep.join(str(_ROOT / folder) for folder in ("operator", "trainer_image", "tests"))
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": _SOURCES}
-
-
-def _in_subprocess(module: str, **environment: str) -> dict[str, float]:
-    """Returns the JSON that a module of the tests' support prints. Triton decides at its import
-    whether it interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"trainer.support.{module}"], env=_ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        text=True, check=True, timeout=600,
-    )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    return _in_subprocess("interpreted_kernels", TRITON_INTERPRET="1")
+    return printed_figures("interpreted_kernels", TRITON_INTERPRET="1")
 
 
 def test_interpreted_kernels_are_as_exact_as_their_number_format(errors: dict[str, float]) -> None:
@@ -56,7 +36,7 @@ def test_interpreted_kernels_are_as_exact_as_their_number_format(errors: dict[st
 
 
 def test_every_kernel_compiles_for_every_architecture_without_spilling() -> None:
-    figures = _in_subprocess("compiled_kernels")
+    figures = printed_figures("compiled_kernels")
     assert {name.split()[1] for name in figures} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert len({name.split()[0] for name in figures}) >= 14
     assert {name: spilled for name, spilled in figures.items() if spilled > _FEW_BYTES} == {}

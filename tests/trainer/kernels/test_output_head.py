@@ -3,13 +3,8 @@ reference, and what the host knows without asking the device."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,35 +17,19 @@ from finetune_trainer.data.batching import packed_layout
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.kernels import chunked_cross_entropy
 from finetune_trainer.kernels.cuda import softmax
+from trainer.support.printed_figures import printed_figures
 
 _WIDTH, _VOCABULARY, _POSITIONS = 16, 301, 70
 
 
-_ROOT = Path(__file__).parents[3]
-_SOURCES = os.pathsep.join(str(_ROOT / folder) for folder in ("operator", "trainer_image", "tests"))
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": _SOURCES}
-
-
-def _printed(module: str, **environment: str) -> dict[str, float]:
-    """Returns the JSON that a module of the tests' support prints. Triton decides at its import
-    whether it interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"trainer.support.{module}"], env=_ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        text=True, check=True, timeout=600,
-    )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def test_the_interpreted_kernel_is_as_exact_as_its_number_formats() -> None:
-    errors = _printed("interpreted_softmax", TRITON_INTERPRET="1")
+    errors = printed_figures("interpreted_softmax", TRITON_INTERPRET="1")
     assert len(errors) == 26
     assert {name: error for name, error in errors.items() if not error <= 4.0} == {}
 
 
 def test_the_kernel_compiles_for_every_architecture() -> None:
-    sizes = _printed("compiled_softmax")
+    sizes = printed_figures("compiled_softmax")
     assert len(sizes) == 12
     assert all(sizes.values())
 

@@ -30,7 +30,7 @@ _ALL_LINKS = 0xFFFFFFFF  # the scope of a field value that sums over a GPU's lin
 class Device:
     """A GPU or MIG slice that the pod sees.
 
-    `index` counts them, `uuid` is that of the GPU, also for a slice. `whole` is the handle of the
+    `index` counts them, `uuid` is that of the GPU, also for a slice. `gpu` is the handle of the
     GPU, `part` that of the slice, or of the GPU if it isn't sliced. Both are None for a GPU that
     was lost before this process started.
     """
@@ -38,7 +38,7 @@ class Device:
     index: int
     uuid: str
     slice_uuid: str = ""
-    whole: object | None = None
+    gpu: object | None = None
     part: object | None = None
 
     @property
@@ -81,21 +81,21 @@ def devices() -> tuple[Device, ...]:
         return ()
     parts: list[tuple[object | None, object | None]] = []
     for index in range(count):
-        whole = _value(pynvml.nvmlDeviceGetHandleByIndex, index)
-        parts += [(whole, part) for part in _slices(whole) or (whole,)]
-    return tuple(_device(index, whole, part) for index, (whole, part) in enumerate(parts))
+        gpu = _value(pynvml.nvmlDeviceGetHandleByIndex, index)
+        parts += [(gpu, part) for part in _slices(gpu) or (gpu,)]
+    return tuple(_device(index, gpu, part) for index, (gpu, part) in enumerate(parts))
 
 
 def read(device: Device) -> Reading:
     """Returns the current figures of a device."""
-    whole, part = device.whole, device.part
-    if whole is None:
+    gpu, part = device.gpu, device.part
+    if gpu is None:
         return Reading(device, lost=True)
     utilization = _value(pynvml.nvmlDeviceGetUtilizationRates, part)
     memory = _value(pynvml.nvmlDeviceGetMemoryInfo, part)
-    power = _value(pynvml.nvmlDeviceGetPowerUsage, whole)
-    clock = _value(pynvml.nvmlDeviceGetClockInfo, whole, pynvml.NVML_CLOCK_SM)
-    temperature = _value(pynvml.nvmlDeviceGetTemperature, whole, pynvml.NVML_TEMPERATURE_GPU)
+    power = _value(pynvml.nvmlDeviceGetPowerUsage, gpu)
+    clock = _value(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM)
+    temperature = _value(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU)
     return Reading(
         device,
         utilization_ratio=None if utilization is None else min(1.0, utilization.gpu / 100),
@@ -104,12 +104,12 @@ def read(device: Device) -> Reading:
         power_watts=None if power is None else power / 1000,
         temperature_celsius=None if temperature is None else float(temperature),
         sm_clock_hertz=None if clock is None else clock * 1e6,
-        throttled=_throttled(whole),
-        pcie=_pcie(whole),
-        nvlink=_nvlink(whole),
-        ecc_errors=_ecc_errors(whole),
-        remapped_rows=_remapped_rows(whole),
-        lost=_is_lost(whole),
+        throttled=_throttled(gpu),
+        pcie=_pcie(gpu),
+        nvlink=_nvlink(gpu),
+        ecc_errors=_ecc_errors(gpu),
+        remapped_rows=_remapped_rows(gpu),
+        lost=_is_lost(gpu),
     )
 
 
@@ -117,12 +117,12 @@ class XidEvents:
     """The Xid errors of some devices, from its creation on."""
 
     def __init__(self, watched: tuple[Device, ...]) -> None:
-        self._indexes = {_address(device.whole): device.index for device in watched if device.whole is not None}
+        self._indexes = {_address(device.gpu): device.index for device in watched if device.gpu is not None}
         self._set = _value(pynvml.nvmlEventSetCreate) if self._indexes else None
-        wholes = {_address(device.whole): device.whole for device in watched if device.whole is not None}
-        for whole in wholes.values() if self._set is not None else ():
+        gpus = {_address(device.gpu): device.gpu for device in watched if device.gpu is not None}
+        for gpu in gpus.values() if self._set is not None else ():
             with contextlib.suppress(pynvml.NVMLError):  # some virtual GPUs have no events
-                pynvml.nvmlDeviceRegisterEvents(whole, pynvml.nvmlEventTypeXidCriticalError, self._set)
+                pynvml.nvmlDeviceRegisterEvents(gpu, pynvml.nvmlEventTypeXidCriticalError, self._set)
 
     def new(self) -> list[tuple[int, int]]:
         """Returns (index of the device, Xid) for each error since the last call, without waiting.
@@ -137,44 +137,44 @@ class XidEvents:
         return errors
 
 
-def _device(index: int, whole: object | None, part: object | None) -> Device:
-    uuid = _value(pynvml.nvmlDeviceGetUUID, whole) if whole is not None else ""
-    slice_uuid = _value(pynvml.nvmlDeviceGetUUID, part) if part is not whole else ""
-    return Device(index, uuid or "", slice_uuid or "", whole, part)
+def _device(index: int, gpu: object | None, part: object | None) -> Device:
+    uuid = _value(pynvml.nvmlDeviceGetUUID, gpu) if gpu is not None else ""
+    slice_uuid = _value(pynvml.nvmlDeviceGetUUID, part) if part is not gpu else ""
+    return Device(index, uuid or "", slice_uuid or "", gpu, part)
 
 
-def _slices(whole: object | None) -> list[object]:
+def _slices(gpu: object | None) -> list[object]:
     """Returns the handles of a GPU's MIG slices; empty without MIG."""
-    mode = _value(pynvml.nvmlDeviceGetMigMode, whole) if whole is not None else None
+    mode = _value(pynvml.nvmlDeviceGetMigMode, gpu) if gpu is not None else None
     if not mode or mode[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
         return []
-    count = _value(pynvml.nvmlDeviceGetMaxMigDeviceCount, whole) or 0
-    handles = (_value(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, whole, number) for number in range(count))
+    count = _value(pynvml.nvmlDeviceGetMaxMigDeviceCount, gpu) or 0
+    handles = (_value(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, gpu, number) for number in range(count))
     return [handle for handle in handles if handle is not None]
 
 
-def _throttled(whole: object) -> dict[str, bool] | None:
-    bits = _value(pynvml.nvmlDeviceGetCurrentClocksEventReasons, whole)
+def _throttled(gpu: object) -> dict[str, bool] | None:
+    bits = _value(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu)
     if bits is None:  # drivers before branch 535 know the function by its old name
-        bits = _value(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, whole)
+        bits = _value(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
     return None if bits is None else {reason: bool(bits & bit) for reason, bit in _THROTTLE_REASONS.items()}
 
 
-def _pcie(whole: object) -> dict[str, float]:
+def _pcie(gpu: object) -> dict[str, float]:
     """Returns bytes per second, which NVML averages over 20 ms."""
     counters = {"tx": pynvml.NVML_PCIE_UTIL_TX_BYTES, "rx": pynvml.NVML_PCIE_UTIL_RX_BYTES}
     kilobytes = {
-        direction: _value(pynvml.nvmlDeviceGetPcieThroughput, whole, which) for direction, which in counters.items()
+        direction: _value(pynvml.nvmlDeviceGetPcieThroughput, gpu, which) for direction, which in counters.items()
     }
     return {direction: value * 1000.0 for direction, value in kilobytes.items() if value is not None}
 
 
-def _nvlink(whole: object) -> dict[str, float]:
+def _nvlink(gpu: object) -> dict[str, float]:
     fields = {
         "tx": (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, _ALL_LINKS),
         "rx": (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, _ALL_LINKS),
     }
-    values = _value(pynvml.nvmlDeviceGetFieldValues, whole, list(fields.values())) or ()
+    values = _value(pynvml.nvmlDeviceGetFieldValues, gpu, list(fields.values())) or ()
     return {
         direction: value.value.ullVal * 1024.0
         for direction, value in zip(fields, values, strict=False)
@@ -182,27 +182,27 @@ def _nvlink(whole: object) -> dict[str, float]:
     }
 
 
-def _ecc_errors(whole: object) -> dict[str, int]:
+def _ecc_errors(gpu: object) -> dict[str, int]:
     """Returns the errors since the driver was loaded; empty for a GPU without ECC."""
     kinds = {
         "corrected": pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
         "uncorrected": pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
     }
     counts = {
-        name: _value(pynvml.nvmlDeviceGetTotalEccErrors, whole, kind, pynvml.NVML_VOLATILE_ECC)
+        name: _value(pynvml.nvmlDeviceGetTotalEccErrors, gpu, kind, pynvml.NVML_VOLATILE_ECC)
         for name, kind in kinds.items()
     }
     return {name: int(count) for name, count in counts.items() if count is not None}
 
 
-def _remapped_rows(whole: object) -> dict[str, int] | None:
-    rows = _value(pynvml.nvmlDeviceGetRemappedRows, whole)
+def _remapped_rows(gpu: object) -> dict[str, int] | None:
+    rows = _value(pynvml.nvmlDeviceGetRemappedRows, gpu)
     return None if rows is None else dict(zip(("correctable", "uncorrectable", "pending", "failed"), rows, strict=True))
 
 
-def _is_lost(whole: object) -> bool:
+def _is_lost(gpu: object) -> bool:
     try:
-        pynvml.nvmlDeviceGetMemoryInfo(whole)
+        pynvml.nvmlDeviceGetMemoryInfo(gpu)
     except pynvml.NVMLError as error:
         return bool(error.value == pynvml.NVML_ERROR_GPU_IS_LOST)
     return False
