@@ -27,7 +27,7 @@ def memory_folder(need: int, shared: Path = _SHARED_MEMORY, meminfo: Path = _MEM
     try:
         _remove_abandoned(shared)
         free = shutil.disk_usage(shared).free
-        if free < need or _available(meminfo.read_text()) < need + max(need // 2, _RESERVE):
+        if free < need or available_bytes(meminfo) < need + max(need // 2, _RESERVE):
             return None
         folder = shared / f"finetune-operator-{os.getpid()}"
         if not folder.exists():
@@ -38,9 +38,9 @@ def memory_folder(need: int, shared: Path = _SHARED_MEMORY, meminfo: Path = _MEM
     return folder
 
 
-def _available(meminfo: str) -> int:
+def available_bytes(meminfo: Path = _MEMINFO) -> int:
     """Returns the bytes of MemAvailable in /proc/meminfo; 0 if it isn't there."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
     return int(match[1]) << 10 if match else 0
 
 

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from localcluster import builds, cluster, packages, sandbox
+from localcluster.compiled import go_cache_in_memory
 from localcluster.errors import LocalClusterError
 from localcluster.paths import cluster_paths
 from localcluster.spec import ADDONS, ClusterSpec, checked
@@ -182,7 +183,9 @@ def _packages(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    for program in [builds.tool(name) for name in options.tools] or builds.build_all():
+    with go_cache_in_memory():
+        programs = [builds.tool(name) for name in options.tools] or builds.build_all()
+    for program in programs:
         print(program)
 
 
