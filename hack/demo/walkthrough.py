@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from demo import clusters, install, watch
+from demo import clusters, install, screen, watch
 from demo.clusters import ROOT, ClusterAccess
 from demo.keep import Record
 from demo_assets import dataset, model
@@ -99,8 +98,7 @@ def save_finished(name: str, file: str, folder: str) -> int:
 
 def draw(picture: Path, title: str) -> None:
     """Writes the output so far as an SVG file that loads no web fonts."""
-    svg = console.export_svg(title=title)
-    picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
+    screen.save(console, picture, title)
 
 
 def put_assets(cluster: ClusterAccess) -> None:

@@ -8,9 +8,10 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from localcluster import components, configs, dns, mlflow, node, packages, sandbox
+from localcluster import components, configs, dns, mlflow, node, packages, sandbox, workers
 from localcluster.api import Api, http_ok
 from localcluster.builds import tool
 from localcluster.components import Layout
@@ -18,7 +19,7 @@ from localcluster.errors import LocalClusterError
 from localcluster.locks import exclusive
 from localcluster.network import network_for
 from localcluster.paths import ClusterPaths
-from localcluster.pki import identities, kubeconfig, make_pki
+from localcluster.pki import identities, kubeconfig, make_pki, node_identities, sign
 from localcluster.spec import BUCKETS, S3, ClusterSpec
 
 _GIB = 1 << 30
@@ -75,16 +76,16 @@ def start_control_plane(spec: ClusterSpec, paths: ClusterPaths, tools: dict[str,
     It doesn't wait until they respond; `finish_control_plane` does.
     """
     shutil.rmtree(paths.logs, ignore_errors=True)
-    for folder in (paths.run, paths.data, paths.logs, paths.etc):
-        folder.mkdir(parents=True, exist_ok=True)
-    paths.run.chmod(0o700)
+    paths.logs.mkdir(parents=True)
     with exclusive(paths.root.parent / ".network.lock", "another cluster to choose its network"):
         network = network_for(spec.name, sandbox.routes_in_use())
         sandbox.start(paths, network)
     layout = Layout(spec, paths, network)
     sandbox.launch(paths, components.etcd(layout, tools["etcd"]))
-    make_pki(paths.pki, identities(spec.node_name, network.node_address, network.kubernetes_service))
-    for identity in _KUBECONFIGS:
+    make_pki(paths.pki, identities(network.server_address, network.kubernetes_service))
+    if spec.node_names:
+        sign(paths.pki, node_identities(layout.node_name, network.node_address))
+    for identity in _KUBECONFIGS if spec.node_names else _KUBECONFIGS[:-1]:
         text = kubeconfig(paths.pki, identity, layout.server, f"localcluster-{spec.name}")
         (paths.etc / f"{identity}.kubeconfig").write_text(text)
     if spec.audit:
@@ -150,6 +151,8 @@ def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]
         if runtime is not None:
             runtime.result()
             node.start_node(layout, tools)
+            node.start_dns(layout)
+            list(pool.map(lambda number: workers.start(layout, number, tools), range(2, spec.nodes + 1)))
     api = api_of(layout)
     if spec.kwok:
         sandbox.launch(paths, components.kwok(layout, tools["kwok"]))
@@ -158,11 +161,12 @@ def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]
         kwok_nodes = [f"/api/v1/nodes/{node.kwok_name(number)}" for number in range(spec.kwok_nodes)]
         wait(lambda: all(node.is_ready(api, path) for path in kwok_nodes), "kwok", paths)
     if not spec.control_plane_only:
-        real_node = f"/api/v1/nodes/{spec.node_name}"
-        wait(lambda: node.is_ready(api, real_node), "kubelet", paths)
+        for name in spec.node_names:
+            wait(partial(node.is_ready, api, f"/api/v1/nodes/{name}"), "kubelet", paths)
         wait(lambda: dns.is_ready(paths.hosts, layout.network.node_address), "dns", paths)
         if spec.pretend_gpus:
-            node.pretend_gpus(api, spec.node_name, spec.pretend_gpus)
+            for name in spec.node_names:
+                node.pretend_gpus(api, name, spec.pretend_gpus)
     wait_for_addons(layout)
     return layout, access
 

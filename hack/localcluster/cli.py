@@ -12,7 +12,7 @@ from localcluster import builds, cluster, packages, sandbox
 from localcluster.compiled import go_cache_in_memory
 from localcluster.errors import LocalClusterError
 from localcluster.paths import cluster_paths
-from localcluster.spec import ADDONS, ClusterSpec, checked
+from localcluster.spec import ADDONS, MOST_NODES, ClusterSpec, checked
 
 _EPILOG = """\
 The cache is $FINETUNE_CACHE, else $XDG_CACHE_HOME/finetune-operator, else ~/.cache/finetune-operator.
@@ -20,6 +20,7 @@ It needs Linux, root and Debian packages (installed if missing). Go is downloade
 
 examples:
   up --pretend-gpus 8 --addons s3,prometheus     a node, object storage and metrics
+  up --nodes 2                                   a second real node, for tests of spread and of lost nodes
   up --name test --control-plane-only --audit    API server, controllers and scheduler in 5 seconds
   load localhost/finetune-trainer:dev            copy an image from buildah's storage to the node
   export KUBECONFIG=$(... kubeconfig)            then use kubectl as usual
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--pretend-gpus", type=int, default=0, metavar="N", help="give each node N simulated GPUs (nvidia.com/gpu)"
     )
+    up.add_argument("--nodes", type=int, default=1, metavar="N", help=f"real nodes, 1 to {MOST_NODES} (default: 1)")
     up.add_argument("--control-plane-only", action="store_true", help="start no node: no pod ever runs; up in 5 s")
     up.add_argument(
         "--addons", default="", metavar="LIST", help=f"comma-separated list of {', '.join(ADDONS)} (default: none)"
@@ -70,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     restart = command("restart", "stop a component; it is started again one second later (for tests of faults)")
     restart.add_argument("component", metavar="COMPONENT", help="a name that `status` lists")
     restart.add_argument("--kill", action="store_true", help="use SIGKILL instead of SIGTERM")
+    fault = command("fault", "cut a further node off, or switch its power, without telling Kubernetes (for tests)")
+    fault.add_argument("node", type=int, metavar="NUMBER", help="2 for the second node, and so on")
+    fault.add_argument("kind", choices=cluster.FAULTS, help="cut or connect its network, or switch its power")
     command("packages", "install the Debian packages that clusters, add-ons, images and tests need", named=False)
     build = command("build", "build programs into the cache", named=False)
     build.add_argument("tools", nargs="*", metavar="NAME", help="a program that `tool` accepts (default: all)")
@@ -102,6 +107,7 @@ def _up(options: argparse.Namespace) -> None:
         kwok=options.kwok is not None,
         kwok_nodes=options.kwok or 0,
         audit=options.audit,
+        nodes=options.nodes,
     )
     print(f"cluster {running.name} is up after {time.monotonic() - started:.1f} s")
     print(f"  export KUBECONFIG={running.kubeconfig}")
@@ -202,5 +208,6 @@ _COMMANDS = {
     "restart": _restart,
     "packages": _packages,
     "build": _build,
+    "fault": lambda options: cluster.get(options.name).fault(options.node, options.kind),
     "tool": _tool,
 }

@@ -8,18 +8,23 @@ import signal
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from localcluster import bringup, node, sandbox
+from localcluster import bringup, node, sandbox, workers
 from localcluster.api import Api
 from localcluster.bringup import wait
 from localcluster.builds import tool
 from localcluster.components import MLFLOW_PORT, Layout
 from localcluster.errors import LocalClusterError
 from localcluster.locks import exclusive
+from localcluster.network import Network, host_interface
 from localcluster.paths import ClusterPaths, cluster_paths
 from localcluster.spec import S3, ClusterSpec, checked, covers
+
+Fault = Literal["cut", "connect", "off", "on"]  # the network of a node, or its power
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,13 @@ class Cluster:
 
     @property
     def node(self) -> str | None:
-        """The name of the real node, None if there is only a control plane."""
-        return None if self.spec.control_plane_only else self.spec.node_name
+        """The name of the first real node, None if there is only a control plane."""
+        return next(iter(self.nodes), None)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of the real nodes, of which the first runs the cluster's servers, too."""
+        return self.spec.node_names
 
     def down(self) -> None:
         """Stops the cluster and removes it; loaded images stay in the cache."""
@@ -73,6 +83,25 @@ class Cluster:
             raise LocalClusterError(f"kubectl {' '.join(arguments)} failed: {done.stderr.strip()}")
         return done.stdout
 
+    def fault(self, number: int, kind: Fault) -> None:
+        """Does something to a further node (`number` 2 or more), without telling Kubernetes.
+
+        Raises LocalClusterError if there is no such node.
+        """
+        if not 2 <= number <= self.spec.nodes:
+            raise LocalClusterError(
+                f"node {number}: cluster {self.name!r} has {self.spec.nodes} nodes, and the first can't fail without "
+                "the cluster; choose from 2 on, or start the cluster with more --nodes"
+            )
+        octet = int(self.bridge_address.split(".")[1])
+        layout = Layout(self.spec, cluster_paths(self.name), Network(octet, host_interface(self.name)))
+        if kind == "on":
+            workers.start(layout, number, bringup.build_tools(self.spec))
+        elif kind == "off":
+            workers.switch_off(layout, number)
+        else:
+            workers.set_link(layout, number, up=kind == "connect")
+
     def restart(self, component: str, *, kill: bool = False) -> None:
         """Stops a component (by SIGKILL if `kill`); it is started again one second later."""
         number = signal.SIGKILL if kill else signal.SIGTERM
@@ -88,6 +117,7 @@ def up(
     kwok: bool = False,
     kwok_nodes: int = 0,
     audit: bool = False,
+    nodes: int = 1,
 ) -> Cluster:
     """Starts the cluster, or returns the running one if it covers all the options.
 
@@ -102,6 +132,7 @@ def up(
             kwok=kwok or kwok_nodes > 0,
             kwok_nodes=kwok_nodes,
             audit=audit,
+            nodes=nodes,
         )
     )
     paths = cluster_paths(name)
@@ -169,9 +200,9 @@ def restore_gpus(cluster: Cluster) -> None:
         return
     paths = cluster_paths(cluster.name)
     api = Api(cluster.server, paths.pki)
-    path = f"/api/v1/nodes/{cluster.node}"
-    wait(lambda: node.is_ready(api, path), "kubelet", paths)
-    node.pretend_gpus(api, cluster.node, cluster.spec.pretend_gpus)
+    for name in cluster.nodes:
+        wait(partial(node.is_ready, api, f"/api/v1/nodes/{name}"), "kubelet", paths)
+        node.pretend_gpus(api, name, cluster.spec.pretend_gpus)
 
 
 def _described(layout: Layout, access: S3 | None) -> Cluster:
@@ -215,6 +246,6 @@ def _load(document: dict[str, Any]) -> Cluster:
 
 def _description(spec: ClusterSpec) -> str:
     parts = [f"addons: {','.join(sorted(spec.addons)) or 'none'}", f"simulated GPUs: {spec.pretend_gpus}"]
-    parts += ["control plane only"] if spec.control_plane_only else ["with a node"]
+    parts += ["control plane only"] if spec.control_plane_only else [f"real nodes: {spec.nodes}"]
     parts += [f"kwok nodes: {spec.kwok_nodes}"] if spec.kwok else []
     return "; ".join([*parts, "audit log"] if spec.audit else parts)

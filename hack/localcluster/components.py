@@ -36,7 +36,17 @@ class Layout:
     @property
     def server(self) -> str:
         """The URL of the API server."""
-        return f"https://{self.network.node_address}:6443"
+        return f"https://{self.network.server_address}:6443"
+
+    @property
+    def node_name(self) -> str:
+        """The name of this layout's node."""
+        return self.spec.node_names[self.network.node - 1]
+
+    @property
+    def cgroup(self) -> str:
+        """The name of this node's parent cgroup of pods; no cluster's name has a dot."""
+        return self.spec.name if self.network.node == 1 else f"{self.spec.name}.{self.network.node}"
 
 
 def etcd(layout: Layout, program: Path) -> Component:
@@ -152,7 +162,7 @@ def kubelet(layout: Layout, program: Path) -> Component:
             str(program),
             f"--config={layout.paths.etc / 'kubelet.yaml'}",
             f"--kubeconfig={layout.paths.etc / 'node.kubeconfig'}",
-            f"--hostname-override={layout.spec.node_name}",
+            f"--hostname-override={layout.node_name}",
             f"--node-ip={layout.network.node_address}",
             "--root-dir=/var/lib/kubelet",
         ),

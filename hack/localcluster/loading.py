@@ -84,27 +84,36 @@ def named_index(index: bytes, name: str) -> bytes:
 
 
 def load(cluster_name: str, image: str) -> None:
-    """Imports `image` unless the same content is already there under the same name.
+    """Imports `image` on every node unless the same content is already there under the same name.
 
     Raises LocalClusterError if the image doesn't exist or the cluster has no node.
     """
     paths = cluster_paths(cluster_name)
-    runtime = Containerd.of(paths)
-    if not runtime.answers():
+    if not Containerd.of(paths).answers():
         raise LocalClusterError(
             f"cluster {cluster_name!r} has no node to load {image!r} onto; run `up` without --control-plane-only"
         )
     with exclusive(paths.root / ".load.lock", f"another load into cluster {cluster_name!r}"):
         file = Path(image)
         source = from_archive(file) if file.is_file() else _from_buildah(image, paths.root)
-        recorded = _recorded(paths)
-        if recorded.get(source.name, {}).get("id") == source.id and runtime.has(source.name):
-            print(f"{source.name} is already on cluster {cluster_name}")
-            return
         started = time.monotonic()
-        _import(runtime, source, [entry["layers"] for entry in recorded.values()])
-        _record(paths, {**recorded, source.name: {"id": source.id, "layers": source.layers}})
-        print(f"{source.name} is on cluster {cluster_name} after {time.monotonic() - started:.1f} s")
+        running = (ClusterPaths(node.parent) for node in sorted(paths.nodes.glob("[0-9]*/run")))
+        imported = [_load_node(node, source) for node in (paths, *running)]
+        if any(imported):
+            print(f"{source.name} is on cluster {cluster_name} after {time.monotonic() - started:.1f} s")
+        else:
+            print(f"{source.name} is already on cluster {cluster_name}")
+
+
+def _load_node(paths: ClusterPaths, source: Source) -> bool:
+    """Imports the image on one node; returns False if it was there already."""
+    runtime = Containerd.of(paths)
+    recorded = _recorded(paths)
+    if recorded.get(source.name, {}).get("id") == source.id and runtime.has(source.name):
+        return False
+    _import(runtime, source, [entry["layers"] for entry in recorded.values()])
+    _record(paths, {**recorded, source.name: {"id": source.id, "layers": source.layers}})
+    return True
 
 
 def _import(runtime: Containerd, source: Source, loaded: list[list[str]]) -> None:

@@ -17,10 +17,15 @@ _FIRST, _COUNT = 160, 64  # second octet: 10.160.0.0/16 to 10.223.0.0/16, one /1
 
 @dataclass(frozen=True)
 class Network:
-    """One cluster's /16. The two ends of the veth pair, host and node, share its first /30."""
+    """One cluster's /16, as a node sees it.
+
+    `node` is the node's number. The first has the veth pair to the host, whose two ends share the
+    first /30, and everything that the cluster serves. Each other node shares a /30 with the first.
+    """
 
     octet: int
     host_interface: str
+    node: int = 1
 
     @property
     def block(self) -> str:
@@ -31,9 +36,24 @@ class Network:
         return f"10.{self.octet}.0.1"
 
     @property
-    def node_address(self) -> str:
-        """The address of all that the cluster serves: API server, DNS, S3, Prometheus, kubelet."""
+    def server_address(self) -> str:
+        """The first node's address: that of API server, DNS, S3, Prometheus and MLflow."""
         return f"10.{self.octet}.0.2"
+
+    @property
+    def gateway_address(self) -> str:
+        """The address of the other end of the node's veth pair."""
+        return f"10.{self.octet}.0.{4 * self.node - 3}"
+
+    @property
+    def node_address(self) -> str:
+        """The node's own address."""
+        return f"10.{self.octet}.0.{4 * self.node - 2}"
+
+    @property
+    def interface(self) -> str:
+        """The first node's end of the veth pair of another node."""
+        return f"node-{self.node}"
 
     @property
     def service_cidr(self) -> str:
@@ -44,8 +64,14 @@ class Network:
         return f"10.{self.octet}.32.1"
 
     @property
-    def pod_cidr(self) -> str:
+    def pods(self) -> str:
+        """The addresses of the pods of all nodes."""
         return f"10.{self.octet}.128.0/18"
+
+    @property
+    def pod_cidr(self) -> str:
+        """The addresses of the node's pods."""
+        return f"10.{self.octet}.{112 + 16 * self.node}.0/20"
 
     @property
     def kwok_pod_cidr(self) -> str:

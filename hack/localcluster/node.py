@@ -1,4 +1,4 @@
-"""Starts the one real node (containerd, kubelet, kube-proxy, DNS) and describes simulated ones."""
+"""Starts a real node (containerd, kubelet, kube-proxy, DNS) and describes simulated ones."""
 
 from __future__ import annotations
 
@@ -56,16 +56,21 @@ def _wait_for(runtime: Containerd, layout: Layout) -> None:
 
 
 def start_node(layout: Layout, tools: dict[str, Path]) -> None:
-    """Starts kubelet, kube-proxy and DNS; it doesn't wait until the node is ready."""
-    paths, network, name = layout.paths, layout.network, layout.spec.name
-    sandbox.make_cgroups(name)
-    cgroup_root = f"/{sandbox.cgroup_name(name)}"
+    """Starts kubelet and kube-proxy; it doesn't wait until the node is ready."""
+    paths, network = layout.paths, layout.network
+    sandbox.make_cgroups(layout.cgroup)
+    cgroup_root = f"/{sandbox.cgroup_name(layout.cgroup)}"
     (paths.etc / "kubelet.yaml").write_text(configs.kubelet(paths, network, cgroup_root))
-    (paths.etc / "kube-proxy.yaml").write_text(configs.kube_proxy(paths, network, layout.spec.node_name))
-    paths.hosts.mkdir(exist_ok=True)
-    (paths.hosts / "services").unlink(missing_ok=True)
+    (paths.etc / "kube-proxy.yaml").write_text(configs.kube_proxy(paths, network, layout.node_name))
     sandbox.launch(paths, components.kubelet(layout, tools["kubelet"]))
     sandbox.launch(paths, components.kube_proxy(layout, tools["kube-proxy"]))
+
+
+def start_dns(layout: Layout) -> None:
+    """Starts the cluster's DNS, on its first node."""
+    paths = layout.paths
+    paths.hosts.mkdir(exist_ok=True)
+    (paths.hosts / "services").unlink(missing_ok=True)
     sandbox.launch(paths, components.dns(layout))
     sandbox.launch(paths, components.dns_records(layout))
 

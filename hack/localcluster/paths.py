@@ -49,6 +49,14 @@ class ClusterPaths:
     def containerd(self) -> Path:
         return self.root / "containerd"
 
+    def node(self, number: int) -> ClusterPaths:
+        """The folders of a further node, which look like those of a cluster."""
+        return ClusterPaths(self.nodes / str(number))
+
+    @property
+    def nodes(self) -> Path:
+        return self.root / "nodes"
+
     @property
     def loaded(self) -> Path:
         return self.root / "loaded.json"

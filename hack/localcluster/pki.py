@@ -26,24 +26,33 @@ class Identity:
         return f"/O={self.organization}/CN={self.common_name}" if self.organization else f"/CN={self.common_name}"
 
 
-def identities(node_name: str, node_address: str, kubernetes_service: str) -> tuple[Identity, ...]:
-    """Returns a cluster's identities, with the names that Kubernetes' authorizers expect. Pure."""
+def node_identities(name: str, address: str) -> tuple[Identity, ...]:
+    """Returns the identities of one node: the kubelet's as a server, and as a client. Pure."""
+    return (
+        Identity("kubelet", name, sans=(f"DNS:{name}", f"IP:{address}")),
+        Identity("node", f"system:node:{name}", "system:nodes"),
+    )
+
+
+def identities(server_address: str, kubernetes_service: str) -> tuple[Identity, ...]:
+    """Returns the control plane's identities, with the names that Kubernetes' authorizers expect.
+
+    Pure.
+    """
     api_names = (
         *(f"DNS:kubernetes{suffix}" for suffix in ("", ".default", ".default.svc", ".default.svc.cluster.local")),
         "DNS:localhost",
-        f"IP:{node_address}",
+        f"IP:{server_address}",
         f"IP:{kubernetes_service}",
         "IP:127.0.0.1",
     )
     return (
         Identity("apiserver", "kube-apiserver", sans=api_names),
-        Identity("kubelet", node_name, sans=(f"DNS:{node_name}", f"IP:{node_address}")),
         Identity("admin", "localcluster-admin", "system:masters"),
         Identity("apiserver-kubelet", "kube-apiserver-kubelet-client", "system:masters"),
         Identity("controller-manager", "system:kube-controller-manager"),
         Identity("scheduler", "system:kube-scheduler"),
         Identity("proxy", "system:kube-proxy"),
-        Identity("node", f"system:node:{node_name}", "system:nodes"),
         Identity("front-proxy", "front-proxy-client"),
     )
 
@@ -61,10 +70,15 @@ def make_pki(folder: Path, requested: tuple[Identity, ...]) -> None:
         *("-subj", "/CN=localcluster-ca", "-keyout", "ca.key", "-out", "ca.crt"),
         *("-addext", "keyUsage=critical,keyCertSign,cRLSign,digitalSignature"),
     )
-    for identity in requested:
-        _signed(folder, identity)
+    sign(folder, requested)
     _openssl(folder, "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out", "service-accounts.key")
     _openssl(folder, "pkey", "-in", "service-accounts.key", "-pubout", "-out", "service-accounts.pub")
+
+
+def sign(folder: Path, requested: tuple[Identity, ...]) -> None:
+    """Writes NAME.crt and NAME.key of each identity, signed by the folder's ca.crt."""
+    for identity in requested:
+        _signed(folder, identity)
 
 
 def _signed(folder: Path, identity: Identity) -> None:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,23 @@ def init_pid(root: Path) -> int | None:
 
 
 def start(paths: ClusterPaths, network: Network) -> int:
-    """Creates the namespaces and the veth pair; returns the host's id of their process 1.
+    """Creates the cluster's namespaces and its veth pair; returns the id of their process 1.
 
     Raises LocalClusterError if process 1 doesn't start.
     """
+    pid = start_namespaces(paths)
+    _connect(pid, network)
+    return pid
+
+
+def start_namespaces(paths: ClusterPaths) -> int:
+    """Creates namespaces without a network; returns the host's id of their process 1.
+
+    Raises LocalClusterError if process 1 doesn't start.
+    """
+    for folder in (paths.run, paths.data, paths.logs, paths.etc):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths.run.chmod(0o700)
     log = (paths.logs / "init.log").open("ab")
     namespaces = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
     with log:
@@ -83,7 +96,6 @@ def start(paths: ClusterPaths, network: Network) -> int:
     pid = init_pid(paths.root)
     if pid is None:
         raise LocalClusterError(f"the cluster's process 1 ended: {_tail(paths.logs / 'init.log')}")
-    _connect(pid, network)
     return pid
 
 
@@ -96,13 +108,23 @@ def _connect(pid: int, network: Network) -> None:
         "link set eth0 up",
         f"route add default via {network.host_address}",
     )
-    _run(*enter(pid), "ip", "-batch", "-", stdin="\n".join(inside))
+    configure_network(pid, inside)
     outside = (
         f"addr add {network.host_address}/30 dev {host}",
         f"link set {host} up",
         f"route add {network.block} via {network.node_address}",
     )
     _run("ip", "-batch", "-", stdin="\n".join(outside))
+
+
+def link(pid: int, interface: str, other: int) -> None:
+    """Connects the namespaces of two processes: `interface` in the first, `eth0` in the other."""
+    _run("ip", "link", "add", interface, "netns", str(pid), "type", "veth", "peer", "name", "eth0", "netns", str(other))
+
+
+def configure_network(pid: int, lines: Iterable[str]) -> None:
+    """Runs ip(8) with these lines in the namespaces of `pid`. Raises LocalClusterError."""
+    _run(*enter(pid), "ip", "-batch", "-", stdin="\n".join(lines))
 
 
 def routes_in_use() -> list[str]:
@@ -192,15 +214,27 @@ def destroy(paths: ClusterPaths, name: str) -> None:
 
     The kernel then drops mounts and interfaces. Raises LocalClusterError if something remains.
     """
-    for pid in processes(paths.root):
-        _kill(pid)
-    _wait_until(lambda: not processes(paths.root), "processes of the cluster are still there")
+    for folder in paths.nodes.glob("[0-9]*"):
+        destroy_node(ClusterPaths(folder), f"{name}.{folder.name}")
+    destroy_node(paths, name)
     interface = host_interface(name)
     if Path(f"/sys/class/net/{interface}").exists():
         subprocess.run(["ip", "link", "delete", interface], capture_output=True, check=False)
-    _wait_until(lambda: _remove_cgroups(name), "cgroups of the cluster are still busy")
+
+
+def destroy_node(paths: ClusterPaths, cgroup: str) -> None:
+    """Ends every process of a node, and removes its cgroups and its running state."""
+    end_node(paths, cgroup)
     for folder in (paths.run, paths.data):
         _wait_until(partial(remove_tree, folder), f"{folder} can't be removed")
+
+
+def end_node(paths: ClusterPaths, cgroup: str) -> None:
+    """Ends every process of a node, as if its power failed, and removes its cgroups."""
+    for pid in processes(paths.root):
+        _kill(pid)
+    _wait_until(lambda: not processes(paths.root), "processes of the cluster are still there")
+    _wait_until(lambda: _remove_cgroups(cgroup), "cgroups of the cluster are still busy")
 
 
 def _kill(pid: int) -> None:

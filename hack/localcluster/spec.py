@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from localcluster.errors import LocalClusterError
 
 ADDONS = ("s3", "prometheus", "mlflow")
+MOST_NODES = 4
 BUCKETS = ("models", "data", "outputs")
 S3_REGION = "us-east-1"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?")
@@ -34,10 +35,15 @@ class ClusterSpec:
     kwok: bool = False
     kwok_nodes: int = 0
     audit: bool = False
+    nodes: int = 1
 
     @property
-    def node_name(self) -> str:
-        return f"{self.name}-node"
+    def node_names(self) -> tuple[str, ...]:
+        """The names of the real nodes; empty if there is only a control plane."""
+        if self.control_plane_only:
+            return ()
+        first = f"{self.name}-node"
+        return (first, *(f"{first}-{number}" for number in range(2, self.nodes + 1)))
 
 
 def checked(spec: ClusterSpec) -> ClusterSpec:
@@ -52,6 +58,10 @@ def checked(spec: ClusterSpec) -> ClusterSpec:
     for option, value in (("--pretend-gpus", spec.pretend_gpus), ("--kwok", spec.kwok_nodes)):
         if not 0 <= value <= 1000:
             raise LocalClusterError(f"{option} {value}: use a number from 0 to 1000")
+    if not 1 <= spec.nodes <= MOST_NODES:
+        raise LocalClusterError(f"--nodes {spec.nodes}: use a number from 1 to {MOST_NODES}")
+    if spec.nodes > 1 and spec.control_plane_only:
+        raise LocalClusterError(f"--nodes {spec.nodes}: --control-plane-only has no nodes; drop one of the two")
     if spec.pretend_gpus and spec.control_plane_only and not spec.kwok:
         raise LocalClusterError(
             f"--pretend-gpus {spec.pretend_gpus}: --control-plane-only has no node to put GPUs on; "
@@ -66,6 +76,7 @@ def covers(running: ClusterSpec, requested: ClusterSpec) -> bool:
         running.name == requested.name
         and running.control_plane_only == requested.control_plane_only
         and running.pretend_gpus == requested.pretend_gpus
+        and running.nodes == requested.nodes
         and running.addons >= requested.addons
         and (running.kwok or not requested.kwok)
         and running.kwok_nodes >= requested.kwok_nodes

@@ -53,7 +53,7 @@ def _host(name: str) -> Host:
         mounts=tuple(line for line in table if root in line),
         interface=Path(f"/sys/class/net/{host_interface(name)}").exists(),
         routes=tuple(line for line in routes if host_interface(name) in line),
-        cgroups=tuple(map(str, Path("/sys/fs/cgroup").glob(f"**/{sandbox.cgroup_name(name)}"))),
+        cgroups=tuple(map(str, Path("/sys/fs/cgroup").glob(f"**/{sandbox.cgroup_name(name)}*"))),
         firewall=subprocess.run([save], capture_output=True, text=True, check=True).stdout if save else "",
         folders=tuple(folder for folder in HOST_FOLDERS if Path(folder).exists()),
         settings=tuple(Path("/proc/sys", setting).read_text() for setting in HOST_SETTINGS),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import itertools
 import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from localcluster.loading import from_archive, full_name, named_index, shared_la
 from localcluster.network import host_interface, network_for
 from localcluster.packages import missing
 from localcluster.paths import PACKAGE, ClusterPaths, cache_root
-from localcluster.spec import ClusterSpec, checked, covers
+from localcluster.spec import MOST_NODES, ClusterSpec, checked, covers
 from localcluster.toolchain import parsed_version
 
 
@@ -41,6 +44,19 @@ def test_without_any_free_network_the_remedy_is_named() -> None:
         network_for("demo", ["10.0.0.0/8"])
 
 
+def test_nodes_have_addresses_of_their_own_inside_the_clusters() -> None:
+    first = network_for("demo", [])
+    nodes = [replace(first, node=number) for number in range(1, MOST_NODES + 1)]
+    pods = [ipaddress.ip_network(node.pod_cidr) for node in nodes]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(pods, 2))
+    assert all(one.subnet_of(ipaddress.ip_network(first.pods)) for one in pods)  # type: ignore[arg-type]
+    links = [ipaddress.ip_network(f"{node.gateway_address}/30", strict=False) for node in nodes]
+    assert len(set(links)) == MOST_NODES
+    for node, link in zip(nodes, links, strict=True):
+        assert set(map(str, link.hosts())) == {node.gateway_address, node.node_address}
+    assert (first.gateway_address, first.node_address) == (first.host_address, first.server_address)
+
+
 def test_an_interface_name_fits_the_kernel() -> None:
     assert len(host_interface("a" * 30)) <= 15
 
@@ -52,6 +68,8 @@ def test_an_interface_name_fits_the_kernel() -> None:
         pytest.param(ClusterSpec(name="../x"), "--name '../x'", id="a path"),
         pytest.param(ClusterSpec(addons=frozenset({"mysql"})), "--addons mysql", id="unknown add-on"),
         pytest.param(ClusterSpec(pretend_gpus=-1), "--pretend-gpus -1", id="negative GPUs"),
+        pytest.param(ClusterSpec(nodes=5), "--nodes 5: use a number from 1 to 4", id="too many nodes"),
+        pytest.param(ClusterSpec(nodes=2, control_plane_only=True), "has no nodes", id="nodes of a control plane"),
         pytest.param(ClusterSpec(pretend_gpus=8, control_plane_only=True), "has no node", id="GPUs without a node"),
     ],
 )
