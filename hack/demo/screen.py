@@ -24,7 +24,7 @@ def save(console: Console, picture: Path, title: str) -> None:
 
 
 def recorded(text: str) -> Console:
-    """Returns a console that has printed a screen with ANSI colors, without its last empty lines."""
+    """Returns a console that has printed a colored screen, without its last empty lines."""
     lines = text.rstrip().splitlines()
     console = Console(record=True, file=io.StringIO(), width=_COLUMNS, force_terminal=True)
     for line in lines:
