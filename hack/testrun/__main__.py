@@ -1,7 +1,7 @@
 """Runs the tests: `python -m testrun [pytest options]`.
 
-Two pytest processes run in parallel if memory permits: one for tests that wait for clusters and
-containers, and one for tests that compute. Each line of output begins with its group. The failures
+Two groups run in parallel if memory permits: tests that wait for clusters and containers, and tests
+that compute, which use two processes. Each line of output begins with its group. The failures
 are shown again at the end, and the last line has the totals of both groups.
 
 A few failed tests run once more, alone, when all others have ended: tests on a real cluster can
@@ -56,14 +56,14 @@ def main(options: list[str]) -> int:
 
 
 class _Run:
-    """One pytest process; its output goes to a file and, line by line, to the screen."""
+    """One run of pytest; its output goes to a file and, line by line, to the screen."""
 
     def __init__(self, group: Group, options: list[str], folder: Path) -> None:
         self.group = group
         self.report, self.output = folder / f"{group.name}.xml", folder / f"{group.name}.log"
         self.cache = folder / f"{group.name}-cache"
         output = ["-o", f"cache_dir={self.cache}", f"--junitxml={self.report}"]
-        command = [sys.executable, "-m", "pytest", *group.paths, *output, *options]
+        command = [sys.executable, "-m", "pytest", *group.paths, *group.options, *output, *options]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,

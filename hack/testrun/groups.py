@@ -8,23 +8,34 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Folders of tests that mostly wait for an API server, a kubelet, a container or an image.
 WAITING = ("api", "chart", "e2e", "images", "k8s_operator", "localcluster", "security")
 _FAILURE_TITLES = (" ERRORS ", " FAILURES ", " short test summary info ")
 ONCE_MORE = 3  # at most so many failed tests run a second time; more are no accident
-SIDE_BY_SIDE_BYTES = 10 << 30  # available memory that both groups need together
+SIDE_BY_SIDE_BYTES = 12 << 30  # available memory that both groups need together
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tests of one pytest process. `niceness` (0 to 19) leaves processor time to others."""
+    """Tests of one run of pytest. `niceness` (0 to 19) leaves processor time to others.
+
+    With several `processes`, pytest-xdist gives each of them one file after the other.
+    """
 
     name: str
     paths: tuple[str, ...]
     niceness: int = 0
+    processes: int = 1
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Pytest's options for this group."""
+        if self.processes == 1:
+            return ()
+        return ("-n", str(self.processes), "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ def divide(entries: Iterable[str]) -> tuple[Group, Group]:
     names = sorted(entries)
     return (
         Group("cluster", tuple(f"tests/{name}" for name in names if name in WAITING)),
-        Group("compute", tuple(f"tests/{name}" for name in names if name not in WAITING), niceness=10),
+        Group("compute", tuple(f"tests/{name}" for name in names if name not in WAITING), niceness=10, processes=2),
     )
 
 
@@ -82,11 +93,11 @@ def entries(tests: Path) -> list[str]:
 def waves(groups: Sequence[Group], available: int) -> list[tuple[Group, ...]]:
     """Returns the groups that run at the same time, one wave after the other.
 
-    `available` is the available memory in bytes.
+    `available` is the available memory in bytes. If it is short, each group is a single process.
     """
     if available >= SIDE_BY_SIDE_BYTES:
         return [tuple(groups)]
-    return [(group,) for group in groups]
+    return [(replace(group, processes=1),) for group in groups]
 
 
 def read(report: Path) -> Outcome | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_every_test_file_is_in_exactly_one_group() -> None:
 def test_groups_run_one_after_the_other_where_memory_is_short() -> None:
     both = groups.divide(["e2e", "trainer"])
     assert groups.waves(both, groups.SIDE_BY_SIDE_BYTES) == [both]
-    assert groups.waves(both, groups.SIDE_BY_SIDE_BYTES - 1) == [(both[0],), (both[1],)]
+    assert groups.waves(both, groups.SIDE_BY_SIDE_BYTES - 1) == [(both[0],), (replace(both[1], processes=1),)]
 
 
 _REPORT = """<testsuites><testsuite>
@@ -81,8 +82,8 @@ from pathlib import Path
 from testrun import __main__ as program
 from testrun.groups import Group
 program.ROOT = Path(sys.argv[1])
-program.divide = lambda _: (Group("first", ("one",)), Group("second", ("two",), niceness=5))
-sys.exit(program.main(sys.argv[2:]))
+program.divide = lambda _: (Group("first", ("one",)), Group("second", ("two",), niceness=5, processes=int(sys.argv[2])))
+sys.exit(program.main(sys.argv[3:]))
 """
 
 
@@ -99,42 +100,52 @@ def test_b(name):
 
 
 @pytest.mark.parametrize(
-    ("second", "options", "code", "shown"),
+    ("processes", "second", "options", "code", "shown"),
     [
-        ("def test_b(): pass", [], 0, ["2 passed, 0 failed in"]),
+        (1, "def test_b(): pass", [], 0, ["2 passed, 0 failed in"]),
         (
+            1,
             "def test_b(): assert 1 == 2",
             [],
             1,
             ["assert 1 == 2", "Once more, alone: two/test", "1 passed, 1 failed in"],
         ),
-        ("def test_b(): pass\ndef test_c(): assert 1 == 2", ["--tb=no"], 1, ["2 passed, 1 failed in"]),
+        (1, "def test_b(): pass\ndef test_c(): assert 1 == 2", ["--tb=no"], 1, ["2 passed, 1 failed in"]),
         (
+            2,
             _FAILS_ONCE,
             [],
             0,
             ["assert 2 == 3", "Once more, alone: two/test_two.py::test_b[a b]", "2 passed, 0 failed, 1 unstable in"],
         ),
-        ("raise OSError('broken')", [], 1, ["OSError: broken", "1 passed, 0 failed, 1 errors in"]),
+        (2, "raise OSError('broken')", [], 1, ["OSError: broken", "1 passed, 0 failed, 1 errors in"]),
         (
+            1,
             "import os\ndef test_b(): os._exit(9)",
             [],
             1,
             ["second: pytest ended with exit code 9", "1 passed, 0 failed"],
         ),
-        ("def test_b(): pass", ["-k", "test_a"], 0, ["1 passed, 0 failed in"]),
-        ("def test_b(): pass", ["-k", "nothing"], 1, ["0 passed, 0 failed in"]),
+        (
+            2,
+            "import os\ndef test_b(): os._exit(9)",
+            [],
+            1,
+            ["crashed while running 'two/test_two.py::test_b'", "1 passed"],
+        ),
+        (2, "def test_b(): pass", ["-k", "test_a"], 0, ["1 passed, 0 failed in"]),
+        (1, "def test_b(): pass", ["-k", "nothing"], 1, ["0 passed, 0 failed in"]),
     ],
 )
 def test_both_groups_decide_the_exit_code(
-    second: str, options: list[str], code: int, shown: list[str], tmp_path: Path
+    processes: int, second: str, options: list[str], code: int, shown: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "tests").mkdir()
     for name, text in (("one", "def test_a(): pass"), ("two", second)):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"test_{name}.py").write_text(text)
     ended = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(tmp_path), *options],
+        [sys.executable, "-c", _PROGRAM, str(tmp_path), str(processes), *options],
         env={**os.environ, "PYTHONPATH": str(TESTS.parent / "hack")},
         capture_output=True,
         text=True,
@@ -148,5 +159,5 @@ def test_both_groups_decide_the_exit_code(
 def test_a_group_names_its_tests() -> None:
     assert groups.divide(["trainer", "api"]) == (
         Group("cluster", ("tests/api",)),
-        Group("compute", ("tests/trainer",), niceness=10),
+        Group("compute", ("tests/trainer",), niceness=10, processes=2),
     )
