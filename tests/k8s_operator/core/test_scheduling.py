@@ -96,11 +96,12 @@ def test_a_shared_block_is_a_preference_by_default() -> None:
     assert entry["podAffinityTerm"]["topologyKey"] == "cloud.test/block"
 
 
-def test_pods_can_be_spread_over_zones() -> None:
-    spec = _template(pod={"topology": {"key": "topology.kubernetes.io/zone", "policy": "spread"}})["spec"]
+@pytest.mark.parametrize("key", ["topology.kubernetes.io/zone", "kubernetes.io/hostname"])
+def test_pods_can_be_spread_over_zones_and_are_over_nodes(key: str) -> None:
+    spec = _template(pod={"topology": {"key": key, "policy": "spread"}})["spec"]
     assert "affinity" not in spec
     keys = [constraint["topologyKey"] for constraint in spec["topologySpreadConstraints"]]
-    assert keys == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    assert keys == list(dict.fromkeys(["kubernetes.io/hostname", key])), "the API server refuses a key twice"
 
 
 @pytest.mark.parametrize("policy", ["required", "preferred"])

@@ -110,7 +110,7 @@ def _spread(job: FineTuneJob, run: RunConfig, settings: Settings) -> list[Manife
         return []
     topology = job.spec.pod.topology
     keys = [] if _one_pod_per_node(job, run, settings) else [_HOSTNAME]
-    keys += [topology.key] if topology and topology.policy == "spread" else []
+    keys += [topology.key] if topology and topology.policy == "spread" and topology.key not in keys else []
     selector = {"matchLabels": {names.LABEL_JOB_UID: job.metadata.uid}}
     return [
         {"maxSkew": 1, "topologyKey": key, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector}
