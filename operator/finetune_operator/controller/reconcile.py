@@ -21,7 +21,7 @@ from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_cache import SpecCache
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.warning_events import WarningEvents
-from finetune_operator.core import decide, reduced_status, status, verdict
+from finetune_operator.core import decide, plan, reduced_status, status, verdict
 from finetune_operator.core.actions import Decision, DesiredStatus
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.plan import NotOffered, PlanError
@@ -101,6 +101,8 @@ class Reconciler:
             orphaned_pods=snapshot.orphaned_pods,
             warning_events=self._warning_events.messages,
             report=self._progress.get(snapshot.uid),
+            image=plan.trainer_image(job, self._settings),
+            pods_digest=plan.pods_digest(job, self._settings),
         )
 
     async def _act(self, snapshot: JobSnapshot, observed: Observed, decision: Decision) -> DesiredStatus | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from finetune_api import reasons
 from finetune_api import untrusted as u
@@ -68,7 +68,9 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         message=desired.message,
         conditions=conditions(before, observed.job.metadata.generation, desired, time),
         start_time=before.start_time or _start_time(observed, desired, time),
-        completion_time=before.completion_time or (time if desired.is_terminal else None),
+        completion_time=(before.completion_time or time) if desired.is_terminal else None,
+        **_pauses(before, desired, now),
+        retry=before.retry if desired.phase == "Failed" else observed.job.spec.run_policy.retry,
         attempt=desired.attempt,
         gpus=plan.gpu_count(observed.job.spec),
         restarts=desired.restarts,
@@ -81,6 +83,16 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )
+
+
+def _pauses(before: Status, desired: DesiredStatus, now: datetime) -> dict[str, Any]:
+    """Returns for how long a job wasn't active, which no deadline counts."""
+    since = before.paused_since or (before.completion_time if before.phase == "Failed" else None)
+    if desired.phase in ("Suspended", "Queued"):
+        return {"paused_since": since or timestamp(now), "paused_seconds": before.paused_seconds}
+    if desired.is_terminal or since is None:
+        return {"paused_since": None, "paused_seconds": before.paused_seconds}
+    return {"paused_since": None, "paused_seconds": before.paused_seconds + max(0, int(seconds_between(since, now)))}
 
 
 def unreadable(before: Status, generation: int, message: str, now: datetime) -> Status:
