@@ -88,6 +88,7 @@ class DesiredStatus:
     restarts: Restarts
     failure: FailureStatus | None = None
     suspension: str = ""  # empty, or one of OWN_DEEDS
+    stalled: bool = False  # only a person can continue the job, which hasn't failed
     verdict: Verdict | None = None
 
     @property
@@ -108,3 +109,8 @@ class Decision:
     actions: tuple[Action, ...] = ()
     status_first: bool = False
     requeue_after: float | None = None
+
+    @property
+    def creates_pods(self) -> bool:
+        """Whether one of the actions creates pods."""
+        return any(isinstance(action, CreateAttempt | CreatePreflight) for action in self.actions)

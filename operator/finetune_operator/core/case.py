@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api.amounts import amounts
 from finetune_api.status import CONDITION_SUSPENDED, Phase, Restarts, Status
 from finetune_operator.core import output, plan
-from finetune_operator.core.actions import OWN_DEEDS, RETRYING, DeleteJob, DesiredStatus
+from finetune_operator.core.actions import OWN_DEEDS, RETRYING, SUSPENDED, SUSPENDING, DeleteJob, DesiredStatus
 from finetune_operator.core.causes.failure import last_failure
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.verdict import Verdict, verdict
@@ -78,6 +79,12 @@ def own_deed(status: Status) -> str:
     return next(reasons, "")
 
 
+def open_deed(status: Status, attempt: int) -> str:
+    """Returns the own deed that a status has to go on announcing, since no attempt has followed."""
+    deed = own_deed(status) if status.attempt == attempt else ""
+    return SUSPENDING if deed == SUSPENDED else deed
+
+
 def children(observed: Observed) -> list[Attempt]:
     """Returns all attempts that exist, and the preflight check."""
     return [*observed.attempts, *([observed.preflight] if observed.preflight else [])]
@@ -125,4 +132,10 @@ def disk_advice(observed: Observed) -> str:
     spec = observed.job.spec
     if spec.resources.scratch == "auto":
         return ""
-    return f"; resources.scratch is {spec.resources.scratch}, and auto would be {plan.automatic_scratch(observed)}"
+    return f"; resources.scratch is {spec.resources.scratch}, and auto would be {_automatic_scratch(observed)}"
+
+
+def _automatic_scratch(observed: Observed) -> str:
+    spec = observed.job.spec
+    automatic = spec.model_copy(update={"resources": spec.resources.model_copy(update={"scratch": "auto"})})
+    return amounts(automatic, plan.model_bytes(observed)).scratch

@@ -27,7 +27,15 @@ from finetune_operator.core.actions import (
     DesiredStatus,
 )
 from finetune_operator.core.avoided_nodes import avoided_nodes
-from finetune_operator.core.case import Case, case_of, delete, newest_attempt, result_message, seconds_to_deadline
+from finetune_operator.core.case import (
+    Case,
+    case_of,
+    delete,
+    newest_attempt,
+    open_deed,
+    result_message,
+    seconds_to_deadline,
+)
 from finetune_operator.core.causes import lost_nodes
 from finetune_operator.core.causes.failure import failure_of, last_failure
 from finetune_operator.core.objects import Observed, seconds_between
@@ -86,7 +94,10 @@ def failed_to_start(observed: Observed, desired: DesiredStatus, reason: str, mes
 def blocked(observed: Observed, desired: DesiredStatus, message: str, reason: str = "Blocked") -> DesiredStatus:
     """Returns the status while a child can't be created yet; creation is retried."""
     number, restarts = newest_attempt(observed)
-    return replace(desired, phase="Pending", reason=reason, message=message, attempt=number, restarts=restarts)
+    deed = open_deed(observed.job.status, number)
+    return replace(
+        desired, phase="Pending", reason=reason, message=message, attempt=number, restarts=restarts, suspension=deed
+    )
 
 
 def _before_first_attempt(case: Case) -> Decision:
@@ -121,8 +132,7 @@ def _after_first_attempt(case: Case) -> Decision:
         return _create(case, case.restarts, "Starting", _RESUMES[case.own_deed])
     if current and current.state == "ending" and _ends_by_own_deed(case):
         message = f"{_RESUMES[case.own_deed]}; {current.message}"
-        deed = SUSPENDING if case.own_deed == SUSPENDED else case.own_deed
-        return Decision(case.desired("Restarting", current.reason, message, deed))
+        return Decision(case.desired("Restarting", current.reason, message, open_deed(case.status, case.number)))
     if current is None:
         message = f"the Job of attempt {case.number} was deleted"
         return _restart(case, Verdict("failed", "PodDeleted", message), lifetime=0.0, ended=math.inf)

@@ -90,32 +90,6 @@ def trainer_image(job: FineTuneJob, settings: Settings) -> str:
     return job.spec.pod.image or settings.trainer_image
 
 
-def pods_digest(job: FineTuneJob, settings: Settings) -> str:
-    """Returns the sha256 of all that shapes the pods of a job: its spec and the settings for pods.
-
-    Fields at their defaults are left out, so that a version with more fields computes the same.
-    """
-    spec = job.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    policy = spec.pop("runPolicy", {})
-    content = {
-        "spec": spec,
-        "stallSeconds": policy.get("stallSeconds"),
-        "image": trainer_image(job, settings),
-        "pullPolicy": settings.image_pull_policy,
-        "pods": settings.pods.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        "storage": settings.storage.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        "models": settings.models.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def automatic_scratch(observed: Observed) -> str:
-    """Returns the scratch that a job would get if it said auto."""
-    spec = observed.job.spec
-    automatic = spec.model_copy(update={"resources": spec.resources.model_copy(update={"scratch": "auto"})})
-    return amounts(automatic, model_bytes(observed)).scratch
-
-
 def _is_allowed_image(image: str, settings: Settings) -> bool:
     allowed = settings.pods.allowed_images
     return any(image == entry or (entry.endswith(("/", ":", "@")) and image.startswith(entry)) for entry in allowed)

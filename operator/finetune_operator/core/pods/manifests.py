@@ -14,7 +14,7 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.reasons import REASONS
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import Restarts
-from finetune_operator.core.plan import pods_digest
+from finetune_operator.core.pods.digest import pods_digest
 from finetune_operator.core.pods.pod import network_profile, pod_spec
 from finetune_operator.core.pods.scheduling import queue_annotations
 from finetune_operator.settings import Settings
