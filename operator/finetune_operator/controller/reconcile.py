@@ -22,7 +22,7 @@ from finetune_operator.core import decide, plan, reduced_status, status, verdict
 from finetune_operator.core.actions import Decision, DesiredStatus
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.plan import NotOffered, PlanError
-from finetune_operator.core.pods.digest import pods_digest
+from finetune_operator.core.pods.digest import PodsDigests
 from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD, SPEC_UNREADABLE
 from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
@@ -35,6 +35,8 @@ _REFUSED_SECONDS = 60.0  # until a status that the API server refuses is tried a
 _UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
 _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
 _LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
+_FIRST_SERVICE_SECONDS = 10.0  # until a group that hasn't trained yet is checked to still have its Service
+_SERVICE_INTERVAL_SECONDS = 10.0
 
 
 class Reconciler:
@@ -50,6 +52,7 @@ class Reconciler:
         self._executor = Executor(client, state.cache, settings)
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
+        self._digests = PodsDigests(settings)
         self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
         self._refusals: dict[Key, str] = {}
         self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
@@ -101,7 +104,7 @@ class Reconciler:
             warning_events=self._warning_events.messages,
             report=self._progress.get(snapshot.uid),
             image=plan.trainer_image(job, self._settings),
-            pods_digest=pods_digest(job, self._settings),
+            pods_digest=self._digests.of(job),
         )
 
     async def _act(self, snapshot: JobSnapshot, observed: Observed, decision: Decision) -> DesiredStatus | None:
@@ -226,10 +229,14 @@ class Reconciler:
         waiting = observed.current or observed.preflight
         if waiting is None or observed.job.status.phase in TERMINAL_PHASES:
             return
+        age = seconds_between(waiting.job.created, now)
+        if verdict.needs_service(observed) and not waiting.job.deleting:
+            if age >= _FIRST_SERVICE_SECONDS:
+                await self._executor.restore_service(observed)
+            self._queue.add_after(key, max(_FIRST_SERVICE_SECONDS - age, _SERVICE_INTERVAL_SECONDS))
         uids = verdict.needs_warning_events(waiting)
         if not uids:
             return
-        age = seconds_between(waiting.job.created, now)
         if age < _FIRST_EVENTS_SECONDS:
             self._queue.add_after(key, _FIRST_EVENTS_SECONDS - age)
             return
@@ -269,6 +276,7 @@ class Reconciler:
         self._queue.forget(key)
         if snapshot:
             self._progress.forget(snapshot.uid)
+            self._digests.forget(snapshot.uid)
             self._warning_events.forget(_child_uids(snapshot))
 
 

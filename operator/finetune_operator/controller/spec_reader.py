@@ -101,7 +101,7 @@ class SpecReader:
 
 
 def _kind(schema: Mapping[str, Any]) -> str:
-    kinds = schema.get("x-kubernetes-group-version-kind") or ({},)
+    kinds: Any = schema.get("x-kubernetes-group-version-kind") or ({},)
     return str(kinds[0].get("kind", ""))
 
 
@@ -131,7 +131,7 @@ def _part(schema: Mapping[str, Any], location: Location) -> Mapping[str, Any] | 
         part = part.get("items") if isinstance(step, int) else (part.get("properties") or {}).get(step)
         if not isinstance(part, Mapping):
             return None
-    return part
+    return dict(part)
 
 
 def _is_default(body: Mapping[str, Any], schema: Mapping[str, Any], location: Location) -> bool:

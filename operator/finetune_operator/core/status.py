@@ -131,7 +131,7 @@ def timestamp(moment: datetime) -> str:
 
 
 def _is_urgent(before: Status, after: Status) -> bool:
-    """Whether a job ended, restarted, stalled or was suspended, which status reports immediately."""
+    """Whether a job ended, restarted, stalled or was suspended: status reports it immediately."""
     return (
         (after.phase in _URGENT_PHASES and before.phase != after.phase)
         or before.restarts != after.restarts

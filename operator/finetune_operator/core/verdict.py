@@ -13,7 +13,7 @@ from finetune_api import reasons
 from finetune_api.messages.result import Result
 from finetune_operator.core import objects
 from finetune_operator.core.causes.pod_reason import pod_reason
-from finetune_operator.core.objects import Attempt, ChildJob, Pod
+from finetune_operator.core.objects import Attempt, ChildJob, Observed, Pod
 
 State = Literal["queued", "waiting", "running", "ending", "succeeded", "failed"]
 
@@ -106,6 +106,18 @@ def _suspension(job: ChildJob) -> str:
     if not job.suspended_by:
         return f"Job {job.name} is suspended until a queue, such as Kueue's, admits it"
     return f"Job {job.name} was suspended by {job.suspended_by}; it runs once its spec.suspend is false"
+
+
+def needs_service(observed: Observed) -> bool:
+    """Whether the pods of a group may still look for each other by the name of their Service.
+
+    They do so until they have met, which is before the first step.
+    """
+    attempt, report = observed.current, observed.report
+    if attempt is None or attempt.job.expected_pods == 1 or attempt.job.is_finished or attempt.job.suspended:
+        return False
+    has_stepped = report is not None and report.progress.attempt == attempt.number and report.progress.step > 0
+    return not has_stepped
 
 
 def _all_succeeded(attempt: Attempt) -> bool:

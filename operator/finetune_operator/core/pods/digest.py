@@ -13,6 +13,27 @@ from finetune_operator.core.plan import trainer_image
 from finetune_operator.settings import Settings
 
 
+class PodsDigests:
+    """Computes the digest of each job once per generation."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._digests: dict[str, tuple[int, str]] = {}  # by uid of the job, with its generation
+
+    def of(self, job: FineTuneJob) -> str:
+        """Returns the digest of what pods of the job would be made from now."""
+        meta = job.metadata
+        generation, digest = self._digests.get(meta.uid, (-1, ""))
+        if generation != meta.generation:
+            digest = pods_digest(job, self._settings)
+            self._digests[meta.uid] = (meta.generation, digest)
+        return digest
+
+    def forget(self, uid: str) -> None:
+        """Removes the digest of a job that is gone."""
+        self._digests.pop(uid, None)
+
+
 def pods_digest(job: FineTuneJob, settings: Settings) -> str:
     """Returns the sha256 of all that shapes the pods of a job: its spec and the settings for pods.
 
