@@ -27,12 +27,9 @@ def describe(error: ValidationError) -> tuple[str, ...]:
     )
 
 
-def unknown_fields(error: ValidationError) -> tuple[str, ...]:
-    """Returns the paths of fields that this version doesn't have, if nothing else is wrong."""
-    details = error.errors(include_url=False)
-    if any(detail["type"] != "extra_forbidden" for detail in details):
-        return ()
-    return tuple(path(detail["loc"]) for detail in details)
+def unknown_locations(error: ValidationError) -> tuple[tuple[int | str, ...], ...]:
+    """Returns where a document has fields that this version doesn't have."""
+    return tuple(detail["loc"] for detail in error.errors(include_url=False) if detail["type"] == "extra_forbidden")
 
 
 def _problem(detail: Mapping[str, Any]) -> str:

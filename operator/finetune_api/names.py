@@ -39,6 +39,7 @@ WATCHED_LABELS = {"app.kubernetes.io/managed-by": COMMON_LABELS["app.kubernetes.
 
 ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
 ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
+ANNOTATION_PODS_DIGEST = f"{GROUP}/pods-digest"  # of the fields that shape pods, on a Job
 ANNOTATION_AVOIDED_NODES = f"{GROUP}/avoided-nodes"  # nodes with failed GPUs, as JSON, on a Job
 ANNOTATION_RELEASED_AT = f"{GROUP}/released-at"  # when an incomplete group was suspended, on a Job
 ANNOTATION_RELEASES = f"{GROUP}/releases"  # how often that happened, on a Job

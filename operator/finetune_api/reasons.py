@@ -12,7 +12,7 @@ from typing import Literal
 
 Cause = Literal["user", "application", "memory", "infrastructure", "preemption"]
 """Why an attempt ended. A failure with cause user is never retried, since a person must change
-something. Each other cause has a restart budget of its own; that of preemption is unlimited."""
+something. Each other cause has a restart budget of its own; that of preemption is large."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,11 @@ _ALL = (
     # Detected by the operator.
     Reason("PodDeleted", "infrastructure", 0, "A pod was deleted while it was running.",
            "The group is restarted from the last checkpoint."),
-    Reason("NodeLost", "infrastructure", 0, "The node of a pod is gone.", "The group is restarted on other nodes."),
+    Reason("NodeLost", "infrastructure", 0, "The node of a pod is gone, or hasn't answered for 5 minutes.",
+           "The group is restarted on other nodes. Look at the node; if it comes back, it removes the pod by itself."),
+    Reason("PodRefused", "infrastructure", 0, "The kubelet refused a pod that the scheduler had sent to its node.",
+           "The message is the kubelet's. Usual causes are a node that is full, a device that has become unhealthy, "
+           "and labels that have changed; the group is restarted."),
     Reason("PodFailed", "infrastructure", 0, "A pod ended without reporting a reason.",
            "Look at the events and the logs of the pod."),
     Reason("Preempted", "preemption", 143, "The pods were asked to stop and saved a checkpoint.",

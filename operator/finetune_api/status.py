@@ -40,7 +40,7 @@ class Restarts(LenientModel):
     application: u.Count = Field(default=0, description="Failures of the training program itself.")
     memory: u.Count = Field(default=0, description="Lacks of memory, each of which halved the micro-batches.")
     infrastructure: u.Count = Field(default=0, description="Failures of nodes, network and storage.")
-    preemption: u.Count = Field(default=0, description="Evictions and preemptions, which never count against a limit.")
+    preemption: u.Count = Field(default=0, description="Evictions and preemptions.")
 
 
 class StragglerStatus(LenientModel):
@@ -233,6 +233,13 @@ class Status(LenientModel):
     completion_time: u.Time | None = Field(
         default=None, description="When the job succeeded or failed, RFC 3339 in UTC."
     )
+    paused_since: u.Time | None = Field(
+        default=None, description="Since when the job has been suspended or queued, RFC 3339 in UTC."
+    )
+    paused_seconds: u.Count = Field(
+        default=0, description="Seconds for which it was suspended, queued or failed before; no deadline counts them."
+    )
+    retry: u.Count = Field(default=0, description="The value of runPolicy.retry that has had its effect.")
     attempt: u.Count = Field(default=0, description="Number of the current or last attempt, starting at 1.")
     gpus: u.Count = Field(default=0, description="Total number of GPUs.")
     restarts: Restarts = Field(default_factory=Restarts, description="Restarts so far, by cause.")

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from api.support.api_server import JOBS, Answer, Server
-from api.support.spec_cases import CASES, MINIMAL, TRANSITIONS, Case, changed
+from api.support.spec_cases import CASES, EQUAL, MINIMAL, TRANSITIONS, WHILE_STOPPED, Case, changed
 from conftest import ControlPlane
 from finetune_api.crd.schema import JsonSchema, root_schema
+from finetune_api.crd.transitions import STOPPED_PHASES
 from finetune_api.resource import parse
+from finetune_api.status import Phase
 
 pytestmark = pytest.mark.cluster
 
@@ -55,9 +58,60 @@ def test_the_api_server_refuses_changes_of_immutable_fields(
         answer = server.replace(new)
         assert answer.accepted is (field is None), answer.message
         assert field is None or any(named == field for named in answer.fields), answer.body
-        assert field is None or "is immutable; create a new FineTuneJob instead" in answer.message
+        assert field is None or re.search("create a new FineTuneJob instead|can only be raised", answer.message)
     finally:
         server.request("DELETE", f"{JOBS}/{old['metadata']['name']}")
+
+
+@pytest.fixture(scope="session")
+def job_in_phase(server: Server) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Return a function that stores a job in a phase, and returns what a client would send."""
+    stored: set[str] = set()
+
+    def store(phase: str) -> dict[str, Any]:
+        name = f"phase-{phase.lower()}"
+        old = changed(MINIMAL, ("metadata.name", name))
+        if name not in stored:
+            stored.add(name)
+            assert server.request("POST", JOBS, old).accepted
+            merge = "application/merge-patch+json"
+            answer = server.request("PATCH", f"{JOBS}/{name}/status", {"status": {"phase": phase}}, merge)
+            assert answer.accepted, answer.message
+        body = server.request("GET", f"{JOBS}/{name}").body
+        return changed(old, ("metadata.resourceVersion", body["metadata"]["resourceVersion"]))
+
+    yield store
+    for name in stored:
+        server.request("DELETE", f"{JOBS}/{name}")
+
+
+@pytest.mark.parametrize("phase", get_args(Phase))
+def test_what_does_not_change_the_computation_may_change_while_no_pods_run(
+    phase: str, server: Server, job_in_phase: Callable[[str], dict[str, Any]]
+) -> None:
+    old = job_in_phase(phase)
+    for field, value in WHILE_STOPPED:
+        answer = server.replace(changed(old, (field, value)))
+        assert answer.accepted is (phase in STOPPED_PHASES), f"{field}: {answer.message}"
+        assert answer.accepted or f"spec.{field} can't be changed while pods run" in answer.message
+        suspending = server.replace(changed(old, (field, value), ("runPolicy.suspend", True)))
+        assert suspending.accepted, suspending.message
+    for field, value in (("training.seed", 1), ("dataset.packing", False), ("output.uri", "s3://models/other")):
+        assert not server.replace(changed(old, (field, value))).accepted
+
+
+@pytest.mark.parametrize(("field", "before", "after"), EQUAL)
+def test_equal_quantities_are_equal_even_while_pods_run(field: str, before: Any, after: Any, server: Server) -> None:
+    old = changed(MINIMAL, ("metadata.name", "spelling"), (field, before))
+    assert server.request("POST", JOBS, old).accepted
+    try:
+        merge = "application/merge-patch+json"
+        body = server.request("PATCH", f"{JOBS}/spelling/status", {"status": {"phase": "Running"}}, merge).body
+        version = ("metadata.resourceVersion", body["metadata"]["resourceVersion"])
+        answer = server.replace(changed(old, version, (field, after)))
+        assert answer.accepted, answer.message
+    finally:
+        server.request("DELETE", f"{JOBS}/spelling")
 
 
 def test_the_queue_can_be_changed_only_while_suspended(server: Server) -> None:

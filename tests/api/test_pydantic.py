@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api.support.spec_cases import ABSENT, CASES, MINIMAL, TRANSITIONS, Case, changed
+from api.support.spec_cases import ABSENT, CASES, EQUAL, MINIMAL, TRANSITIONS, Case, changed
 from finetune_api import generate, scalars
-from finetune_api.crd.transitions import QUEUE_NAME_MESSAGE, immutable_message, is_immutable
+from finetune_api.crd.transitions import (
+    GPU_MESSAGE,
+    QUEUE_NAME_MESSAGE,
+    RETRY_MESSAGE,
+    immutable_message,
+    is_equal,
+    is_immutable,
+)
 from finetune_api.errors import describe
 from finetune_api.resource import FineTuneJob, Spec, parse
 from finetune_operator.core.plan import PlanError, plan
@@ -56,9 +63,22 @@ def _transition_errors(old: Spec, new: Spec) -> tuple[str, ...]:
             if is_immutable(section, field.alias or attribute)
             and getattr(before, attribute) != getattr(after, attribute)
         ]
+    if new.run_policy.retry < old.run_policy.retry:
+        errors.append(RETRY_MESSAGE)
+    if (new.resources.gpu is None) != (old.resources.gpu is None):
+        errors.append(GPU_MESSAGE)
     if new.run_policy.queue_name != old.run_policy.queue_name and not old.run_policy.suspend:
         errors.append(QUEUE_NAME_MESSAGE)
     return tuple(errors)
+
+
+@pytest.mark.parametrize(("field", "before", "after"), EQUAL)
+def test_equal_quantities_are_equal(field: str, before: Any, after: Any) -> None:
+    section, _, key = field.partition(".")
+    values = [parse(changed(MINIMAL, (field, value))).spec.to_json()[section][key] for value in (before, after)]
+    assert is_equal(section, key, *values)
+    other = {"hugepages-2Mi": "3Gi"} if isinstance(before, dict) else "7Gi"
+    assert not is_equal(section, key, values[0], other)
 
 
 _CHANGES = [change for case in CASES for change in case.changes]

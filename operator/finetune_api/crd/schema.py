@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.base import Model, Rule, model_in
-from finetune_api.crd.transitions import IMMUTABLE, QUEUE_NAME_MESSAGE, immutable_message, is_immutable
+from finetune_api.crd.transition_rules import immutability_rules, stopped_rules
 from finetune_api.names import GROUP, KIND, MAX_NAME_LENGTH, PLURAL, SHORT_NAME, SINGULAR, VERSION
 from finetune_api.resource import FineTuneJob, Spec
 from finetune_api.scalars import NAME_PATTERN
@@ -97,7 +97,8 @@ def root_schema() -> JsonSchema:
                 "rule": f"self.metadata.name.size() <= {MAX_NAME_LENGTH}"
                 f" && self.metadata.name.matches({cel_string(NAME_PATTERN)})",
                 "message": f"metadata.name {NAME_MESSAGE}",
-            }
+            },
+            *stopped_rules(),
         ],
     }
 
@@ -122,7 +123,7 @@ def object_schema(model: type[Model], *, with_defaults: bool = True) -> JsonSche
             **schema,
             **(default if with_defaults else {}),
         }
-    validations = [*_rules(model.rules), *_transitions(model)]
+    validations = [*_rules(model.rules), *immutability_rules(model)]
     return {
         "description": _sentence(model.__doc__),
         "type": "object",
@@ -209,36 +210,6 @@ def _bounds(raw: JsonSchema) -> JsonSchema:
 
 def _rules(rules: tuple[Rule, ...]) -> list[JsonSchema]:
     return [{"rule": rule.cel, "message": rule.message, "fieldPath": f".{rule.field}"} for rule in rules]
-
-
-def _transitions(model: type[Model]) -> list[JsonSchema]:
-    """Returns a transition rule for each immutable field of a section of spec."""
-    section = IMMUTABLE.get(model)
-    if section is None:
-        return []
-    rules = []
-    for name, field in model.model_fields.items():
-        key = field.alias or name
-        if not is_immutable(section, key):
-            continue
-        optional = not field.is_required() and field.get_default(call_default_factory=True) is None
-        same = f"self.{key} == oldSelf.{key}"
-        rules.append(
-            {
-                "rule": f"has(self.{key}) ? has(oldSelf.{key}) && {same} : !has(oldSelf.{key})" if optional else same,
-                "message": immutable_message(section, key),
-                "fieldPath": f".{key}",
-            }
-        )
-    if section == "runPolicy":
-        rules.append(
-            {
-                "rule": "self.queueName == oldSelf.queueName || oldSelf.suspend",
-                "message": QUEUE_NAME_MESSAGE,
-                "fieldPath": ".queueName",
-            }
-        )
-    return rules
 
 
 def _default(value: Any) -> JsonSchema:

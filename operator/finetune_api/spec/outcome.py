@@ -115,7 +115,7 @@ class EvaluationSpec(Model):
 
 
 class MaxRestartsSpec(Model):
-    """Limits how many times the group is restarted for each cause; preemptions never count."""
+    """Limits how many times the group is restarted for each cause."""
 
     application: int = Field(default=1, ge=0, le=1000, description="Failures of the training program itself.")
     memory: int = Field(
@@ -124,6 +124,10 @@ class MaxRestartsSpec(Model):
         "micro-batch is a single example fails without another restart.",
     )  # fmt: skip
     infrastructure: int = Field(default=20, ge=0, le=1000, description="Failures of nodes, network and storage.")
+    preemption: int = Field(
+        default=1000, ge=0, le=100000, description="Evictions and preemptions by the cluster; none of them costs more "
+        "than the steps since the last checkpoint."
+    )  # fmt: skip
 
 
 class RunPolicySpec(Model):
@@ -151,11 +155,19 @@ class RunPolicySpec(Model):
     max_restarts: MaxRestartsSpec = Field(
         default_factory=MaxRestartsSpec, description="Maximum number of restarts of the whole group, by cause."
     )
+    retry: int = Field(
+        default=0,
+        ge=0,
+        le=1000000,
+        description="Raise it to try a failed job again: it resumes from its last checkpoint, with new restart "
+        "budgets. On a job that hasn't failed, it has no effect. It can't be lowered.",
+    )
     active_deadline_seconds: int = Field(
         default=0,
         ge=0,
         le=31536000,
-        description="Seconds after which a job that hasn't finished fails. 0 means never.",
+        description="Seconds after which a job that hasn't finished fails. The time for which it is suspended, queued "
+        "or failed doesn't count. 0 means never.",
     )
     stall_seconds: int = Field(
         default=600, ge=0, le=86400,

@@ -13,6 +13,7 @@ from finetune_api.spec.environment import EnvVarSpec, unique_names
 from finetune_api.spec.inputs import SecretRef
 
 _RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
+_RESERVED_KEYS = ("job-name", "controller-uid")  # of the Job controller, from before it had a prefix
 
 
 class TolerationSpec(Model):
@@ -49,12 +50,15 @@ _Annotations = Annotated[dict[s.LabelKey, Annotated[str, Field(max_length=1024)]
 
 
 def _no_reserved_keys(field: str) -> Rule:
-    """Returns the rule that labels or annotations don't use a prefix of the operator's own."""
+    """Returns the rule that labels or annotations don't use keys of the operator's own, or those
+    of the Job controller."""
+    prefixes = " && ".join(f"!k.startsWith('{prefix}')" for prefix in _RESERVED)
     return Rule(
         field=field,
-        message="must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/",
-        cel=f"self.{field}.all(k, " + " && ".join(f"!k.startsWith('{prefix}')" for prefix in _RESERVED) + ")",
-        holds=lambda m: not any(key.startswith(_RESERVED) for key in getattr(m, field)),
+        message="must not use the prefixes finetune-operator.io/, batch.kubernetes.io/ or app.kubernetes.io/, nor the "
+        "keys job-name and controller-uid, which belong to the Job controller",
+        cel=f"self.{field}.all(k, {prefixes} && !(k in {list(_RESERVED_KEYS)}))",
+        holds=lambda m: not any(key.startswith(_RESERVED) or key in _RESERVED_KEYS for key in getattr(m, field)),
     )
 
 

@@ -128,6 +128,19 @@ class Executor:
             except (NotFound, Conflict):
                 self._cache.drop_job(job.uid)
 
+    async def restore_service(self, observed: Observed) -> None:
+        """Creates the Service of a group again if somebody has deleted it."""
+        meta = observed.job.metadata
+        name = names.service_name(meta.name)
+        try:
+            await self._client.get("services", meta.namespace, name)
+        except NotFound:
+            log.warning("Service %s was deleted", name, extra={"namespace": meta.namespace, "job": meta.name})
+            with contextlib.suppress(NameTaken, SpecRefused, Blocked, OutOfDate):
+                await self._create("services", manifests.service(observed.job), observed)
+        except Refused as error:
+            log.warning("Service %s can't be read: %s", name, error)
+
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         check_offered(observed.job, self._settings)
         size, memory_restarts = model_bytes(observed), action.restarts.memory

@@ -10,22 +10,20 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import ValidationError
-
-from finetune_api import errors
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status, read
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.executor import Blocked, Executor, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.controller.snapshot import JobSnapshot, Key
-from finetune_operator.controller.spec_cache import SpecCache
+from finetune_operator.controller.spec_reader import SpecReader
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.warning_events import WarningEvents
-from finetune_operator.core import decide, reduced_status, status, verdict
+from finetune_operator.core import decide, plan, reduced_status, status, verdict
 from finetune_operator.core.actions import Decision, DesiredStatus
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.plan import NotOffered, PlanError
-from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD
+from finetune_operator.core.pods.digest import PodsDigests
+from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD, SPEC_UNREADABLE
 from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
 
@@ -37,6 +35,8 @@ _REFUSED_SECONDS = 60.0  # until a status that the API server refuses is tried a
 _UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
 _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
 _LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
+_FIRST_SERVICE_SECONDS = 10.0  # until a group that hasn't trained yet is checked to still have its Service
+_SERVICE_INTERVAL_SECONDS = 10.0
 
 
 class Reconciler:
@@ -51,7 +51,8 @@ class Reconciler:
         self._recorder = recorder
         self._executor = Executor(client, state.cache, settings)
         self._warning_events = WarningEvents(client)
-        self._specs = SpecCache()
+        self._specs = SpecReader(client)
+        self._digests = PodsDigests(settings)
         self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
         self._refusals: dict[Key, str] = {}
         self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
@@ -68,16 +69,17 @@ class Reconciler:
             self._queue.add_after(key, _LOOK_UP_SECONDS)
             snapshot = self._cache.snapshot(key) or snapshot
         now = datetime.now(UTC)
-        try:
-            job = self._specs.job(key, snapshot.body)
-        except ValidationError as error:
-            if fields := errors.unknown_fields(error):
-                await self._wait_for_upgrade(snapshot, fields, now)
-            else:
-                await self._fail_unreadable(snapshot, error, now)
+        reading = await self._specs.read(key, snapshot.body)
+        job = reading.job
+        if job is None:
+            message = f"{reading.problem}; this version of the operator can't read the spec: upgrade the operator"
+            await self._stall(snapshot, SPEC_UNREADABLE, message, now)
             return
         observed = self._observe(snapshot, job)
         decision = decide.decide(observed, now)
+        if reading.unknown and decision.creates_pods:
+            await self._wait_for_upgrade(snapshot, reading.unknown, now)
+            return
         try:
             if decision.status_first and await self._write_status_if_due(
                 snapshot, observed, decision.desired, now, immediately=True
@@ -101,6 +103,8 @@ class Reconciler:
             orphaned_pods=snapshot.orphaned_pods,
             warning_events=self._warning_events.messages,
             report=self._progress.get(snapshot.uid),
+            image=plan.trainer_image(job, self._settings),
+            pods_digest=self._digests.of(job),
         )
 
     async def _act(self, snapshot: JobSnapshot, observed: Observed, decision: Decision) -> DesiredStatus | None:
@@ -225,10 +229,14 @@ class Reconciler:
         waiting = observed.current or observed.preflight
         if waiting is None or observed.job.status.phase in TERMINAL_PHASES:
             return
+        age = seconds_between(waiting.job.created, now)
+        if verdict.needs_service(observed) and not waiting.job.deleting:
+            if age >= _FIRST_SERVICE_SECONDS:
+                await self._executor.restore_service(observed)
+            self._queue.add_after(key, max(_FIRST_SERVICE_SECONDS - age, _SERVICE_INTERVAL_SECONDS))
         uids = verdict.needs_warning_events(waiting)
         if not uids:
             return
-        age = seconds_between(waiting.job.created, now)
         if age < _FIRST_EVENTS_SECONDS:
             self._queue.add_after(key, _FIRST_EVENTS_SECONDS - age)
             return
@@ -236,34 +244,28 @@ class Reconciler:
             self._queue.add(key)
         self._queue.add_after(key, min(max(_FIRST_EVENTS_SECONDS, age / 2), _LONGEST_EVENTS_INTERVAL_SECONDS))
 
+    async def _stall(self, snapshot: JobSnapshot, reason: str, message: str, now: datetime) -> None:
+        """Reports that this version of the operator can't continue a job; its phase remains."""
+        before = read(snapshot.body.get("status"))
+        after = reduced_status.stalled(before, _generation(snapshot), reason, message, now)
+        if before.phase not in TERMINAL_PHASES and after != before:
+            await self._write(snapshot, after)
+
     async def _wait_for_upgrade(self, snapshot: JobSnapshot, fields: tuple[str, ...], now: datetime) -> None:
-        """Leaves a job alone that has fields of a newer CRD.
+        """Leaves a job without new pods that has fields of a newer CRD.
 
         During an upgrade, the CRD is newer for a few seconds, so this is reported only after a
         while.
         """
-        key, before = snapshot.key, read(snapshot.body.get("status"))
-        if before.phase in TERMINAL_PHASES:
-            return
-        since = self._differs_since.setdefault(key, time.monotonic())
+        since = self._differs_since.setdefault(snapshot.key, time.monotonic())
         wait = since + _UPGRADE_SECONDS - time.monotonic()
         if wait > 0:
-            self._queue.add_after(key, wait)
+            self._queue.add_after(snapshot.key, wait)
             return
         message = (
-            f"{', '.join(fields)}: this operator doesn't know the field, and changes nothing; upgrade the operator"
+            f"{', '.join(fields)}: this operator doesn't know the field, so it creates no pods; upgrade the operator"
         )
-        after = reduced_status.hindered(before, _generation(snapshot), OPERATOR_TOO_OLD, message, now)
-        if after.message != before.message:
-            await self._write(snapshot, after)
-
-    async def _fail_unreadable(self, snapshot: JobSnapshot, error: ValidationError, now: datetime) -> None:
-        """Fails a job whose body this version can't parse, unless it has ended already."""
-        before = read(snapshot.body.get("status"))
-        if before.phase in TERMINAL_PHASES:
-            return
-        after = status.unreadable(before, _generation(snapshot), "; ".join(errors.describe(error)), now)
-        await self._write(snapshot, after)
+        await self._stall(snapshot, OPERATOR_TOO_OLD, message, now)
 
     def _forget(self, key: Key, snapshot: JobSnapshot | None) -> None:
         """Removes all that is in memory about a job that is gone or being deleted."""
@@ -274,6 +276,7 @@ class Reconciler:
         self._queue.forget(key)
         if snapshot:
             self._progress.forget(snapshot.uid)
+            self._digests.forget(snapshot.uid)
             self._warning_events.forget(_child_uids(snapshot))
 
 

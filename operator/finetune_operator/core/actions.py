@@ -14,6 +14,14 @@ from finetune_operator.core.verdict import Verdict
 CHECKING = "Checking"
 SUSPENDING = "Suspending"
 SUSPENDED = "Suspended"
+DEADLINE = "DeadlineExceeded"
+REPLACING = "Replacing"
+NODE_SILENT = "NodeSilent"
+RETRYING = "Retrying"
+
+OWN_DEEDS = (SUSPENDING, SUSPENDED, DEADLINE, REPLACING, RETRYING)
+"""Why the operator itself ends an attempt, as reasons of the condition Suspended. They are written
+before the deed, so that its consequences never count as failures."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class DesiredStatus:
     attempt: int
     restarts: Restarts
     failure: FailureStatus | None = None
-    suspension: str = ""  # "", SUSPENDING or SUSPENDED
+    suspension: str = ""  # empty, or one of OWN_DEEDS
+    stalled: bool = False  # only a person can continue the job, which hasn't failed
     verdict: Verdict | None = None
 
     @property
@@ -100,3 +109,8 @@ class Decision:
     actions: tuple[Action, ...] = ()
     status_first: bool = False
     requeue_after: float | None = None
+
+    @property
+    def creates_pods(self) -> bool:
+        """Whether one of the actions creates pods."""
+        return any(isinstance(action, CreateAttempt | CreatePreflight) for action in self.actions)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_operator.core.causes.pod_reason import pod_reason
 from finetune_operator.core.objects import Attempt
-from finetune_operator.core.verdict import pod_reason
 
 MAX_NODES = 16
 _REASONS = ("GpuFault", "GpuUnavailable")

@@ -7,81 +7,77 @@ so a crash at any line changes no decision.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from finetune_api import reasons
-from finetune_api.status import CONDITION_SUSPENDED, TERMINAL_PHASES, FailureStatus, Phase, Restarts, Status
-from finetune_operator.core import gang, output, plan, restart_policy
+from finetune_api.status import TERMINAL_PHASES, FailureStatus, Phase, Restarts
+from finetune_operator.core import gang, plan, restart_policy, stopping
 from finetune_operator.core.actions import (
     CHECKING,
+    DEADLINE,
+    NODE_SILENT,
+    REPLACING,
+    RETRYING,
     SUSPENDED,
     SUSPENDING,
     CreateAttempt,
     CreatePreflight,
     Decision,
-    DeleteJob,
     DesiredStatus,
 )
 from finetune_operator.core.avoided_nodes import avoided_nodes
-from finetune_operator.core.failure import failure_of, last_failure
-from finetune_operator.core.objects import Attempt, Observed, seconds_between
+from finetune_operator.core.case import (
+    Case,
+    case_of,
+    delete,
+    newest_attempt,
+    open_deed,
+    result_message,
+    seconds_to_deadline,
+)
+from finetune_operator.core.causes import lost_nodes
+from finetune_operator.core.causes.failure import failure_of, last_failure
+from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.verdict import STARTING, Verdict, verdict
 
 _CHECKING_MESSAGE = "checking the model, the data and the output destination"
-
-
-@dataclass(frozen=True)
-class _Case:
-    """Holds what every branch of the decision needs to know."""
-
-    observed: Observed
-    now: datetime
-    number: int
-    restarts: Restarts
-    verdict: Verdict | None  # of attempt `number`; None if it has no Job, or no longer has one
-
-    @property
-    def status(self) -> Status:
-        """The status as it was last written."""
-        return self.observed.job.status
-
-    @property
-    def children(self) -> list[Attempt]:
-        """All attempts that exist, and the preflight check."""
-        return _children(self.observed)
-
-    def desired(self, phase: Phase, reason: str, message: str) -> DesiredStatus:
-        """Returns the desired status of this attempt; its failure is the previous attempt's."""
-        failure = last_failure(self.observed, self.number)
-        return DesiredStatus(phase, reason, message, self.number, self.restarts, failure, verdict=self.verdict)
+_RESUMES = {
+    SUSPENDING: "resuming after suspension",
+    SUSPENDED: "resuming after suspension",
+    DEADLINE: "resuming, because the deadline was raised",
+    REPLACING: "the pods are created again, because the spec or the chart has changed before they started",
+    RETRYING: "trying again, because spec.runPolicy.retry was raised",
+}
 
 
 def decide(observed: Observed, now: datetime) -> Decision:
     """Returns the next actions for a job, and the status that it should have afterwards."""
+    observed = lost_nodes.with_lost_pods(observed, now)
     if observed.job.status.phase in TERMINAL_PHASES:
-        return _finished(observed, now)
-    case = _case(observed, now)
+        return stopping.finished(observed, now)
+    case = case_of(observed, now)
     if case.verdict and case.verdict.state == "succeeded":
-        return Decision(
-            case.desired("Succeeded", case.verdict.reason, output.message(case.verdict.result, observed.job))
-        )
+        return Decision(case.desired("Succeeded", case.verdict.reason, result_message(case)))
+    lost_after = lost_nodes.seconds_until_lost(observed, now)
     if observed.job.spec.run_policy.suspend:
-        return _suspend(case)
-    remaining = _seconds_to_deadline(case)
+        return _requeued(stopping.suspend(case), lost_after)
+    remaining = seconds_to_deadline(case)
     if remaining is not None and remaining <= 0:
-        return _deadline_exceeded(case)
-    decision = _before_first_attempt(case) if case.number == 0 else _after_first_attempt(case)
+        return _requeued(stopping.deadline_exceeded(case), lost_after)
+    decision = stopping.replace_outdated(case) or stopping.end_lost(case)
+    if decision is None:
+        decision = _before_first_attempt(case) if case.number == 0 else _after_first_attempt(case)
     if decision.desired and decision.desired.attempt > case.status.attempt + 1:
         # Only an attempt that follows the one in status is proven to be the job's.
         message = f"recording attempt {case.number} before the next one"
         decision = Decision(case.desired("Restarting", STARTING, message), status_first=True)
-    return replace(decision, requeue_after=_earlier(decision.requeue_after, remaining))
+    return _requeued(_with_lost_nodes(case, decision, lost_after), lost_after, remaining)
 
 
 def failed_to_start(observed: Observed, desired: DesiredStatus, reason: str, message: str) -> DesiredStatus:
     """Returns the status if a child can't be created and only a person can fix the cause."""
-    number, restarts = _newest_attempt(observed)
+    number, restarts = newest_attempt(observed)
     failure = FailureStatus(reason=reason, message=message, attempt=number, hint=reasons.hint(reason))
     return replace(
         desired,
@@ -97,30 +93,14 @@ def failed_to_start(observed: Observed, desired: DesiredStatus, reason: str, mes
 
 def blocked(observed: Observed, desired: DesiredStatus, message: str, reason: str = "Blocked") -> DesiredStatus:
     """Returns the status while a child can't be created yet; creation is retried."""
-    number, restarts = _newest_attempt(observed)
-    return replace(desired, phase="Pending", reason=reason, message=message, attempt=number, restarts=restarts)
+    number, restarts = newest_attempt(observed)
+    deed = open_deed(observed.job.status, number)
+    return replace(
+        desired, phase="Pending", reason=reason, message=message, attempt=number, restarts=restarts, suspension=deed
+    )
 
 
-def _case(observed: Observed, now: datetime) -> _Case:
-    number, restarts = _newest_attempt(observed)
-    current = observed.current
-    current_verdict = verdict(current, observed.warning_events) if current and current.number == number else None
-    return _Case(observed, now, number, restarts, current_verdict)
-
-
-def _newest_attempt(observed: Observed) -> tuple[int, Restarts]:
-    """Returns the number of the newest attempt and its restart counters.
-
-    The newest attempt is that of status or of the newest Job, whichever is later. Its counters are
-    an annotation of its Job, so they are created together with it.
-    """
-    current, status = observed.current, observed.job.status
-    if current and current.number >= status.attempt:
-        return current.number, current.job.restarts
-    return status.attempt, status.restarts
-
-
-def _before_first_attempt(case: _Case) -> Decision:
+def _before_first_attempt(case: Case) -> Decision:
     if case.observed.orphaned_pods:
         return _wait_for_orphaned_pods(case)
     if not plan.needs_preflight(case.observed.job.spec):
@@ -132,8 +112,11 @@ def _before_first_attempt(case: _Case) -> Decision:
     case = replace(case, verdict=preflight)
     if preflight.state == "succeeded":
         return _create(case, case.restarts, "Starting", "preflight passed; pods are being created")
+    if preflight.state == "failed" and case.own_deed == RETRYING:
+        desired = case.desired("Pending", CHECKING, _RESUMES[RETRYING], RETRYING)
+        return Decision(desired, (delete(check, wait=False),))
     if preflight.state == "failed":
-        return Decision(_failed(case, preflight, preflight.reason))
+        return Decision(stopping.failed(case, preflight, preflight.reason))
     if preflight.state == "queued":
         return Decision(case.desired("Queued", preflight.reason, preflight.message))
     if preflight.state == "waiting" and preflight.reason != STARTING:
@@ -141,20 +124,24 @@ def _before_first_attempt(case: _Case) -> Decision:
     return Decision(case.desired("Pending", CHECKING, _CHECKING_MESSAGE))
 
 
-def _after_first_attempt(case: _Case) -> Decision:
+def _after_first_attempt(case: Case) -> Decision:
     current = case.verdict
     if case.observed.orphaned_pods:
         return _wait_for_orphaned_pods(case)
-    if _suspended_at(case) and (current is None or current.state == "failed"):
-        return _create(case, case.restarts, "Starting", "resuming after suspension")
+    if case.own_deed and (current is None or current.state == "failed"):
+        return _create(case, case.restarts, "Starting", _RESUMES[case.own_deed])
+    if current and current.state == "ending" and _ends_by_own_deed(case):
+        message = f"{_RESUMES[case.own_deed]}; {current.message}"
+        return Decision(case.desired("Restarting", current.reason, message, open_deed(case.status, case.number)))
     if current is None:
         message = f"the Job of attempt {case.number} was deleted"
         return _restart(case, Verdict("failed", "PodDeleted", message), lifetime=0.0, ended=math.inf)
     if current.state == "failed":
         job = case.observed.current.job if case.observed.current else None
         created, finished = (job.created, job.finished_at) if job else ("", "")
-        ended = seconds_between(finished or created, case.now)
-        return _restart(case, current, lifetime=seconds_between(created, case.now) - ended, ended=ended)
+        ended = seconds_between(finished, case.now) if finished else math.inf
+        lifetime = seconds_between(created, case.now) - (ended if finished else 0.0)
+        return _restart(case, current, lifetime=lifetime, ended=ended)
     if current.state == "running":
         return Decision(case.desired("Running", "Running", current.message))
     step = gang.step(case.observed, case.now) if current.state in ("queued", "waiting") else None
@@ -166,12 +153,12 @@ def _after_first_attempt(case: _Case) -> Decision:
     if current.state == "ending":
         return Decision(case.desired("Running", current.reason, current.message))
     message = f"{current.message}; {step.message}" if step else current.message
-    phase: Phase = "Pending" if current.reason != STARTING else _starting_phase(case.number)
+    phase: Phase = "Pending" if current.reason != STARTING else stopping.starting_phase(case.number)
     desired = case.desired(phase, current.reason, message)
     return Decision(desired, step.actions if step else (), requeue_after=step.wait if step else None)
 
 
-def _restart(case: _Case, verdict: Verdict, lifetime: float, ended: float) -> Decision:
+def _restart(case: Case, verdict: Verdict, lifetime: float, ended: float) -> Decision:
     """Starts the next attempt, waits for its back-off, or gives up.
 
     `lifetime` is how long the attempt existed and `ended` is how long ago it ended, both in
@@ -181,7 +168,7 @@ def _restart(case: _Case, verdict: Verdict, lifetime: float, ended: float) -> De
     restart = restart_policy.next_attempt(verdict.cause, case.restarts, budget, lifetime)
     if isinstance(restart, restart_policy.GiveUp):
         reason = "RestartBudgetSpent" if restart.budget else verdict.reason
-        return Decision(_failed(case, verdict, reason))
+        return Decision(stopping.failed(case, verdict, reason))
     case = replace(case, verdict=verdict)
     wait = restart.delay - ended
     message = f"attempt {case.number} ended: {verdict.reason}: {verdict.message}"
@@ -194,14 +181,14 @@ def _restart(case: _Case, verdict: Verdict, lifetime: float, ended: float) -> De
     return _create(case, restart.restarts, "Restarting", message, verdict)
 
 
-def _create(case: _Case, restarts: Restarts, phase: Phase, message: str, after: Verdict | None = None) -> Decision:
+def _create(case: Case, restarts: Restarts, phase: Phase, message: str, after: Verdict | None = None) -> Decision:
     """Creates the next attempt; `after` is the verdict on the failed attempt that it replaces.
 
     Only the two newest attempts are kept for inspection; older Jobs are deleted.
     """
     number = case.number + 1
     old = tuple(
-        _delete(attempt, wait=False)
+        delete(attempt, wait=False)
         for attempt in case.observed.attempts
         if attempt.number < number - 1 and not attempt.job.deleting
     )
@@ -210,85 +197,37 @@ def _create(case: _Case, restarts: Restarts, phase: Phase, message: str, after: 
     return Decision(desired, (CreateAttempt(number, restarts, avoided_nodes(case.observed.attempts)), *old))
 
 
-def _suspend(case: _Case) -> Decision:
-    """Announces the suspension in status, then deletes the pods, then reports it as done.
-
-    In this order a crash in between costs no restart.
-    """
-    live = [child for child in case.children if child.is_live]
-    if not live and not case.observed.orphaned_pods:
-        desired = case.desired("Suspended", SUSPENDED, "spec.runPolicy.suspend is true; no pods are running")
-        return Decision(replace(desired, suspension=SUSPENDED))
-    if case.verdict and case.verdict.state == "failed" and case.verdict.cause == "user":
-        return Decision(_failed(case, case.verdict, case.verdict.reason))
-    message = "the pods are saving a checkpoint before they stop"
-    desired = case.desired("Running" if case.number else "Pending", SUSPENDING, message)
-    actions = tuple(_delete(child, wait=True) for child in live if not child.job.deleting)
-    return Decision(replace(desired, suspension=SUSPENDING), actions, status_first=bool(actions))
-
-
-def _deadline_exceeded(case: _Case) -> Decision:
-    seconds = case.observed.job.spec.run_policy.active_deadline_seconds
-    message = (
-        f"spec.runPolicy.activeDeadlineSeconds: {seconds} s passed before the job finished; raise it or use more GPUs"
-    )
-    live = [child for child in case.children if child.is_live]
-    if live or case.observed.orphaned_pods:
-        actions = tuple(_delete(child, wait=True) for child in live if not child.job.deleting)
-        return Decision(case.desired("Running" if case.number else "Pending", "DeadlineExceeded", message), actions)
-    return Decision(_failed(case, Verdict("failed", "DeadlineExceeded", message), "DeadlineExceeded"))
-
-
-def _finished(observed: Observed, now: datetime) -> Decision:
-    """Keeps a finished job finished; its Jobs and pods are deleted after their time to live."""
-    ttl = observed.job.spec.run_policy.ttl_seconds_after_finished
-    children = _children(observed)
-    if ttl == 0 or not children:
-        return Decision(None)
-    remaining = ttl - seconds_between(observed.job.status.completion_time or "", now)
-    if remaining > 0:
-        return Decision(None, requeue_after=remaining)
-    return Decision(None, tuple(_delete(child, wait=False) for child in children if not child.job.deleting))
-
-
-def _children(observed: Observed) -> list[Attempt]:
-    return [*observed.attempts, *([observed.preflight] if observed.preflight else [])]
-
-
-def _wait_for_orphaned_pods(case: _Case) -> Decision:
+def _wait_for_orphaned_pods(case: Case) -> Decision:
     pods = ", ".join(pod.name for pod in case.observed.orphaned_pods[:3])
     message = f"waiting for pods of an earlier attempt to stop: {pods}"
     return Decision(case.desired("Running" if case.number else "Pending", "PodsEnding", message))
 
 
-def _failed(case: _Case, verdict: Verdict, reason: str) -> DesiredStatus:
-    failure = failure_of(verdict, case.number)
-    desired = case.desired("Failed", reason, verdict.message)
-    return replace(desired, failure=failure, verdict=verdict)
+def _ends_by_own_deed(case: Case) -> bool:
+    """Whether the operator itself ends the newest attempt, not a failure that came before."""
+    current = case.observed.current
+    return bool(case.own_deed) and current is not None and (current.job.deleting or case.own_deed == RETRYING)
 
 
-def _suspended_at(case: _Case) -> bool:
-    """Whether this attempt's pods were deleted because of spec.runPolicy.suspend."""
-    return case.status.attempt == case.number and any(
-        condition.type == CONDITION_SUSPENDED and condition.reason in (SUSPENDING, SUSPENDED)
-        for condition in case.status.conditions
+def _with_lost_nodes(case: Case, decision: Decision, lost_after: float | None) -> Decision:
+    """Returns the decision that also names nodes that don't answer, and removes the Jobs of earlier
+    attempts that have lost one: their pods can't be removed as long as a Job counts them."""
+    lost = tuple(
+        delete(attempt, wait=False)
+        for attempt in case.observed.attempts
+        if attempt.number < case.number and not attempt.job.deleting and any(pod.lost for pod in attempt.pods)
     )
+    decision = replace(decision, actions=(*decision.actions, *lost))
+    current, desired = case.observed.current, decision.desired
+    silent = lost_nodes.silent_nodes(current) if current and current.number == case.number else ""
+    if not silent or desired is None or desired.is_terminal or lost_after is None:
+        return decision
+    limit = case.now + timedelta(seconds=lost_after + 0.5)
+    message = f"{silent}; unless that changes, the job goes on elsewhere at {limit:%H:%M:%S UTC}"
+    return replace(decision, desired=replace(desired, reason=NODE_SILENT, message=message))
 
 
-def _seconds_to_deadline(case: _Case) -> float | None:
-    deadline = case.observed.job.spec.run_policy.active_deadline_seconds
-    start = case.status.start_time or (case.observed.attempts[0].job.created if case.observed.attempts else "")
-    return deadline - seconds_between(start, case.now) if deadline and start else None
-
-
-def _delete(attempt: Attempt, wait: bool) -> DeleteJob:
-    return DeleteJob(attempt.job.name, attempt.job.uid, attempt.job.resource_version, wait)
-
-
-def _starting_phase(number: int) -> Phase:
-    return "Starting" if number <= 1 else "Restarting"
-
-
-def _earlier(first: float | None, second: float | None) -> float | None:
-    delays = [seconds for seconds in (first, second) if seconds is not None]
-    return min(delays) if delays else None
+def _requeued(decision: Decision, *delays: float | None) -> Decision:
+    """Returns the decision, to be made again after the shortest of these delays, in seconds."""
+    known = [seconds for seconds in (decision.requeue_after, *delays) if seconds is not None]
+    return replace(decision, requeue_after=min(known, default=None))

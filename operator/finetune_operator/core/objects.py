@@ -49,6 +49,9 @@ class Pod:
     scheduled_at: str = ""
     addresses: frozenset[str] = frozenset()  # of its network, once it has them
     deleting: bool = False
+    delete_by: str = ""  # when its grace period ends, if it is being deleted
+    silent_since: str = ""  # when its node stopped answering, by the cluster's own report
+    lost: bool = False  # by core.lost_nodes: its node hasn't answered for too long
     gone: bool = False  # deleted; the other fields are its last observed state
     unwatched: bool = False  # the watch lost it, by a label, so its state has to be looked up
     started: bool = False  # its container is running, or has run
@@ -65,8 +68,8 @@ class Pod:
 
     @property
     def is_live(self) -> bool:
-        """Whether its processes may still run."""
-        return not self.gone and self.phase not in (SUCCEEDED, FAILED)
+        """Whether its processes may still run, as far as anybody can know."""
+        return not self.gone and not self.lost and self.phase not in (SUCCEEDED, FAILED)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class ChildJob:
     failed: bool = False
     failing: bool = False  # a pod has failed; the others are being stopped
     suspended: bool = False  # by a queue such as Kueue's, or by core.gang if released_at is set
+    suspended_by: str = ""  # the field manager that set spec.suspend, if it isn't the operator
+    image: str = ""  # of its pods
+    pods_digest: str = ""  # of what its pods were made from; empty for a Job of an older version
     released_at: str = ""  # when a group that was incomplete gave its nodes back
     releases: int = 0  # how often it did
     failure_reason: str = ""
@@ -144,6 +150,8 @@ class Observed:
     orphaned_pods: tuple[Pod, ...] = ()  # live pods whose Job is gone
     warning_events: Mapping[str, str] = field(default_factory=dict)
     report: Report | None = None
+    image: str = ""  # that pods would have if they were created now
+    pods_digest: str = ""  # of what pods would be made from now
 
     @property
     def current(self) -> Attempt | None:

@@ -33,6 +33,9 @@ def pod(raw: Raw) -> Pod:
     labels = _section(meta, "labels")
     conditions = {c.get("type"): c for c in _objects(status, "conditions")}
     scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+    ready, containers_ready = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
+    # The kubelet sets both conditions together; only the node controller sets one of them alone.
+    is_silent = ready.get("status") == "False" and containers_ready.get("status") == "True"
     state = _container_state(status)
     waiting, terminated = _section(state, "waiting"), _section(state, "terminated")
     unscheduled = not spec.get("nodeName") and scheduled.get("status") == "False"
@@ -53,6 +56,8 @@ def pod(raw: Raw) -> Pod:
         scheduled_at=u.time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else "",
         addresses=frozenset(u.string(entry.get("ip")) for entry in _objects(status, "podIPs")) - {""},
         deleting="deletionTimestamp" in meta,
+        delete_by=u.time(meta.get("deletionTimestamp")),
+        silent_since=u.time(ready.get("lastTransitionTime")) if is_silent else "",
         started="running" in state or "terminated" in state,
         service_account=u.string(spec.get("serviceAccountName")),
         unschedulable=u.string(scheduled.get("message")) if unschedulable else "",
@@ -97,6 +102,9 @@ def child_job(raw: Raw) -> ChildJob:
         failed="Failed" in conditions,
         failing="FailureTarget" in conditions or (attempt > 0 and u.integer(status.get("failed")) > 0),
         suspended=spec.get("suspend") is True,
+        suspended_by=_suspender(meta) if spec.get("suspend") is True else "",
+        image=_image(spec),
+        pods_digest=u.string(annotations.get(names.ANNOTATION_PODS_DIGEST)),
         released_at=u.time(annotations.get(names.ANNOTATION_RELEASED_AT)),
         releases=u.integer(annotations.get(names.ANNOTATION_RELEASES)),
         failure_reason=u.string(failure.get("reason")),
@@ -170,6 +178,22 @@ def _restarts(annotation: Any) -> Restarts:
         return Restarts.model_validate_json(annotation) if isinstance(annotation, str) else Restarts()
     except ValidationError:
         return Restarts()
+
+
+def _image(spec: Raw) -> str:
+    containers = _objects(_section(_section(spec, "template"), "spec"), "containers")
+    return next((u.string(c.get("image")) for c in containers if c.get("name") == names.CONTAINER_TRAINER), "")
+
+
+def _suspender(meta: Raw) -> str:
+    """Returns the field manager that set spec.suspend last; empty if that was the operator, or if
+    nobody is recorded."""
+    managers = [
+        (u.time(entry.get("time")), u.string(entry.get("manager")))
+        for entry in _objects(meta, "managedFields")
+        if "f:suspend" in _section(_section(entry, "fieldsV1"), "f:spec")
+    ]
+    return max(((time, name) for time, name in managers if name != names.FIELD_MANAGER), default=("", ""))[1]
 
 
 def _names(annotation: Any) -> tuple[str, ...]:

@@ -4,25 +4,50 @@ need. The clock is an argument, and there is no I/O.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 from finetune_api import untrusted as u
-from finetune_api.status import FailureStatus, Status
+from finetune_api.status import FailureStatus, Phase, Status
 from finetune_operator.core.actions import DesiredStatus
+from finetune_operator.core.case import open_deed
 from finetune_operator.core.status import conditions, timestamp
 
 STATUS_REFUSED = "StatusRefused"
 OPERATOR_ERROR = "OperatorError"
 OPERATOR_TOO_OLD = "OperatorTooOld"
+SPEC_UNREADABLE = "SpecUnreadable"
 
 
 def hindered(before: Status, generation: int, reason: str, message: str, now: datetime) -> Status:
     """Returns the status of a job that the operator can't continue for now; its phase remains."""
     text = u.line(message)
-    waiting = DesiredStatus("Pending", reason, text, before.attempt, before.restarts, before.failure)
+    waiting = _desired(before, "Pending", reason, text)
     return before.model_copy(
         update={"message": text, "conditions": conditions(before, generation, waiting, timestamp(now))}
     )
+
+
+def stalled(before: Status, generation: int, reason: str, message: str, now: datetime) -> Status:
+    """Returns the status of a job that waits for another version of the operator.
+
+    Its phase remains, as do its pods.
+    """
+    text = u.line(message)
+    waiting = replace(_desired(before, before.phase, reason, text), stalled=True)
+    return before.model_copy(
+        update={
+            "observed_generation": generation,
+            "message": text,
+            "conditions": conditions(before, generation, waiting, timestamp(now)),
+        }
+    )
+
+
+def _desired(before: Status, phase: Phase, reason: str, message: str) -> DesiredStatus:
+    """Returns what is reported of a job about which nothing else has changed."""
+    deed = open_deed(before, before.attempt)
+    return DesiredStatus(phase, reason, message, before.attempt, before.restarts, before.failure, suspension=deed)
 
 
 def refused(after: Status, error: str) -> Status:

@@ -31,18 +31,13 @@ class GiveUp:
 def next_attempt(cause: Cause, restarts: Restarts, budget: MaxRestartsSpec, lifetime: float) -> Restart | GiveUp:
     """Decides whether a failed attempt is retried.
 
-    A user's mistake is never retried and a preemption always is; the other causes have a budget
-    each. `lifetime` is how long the attempt existed, in seconds.
+    A user's mistake is never retried; the other causes have a budget each. `lifetime` is how long
+    the attempt existed, in seconds.
     """
     if cause == "user":
         return GiveUp()
-    limit = {
-        "application": budget.application,
-        "memory": budget.memory,
-        "infrastructure": budget.infrastructure,
-        "preemption": None,
-    }[cause]
-    if limit is not None and getattr(restarts, cause) >= limit:
+    limit: int = getattr(budget, cause)
+    if getattr(restarts, cause) >= limit:
         return GiveUp(limit)
     new_restarts = restarts.model_copy(update={cause: getattr(restarts, cause) + 1})
     return Restart(new_restarts, _delay(total(new_restarts), lifetime))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from finetune_api import reasons
-from finetune_api import untrusted as u
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.result import Result
 from finetune_api.status import (
@@ -24,7 +22,6 @@ from finetune_api.status import (
     Condition,
     DataStatus,
     EvaluationStatus,
-    FailureStatus,
     ModelStatus,
     Status,
 )
@@ -68,7 +65,9 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         message=desired.message,
         conditions=conditions(before, observed.job.metadata.generation, desired, time),
         start_time=before.start_time or _start_time(observed, desired, time),
-        completion_time=before.completion_time or (time if desired.is_terminal else None),
+        completion_time=(before.completion_time or time) if desired.is_terminal else None,
+        **_pauses(before, desired, now),
+        retry=before.retry if desired.phase == "Failed" else observed.job.spec.run_policy.retry,
         attempt=desired.attempt,
         gpus=plan.gpu_count(observed.job.spec),
         restarts=desired.restarts,
@@ -83,21 +82,14 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     )
 
 
-def unreadable(before: Status, generation: int, message: str, now: datetime) -> Status:
-    """Returns the status of a job whose spec can't be parsed: its CRD has another version."""
-    time, message = timestamp(now), u.line(message)
-    failure = FailureStatus(reason="InvalidSpec", message=message, hint=reasons.hint("InvalidSpec"))
-    desired = DesiredStatus("Failed", "InvalidSpec", message, before.attempt, before.restarts, failure)
-    return before.model_copy(
-        update={
-            "observed_generation": generation,
-            "phase": desired.phase,
-            "message": message,
-            "conditions": conditions(before, generation, desired, time),
-            "completion_time": time,
-            "failure": failure,
-        }
-    )
+def _pauses(before: Status, desired: DesiredStatus, now: datetime) -> dict[str, Any]:
+    """Returns for how long a job wasn't active, which no deadline counts."""
+    since = before.paused_since or (before.completion_time if before.phase == "Failed" else None)
+    if desired.phase in ("Suspended", "Queued"):
+        return {"paused_since": since or timestamp(now), "paused_seconds": before.paused_seconds}
+    if desired.is_terminal or since is None:
+        return {"paused_since": None, "paused_seconds": before.paused_seconds}
+    return {"paused_since": None, "paused_seconds": before.paused_seconds + max(0, int(seconds_between(since, now)))}
 
 
 def acknowledged(before: Status, generation: int) -> Status:
@@ -139,12 +131,17 @@ def timestamp(moment: datetime) -> str:
 
 
 def _is_urgent(before: Status, after: Status) -> bool:
-    """Whether a job ended, restarted, or was suspended, which status reports immediately."""
+    """Whether a job ended, restarted, stalled or was suspended: status reports it immediately."""
     return (
         (after.phase in _URGENT_PHASES and before.phase != after.phase)
         or before.restarts != after.restarts
         or _suspension_reason(before) != _suspension_reason(after)
+        or _is_stalled(before) != _is_stalled(after)
     )
+
+
+def _is_stalled(status: Status) -> bool:
+    return any(c.type == CONDITION_STALLED and c.status == "True" for c in status.conditions)
 
 
 def _suspension_reason(status: Status) -> str:
@@ -173,6 +170,7 @@ def conditions(before: Status, generation: int, desired: DesiredStatus, time: st
     """Returns the conditions by which a status reports what is desired."""
     failed = desired.phase == "Failed"
     working = desired.phase in ("Pending", "Queued", "Starting", "Restarting") or desired.suspension == SUSPENDING
+    working = working and not desired.stalled
     met = _DesiredCondition(True, desired.reason, desired.message)
     not_met = _DesiredCondition(False, "Finished" if desired.is_terminal else "NotFinished")
     by_type = {
@@ -180,7 +178,7 @@ def conditions(before: Status, generation: int, desired: DesiredStatus, time: st
         CONDITION_FAILED: met if failed else not_met,
         CONDITION_SUSPENDED: _DesiredCondition(desired.suspension == SUSPENDED, desired.suspension or "NotSuspended"),
         CONDITION_RECONCILING: met if working else _DesiredCondition(False, desired.phase),
-        CONDITION_STALLED: met if failed else _DesiredCondition(False, "Healthy"),
+        CONDITION_STALLED: met if failed or desired.stalled else _DesiredCondition(False, "Healthy"),
     }
     earlier = {condition.type: condition for condition in before.conditions}
     return tuple(

@@ -12,7 +12,8 @@ from typing import Literal
 from finetune_api import reasons
 from finetune_api.messages.result import Result
 from finetune_operator.core import objects
-from finetune_operator.core.objects import Attempt, Pod
+from finetune_operator.core.causes.pod_reason import pod_reason
+from finetune_operator.core.objects import Attempt, ChildJob, Observed, Pod
 
 State = Literal["queued", "waiting", "running", "ending", "succeeded", "failed"]
 
@@ -23,16 +24,6 @@ UNSCHEDULABLE = "Unschedulable"
 IMAGE_PULL = "ImagePullBackOff"
 QUEUED = "Queued"
 
-_DISRUPTIONS = {
-    "DeletionByPodGC": "NodeLost",
-    "DeletionByTaintManager": "NodeLost",
-    "PreemptionByScheduler": "Evicted",
-    "EvictionByEvictionAPI": "Evicted",
-    "TerminationByKubelet": "Evicted",
-}
-_START_ERRORS = ("StartError", "ContainerCannotRun")
-_REFUSAL_CHARACTERS = 400  # the cause is at the end of what the runtime reports
-_DISK_TERMS = ("ephemeral", "emptydir")
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff")  # the kubelet alternates between them
 _NORMAL_WAITING = ("", "ContainerCreating", "PodInitializing")
 
@@ -43,6 +34,7 @@ _PRECEDENCE = (
     ("GpuFault", "GpuUnavailable"),  # the other pods lose their connections, or raise errors of NCCL
     ("OutOfMemory", "NonFiniteLoss", "TrainingError"),
     ("NodeLost",),
+    ("PodRefused",),
     ("StorageUnavailable",),
     ("RankKilled",),
     ("Evicted",),
@@ -77,13 +69,16 @@ def verdict(attempt: Attempt, warning_events: Mapping[str, str] | None = None) -
     live = [pod for pod in pods if pod.is_live]
     if (job.complete or _all_succeeded(attempt)) and not live:
         return Verdict("succeeded", "Trained", "all pods have completed", _leading_result(pods))
-    if job.failed and not live:
+    # The Job controller waits for pods on lost nodes, whose end nobody will report.
+    is_lost = any(pod.lost for pod in pods)
+    if (job.failed or is_lost) and not live:
         return _root_cause(attempt)
-    ends = job.is_finished or job.failing or job.deleting
+    ends = job.is_finished or job.failing or job.deleting or is_lost
     if job.suspended and not ends and not live:
-        return Verdict("queued", QUEUED, f"Job {job.name} is suspended until a queue, such as Kueue's, admits it")
+        return Verdict("queued", QUEUED, _suspension(job))
     if ends or job.suspended or _has_failed_pod(attempt):
-        return Verdict("ending", "PodsEnding", _ending(live))
+        cause = f"{_suspension(job)}; " if job.suspended and not ends else ""
+        return Verdict("ending", "PodsEnding", cause + _first_failure(attempt) + _ending(live))
     if len(_present(pods)) >= job.expected_pods and all(pod.started for pod in live):
         verb = "is" if job.expected_pods == 1 else "are"
         return Verdict("running", "Running", f"{_count(job.expected_pods)} of {job.name} {verb} running")
@@ -104,6 +99,25 @@ def needs_warning_events(attempt: Attempt) -> tuple[str, ...]:
     )
     missing_pods = len(_present(attempt.pods)) < attempt.job.expected_pods
     return (attempt.job.uid, *unexplained) if missing_pods else unexplained
+
+
+def _suspension(job: ChildJob) -> str:
+    """Says who has suspended a Job, and what resumes it."""
+    if not job.suspended_by:
+        return f"Job {job.name} is suspended until a queue, such as Kueue's, admits it"
+    return f"Job {job.name} was suspended by {job.suspended_by}; it runs once its spec.suspend is false"
+
+
+def needs_service(observed: Observed) -> bool:
+    """Whether the pods of a group may still look for each other by the name of their Service.
+
+    They do so until they have met, which is before the first step.
+    """
+    attempt, report = observed.current, observed.report
+    if attempt is None or attempt.job.expected_pods == 1 or attempt.job.is_finished or attempt.job.suspended:
+        return False
+    has_stepped = report is not None and report.progress.attempt == attempt.number and report.progress.step > 0
+    return not has_stepped
 
 
 def _all_succeeded(attempt: Attempt) -> bool:
@@ -160,6 +174,15 @@ def _reason_of_warning(warning: str) -> str:
     return warning.partition(":")[0] or STARTING
 
 
+def _first_failure(attempt: Attempt) -> str:
+    """Returns what has ended an attempt whose other pods are still stopping, as a clause."""
+    ended = replace(attempt, pods=tuple(pod for pod in attempt.pods if pod.lost or pod.phase == objects.FAILED))
+    if not ended.pods:
+        return ""
+    cause = _root_cause(ended)
+    return f"{cause.reason}: {cause.message}; "
+
+
 def _ending(live: list[Pod]) -> str:
     if not live:
         return "the attempt is ending"
@@ -189,63 +212,6 @@ def _pod_verdict(pod: Pod) -> tuple[str, Verdict]:
     reason, message = pod_reason(pod)
     result = pod.result or _bare_result(pod, reason)
     return finished or "9", Verdict("failed", reason, f"pod {pod.name}: {message}".rstrip(": "), result)
-
-
-def pod_reason(pod: Pod) -> tuple[str, str]:
-    """Returns reason and message of a failed pod, from the most specific source that exists."""
-    end, result = pod.termination, pod.result
-    if result and result.outcome == "failed" and result.reason:
-        return result.reason, result.message
-    if pod.disruption:
-        return _disruption(pod)
-    if result and result.outcome == "preempted":
-        return "Preempted", result.message or "was asked to stop"
-    if end and end.reason == "OOMKilled":
-        return "OutOfMemory", f"was killed because it ran out of memory (exit code {end.exit_code})"
-    if pod.status_reason in ("Evicted", "NodeLost", "NodeShutdown", "Terminated"):
-        return _disruption(pod)
-    if refusal := _gpu_refusal(pod):
-        return "GpuUnavailable", refusal
-    if end and end.exit_code == _exit_code("Preempted"):
-        return "Preempted", "exited after SIGTERM"
-    if pod.deleting or pod.gone:
-        return "PodDeleted", "was deleted while it was running"
-    if end:
-        return _reason_of_exit_code(end.exit_code), f"ended with exit code {end.exit_code}"
-    return "PodFailed", f"{pod.status_reason} {pod.status_message}".strip() or "ended without reporting a reason"
-
-
-def _gpu_refusal(pod: Pod) -> str:
-    """Returns why a container couldn't start with its GPU; empty if that wasn't the cause.
-
-    NVIDIA's runtime refuses a driver that is older than the image needs, and the kubelet refuses a
-    GPU that became unhealthy after the pod was scheduled.
-    """
-    end = pod.termination
-    if end and end.reason in _START_ERRORS and "nvidia" in end.message.lower():
-        return end.message[-_REFUSAL_CHARACTERS:]
-    if pod.status_reason == "UnexpectedAdmissionError" and "nvidia.com/" in pod.status_message:
-        return pod.status_message
-    return ""
-
-
-def _disruption(pod: Pod) -> tuple[str, str]:
-    message = pod.disruption_message or pod.status_message
-    status_message = pod.status_message.lower()
-    if "exceed" in status_message and any(term in status_message for term in _DISK_TERMS):
-        return "DiskFull", pod.status_message  # more than its own limit; a full node says that it is low on it
-    reason = _DISRUPTIONS.get(pod.disruption) or ("NodeLost" if pod.status_reason != "Evicted" else "Evicted")
-    return reason, message
-
-
-def _exit_code(reason: str) -> int:
-    return reasons.REASONS[reason].exit_code
-
-
-def _reason_of_exit_code(code: int) -> str:
-    """Returns the reason of a pod without a result, if its exit code has only one."""
-    matching = [reason.name for reason in reasons.REASONS.values() if reason.exit_code == code]
-    return matching[0] if len(matching) == 1 else "PodFailed"
 
 
 def _bare_result(pod: Pod, reason: str) -> Result:

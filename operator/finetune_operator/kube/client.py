@@ -125,6 +125,12 @@ class KubeClient:
             if not token:
                 return
 
+    async def schemas(self, api_version: str) -> Raw:
+        """Returns the schemas that the API server publishes for an API version, by name."""
+        document = await self._request("GET", "openapi", f"/openapi/v3/apis/{api_version}")
+        schemas: Raw = document.get("components", {}).get("schemas", {})
+        return schemas
+
     # -- writing -----------------------------------------------------------------------------------
 
     async def create(self, resource: str, manifest: Mapping[str, Any]) -> Raw:

@@ -3,10 +3,12 @@ once the cause is fixed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from finetune_api.messages.result import Result
 from k8s_operator.support.kubelet_stand_in import World
 from k8s_operator.support.operator_process import Operator
 
@@ -90,3 +92,45 @@ def test_pods_that_a_quota_refuses_are_reported_with_the_job_controllers_message
     world.submit("podless")
     world.wait_job("podless-1")
     world.wait(lambda: "exceeded quota: small" in world.status("podless").get("message", ""), 20)
+
+
+def test_a_service_that_is_deleted_while_pods_start_is_made_again(world: World, operator: Operator) -> None:
+    world.submit("nameless", distribution={"nodes": 2})
+    world.wait_pods("nameless-1", 2)
+    world.wait(lambda: world.get("services", "nameless-ranks"))
+    world.delete("services", "nameless-ranks")
+    world.wait(lambda: world.get("services", "nameless-ranks"), 30, lambda: "new Service")
+
+
+def test_pods_follow_an_image_that_is_mended_in_the_chart_while_none_has_started(
+    world: World, operators: Callable[..., Operator]
+) -> None:
+    first = operators(trainerImage="example.test/trainer:typo")
+    first.start()
+    world.submit("mended")
+    (pod,) = world.wait_pods("mended-1")
+    world.waiting_container(pod, "ImagePullBackOff", "not found")
+    world.wait(lambda: "ImagePullBackOff" in world.status("mended").get("message", ""))
+    first.kill()
+    operators(trainerImage="example.test/trainer:2", pod_name="second").start()
+    world.wait(lambda: world.end_deleted_pods("mended-1") == 1, 20)
+    (pod,) = world.wait_pods("mended-2", 1, 20)
+    assert pod["spec"]["containers"][0]["image"] == "example.test/trainer:2"
+    world.run_pod(pod)
+    assert world.wait_phase("mended", "Running", 20)["restartsTotal"] == 0
+
+
+def test_a_failed_job_is_tried_again_after_what_its_hint_names_was_changed(world: World, operator: Operator) -> None:
+    world.submit("again", resources={"scratch": "1Gi"})
+    (pod,) = world.run_pods("again-1")
+    world.end_pod(pod, 76, Result(outcome="failed", reason="DiskFull", message="no space"))
+    assert "auto would be" in world.wait_phase("again", "Failed", 20)["message"]
+    change = {"resources": {"scratch": "50Gi"}, "runPolicy": {"retry": 1}}
+    answer = world.patch("finetunejobs", "again", {"spec": change})
+    assert answer.accepted, answer.message
+    (pod,) = world.run_pods("again-2")
+    assert pod["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] == "50Gi"
+    status = world.wait_phase("again", "Running", 20)
+    assert (status["retry"], status["restartsTotal"], status["failure"]["reason"]) == (1, 0, "DiskFull")
+    assert "completionTime" not in status
+    assert world.condition("again", "Failed")["status"] == "False"

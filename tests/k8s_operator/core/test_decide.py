@@ -12,16 +12,8 @@ from finetune_api import names
 from finetune_api.messages.result import Result
 from finetune_api.status import Condition, Phase, Restarts, Status
 from finetune_operator.core import parsing
-from finetune_operator.core.decide import (
-    CreateAttempt,
-    CreatePreflight,
-    Decision,
-    DeleteJob,
-    DesiredStatus,
-    blocked,
-    decide,
-    failed_to_start,
-)
+from finetune_operator.core.actions import CreateAttempt, CreatePreflight, Decision, DeleteJob, DesiredStatus
+from finetune_operator.core.decide import blocked, decide, failed_to_start
 from finetune_operator.core.objects import Observed
 from k8s_operator.support.observed_states import (
     BEFORE,

@@ -109,6 +109,9 @@ class Cluster:
             del self.attempts[number]
         elif event == "start":
             self._pods(number, lambda pod: replace(pod, phase="Running", started=True) if pod.is_live else pod)
+        elif event == "stop":
+            if attempt.job.deleting:
+                self._pods(number, lambda pod: _ended(pod, 143, Result(outcome="preempted")) if pod.is_live else pod)
         elif event == "finish":
             self._pods(number, lambda pod: _ended(pod, 0, Result(outcome="succeeded")) if pod.is_live else pod)
         elif event == "leave":
@@ -152,6 +155,7 @@ _EVENTS = (
     "start", "start", "leave", "OutOfMemory", "TrainingError", "RankKilled", "PeerLost", "job deleted",
     "orphaned_pods end", "suspend", "resume", "time", "finish",
 )  # fmt: skip
+_OWN_DEEDS = st.sampled_from(("start", "stop", "suspend", "resume", "time"))
 _STEP = st.tuples(st.sampled_from(_EVENTS), st.integers(min_value=0, max_value=4))
 
 
@@ -182,3 +186,14 @@ def test_no_crash_and_no_order_of_events_creates_a_second_group(steps: list[tupl
     assert restarts.memory <= 2
     assert restarts.infrastructure <= 5
     assert final.restarts_total <= len(cluster.created) - 1
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(_OWN_DEEDS, st.integers(min_value=0, max_value=4)), max_size=40))
+def test_no_order_of_suspensions_and_crashes_counts_as_a_failure(steps: list[tuple[str, int]]) -> None:
+    cluster = Cluster()
+    for event, writes in steps:
+        cluster.reconcile(writes)
+        cluster.happen(event)
+        assert cluster.job.status.restarts == Restarts()
+        assert cluster.job.status.phase not in TERMINAL_PHASES

@@ -34,7 +34,6 @@ from finetune_operator.core.status import (
     seconds_until_due,
     status,
     timestamp,
-    unreadable,
 )
 from k8s_operator.support.observed_states import (
     BEFORE,
@@ -205,14 +204,6 @@ def test_a_change_of_a_finished_jobs_spec_is_acknowledged_and_changes_nothing_el
     assert known.observed_generation == 2
     assert {c.observed_generation for c in known.conditions} == {2}
     assert acknowledged(known, 1) == done
-
-
-def test_a_spec_that_cannot_be_read_fails_with_the_field() -> None:
-    reported = unreadable(Status(), 1, "spec.method.type: is required", NOW)
-    assert _kstatus(reported, 1) == "Failed"
-    assert reported.failure is not None
-    assert reported.failure.reason == "InvalidSpec"
-    assert "spec.method.type" in reported.message
 
 
 def test_events_are_written_only_for_what_goes_wrong() -> None:

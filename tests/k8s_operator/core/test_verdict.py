@@ -69,7 +69,32 @@ DEATHS: dict[str, tuple[tuple[Pod, ...], str]] = {
     "an exit code that several share": ((a_dead_pod(0, 65),), "PodFailed"),
     "an exit code that nobody knows": ((a_dead_pod(0, 99),), "PodFailed"),
     "a kubelet that refused the pod": (
-        (a_pod(0, "Failed", status_reason="UnexpectedAdmissionError", status_message="no GPU"),), "PodFailed",
+        (a_pod(0, "Failed", status_reason="UnexpectedAdmissionError", status_message="no device"),), "PodRefused",
+    ),
+    "a kubelet whose node is full": (
+        (a_pod(0, "Failed", status_reason="OutOfcpu", status_message="Node didn't have enough resource: cpu"),),
+        "PodRefused",
+    ),
+    "a scratch disk that is too small, although the pod says that it was only asked to stop": (
+        (a_dead_pod(0, 143, _PREEMPTED, status_reason="Evicted",
+                    status_message='Usage of EmptyDir volume "scratch" exceeds the limit "1Gi".'),),
+        "DiskFull",
+    ),
+    "an eviction, although the pod says that it lost its peers": (
+        (a_dead_pod(0, 75, failed("PeerLost"), disruption="EvictionByEvictionAPI"),), "Evicted",
+    ),
+    "the kubelet's eviction without a condition": (
+        (a_dead_pod(0, 143, _PREEMPTED, status_reason="Evicted",
+                    status_message="The node was low on resource: memory."),),
+        "Evicted",
+    ),
+    "the shutdown of a node": (
+        (a_dead_pod(0, 143, _PREEMPTED, status_reason="Terminated",
+                    status_message="Pod was terminated in response to imminent node shutdown."),),
+        "Evicted",
+    ),
+    "a mistake of the user, although the pod was evicted then": (
+        (a_dead_pod(0, 65, failed("DatasetInvalid"), disruption="EvictionByEvictionAPI"),), "DatasetInvalid",
     ),
     "a failed GPU goes before the errors of NCCL that it causes": (
         (a_dead_pod(0, 1, failed("TrainingError"), at="2026-01-02T03:00:00Z"),

@@ -49,11 +49,12 @@ def already_finished(manifest: Manifest, artifact: ArtifactStatus, scored: Evalu
 
 def preempted(state: RunState, checkpoint: CheckpointStatus | None, model: ModelStatus | None) -> Result:
     """Returns the result of an attempt that was asked to stop, and can resume from `checkpoint`."""
-    step = checkpoint.step if checkpoint else 0
+    position = f" at step {state.step}" if state.step else ""
+    resumes = f"; the next attempt resumes from step {checkpoint.step}" if checkpoint else ""
     return Result(
         outcome="preempted",
         reason="Preempted",
-        message=f"asked to stop at step {state.step}; the next attempt resumes from step {step}",
+        message=f"asked to stop{position}{resumes}",
         step=state.step,
         total_steps=state.total_steps,
         checkpoint=checkpoint,

@@ -14,6 +14,7 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.reasons import REASONS
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import Restarts
+from finetune_operator.core.pods.digest import pods_digest
 from finetune_operator.core.pods.pod import network_profile, pod_spec
 from finetune_operator.core.pods.scheduling import queue_annotations
 from finetune_operator.settings import Settings
@@ -77,6 +78,7 @@ def attempt_job(
             "annotations": {
                 names.ANNOTATION_RESTARTS: json.dumps(restarts.to_json()),
                 names.ANNOTATION_SPEC_DIGEST: run.provenance.spec_digest,
+                names.ANNOTATION_PODS_DIGEST: pods_digest(job, settings),
                 **avoided,
             },
             "ownerReferences": [owner_reference(job)],
@@ -106,6 +108,7 @@ def preflight_job(job: FineTuneJob, run: RunConfig, settings: Settings) -> Manif
             "name": names.preflight_job_name(job.metadata.name),
             "namespace": job.metadata.namespace,
             "labels": labels,
+            "annotations": {names.ANNOTATION_PODS_DIGEST: pods_digest(job, settings)},
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
