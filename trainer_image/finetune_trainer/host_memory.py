@@ -6,8 +6,10 @@ It also releases memory that the C library retains. Never imports torch.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 Cgroup = tuple[Path, Path, str]
@@ -19,6 +21,7 @@ CGROUPS = (
 _SCARCE = 0.1  # of a limit
 # The counter of kills in the container's own cgroup: v2, then v1.
 _OOM_FILES = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _OOM_KILLS = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
@@ -58,6 +61,27 @@ def release_unused() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+@contextmanager
+def without_fragments() -> Iterator[None]:
+    """Makes the C library return each large block to the kernel as soon as it is freed.
+
+    By default, glibc raises the size from which it does so up to 32 MiB while a program frees
+    blocks. Smaller ones then leave gaps in its heap, which stay in use for the kernel: a model that
+    is split while it is loaded took up to three times its shard. Afterwards that size is glibc's
+    highest. Nothing is changed if the environment sets glibc's allocation, as on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is None or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def oom_kills(files: tuple[Path, ...] = _OOM_FILES) -> int:

@@ -59,11 +59,10 @@ def growth(
 
 
 def test_no_rank_holds_more_than_its_shard_while_the_model_is_loaded(growth: list[dict[str, int]]) -> None:
-    """DeepSpeed makes every module in full before it splits it, and rank 0 sends each one, so with
-    zero3 the limit is all weights once."""
+    """DeepSpeed makes every module in full before it splits it, so with zero3 a layer comes on top;
+    fragments of the C library's heap once took up to two shards more."""
     for rank in growth:
-        limit = _WEIGHTS / _RANKS if "shard" in rank else _WEIGHTS
-        assert rank["load"] + rank.get("shard", 0) < limit + _SLACK, growth
+        assert rank["load"] + rank.get("shard", 0) < _WEIGHTS / _RANKS + _SLACK, growth
 
 
 def test_the_result_is_written_without_a_copy_of_all_weights(growth: list[dict[str, int]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from finetune_api.spec.hardware import Offload
+from finetune_trainer.host_memory import without_fragments
 from finetune_trainer.parallel.limits import ZERO_BUCKET
 from finetune_trainer.parallel.optimizers import OptimizerConfig
 from finetune_trainer.parallel.world import World
@@ -111,7 +112,8 @@ def split_while_loading(options: ZeroOptions | None, stored: torch.dtype) -> Ite
     # Transformers has only a weak reference to it, so it has to be kept alive here.
     config = HfDeepSpeedConfig(settings)
     try:
-        yield
+        with without_fragments():
+            yield
     finally:
         unset_hf_deepspeed_config()
         del config
