@@ -118,7 +118,11 @@ def _connect(pid: int, network: Network) -> None:
 
 
 def link(pid: int, interface: str, other: int) -> None:
-    """Connects the namespaces of two processes: `interface` in the first, `eth0` in the other."""
+    """Connects the namespaces of two processes: `interface` in the first, `eth0` in the other.
+
+    An interface of the same name, whose other end the kernel hasn't released yet, is replaced.
+    """
+    subprocess.run([*enter(pid), "ip", "link", "delete", interface], capture_output=True, check=False)
     _run("ip", "link", "add", interface, "netns", str(pid), "type", "veth", "peer", "name", "eth0", "netns", str(other))
 
 

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     running = os.environ.get("FINETUNE_E2E_CLUSTER")
     operator_image, trainer_image = clusters.build_images()
-    cluster = clusters.access(running) if running else clusters.up(CLUSTER)
+    cluster = clusters.access(running) if running else clusters.up(CLUSTER, "--nodes", "2")
     try:
         clusters.load(cluster.name, operator_image, trainer_image)
         start_afresh(cluster)
