@@ -96,7 +96,7 @@ class BucketStorage:
         with self._translated_errors(if_missing=self._no_bucket):
             items = [item for page in obstore.list(self._store, prefix=prefix or None) for item in page]
         skip = len(self._prefix) + 1 if self._prefix else 0
-        entries = [FileInfo(item["path"][skip:], int(item["size"]), item["e_tag"]) for item in items]
+        entries = [FileInfo(item["path"][skip:], int(item["size"]), _quoted(item["e_tag"])) for item in items]
         return tuple(sorted((entry for entry in entries if entry.path), key=lambda entry: entry.path))
 
     def head(self, path: str) -> FileInfo | None:
@@ -107,7 +107,7 @@ class BucketStorage:
         except FileNotFoundError:
             self._explain_missing(path)
             return None
-        return FileInfo(path, int(item["size"]), item["e_tag"])
+        return FileInfo(path, int(item["size"]), _quoted(item["e_tag"]))
 
     def read(self, path: str) -> bytes | None:
         """Returns the content of a small file, or None if it doesn't exist."""
@@ -236,3 +236,8 @@ class BucketStorage:
                 message = "there are no keys; name a Secret in credentialsRef, or give the pod an identity"
                 raise RunError("CredentialsMissing", f"{self._at()}: {message}") from None
             raise self._unavailable(error) from None
+
+
+def _quoted(etag: str | None) -> str | None:
+    """Returns an etag as a condition has to name it. Azure's lists have it without its quotes."""
+    return f'"{etag}"' if etag and not etag.endswith('"') else etag

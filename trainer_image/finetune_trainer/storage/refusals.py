@@ -20,7 +20,11 @@ _REFUSALS = frozenset((
     "AuthenticationFailed", "AuthorizationFailure", "NoAuthenticationInformation", "InvalidAuthenticationInfo",
     "PublicAccessNotPermitted", "BlobImmutableDueToPolicy", "LeaseIdMissing",
 ))  # fmt: skip
-_NO_CONTAINER = frozenset(("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "ContainerDisabled"))
+# A name that no bucket can have is that of none.
+_NO_CONTAINER = frozenset((
+    "NoSuchBucket", "InvalidBucketName",
+    "ContainerNotFound", "ContainerBeingDeleted", "ContainerDisabled", "InvalidResourceName", "OutOfRangeInput",
+))  # fmt: skip
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9]+)\s*</Code>")
 _MESSAGE = re.compile(r"<Message>\s*([^<]+)")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -49,7 +53,7 @@ def words(error: Exception) -> str:
     text = str(error).strip()
     code, message = _CODE.search(text), _MESSAGE.search(text)
     if code:
-        explanation = f": {' '.join(message[1].split())}" if message else ""
+        explanation = f": {message[1].strip().splitlines()[0]}" if message and message[1].strip() else ""
         return f"{code[1]}{explanation}"[:300]
     lines = text.splitlines()
     tokens = _OAUTH.findall(text)
