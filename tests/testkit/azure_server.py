@@ -1,5 +1,5 @@
-"""A real server of Azure's blob storage (Azurite) on a loopback port, and an authority that signs in
-applications, for tests that need no cluster."""
+"""A real server of Azure's blob storage (Azurite) on a loopback port, and an authority that signs
+applications in, for tests that need no cluster."""
 
 from __future__ import annotations
 

@@ -159,9 +159,7 @@ class BucketStorage:
         try:
             with self._translated_errors(if_missing=self._no_bucket, conditional=True):
                 obstore.put(self._store, self._key(path), data, mode="create")
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
-            if self.head(path) is None:  # Azure also responds with a conflict if a container is being deleted
-                raise self._unavailable(error) from None
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             return False
         except exceptions.NotSupportedError:
             if self.head(path) is not None:
