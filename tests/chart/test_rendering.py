@@ -181,6 +181,8 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         ("replicaCount=-1", "minimum"),
         ("logLevel=verbose", "must be one of"),
         ("storage.s3.endpoint=s3.example.com", "does not match pattern"),
+        ("storage.gcs.endpoint=gcs.example.com", "does not match pattern"),
+        ("storage.azure.account=evil.com/", "does not match pattern"),
         ("watchNamespaces={Team_A}", "does not match pattern"),
         ("image.digest=latest", "does not match pattern"),
         ("image.repository=repo:tag", "does not match pattern"),
