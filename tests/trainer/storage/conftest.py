@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -32,6 +33,10 @@ class ObjectStore:
         """What a Secret contains, with other values; None leaves a key out."""
         values = {**self.server.environment(), **changes}
         return {key: value for key, value in values.items() if value is not None}
+
+    def endpoint_at(self, url: str) -> str:
+        """The endpoint of this server at another address; Azure's has the account as its path."""
+        return url + urlsplit(self.server.endpoint).path
 
     def client(self, bucket: str) -> Any:
         """An obstore client of its own, for what the trainer's storage should find or leave."""

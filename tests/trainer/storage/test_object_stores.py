@@ -181,7 +181,7 @@ def test_every_operation_on_a_store_that_doesnt_answer_is_tried_again_and_then_u
 ) -> None:
     with Relay(object_store.server.endpoint) as relay:
         relay.cut()
-        keys = object_store.keys(**{object_store.endpoint_key: _at(relay.url, object_store)})
+        keys = object_store.keys(**{object_store.endpoint_key: object_store.endpoint_at(relay.url)})
         storage = folder(keys=keys)
         for operation in OPERATIONS:
             before = relay.refused
@@ -189,8 +189,3 @@ def test_every_operation_on_a_store_that_doesnt_answer_is_tried_again_and_then_u
             assert relay.refused - before >= 3, operation
         relay.restore()
         assert storage.list() == ()
-
-
-def _at(url: str, store: ObjectStore) -> str:
-    """The same server at another address; Azure's endpoint has the account as its path."""
-    return url + store.server.endpoint.removeprefix("http://").partition(":")[2].lstrip("0123456789")
