@@ -193,7 +193,10 @@ def _replaced(
     if planned.display.startswith("pvc://"):
         raise CannotRunHere(f"{planned.display} is a volume of a cluster and can't be read here; give {option} PATH")
     if planned.credentials is not None:
-        note = "credentialsRef: Secrets can't be read here; keys come from the environment (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN)"
+        note = (
+            "credentialsRef: Secrets can't be read here; keys come from the environment (AWS_*, GOOGLE_*, AZURE_*, "
+            "HF_TOKEN)"
+        )
         if note not in notes:
             notes.append(note)
     return planned.model_copy(update={"credentials": None})

@@ -16,7 +16,7 @@ USAGE_ERROR = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `finetune report`."""
     parser.add_argument(
-        "result", metavar="RESULT", help="folder of a finished result, or its URI (s3://bucket/prefix, gs://…, az://…)"
+        "result", metavar="RESULT", help="folder of a finished result, or its URI (s3://…, gs://…, az://…)"
     )
     parser.add_argument(
         "--out", metavar="FILE", default="report.html", help="file to write; default report.html; - is standard output"
