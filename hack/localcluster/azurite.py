@@ -32,7 +32,10 @@ def node() -> Path:
 
 
 def script() -> Path:
-    """Returns Azurite's blob server, installed on first use. Raises LocalClusterError if npm fails."""
+    """Returns Azurite's blob server, installed on first use.
+
+    Raises LocalClusterError if npm fails.
+    """
     digest = hashlib.sha256(b"".join((_LOCK / name).read_bytes() for name in _FILES))
     folder = cache_root() / "environments" / f"azurite-{digest.hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)

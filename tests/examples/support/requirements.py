@@ -72,11 +72,8 @@ def _outputs(spec: Raw) -> Iterator[str]:
     scheme, _, path = spec["output"]["uri"].partition("://")
     place = path.partition("/")[0]
     claim = f"PersistentVolumeClaim {place}, writable by user 65532"
-    yield (
-        claim
-        if scheme == "pvc"
-        else f"{'container' if scheme == 'az' else 'bucket'} {place}, in which the job may write and delete"
-    )
+    kind = "container" if scheme == "az" else "bucket"
+    yield claim if scheme == "pvc" else f"{kind} {place}, in which the job may write and delete"
 
 
 def _offers(spec: Raw) -> Iterator[str]:

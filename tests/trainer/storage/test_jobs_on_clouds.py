@@ -1,5 +1,5 @@
-"""The supervisor against Google Cloud Storage and Azure's blob storage, as test_s3.py has it for S3:
-inputs and the result are in buckets, keys come from a mounted Secret, and the store fails."""
+"""The supervisor against Google Cloud Storage and Azure's blob storage, as test_s3.py has it for
+S3: inputs and the result are in buckets, keys come from a mounted Secret, and the store fails."""
 
 from __future__ import annotations
 
