@@ -102,7 +102,7 @@ def _account(**changes: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("secret", "reason", "words"),
+    ("secret", "reason", "explanation"),
     [
         ({}, "CredentialsMissing", "has no key GOOGLE_APPLICATION_CREDENTIALS"),
         ({"key.json": "{}"}, "CredentialsMissing", "has no key GOOGLE_APPLICATION_CREDENTIALS"),
@@ -118,15 +118,15 @@ def _account(**changes: object) -> dict[str, str]:
         ({**KEY, "GOOGLE_BASE_URL": "HTTP://evil"}, "InvalidConfig", "storage.gcs.allowHttp"),
     ],
 )
-def test_googles_secret_is_refused_rather_than_ignored(secret: dict[str, str], reason: str, words: str) -> None:
+def test_googles_secret_is_refused_rather_than_ignored(secret: dict[str, str], reason: str, explanation: str) -> None:
     with pytest.raises(RunError) as refused:
         gcs.access_options(GcsConfig(), secret, {"GCE_METADATA_HOST": "metadata"})
-    assert (refused.value.reason, words in refused.value.message) == (reason, True), refused.value.message
+    assert (refused.value.reason, explanation in refused.value.message) == (reason, True), refused.value.message
     assert "PRIVATE" not in refused.value.message
 
 
 @pytest.mark.parametrize(
-    ("secret", "reason", "words"),
+    ("secret", "reason", "explanation"),
     [
         ({}, "CredentialsMissing", "neither AZURE_STORAGE_KEY nor AZURE_STORAGE_SAS_TOKEN nor AZURE_CLIENT_SECRET"),
         ({**BARE, "password": "x"}, "CredentialsMissing", "neither AZURE_STORAGE_KEY"),
@@ -141,10 +141,10 @@ def test_googles_secret_is_refused_rather_than_ignored(secret: dict[str, str], r
          "the Secret's AZURE_STORAGE_ENDPOINT http://evil"),
     ],
 )  # fmt: skip
-def test_azures_secret_is_refused_rather_than_ignored(secret: dict[str, str], reason: str, words: str) -> None:
+def test_azures_secret_is_refused_rather_than_ignored(secret: dict[str, str], reason: str, explanation: str) -> None:
     with pytest.raises(RunError) as refused:
         azure.access_options(AzureConfig(account="operators"), secret, AKS)
-    assert (refused.value.reason, words in refused.value.message) == (reason, True), refused.value.message
+    assert (refused.value.reason, explanation in refused.value.message) == (reason, True), refused.value.message
 
 
 def test_a_container_needs_the_name_of_an_account() -> None:

@@ -126,7 +126,7 @@ def test_files_are_opened_by_uri_and_by_pattern(object_store: ObjectStore, tmp_p
     storage, entry = open_file(location("a.jsonl"), "dataset", ACCESS)
     assert (entry.size, storage.read(entry.path)) == (2, b"{}")
     for path, expected in (("*.jsonl", ["a.jsonl", "b.jsonl"]), ("**/*.jsonl", ["a.jsonl", "b.jsonl", "deep/c.jsonl"])):
-        assert [found.path for found in open_files(location(path), "dataset", ACCESS)[1]] == expected
+        assert [match.path for match in open_files(location(path), "dataset", ACCESS)[1]] == expected
     with pytest.raises(RunError, match="doesn't exist or is not a file") as refused:
         open_file(location("other.jsonl"), "dataset", ACCESS)
     assert refused.value.reason == "DatasetNotFound"

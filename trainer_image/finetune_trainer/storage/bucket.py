@@ -68,7 +68,7 @@ def open_bucket(
     try:
         store = _STORES[scheme](bucket, **{**options, "client_options": client, "retry_config": retry})
     except (ValueError, exceptions.BaseError) as error:
-        cause = f"the credentials or the endpoint can't be used ({refusals.words(error)})"
+        cause = f"the credentials or the endpoint can't be used ({refusals.explanation(error)})"
         raise RunError("CredentialsMissing", f"{FIELD[role]}: {display}: {cause}; check them") from None
     return BucketStorage(store, prefix.strip("/"), role=role, display=display, container=_CONTAINERS[scheme])
 
@@ -208,7 +208,7 @@ class BucketStorage:
         return f"{FIELD[self._role]}: {self._display}{'/' + path if path else ''}"
 
     def _unavailable(self, error: Exception) -> RunError:
-        return RunError("StorageUnavailable", f"{self._at()}: {refusals.words(error)}")
+        return RunError("StorageUnavailable", f"{self._at()}: {refusals.explanation(error)}")
 
     @contextmanager
     def _translated_errors(self, *, if_missing: str | None = None, conditional: bool = False) -> Iterator[None]:
@@ -222,7 +222,7 @@ class BucketStorage:
         except (FileNotFoundError, exceptions.BaseError) as error:
             cause = refusals.cause(error)
             if cause == "refused" or isinstance(error, _REFUSED):
-                message = f"{self._at()}: the store refused the credentials ({refusals.words(error)})"
+                message = f"{self._at()}: the store refused the credentials ({refusals.explanation(error)})"
                 raise RunError("AccessDenied", message) from None
             if isinstance(error, FileNotFoundError) and if_missing is None:
                 raise

@@ -48,13 +48,13 @@ def cause(error: Exception) -> Cause:
     return "unavailable"
 
 
-def words(error: Exception) -> str:
-    """Returns the store's own words: its code and message, else the first line of the error."""
+def explanation(error: Exception) -> str:
+    """Returns what the store says: its code and message, else the first line of the error."""
     text = str(error).strip()
     code, message = _CODE.search(text), _MESSAGE.search(text)
     if code:
-        explanation = f": {message[1].strip().splitlines()[0]}" if message and message[1].strip() else ""
-        return f"{code[1]}{explanation}"[:300]
+        detail = f": {message[1].strip().splitlines()[0]}" if message and message[1].strip() else ""
+        return f"{code[1]}{detail}"[:300]
     lines = text.splitlines()
     tokens = _OAUTH.findall(text)
     if tokens:
