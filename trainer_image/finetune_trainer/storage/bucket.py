@@ -221,6 +221,9 @@ class BucketStorage:
             yield
         except (FileNotFoundError, exceptions.BaseError) as error:
             cause = refusals.cause(error)
+            if cause == "full":
+                message = f"{self._at()}: the store is full ({refusals.explanation(error)}); make room"
+                raise RunError("DiskFull", message) from None
             if cause == "refused" or isinstance(error, _REFUSED):
                 message = f"{self._at()}: the store refused the credentials ({refusals.explanation(error)})"
                 raise RunError("AccessDenied", message) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Cause = Literal["refused", "no container", "no identity", "unavailable"]
+Cause = Literal["refused", "full", "no container", "no identity", "unavailable"]
 
 # Amazon's and its compatible servers', Google's, and Azure's. Status 401 and 403 need no code; some
 # stores respond to an unknown key with a 404, and Azure to a locked blob with a 409 or a 412.
@@ -19,6 +19,10 @@ _REFUSALS = frozenset((
     "AuthenticationRequired", "InvalidSecurity",
     "AuthenticationFailed", "AuthorizationFailure", "NoAuthenticationInformation", "InvalidAuthenticationInfo",
     "PublicAccessNotPermitted", "BlobImmutableDueToPolicy", "LeaseIdMissing",
+))  # fmt: skip
+_FULL = frozenset((
+    "QuotaExceeded", "QuotaExceededException", "InsufficientStorage", "InsufficientCapacity", "StorageFull",
+    "XMinioStorageFull", "XMinioStorageQuotaExceeded", "XMinioAdminBucketQuotaExceeded",
 ))  # fmt: skip
 # A name that no bucket can have is that of none.
 _NO_CONTAINER = frozenset((
@@ -43,6 +47,8 @@ def cause(error: Exception) -> Cause:
     code = _CODE.search(text)
     if code and code[1] in _NO_CONTAINER:
         return "no container"
+    if number == 507 or (code and code[1] in _FULL):
+        return "full"
     if number in (401, 403) or (code and code[1] in _REFUSALS) or (number == 400 and _OAUTH.search(text)):
         return "refused"
     return "unavailable"
@@ -59,4 +65,4 @@ def explanation(error: Exception) -> str:
     tokens = _OAUTH.findall(text)
     if tokens:
         return " ".join(": ".join(tokens[:2]).split())[:300]
-    return lines[0][:300] if lines else type(error).__name__
+    return lines[0][:300].rstrip(": ") if lines else type(error).__name__
