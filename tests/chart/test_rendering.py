@@ -138,6 +138,8 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "leaderElection": {"leaseSeconds": 30, "renewSeconds": 20, "retrySeconds": 0.5},
         "progress": {"enabled": False, "intervalSeconds": 1.5, "writeEverySeconds": 60},
         "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True},
+                    "gcs": {"endpoint": "http://gcs:4443", "allowHttp": True},
+                    "azure": {"account": "team", "endpoint": "http://azurite:10000/team", "allowHttp": True},
                     "hub": {"endpoint": "https://hub"}},
         "models": {"allowedLicenses": ["apache-2.0", "mit"], "cache": {"claim": "models", "size": "10Gi"}},
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},

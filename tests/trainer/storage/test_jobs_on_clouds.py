@@ -13,6 +13,7 @@ import pytest
 
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import AzureConfig, DataConfig, GcsConfig, ModelConfig
+from finetune_cli.main import main
 from trainer.storage.conftest import ObjectStore
 from trainer.support import supervisor_process
 from trainer.support.network_outage import Relay
@@ -65,7 +66,7 @@ def remote(request: pytest.FixtureRequest, object_stores: dict[str, ObjectStore]
     return Remote(setup, store, keys, f"{tmp_path.name}/v1")
 
 
-def test_a_job_reads_writes_and_owns_its_result(remote: Remote) -> None:
+def test_a_job_reads_writes_and_owns_its_result(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = supervisor_process.supervise(remote.setup.run(), remote.setup.folder)
     assert ended.code == 0, ended.output
     assert remote.read("adapter_model.safetensors") == b"weights after 4"
@@ -75,6 +76,12 @@ def test_a_job_reads_writes_and_owns_its_result(remote: Remote) -> None:
 
     other = supervisor_process.supervise(remote.setup.run(uid="uid-2"), remote.setup.folder)
     assert (other.code, other.last.reason) == (67, "OutputOccupied")
+
+    for name, value in remote.store.keys().items():  # as a person has them, who has the JSON in a file
+        monkeypatch.setenv(name, str(remote.keys / name) if name == "GOOGLE_APPLICATION_CREDENTIALS" else value)
+    report = remote.setup.folder / "report.html"
+    assert main(["report", remote.store.uri("outputs", remote.prefix), "--out", str(report)]) == 0
+    assert "<html" in report.read_text()
 
 
 @pytest.mark.parametrize("damage", ["torn manifest", "missing file", "other bytes"])
