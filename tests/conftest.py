@@ -32,6 +32,7 @@ _SLOW = (
     "trainer/parallel/test_memory_of_a_step.py",
     "trainer/parallel/test_mixed_precision.py",
     "trainer/reporting/test_trackers.py",
+    "trainer/storage/test_jobs_on_clouds.py",
     "trainer/storage/test_s3.py",
     "trainer/supervisor/test_failures.py",
     "trainer/supervisor/test_hang_report.py",

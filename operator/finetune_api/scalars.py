@@ -16,31 +16,24 @@ _PATH = (
     r"[^\x00-\x20\x7f-\x{9f}?#\\\x{61c}\x{200b}\x{200e}\x{200f}\x{2028}-\x{202e}\x{2060}-\x{206f}\x{feff}"
     r"\x{fff9}-\x{fffb}\x{fffe}\x{ffff}]+"
 )
-# hf://owner/model or hf://model; s3://bucket/key; pvc://claim/path
+# Buckets of S3 and Google, and containers of Azure, whose names have no dots and underscores.
+_BUCKET = r"((s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]|az://[a-z0-9](-?[a-z0-9]){2,62})/"
+# hf://owner/model or hf://model; s3://bucket/key, also gs:// and az://; pvc://claim/path
 MODEL_URI_PATTERN = (
     r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
-    r"|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/"
-    + _PATH
-    + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
-    + _PATH
-    + r")$"
+    r"|" + _BUCKET + _PATH + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/" + _PATH + r")$"
 )
 DATA_URI_PATTERN = (
     r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*/"
     + _PATH
-    + r"|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/"
+    + r"|"
+    + _BUCKET
     + _PATH
     + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
     + _PATH
     + r")$"
 )
-OUTPUT_URI_PATTERN = (
-    r"^((s3|gs|az)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]/"
-    + _PATH
-    + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
-    + _PATH
-    + r")$"
-)
+OUTPUT_URI_PATTERN = r"^(" + _BUCKET + _PATH + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/" + _PATH + r")$"
 AUTO_QUANTITY_PATTERN = r"^(auto|[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?)$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, its pods and its Service
@@ -59,9 +52,12 @@ ENV_VALUE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
 # The message for a text that doesn't match a pattern.
 PATTERN_MESSAGES = {
-    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix or pvc://claim/path, without spaces, ? or #",
-    DATA_URI_PATTERN: "must be s3://bucket/key, pvc://claim/path or hf://owner/dataset/file, without spaces, ? or #",
-    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix or pvc://claim/path, without spaces, ? or #",
+    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or "
+    "pvc://claim/path, without spaces, ? or #",
+    DATA_URI_PATTERN: "must be s3://bucket/key, gs://bucket/key, az://container/key, pvc://claim/path or "
+    "hf://owner/dataset/file, without spaces, ? or #",
+    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or pvc://claim/path, "
+    "without spaces, ? or #",
     QUANTITY_PATTERN: "must be a quantity such as 16, 500m or 128Gi",
     AUTO_QUANTITY_PATTERN: "must be auto, or a quantity such as 16, 500m or 128Gi",
     DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",

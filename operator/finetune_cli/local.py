@@ -9,11 +9,21 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from finetune_api.messages.run import DataSource, JobRef, Location, ProgressConfig, RunConfig, S3Config, TrackingConfig
+from finetune_api.messages.run import (
+    AzureConfig,
+    DataSource,
+    GcsConfig,
+    JobRef,
+    Location,
+    ProgressConfig,
+    RunConfig,
+    S3Config,
+    TrackingConfig,
+)
 from finetune_api.resource import FineTuneJob
 from finetune_operator.core.plan import plan
 from finetune_operator.settings import Settings
@@ -54,6 +64,8 @@ class Workspace:
     scratch_root: Path
     progress: ProgressConfig
     s3: S3Config
+    gcs: GcsConfig = field(default_factory=GcsConfig)
+    azure: AzureConfig = field(default_factory=AzureConfig)
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,8 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
             "tracking": _tracking(planned),
             "progress": workspace.progress,
             "s3": workspace.s3,
+            "gcs": workspace.gcs,
+            "azure": workspace.azure,
             "provenance": planned.provenance.model_copy(update={"image": ""}),
             "scratch": str(workspace.scratch_root / f"{job.metadata.name}-{uid[:8]}"),
             "model_cache": None,
@@ -129,6 +143,21 @@ def s3_config(environment: Mapping[str, str], endpoint: str | None = None) -> S3
     """
     endpoint = endpoint or environment.get("AWS_ENDPOINT_URL")
     return S3Config(endpoint=endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
+
+
+def gcs_config(environment: Mapping[str, str]) -> GcsConfig:
+    """Returns how to reach gs:// from this machine: at GOOGLE_BASE_URL, otherwise at Google."""
+    endpoint = environment.get("GOOGLE_BASE_URL")
+    return GcsConfig(endpoint=endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
+
+
+def azure_config(environment: Mapping[str, str]) -> AzureConfig:
+    """Returns how to reach az:// from this machine: at AZURE_STORAGE_ENDPOINT, otherwise at Azure.
+
+    The storage itself reads the account from the environment.
+    """
+    endpoint = environment.get("AZURE_STORAGE_ENDPOINT")
+    return AzureConfig(endpoint=endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
 
 
 def _world(
@@ -164,7 +193,10 @@ def _replaced(
     if planned.display.startswith("pvc://"):
         raise CannotRunHere(f"{planned.display} is a volume of a cluster and can't be read here; give {option} PATH")
     if planned.credentials is not None:
-        note = "credentialsRef: Secrets can't be read here; keys come from the environment (AWS_*, HF_TOKEN)"
+        note = (
+            "credentialsRef: Secrets can't be read here; keys come from the environment (AWS_*, GOOGLE_*, AZURE_*, "
+            "HF_TOKEN)"
+        )
         if note not in notes:
             notes.append(note)
     return planned.model_copy(update={"credentials": None})

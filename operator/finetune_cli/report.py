@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 from finetune_api.messages.run import Location
-from finetune_cli.local import s3_config
+from finetune_cli.local import azure_config, gcs_config, s3_config
 
 USAGE_ERROR = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `finetune report`."""
-    parser.add_argument("result", metavar="RESULT", help="folder of a finished result, or its URI (s3://bucket/prefix)")
+    parser.add_argument(
+        "result", metavar="RESULT", help="folder of a finished result, or its URI (s3://…, gs://…, az://…)"
+    )
     parser.add_argument(
         "--out", metavar="FILE", default="report.html", help="file to write; default report.html; - is standard output"
     )
@@ -33,7 +35,9 @@ def run(options: argparse.Namespace) -> int:
     result = options.result
     uri = result if "://" in result else f"file://{Path(result).expanduser().resolve()}"
     try:
-        access = schemes.Access(s3_config(os.environ, options.s3_endpoint), os.environ, retries=1, retry_seconds=10.0)
+        s3 = s3_config(os.environ, options.s3_endpoint)
+        clouds = (gcs_config(os.environ), azure_config(os.environ))
+        access = schemes.Access(s3, os.environ, *clouds, retries=1, retry_seconds=10.0)
         storage = schemes.open_folder(Location(uri=uri, display=result), "output", access)
         page = html.page(html.read_result(storage.read, result))
     except RunError as error:

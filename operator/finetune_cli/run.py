@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 
 from finetune_api.reasons import REASONS
 from finetune_cli import files, session
-from finetune_cli.local import CannotRunHere, LocalRun, Machine, Overrides, Workspace, local_run, s3_config
+from finetune_cli.local import (
+    CannotRunHere,
+    LocalRun,
+    Machine,
+    Overrides,
+    Workspace,
+    azure_config,
+    gcs_config,
+    local_run,
+    s3_config,
+)
 from finetune_cli.receiver import Receiver
 from finetune_operator.core.plan import PlanError
 
@@ -67,7 +77,14 @@ def run(options: argparse.Namespace) -> int:
     )
     scratch_root = Path(options.scratch).resolve() if options.scratch else _cache_folder()
     with Receiver(scratch_root / f"token-{os.getpid()}") as receiver:
-        workspace = Workspace(Path.cwd(), scratch_root, receiver.config, s3_config(os.environ, options.s3_endpoint))
+        workspace = Workspace(
+            Path.cwd(),
+            scratch_root,
+            receiver.config,
+            s3_config(os.environ, options.s3_endpoint),
+            gcs_config(os.environ),
+            azure_config(os.environ),
+        )
         try:
             planned = local_run(job, overrides, _machine(), workspace)
         except (CannotRunHere, PlanError) as error:

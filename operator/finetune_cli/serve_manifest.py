@@ -13,13 +13,15 @@ import yaml
 
 from finetune_api.names import MANIFEST_PATH
 from finetune_cli import serving, serving_cloud, serving_kubernetes
-from finetune_cli.local import s3_config
+from finetune_cli.local import azure_config, gcs_config, s3_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `finetune serve-manifest`."""
     parser.add_argument(
-        "result", metavar="RESULT", help="folder of a finished result on this machine, or its URI (s3://…)"
+        "result",
+        metavar="RESULT",
+        help="folder of a finished result on this machine, or its URI (s3://…, gs://…, az://…)",
     )
     parser.add_argument(
         "--for", dest="target", choices=serving.TARGETS, required=True, help="the server; vllm is the usual choice"
@@ -99,9 +101,8 @@ def _remote(uri: str, path: str) -> bytes | None:
     from finetune_trainer.storage.schemes import Access, open_folder
 
     try:
-        return open_folder(Location(uri=uri, display=uri), "output", Access(s3_config(os.environ), os.environ)).read(
-            path
-        )
+        access = Access(s3_config(os.environ), os.environ, gcs_config(os.environ), azure_config(os.environ))
+        return open_folder(Location(uri=uri, display=uri), "output", access).read(path)
     except RunError as error:
         raise ValueError(error.message) from None
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from finetune_api import names
 from finetune_api.base import Model
-from finetune_api.messages.run import S3Config
+from finetune_api.messages.run import AzureConfig, GcsConfig, S3Config
 from finetune_api.scalars import Quantity
 from finetune_operator.pod_settings import PodSettings
 
@@ -65,9 +65,11 @@ class HubSettings(Model):
 
 
 class StorageSettings(Model):
-    """Configures the endpoints behind s3:// and hf:// URIs."""
+    """Configures the endpoints behind s3://, gs://, az:// and hf:// URIs."""
 
     s3: S3Config = Field(default_factory=S3Config)
+    gcs: GcsConfig = Field(default_factory=GcsConfig)
+    azure: AzureConfig = Field(default_factory=AzureConfig)
     hub: HubSettings = Field(default_factory=HubSettings)
 
 

@@ -51,6 +51,7 @@ def finished_result(folder: Path) -> str:
     ("arguments", "package", "extra"),
     [
         (("report", "s3://models/v1", "--out", "-"), "obstore", "trainer"),
+        (("report", "gs://models/v1", "--out", "-"), "obstore", "trainer"),
         (("report", "hf://org/model", "--out", "-"), "huggingface_hub", "trainer"),
         (("report", "RESULT", "--out", "-"), "markupsafe", "cli"),
         (("serve-manifest", "s3://models/v1", "--for", "vllm"), "obstore", "trainer"),

@@ -34,7 +34,7 @@ def _wheel(files: dict[str, bytes]) -> bytes:
 
 def _package(content: bytes = PROGRAM, machine: str | None = None) -> Package:
     digest = hashlib.sha256(content).hexdigest()
-    return Package("package==1", machine or os.uname().machine, {"tool": ("tool/tool", digest)})
+    return Package("package==1", machine or os.uname().machine, {"tool": ("tool/tool", digest)}, is_layer=True)
 
 
 @pytest.fixture

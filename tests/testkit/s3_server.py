@@ -3,26 +3,18 @@ storage and no cluster. Its only user is root."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from obstore.store import S3Store
 
-ROOT = Path(__file__).resolve().parents[2]
+from testkit import programs
+
 REGION = "us-east-1"
 ACCESS_KEY = "testkit"
 SECRET_KEY = "testkit-secret"
-START_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -70,61 +62,21 @@ def running_s3(folder: Path, buckets: tuple[str, ...] = ()) -> Iterator[S3]:
     data, metadata = folder / "buckets", folder / "metadata"
     data.mkdir(parents=True, exist_ok=True)
     metadata.mkdir(exist_ok=True)
-    port = _free_port()
+    port = programs.free_port()
     s3 = S3(endpoint=f"http://127.0.0.1:{port}", folder=data)
     for bucket in buckets:
         (data / bucket).mkdir(exist_ok=True)
     # A sidecar folder stores what versitygw would otherwise put into extended attributes, which
     # tmpfs may lack.
-    command = [versitygw(), "--port", f"127.0.0.1:{port}", "--region", REGION, "--quiet", "posix"]
-    environment = {**os.environ, "ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--sidecar", str(metadata), str(data)], env=environment, stdout=log, stderr=log
-        )
-    try:
-        _wait(s3.endpoint, process, folder / "server.log")
+    command = [
+        str(programs.program("versitygw")),
+        "--port",
+        f"127.0.0.1:{port}",
+        "--region",
+        REGION,
+        "--quiet",
+        "posix",
+    ]
+    keys = {"ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
+    with programs.running([*command, "--sidecar", str(metadata), str(data)], s3.endpoint, folder / "server.log", keys):
         yield s3
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@cache
-def versitygw() -> str:
-    """Return the path of the server's program in the cache; it is built (1.5 min) if it isn't there
-    yet."""
-    done = subprocess.run(
-        [sys.executable, "-m", "localcluster", "tool", "versitygw"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "hack")},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip().splitlines()[-1]
-
-
-def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(endpoint, timeout=1).close()
-            return
-        except urllib.error.HTTPError:
-            return  # it answers: requests without a key are refused
-        except OSError:
-            time.sleep(0.02)
-    raise RuntimeError(f"versitygw does not answer at {endpoint}: {log.read_text(errors='replace')[-2000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -31,7 +31,8 @@ _EPILOG = f"""environment:
   {names.ENV_TERMINATION_LOG}  file to which the result is written; default {names.TERMINATION_LOG_PATH}
   FINETUNE_LOG_FORMAT     json (default) or text
   FINETUNE_TRACKING_PATIENCE  seconds to wait for trackers at the end; default 30
-  AWS_*, HF_*             credentials and endpoints if the RunConfig names no Secret
+  AWS_*, GOOGLE_*, AZURE_*, HF_*
+                          credentials and endpoints if the RunConfig names no Secret
 
 exit codes:
   0 succeeded; {REASONS["Preempted"].exit_code} asked to stop (a checkpoint was saved if there was something to save);

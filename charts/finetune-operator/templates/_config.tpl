@@ -26,6 +26,13 @@ storage:
     endpoint: {{ if .Values.storage.s3.endpoint }}{{ .Values.storage.s3.endpoint | quote }}{{ else }}null{{ end }}
     region: {{ .Values.storage.s3.region | quote }}
     allowHttp: {{ .Values.storage.s3.allowHttp }}
+  gcs:
+    endpoint: {{ if .Values.storage.gcs.endpoint }}{{ .Values.storage.gcs.endpoint | quote }}{{ else }}null{{ end }}
+    allowHttp: {{ .Values.storage.gcs.allowHttp }}
+  azure:
+    account: {{ .Values.storage.azure.account | quote }}
+    endpoint: {{ if .Values.storage.azure.endpoint }}{{ .Values.storage.azure.endpoint | quote }}{{ else }}null{{ end }}
+    allowHttp: {{ .Values.storage.azure.allowHttp }}
   hub:
     endpoint: {{ if .Values.storage.hub.endpoint }}{{ .Values.storage.hub.endpoint | quote }}{{ else }}null{{ end }}
 models:

@@ -27,7 +27,9 @@ from finetune_api.spec.hardware import Offload, StrategyOption
 class Location(Model):
     """Locates remote or local files, as the trainer opens them."""
 
-    uri: str = Field(description="hf://, s3:// or file:// (a mounted volume claim is a file:// under /mnt/pvc).")
+    uri: str = Field(
+        description="hf://, s3://, gs://, az:// or file:// (a mounted volume claim is a file:// under /mnt/pvc)."
+    )
     display: str = Field(description="What the user wrote; used in messages, manifests and status.")
     revision: str | None = Field(default=None, description="Revision of an hf:// location.")
     credentials: str | None = Field(default=None, description="Folder with one file per key of the Secret.")
@@ -165,6 +167,21 @@ class S3Config(Model):
     allow_http: bool = False
 
 
+class GcsConfig(Model):
+    """Configures gs:// URIs; keys come from the credentials or from the pod's identity."""
+
+    endpoint: str | None = Field(default=None, description="URL. Empty means Google's.")
+    allow_http: bool = False
+
+
+class AzureConfig(Model):
+    """Configures az:// URIs; keys come from the credentials or from the pod's identity."""
+
+    account: str = Field(default="", description="Name of the storage account, if a Secret names none.")
+    endpoint: str | None = Field(default=None, description="URL. Empty means that of the account in Azure.")
+    allow_http: bool = False
+
+
 class Provenance(Model):
     """Records what produced the result; the manifest contains it unchanged."""
 
@@ -192,6 +209,8 @@ class RunConfig(Model):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     progress: ProgressConfig | None = None
     s3: S3Config = Field(default_factory=S3Config)
+    gcs: GcsConfig = Field(default_factory=GcsConfig)
+    azure: AzureConfig = Field(default_factory=AzureConfig)
     provenance: Provenance = Field(default_factory=Provenance)
     scratch: str = SCRATCH_ROOT
     scratch_bytes: int | None = Field(default=None, description="Size of the scratch disk. Empty means unknown.")

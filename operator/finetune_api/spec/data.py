@@ -9,7 +9,7 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 from finetune_api.spec.inputs import SecretRef
-from finetune_api.spec.rules import clean_uri, fraction_or_uri, reachable
+from finetune_api.spec.rules import clean_uri, fraction_or_uri
 
 DataFormat = Literal[
     "auto", "prompt-completion", "messages", "preference", "text", "alpaca", "sharegpt", "label-studio", "snorkel"
@@ -69,7 +69,7 @@ class SourceSpec(Model):
         default=None, description="Key names in its files. Empty means dataset.columns."
     )
 
-    rules = (clean_uri(), reachable())
+    rules = (clean_uri(),)
 
 
 class ValidationSpec(Model):
@@ -83,7 +83,7 @@ class ValidationSpec(Model):
     )  # fmt: skip
     uri: s.DataUri | None = Field(default=None, description="Validation rows, read like dataset.uri.")
 
-    rules = (fraction_or_uri(), clean_uri(), reachable())
+    rules = (fraction_or_uri(), clean_uri())
 
 
 class TestSpec(Model):
@@ -99,7 +99,7 @@ class TestSpec(Model):
     )  # fmt: skip
     uri: s.DataUri | None = Field(default=None, description="Test rows, read like dataset.uri.")
 
-    rules = (fraction_or_uri(), clean_uri(), reachable())
+    rules = (fraction_or_uri(), clean_uri())
 
 
 class DatasetSpec(Model):
@@ -107,9 +107,9 @@ class DatasetSpec(Model):
 
     uri: s.DataUri | None = Field(
         default=None,
-        description="Location of the rows: s3://bucket/key, pvc://claim/path or hf://owner/dataset/file. A file, a "
-        "folder (with a trailing /) or a glob pattern (data/*.jsonl.gz). JSON lines, a JSON array, CSV or Parquet; "
-        "uncompressed or in gzip, zstd, bz2 or xz.",
+        description="Location of the rows: s3://bucket/key, gs://bucket/key, az://container/key, "
+        "pvc://claim/path or hf://owner/dataset/file. A file, a folder (with a trailing /) or a glob pattern "
+        "(data/*.jsonl.gz). JSON lines, a JSON array, CSV or Parquet; uncompressed or in gzip, zstd, bz2 or xz.",
     )
     sources: Annotated[tuple[SourceSpec, ...], Field(max_length=32)] = Field(
         default=(), description="Several sources instead of uri, each with a weight: a mixture."
@@ -165,7 +165,6 @@ class DatasetSpec(Model):
         Rule("uri", "exactly one of uri and sources must be set", "has(self.uri) != (self.sources.size() > 0)",
              lambda m: (m.uri is None) != (not m.sources)),
         clean_uri(),
-        reachable(),
         Rule("labels", f"must have at most {_LABEL_CHARACTERS} characters in all",
              f"self.labels.join('').size() <= {_LABEL_CHARACTERS}",
              lambda m: sum(map(len, m.labels)) <= _LABEL_CHARACTERS),

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
-from finetune_api.spec.rules import clean_uri, not_yet, reachable
+from finetune_api.spec.rules import clean_uri, not_yet
 
 
 class SecretRef(Model):
@@ -16,9 +16,12 @@ class SecretRef(Model):
 
     name: s.SecretName = Field(
         description="Name of a Secret in the job's namespace. Its keys are mounted into the pods as files; the "
-        "operator never reads it. Known keys: HF_TOKEN; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
-        "AWS_REGION, AWS_ENDPOINT_URL; spec.tracking lists those of the trackers. With an identity of the pod, a "
-        "Secret may have only AWS_REGION or AWS_ENDPOINT_URL."
+        "operator never reads it. Known keys: for hf:// HF_TOKEN; for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL; for gs:// GOOGLE_APPLICATION_CREDENTIALS (the JSON key of a "
+        "service account), GOOGLE_BASE_URL; for az:// AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY, "
+        "AZURE_STORAGE_SAS_TOKEN or AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, "
+        "AZURE_STORAGE_ENDPOINT, AZURE_AUTHORITY_HOST; spec.tracking lists those of the trackers. With an identity of "
+        "the pod, a Secret may have just the place: AWS_REGION, AWS_ENDPOINT_URL or AZURE_STORAGE_ACCOUNT."
     )
 
 
@@ -26,8 +29,8 @@ class BaseModelSpec(Model):
     """Specifies the model that training starts from."""
 
     uri: s.ModelUri = Field(
-        description="Location of the base model: hf://owner/name, s3://bucket/prefix or pvc://claim/path. A folder "
-        "with config.json, safetensors weights and a tokenizer."
+        description="Location of the base model: hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, "
+        "az://container/prefix or pvc://claim/path. A folder with config.json, safetensors weights and a tokenizer."
     )
     revision: s.Revision | None = Field(
         default=None,
@@ -62,7 +65,6 @@ class BaseModelSpec(Model):
 
     rules = (
         clean_uri(),
-        reachable(),
         not_yet("dtype", "self.dtype != 'float16'", lambda m: m.dtype != "float16",
                  "float16", "use auto, bfloat16 or float32"),
         not_yet("trustRemoteCode", "!self.trustRemoteCode", lambda m: not m.trust_remote_code,

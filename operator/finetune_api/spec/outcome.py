@@ -12,7 +12,7 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 from finetune_api.spec.inputs import SecretRef
-from finetune_api.spec.rules import clean_uri, reachable
+from finetune_api.spec.rules import clean_uri
 
 
 class CheckpointSpec(Model):
@@ -37,8 +37,9 @@ class OutputSpec(Model):
     """Specifies where the result is written."""
 
     uri: s.OutputUri = Field(
-        description="Folder for the adapter or the model: s3://bucket/prefix or pvc://claim/path. The files are "
-        "written directly into it. A folder that contains another job's result is rejected."
+        description="Folder for the adapter or the model: s3://bucket/prefix, gs://bucket/prefix, "
+        "az://container/prefix or pvc://claim/path. The files are written directly into it. A folder that contains "
+        "another job's result is rejected."
     )
     credentials_ref: SecretRef | None = Field(default=None, description="Secret with the credentials for uri.")
     merge: bool = Field(
@@ -49,7 +50,6 @@ class OutputSpec(Model):
 
     rules = (
         clean_uri(),
-        reachable(),
     )  # fmt: skip
 
 

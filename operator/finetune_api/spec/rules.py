@@ -24,17 +24,6 @@ def clean_uri() -> Rule:
     )
 
 
-def reachable() -> Rule:
-    """Returns the rule that a URI has a supported scheme."""
-    return not_yet(
-        "uri",
-        "!has(self.uri) || !self.uri.matches('^(gs|az)://')",
-        lambda m: m.uri is None or not m.uri.startswith(("gs://", "az://")),
-        "gs:// and az://",
-        "use s3://, hf:// or pvc://",
-    )
-
-
 def fraction_or_uri() -> Rule:
     """Returns the rule that held-out rows are either a fraction or files of their own."""
     return Rule(

@@ -129,6 +129,8 @@ def plan(
         tracking=_tracking(spec),
         progress=_progress(settings),
         s3=settings.storage.s3,
+        gcs=settings.storage.gcs,
+        azure=settings.storage.azure,
         provenance=Provenance(
             image=trainer_image(job, settings), operator_version=__version__, spec_digest=spec_digest(spec)
         ),

@@ -8,7 +8,12 @@ from typing import Any
 Raw = Mapping[str, Any]
 
 HEADING = "# Must exist:"
-_KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "hf": "HF_TOKEN", "https": "MLFLOW_TRACKING_TOKEN"}
+_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "HF_TOKEN",
+    "https": "MLFLOW_TRACKING_TOKEN",
+}
 # Bytes that a job downloads: the safetensors files and the tokenizer of the published repository.
 MODEL_BYTES = {
     "HuggingFaceTB/SmolLM2-135M": 272e6,
@@ -67,7 +72,8 @@ def _outputs(spec: Raw) -> Iterator[str]:
     scheme, _, path = spec["output"]["uri"].partition("://")
     place = path.partition("/")[0]
     claim = f"PersistentVolumeClaim {place}, writable by user 65532"
-    yield claim if scheme == "pvc" else f"bucket {place}, in which the job may write and delete"
+    kind = "container" if scheme == "az" else "bucket"
+    yield claim if scheme == "pvc" else f"{kind} {place}, in which the job may write and delete"
 
 
 def _offers(spec: Raw) -> Iterator[str]:

@@ -24,7 +24,11 @@ from k8s_operator.support.observed_states import a_job
 _SETTINGS = parse_settings("""
 trainerImage: registry.test/trainer@sha256:abc
 progress: {url: "http://operator.finetune:8443/"}
-storage: {s3: {endpoint: "http://s3.test:9000", allowHttp: true}, hub: {endpoint: "http://hub.test"}}
+storage:
+  s3: {endpoint: "http://s3.test:9000", allowHttp: true}
+  gcs: {endpoint: "https://gcs.test"}
+  azure: {account: team}
+  hub: {endpoint: "http://hub.test"}
 pods:
   gracePeriodSeconds: 90
   tolerations: [{key: gpu, operator: Exists}]
@@ -258,6 +262,7 @@ def test_paths_are_those_in_the_pod_and_messages_name_what_the_user_wrote() -> N
     assert run.data.test is not None
     assert run.data.test.uri == "s3://data/test.jsonl"
     assert run.s3.endpoint == "http://s3.test:9000"
+    assert (run.gcs.endpoint, run.azure.account) == ("https://gcs.test", "team")
     assert run.progress is not None
     assert run.progress.url == "http://operator.finetune:8443/v1/progress"
 

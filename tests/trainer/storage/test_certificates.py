@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.core.pods.certificates import variables
+from testkit import certificates
 
 _LISTING = b"<ListBucketResult><Name>b</Name><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
 _MODEL = b'{"id": "owner/model", "sha": "abc", "siblings": []}'
@@ -40,20 +41,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def _openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Yields the URL of the server and the certificate of its authority."""
     folder = tmp_path_factory.mktemp("tls")
-    new_key = ("-newkey", "rsa:2048", "-nodes")
-    _openssl(folder, "req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca", "-days", "2")
-    _openssl(folder, "req", *new_key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
-    (folder / "extensions").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
-    _openssl(folder, "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
-             "-out", "server.crt", "-days", "2", "-extfile", "extensions")  # fmt: skip
+    certificates.localhost(folder)
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")

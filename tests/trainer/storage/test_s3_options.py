@@ -52,6 +52,7 @@ def test_keys_and_endpoint_are_used_in_order_of_precedence(
         ({"password": "x"}, KEYS),
         ({"password": "x", "AWS_REGION": "r"}, IDENTITY),
         ({"HF_TOKEN": "x"}, IDENTITY),
+        ({}, IDENTITY),  # a Secret whose keys are all missing isn't no Secret
         ({"AWS_SESSION_TOKEN": "t", "AWS_REGION": "r"}, IDENTITY),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_REGION": "r"}, IDENTITY),
         ({"AWS_REGION": "r"}, {}),  # no identity, and the endpoint isn't AWS: access would be anonymous

@@ -47,7 +47,8 @@ def test_what_a_job_may_set_reaches_every_rank_as_it_is(variables: dict[str, str
 
 @given(st.dictionaries(_NAMES, st.just("secret"), max_size=8))
 def test_no_credential_reaches_a_rank(variables: dict[str, str]) -> None:
-    secret = dict.fromkeys((*names.SECRET_AWS_KEYS, *names.SECRET_TRACKER_KEYS, names.SECRET_HF_TOKEN), "secret")
+    clouds = (*names.SECRET_AWS_KEYS, *names.SECRET_GOOGLE_KEYS, *names.SECRET_AZURE_KEYS)
+    secret = dict.fromkeys((*clouds, *names.SECRET_TRACKER_KEYS, names.SECRET_HF_TOKEN), "secret")
     for rank in _rank_environments({**variables, **secret}):
         reached = {name for name, value in rank.items() if value == "secret"}
         assert not reached & secret.keys()

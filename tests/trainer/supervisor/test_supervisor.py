@@ -159,7 +159,7 @@ def test_the_supervisor_never_imports_torch(setup: JobSetup) -> None:
     code = (
         "import sys, finetune_trainer.supervisor.supervisor, finetune_trainer.supervisor.preflight;"
         "import finetune_trainer.storage.huggingface, "
-        "finetune_trainer.storage.s3, finetune_trainer.__main__; "
+        "finetune_trainer.storage.bucket, finetune_trainer.__main__; "
         "print([m for m in ('torch', 'transformers', 'numpy', 'kubernetes') if m in sys.modules])"
     )
     environment = {"PYTHONPATH": f"{supervisor_process.ROOT / 'trainer_image'}:{supervisor_process.ROOT / 'operator'}"}

@@ -134,7 +134,7 @@ class LocalStorage:
                     "InvalidConfig",
                     f"{FIELD[self._role]}: {self._display}: its file system ({error}) supports neither hard links nor "
                     "a rename that never replaces a file, so a manifest could overwrite another one; use a claim of "
-                    "another storage class, such as NFS or a block device, or an s3:// URI",
+                    "another storage class, such as NFS or a block device, or an s3://, gs:// or az:// URI",
                 ) from None
             return True
 

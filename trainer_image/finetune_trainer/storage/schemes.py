@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune_api.messages.run import Location, S3Config
+from finetune_api.messages.run import AzureConfig, GcsConfig, Location, S3Config
 from finetune_api.names import PVC_ROOT, SECRET_HF_TOKEN
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role, Storage
@@ -21,12 +21,14 @@ from finetune_trainer.storage.local import LocalStorage
 class Access:
     """Holds what is needed to open any storage.
 
-    `s3` is the administrator's endpoint and `environment` the environment of the process. A request
-    is retried at most `retries` times, for at most `retry_seconds`.
+    `s3`, `gcs` and `azure` are the administrator's endpoints and `environment` the environment of
+    the process. A request is retried at most `retries` times, for at most `retry_seconds`.
     """
 
     s3: S3Config
     environment: Mapping[str, str]
+    gcs: GcsConfig = field(default_factory=GcsConfig)
+    azure: AzureConfig = field(default_factory=AzureConfig)
     retries: int = 6
     retry_seconds: float = 60.0
 
@@ -39,12 +41,13 @@ def open_folder(location: Location, role: Role, access: Access) -> Storage:
     scheme, _, rest = location.uri.partition("://")
     if scheme == "file":
         return _folder(Path(rest), location, role)
-    if scheme == "s3":
-        return _bucket(rest, location, role, access)
+    if scheme in ("s3", "gs", "az"):
+        return _bucket(scheme, rest, location, role, access)
     if scheme == "hf":
         return _hub(rest, location, role, access)
     raise RunError(
-        "InvalidConfig", f"{FIELD[role]}: {location.display}: {scheme}:// is not supported; use pvc://, s3:// or hf://"
+        "InvalidConfig",
+        f"{FIELD[role]}: {location.display}: {scheme}:// is not supported; use pvc://, s3://, gs://, az:// or hf://",
     )
 
 
@@ -114,17 +117,23 @@ def _folder(root: Path, location: Location, role: Role) -> LocalStorage:
     return LocalStorage(root, role=role, display=location.display, bounds=bounds)
 
 
-def _bucket(rest: str, location: Location, role: Role, access: Access) -> Storage:
-    from finetune_trainer.storage.s3 import RetryPolicy, access_options, open_bucket
+def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Access) -> Storage:
+    from finetune_trainer.storage import azure, gcs, s3
+    from finetune_trainer.storage.bucket import RetryPolicy, open_bucket
 
-    bucket, _, prefix = rest.partition("/")
     secret = _secret(location)
     try:
-        options = access_options(access.s3, secret, access.environment)
+        match scheme:
+            case "s3":
+                options = s3.access_options(access.s3, secret, access.environment)
+            case "gs":
+                options = gcs.access_options(access.gcs, secret, access.environment)
+            case _:
+                options = azure.access_options(access.azure, secret, access.environment)
     except RunError as error:
         raise RunError(error.reason, f"{_credentials_field(role)}: {error.message}") from None
     retries = RetryPolicy(retries=access.retries, seconds=access.retry_seconds)
-    return open_bucket(bucket, prefix, role=role, display=location.display, options=options, retries=retries)
+    return open_bucket(scheme, rest, role=role, display=location.display, options=options, retries=retries)
 
 
 def _hub(rest: str, location: Location, role: Role, access: Access) -> Storage:

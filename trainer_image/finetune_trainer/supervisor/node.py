@@ -96,6 +96,8 @@ class Node:
         """How to open a storage from this pod."""
         return Access(
             s3=self.run.s3,
+            gcs=self.run.gcs,
+            azure=self.run.azure,
             environment=self.environment,
             retries=self.timing.storage_retries,
             retry_seconds=self.timing.storage_retry_seconds,
