@@ -40,6 +40,11 @@ def line(text: str, limit: int = MAX_LINE_CHARACTERS) -> str:
     return _cut(_UNSAFE.sub(_REPLACEMENT, re.sub(r"[\r\n\t]+", " ", text[: 4 * limit])), limit)
 
 
+def shortened(text: str, limit: int) -> str:
+    """Returns a line of at most `limit` characters, which ends with … if something is missing."""
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
 def lines(text: str, limit: int = MAX_TEXT_CHARACTERS) -> str:
     """Returns the end of a text: at most `limit` characters, printable except for line breaks and
     tabs."""
