@@ -29,7 +29,8 @@ class Reason:
 _ALL = (
     # Input that a person must change.
     Reason("InvalidConfig", "user", 64, "The resolved configuration can't be run.",
-           "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new job."),
+           "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new "
+           "job."),
     Reason("DatasetNotFound", "user", 65, "The dataset or its bucket doesn't exist.",
            "Check whether the dataset exists and the credentials allow reading it, then raise runPolicy.retry; for "
            "another dataset.uri, create a new job."),
@@ -40,11 +41,11 @@ _ALL = (
            "Check whether the model exists and the credentials allow reading it, then raise runPolicy.retry; for "
            "another model.uri or model.revision, create a new job."),
     Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely.",
-           "Complete the folder and raise runPolicy.retry, or create a job with another model.uri. It needs config.json, "
-           "a tokenizer and *.safetensors weights; pickle files are never loaded."),
+           "Complete the folder and raise runPolicy.retry, or create a job with another model.uri. It needs "
+           "config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
     Reason("LicenceRefused", "user", 66, "The license of the base model isn't allowed.",
-           "Have the license added to the list that the message names, the job's model.allowedLicenses or the operator's "
-           "models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),
+           "Have the license added to the list that the message names, the job's model.allowedLicenses or the "
+           "operator's models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),
     Reason("OutputNotFound", "user", 67, "The bucket of the output doesn't exist.",
            "Create the bucket and raise runPolicy.retry, or create a job with another output.uri."),
     Reason("OutputOccupied", "user", 67, "The output folder contains the result or a checkpoint of another job.",
@@ -116,7 +117,8 @@ _ALL = (
     Reason("NameConflict", "user", 0, "An object whose name the job needs belongs to another owner.",
            "Rename the FineTuneJob, or remove the other object and raise runPolicy.retry."),
     Reason("InvalidSpec", "user", 0, "The spec can't be run.",
-           "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new job."),
+           "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new "
+           "job."),
     Reason("DeadlineExceeded", "user", 0, "The job didn't finish within runPolicy.activeDeadlineSeconds.",
            "Raise runPolicy.activeDeadlineSeconds, or distribution.nodes, and runPolicy.retry."),
     Reason("RestartBudgetSpent", "user", 0, "The job failed more often than runPolicy.maxRestarts allows.",
