@@ -41,8 +41,14 @@ def line(text: str, limit: int = MAX_LINE_CHARACTERS) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """Returns a line of at most `limit` characters, which ends with … if something is missing."""
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+    """Returns a line of at most `limit` characters, with … where something is missing.
+
+    That is behind the middle: errors often name their cause at the end.
+    """
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - 1 - end].rstrip()}…{text[-end:].lstrip()}"
 
 
 def lines(text: str, limit: int = MAX_TEXT_CHARACTERS) -> str:

@@ -17,9 +17,10 @@ from typing import Literal
 from finetune_api import names
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import OverfittingStatus, ProgressStatus, Status
+from finetune_api.untrusted import shortened
 from finetune_operator.core import restart_policy
 from finetune_operator.core.actions import CHECKING, NODE_SILENT
-from finetune_operator.core.status import timestamp
+from finetune_operator.core.status import MAX_MESSAGE_CHARACTERS, timestamp
 from finetune_operator.core.verdict import STARTING
 from finetune_operator.kube.client import ApiError, KubeClient, NotFound
 
@@ -128,9 +129,9 @@ def _findings(before: Status, after: Status) -> Iterator[tuple[str, str]]:
 
 def full_message(status: Status) -> str:
     """Returns what status.message says, in full: from a condition, as it may be shortened there."""
-    start = status.message.removesuffix("…")
-    complete = (c.message for c in status.conditions if c.message.startswith(start))
-    return max((status.message, *complete), key=len) if status.message else ""
+    messages = (c.message for c in status.conditions)
+    complete = (text for text in messages if shortened(text, MAX_MESSAGE_CHARACTERS) == status.message)
+    return max((status.message, *complete), key=len)
 
 
 @dataclass(frozen=True)

@@ -252,8 +252,10 @@ def test_evaluating_and_training_in_turn_is_no_news() -> None:
 def test_a_long_message_is_shortened_in_status_and_complete_in_the_condition() -> None:
     text = "0/3 nodes are available: " + ", ".join(f"{n} node(s) had an untolerated taint" for n in range(9))
     reported = _status_of(an_observation(a_job(), an_attempt(1, a_pod(0, "Pending", unschedulable=text))))
-    assert len(reported.message) == MAX_MESSAGE_CHARACTERS
-    assert reported.message.endswith("…")
+    assert len(reported.message) <= MAX_MESSAGE_CHARACTERS
+    assert reported.message.startswith("pod train-1-0: 0/3 nodes are available: ")
+    assert "…" in reported.message
+    assert reported.message.endswith("untolerated taint")
     assert reported.reason == "Unschedulable"
     assert full_message(reported) == f"pod train-1-0: {text}"
     assert _warning(Status(), reported) == ("Unschedulable", f"pod train-1-0: {text}")
