@@ -11,6 +11,7 @@ from typing import Any
 Raw = dict[str, Any]
 WARM_UP = "warm"
 """Jobs whose names begin with this prefix aren't measured."""
+API_SERVER = "kube-apiserver"
 _WRITES = ("create", "update", "patch", "delete", "deletecollection")
 
 
@@ -101,6 +102,7 @@ def report_of(sides: Sequence[Side], audit_log: Sequence[str], load: Load, machi
                 "p99_seconds": round(percentile(values, 0.99), 4),
                 "writes_per_job": round(sum(sent.values()) / job_count, 1),
                 "writes_per_job_by": {agent: round(count / job_count, 1) for agent, count in sent.most_common()},
+                "api_server_cpu_seconds_per_job": round(side.cpu.get(API_SERVER, 0.0) / load.jobs, 4),
                 "cpu_seconds_per_100_jobs": {
                     process: round(100 * spent / load.jobs, 1) for process, spent in sorted(side.cpu.items()) if spent
                 },
@@ -131,6 +133,7 @@ def show(report: Raw) -> None:
         spent = ", ".join(f"{process} {seconds}" for process, seconds in row["cpu_seconds_per_100_jobs"].items())
         p50, p99 = 1000 * row["p50_seconds"], 1000 * row["p99_seconds"]
         print(f"{row['side']:20} {p50:8.0f} {p99:8.0f} {row['writes_per_job']:11.1f}  {spent}")
+        print(f"{'':20} API server: {row['api_server_cpu_seconds_per_job']:.3f} s of CPU per job")
         print(f"{'':20} writes/job by {row['writes_per_job_by']}")
     verdict = "within" if report["within_aim"] else "BEYOND"
     print(f"{verdict} the aim: p99 at most 1.5 x the plain Job's + 200 ms = {1000 * report['aim_p99_seconds']:.0f} ms")

@@ -29,39 +29,47 @@ class Reason:
 _ALL = (
     # Input that a person must change.
     Reason("InvalidConfig", "user", 64, "The resolved configuration can't be run.",
-           "Change the field that the message names."),
+           "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new "
+           "job."),
     Reason("DatasetNotFound", "user", 65, "The dataset or its bucket doesn't exist.",
-           "Check dataset.uri, and whether the credentials allow reading it."),
+           "Check whether the dataset exists and the credentials allow reading it, then raise runPolicy.retry; for "
+           "another dataset.uri, create a new job."),
     Reason("DatasetInvalid", "user", 65, "The dataset has rows that can't be used, or no rows at all.",
-           "Fix the rows that the message lists, or set dataset.onInvalid: drop."),
+           "Fix the rows that the message lists and raise runPolicy.retry, or create a job with "
+           "dataset.onInvalid: drop."),
     Reason("ModelNotFound", "user", 66, "The base model doesn't exist.",
-           "Check model.uri and model.revision, and whether the credentials allow reading it."),
+           "Check whether the model exists and the credentials allow reading it, then raise runPolicy.retry; for "
+           "another model.uri or model.revision, create a new job."),
     Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely.",
-           "Use a folder with config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
+           "Complete the folder and raise runPolicy.retry, or create a job with another model.uri. It needs "
+           "config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
     Reason("LicenceRefused", "user", 66, "The license of the base model isn't allowed.",
-           "Use another base model, or have the license added to the list that the message names: the job's "
-           "model.allowedLicenses or the operator's models.allowedLicenses."),
+           "Have the license added to the list that the message names, the job's model.allowedLicenses or the "
+           "operator's models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),
     Reason("OutputNotFound", "user", 67, "The bucket of the output doesn't exist.",
-           "Create the bucket, or change output.uri."),
+           "Create the bucket and raise runPolicy.retry, or create a job with another output.uri."),
     Reason("OutputOccupied", "user", 67, "The output folder contains the result or a checkpoint of another job.",
            "Choose another output.uri, or delete the files in the folder."),
     Reason("AccessDenied", "user", 68, "The storage rejected the credentials.",
-           "Check the keys in the Secret that credentialsRef names, and their permissions."),
+           "Check the keys in the Secret that credentialsRef names, and their permissions, then raise "
+           "runPolicy.retry."),
     Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key.",
-           "Add the key that the message names to the Secret."),
+           "Add the key that the message names to the Secret, then raise runPolicy.retry."),
     # The training program.
     Reason("OutOfMemory", "memory", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
            "Each restart halves the micro-batches, at most runPolicy.maxRestarts.memory times. If that isn't enough, "
-           "raise resources.memory, lower training.microBatchSize or dataset.maxSequenceLength, or use zero2 or "
-           "zero3."),
+           "raise resources.memory, lower training.microBatchSize or use zero2 or zero3, and raise runPolicy.retry; or "
+           "create a job with a lower dataset.maxSequenceLength."),
     Reason("InsufficientMemory", "user", 81, "Memory ran out although micro-batches can't get any smaller.",
            "The largest micro-batch is a single example, so a restart would run out of memory again, and there is "
-           "none. Raise resources.memory or use GPUs with more memory, lower dataset.maxSequenceLength, or set "
-           "distribution.strategy to zero3 or fsdp."),
+           "none. Raise resources.memory, use GPUs with more memory, or set distribution.strategy to zero3 or fsdp, "
+           "and raise runPolicy.retry; or create a job with a lower dataset.maxSequenceLength."),
     Reason("NonFiniteLoss", "application", 71, "The loss or the gradient was NaN or infinite in too many steps.",
-           "Look at the rows that the message lists, or lower training.learningRate; see training.maxSkippedSteps."),
+           "Look at the rows that the message lists, or create a job with a lower training.learningRate; see "
+           "training.maxSkippedSteps."),
     Reason("LossSpike", "user", 77, "The training loss jumped far above the recent losses and stayed there.",
-           "Lower training.learningRate or training.maxGradNorm, or set training.lossSpike.action: rollback."),
+           "Create a job with a lower training.learningRate or training.maxGradNorm, or with "
+           "training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
            "Read failure.logTail. If the same error occurs again after a restart, it has a permanent cause."),
     Reason("ResultMismatch", "application", 78, "The written result, loaded again, differs from the trained model.",
@@ -90,7 +98,8 @@ _ALL = (
            "Look at why the other pod ended. The whole group is restarted."),
     Reason("DiskFull", "user", 76, "A pod used more local disk than resources.scratch allows, or the output is full.",
            "Raise resources.scratch above the size of the model, the rows, a checkpoint and the result together, or "
-           "free space on the volume that the message names. A restart would fill the disk again, so there is none."),
+           "free space on the volume that the message names; then raise runPolicy.retry. A restart would fill the disk "
+           "again, so there is none."),
     # Detected by the operator.
     Reason("PodDeleted", "infrastructure", 0, "A pod was deleted while it was running.",
            "The group is restarted from the last checkpoint."),
@@ -106,12 +115,15 @@ _ALL = (
     Reason("Evicted", "preemption", 0, "The cluster removed a pod (drain, preemption or pressure).",
            "Nothing to do: training resumes from the last checkpoint."),
     Reason("NameConflict", "user", 0, "An object whose name the job needs belongs to another owner.",
-           "Rename the FineTuneJob, or remove the other object."),
-    Reason("InvalidSpec", "user", 0, "The spec can't be run.", "Change the field that the message names."),
+           "Rename the FineTuneJob, or remove the other object and raise runPolicy.retry."),
+    Reason("InvalidSpec", "user", 0, "The spec can't be run.",
+           "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new "
+           "job."),
     Reason("DeadlineExceeded", "user", 0, "The job didn't finish within runPolicy.activeDeadlineSeconds.",
-           "Raise the deadline, or use more hardware."),
+           "Raise runPolicy.activeDeadlineSeconds, or distribution.nodes, and runPolicy.retry."),
     Reason("RestartBudgetSpent", "user", 0, "The job failed more often than runPolicy.maxRestarts allows.",
-           "Look at status.failure, which describes the last failure."),
+           "Look at status.failure, which describes the last failure. Raise runPolicy.retry to go on from the last "
+           "checkpoint with new budgets."),
 )  # fmt: skip
 
 REASONS = {reason.name: reason for reason in _ALL}

@@ -52,8 +52,11 @@ class StragglerStatus(LenientModel):
 
 
 class ProgressStatus(LenientModel):
-    """Reports the progress of training; it is written at most every 30 s."""
+    """Reports the progress of training. It is written within 3 s of the first step and of another
+    phase of the trainer; otherwise every 10 s at first, and every minute after 6 minutes."""
 
+    attempt: u.Count = Field(default=0, description="The attempt that reported it.")
+    phase: u.ShortLine = Field(default="", description="Phase of the trainer, e.g. loading, training or uploading.")
     step: u.Count = Field(default=0, description="Finished optimizer steps.")
     total_steps: u.Count = Field(default=0, description="Total number of optimizer steps.")
     percent: u.Count = Field(default=0, description="step / totalSteps, 0 to 100.")
@@ -225,7 +228,14 @@ class Status(LenientModel):
 
     observed_generation: u.Count = Field(default=0, description="The generation of spec that this status refers to.")
     phase: Phase = Field(default="Pending", description="Summary of the conditions, for people.")
-    message: u.Line = Field(default="", description="One sentence: what the job is waiting for, or how it ended.")
+    reason: u.ReasonName = Field(
+        default="", description="One word: why the job waits, why it was last restarted, or why it failed."
+    )
+    message: u.Line = Field(
+        default="",
+        description="One sentence: what the job is waiting for, or how it ended. At most 110 characters; the message "
+        "of the condition that is True, or else that of Reconciling, has all of it.",
+    )
     conditions: Annotated[tuple[Condition, ...], u.at_most(16)] = Field(
         default=(), description="Complete, Failed, Suspended, Reconciling, Stalled."
     )
@@ -241,7 +251,7 @@ class Status(LenientModel):
     )
     retry: u.Count = Field(default=0, description="The value of runPolicy.retry that has had its effect.")
     attempt: u.Count = Field(default=0, description="Number of the current or last attempt, starting at 1.")
-    gpus: u.Count = Field(default=0, description="Total number of GPUs.")
+    gpus: u.Count | None = Field(default=None, description="Total number of GPUs; absent without any.")
     restarts: Restarts = Field(default_factory=Restarts, description="Restarts so far, by cause.")
     restarts_total: u.Count = Field(default=0, description="Total number of restarts so far.")
     progress: ProgressStatus | None = Field(default=None, description="The progress of training.")

@@ -40,6 +40,17 @@ def line(text: str, limit: int = MAX_LINE_CHARACTERS) -> str:
     return _cut(_UNSAFE.sub(_REPLACEMENT, re.sub(r"[\r\n\t]+", " ", text[: 4 * limit])), limit)
 
 
+def shortened(text: str, limit: int) -> str:
+    """Returns a line of at most `limit` characters, with … where something is missing.
+
+    That is behind the middle: errors often name their cause at the end.
+    """
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - 1 - end].rstrip()}…{text[-end:].lstrip()}"
+
+
 def lines(text: str, limit: int = MAX_TEXT_CHARACTERS) -> str:
     """Returns the end of a text: at most `limit` characters, printable except for line breaks and
     tabs."""

@@ -218,7 +218,7 @@ def test_kubectl_shows_the_columns(crd: ControlPlane, server: Server) -> None:
     crd.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(changed(MINIMAL, ("metadata.name", "columns"))))
     try:
         status = {
-            "phase": "Running", "gpus": 16, "restartsTotal": 2, "message": "training",
+            "phase": "Running", "reason": "Evicted", "gpus": 16, "restartsTotal": 2, "message": "m" * 110,
             "progress": {"step": 50, "totalSteps": 100, "percent": 50, "trainLoss": 1.25, "etaSeconds": 90},
             "conditions": [{"type": "Complete", "status": "False", "reason": "Running", "message": "",
                             "lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 1}],
@@ -228,9 +228,13 @@ def test_kubectl_shows_the_columns(crd: ControlPlane, server: Server) -> None:
         )
         assert answer.accepted, answer.message
         heading, row = crd.kubectl("get", "ftj", "columns", "-o", "wide").splitlines()
-        assert heading.split()[:9] == ["NAME", "PHASE", "STEP", "%", "LOSS", "ETA", "GPUS", "RESTARTS", "AGE"]
-        assert row.split()[1:8] == ["Running", "50", "50", "1.25", "90", "16", "2"]
-        assert "hf://org/model" in row
+        titles = ["NAME", "PHASE", "REASON", "STEP", "%", "LOSS", "ETA", "GPUS", "RESTARTS", "AGE"]
+        assert heading.split() == [*titles, "MESSAGE"]
+        assert row.split()[1:9] == ["Running", "Evicted", "50", "50", "1.25", "90", "16", "2"]
+        assert max(len(line) for line in (heading, row)) <= 220
+        narrow = crd.kubectl("get", "ftj", "columns").splitlines()
+        assert narrow[0].split() == titles
+        assert max(len(line) for line in narrow) <= 160
         assert "columns" in crd.kubectl("get", "ml")
     finally:
         crd.kubectl("delete", "ftj", "columns")

@@ -83,5 +83,5 @@ tolerations:
   verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
-  verbs: [list, create]
+  verbs: [list, create, patch]
 {{- end }}

@@ -11,18 +11,19 @@ from typing import Any
 
 from finetune_api.base import Model, Rule, model_in
 from finetune_api.crd.schema import JsonSchema, object_schema
-from finetune_api.crd.transitions import MUTABLE
+from finetune_api.crd.transitions import MUTABLE, STOPPED_PHASES, WHILE_STOPPED
 from finetune_api.names import API_VERSION, KIND, SHORT_NAME
 from finetune_api.reasons import REASONS, Reason
 from finetune_api.resource import Spec
 from finetune_api.status import Status
 
 NOT_YET = "is not supported yet"
+_ANY_TIME = "May change at any time."
+_STOPPED = "May change while no pods run."
 
 
 def reference() -> str:
     """Returns the page that lists every field: type, default, range, meaning and rules."""
-    changeable = ", ".join(f"`{section}.{field}`" for section, field in sorted(MUTABLE))
     return "\n".join(
         [
             f"# {KIND}, `{API_VERSION}`",
@@ -32,8 +33,12 @@ def reference() -> str:
             "",
             "- A field without a default is absent unless it is set. **required** fields must be set.",
             _wrapped(
-                f"- After creation, only these fields of `spec` can be changed: {changeable} (`queueName` only while "
-                "the job is suspended)."
+                f"- After creation, a field of `spec` can be changed if its meaning ends with *{_ANY_TIME}* or "
+                f"*{_STOPPED}* (with all fields in it). No pods run in the phases {', '.join(STOPPED_PHASES)}; a "
+                "change that also sets `runPolicy.suspend` is accepted in any phase, because it stops them. It takes "
+                "effect with the next pods: those that wait and haven't started are replaced, and a job that has "
+                "failed is tried again when `runPolicy.retry` is raised, which the same change can do. All other "
+                "fields decide what is computed and can't be changed: create a new job."
             ),
             _wrapped(
                 "- The API server rejects unknown fields and violations of the rules below, and names the field; "
@@ -70,7 +75,16 @@ def _row(path: str, key: str, schema: JsonSchema, inner: type[Model] | None, is_
     field = schema["properties"][key]
     kind = f"[{'list of ' if is_list else ''}object](#{_anchor(path, key)})" if inner else type_name(field)
     default = "**required**" if key in schema.get("required", []) else _default(field, inner is not None)
-    return f"| `{key}` | {_cell(kind)} | {_cell(default)} | {_cell(field['description'] or '')} |"
+    meaning = f"{field['description'] or ''}{_when_changeable(path, key)}"
+    return f"| `{key}` | {_cell(kind)} | {_cell(default)} | {_cell(meaning)} |"
+
+
+def _when_changeable(path: str, key: str) -> str:
+    """Returns when a field may be changed, as a sentence; empty for one that never may."""
+    place = (path.removeprefix("spec."), key)
+    if not path.startswith("spec.") or place not in MUTABLE | WHILE_STOPPED:
+        return ""
+    return f" *{_ANY_TIME if place in MUTABLE else _STOPPED}*"
 
 
 def _anchor(path: str, key: str) -> str:
@@ -158,6 +172,26 @@ _TOPICS = (
         ),
     ),
     (
+        "NodeSilent",
+        (
+            "This is not a failure but an Event and `status.reason`: the node controller reports that a node with "
+            "pods of the job doesn't answer. If it doesn't come back within 5 minutes, the attempt ends with NodeLost, "
+            "and the job goes on elsewhere. A pod that outlives its grace period by a minute, because it was deleted "
+            "or because somebody forced its deletion, is lost as well.",
+            "Nothing to do for the job. If the node comes back, it removes the old pods by itself.",
+        ),
+    ),
+    (
+        "OperatorTooOld and SpecUnreadable",
+        (
+            "The condition Stalled has one of these reasons if the CRD is newer than the operator, or older. The job "
+            "hasn't failed, and pods that run continue; but no new ones are created. OperatorTooOld names fields that "
+            "this operator doesn't know and that aren't at their defaults; SpecUnreadable names values that it can't "
+            "read.",
+            "Upgrade the operator (or the CRD) so that both have the same version. The job continues by itself.",
+        ),
+    ),
+    (
         "Overfitting",
         (
             "This is not a failure but an Event and `status.evaluation.overfitting`: over at least two "
@@ -182,7 +216,11 @@ def troubleshooting() -> str:
                 "below. Its cause decides whether the job is restarted:"
             ),
             "",
-            "- **user**: the job fails immediately. Fix the problem and create a new job.",
+            _wrapped(
+                "- **user**: the job fails immediately. Fix the cause, then raise `runPolicy.retry`: the job resumes "
+                "from its last checkpoint. The [reference](reference.md) says which fields can be changed; if the "
+                "cause is in another one, create a new job."
+            ),
             _wrapped(
                 "- **application**: the whole group restarts from the last checkpoint, at most "
                 "`runPolicy.maxRestarts.application` times."
@@ -192,14 +230,18 @@ def troubleshooting() -> str:
                 "half as large."
             ),
             "- **infrastructure**: the same, at most `runPolicy.maxRestarts.infrastructure` times.",
-            "- **preemption**: the group resumes from the last checkpoint, without a limit.",
+            _wrapped(
+                "- **preemption**: the same, at most `runPolicy.maxRestarts.preemption` times, which is large by "
+                "default."
+            ),
             "",
             _wrapped(
                 "If a job is waiting, `status.message` (`kubectl get ftj -o wide`) explains why: it quotes the "
                 "scheduler if no node has capacity, and the kubelet if a Secret or a PersistentVolumeClaim is missing. "
                 "UnknownNetwork and ImageNotAllowed mean that the administrator doesn't offer what pod.network or "
                 "pod.image names; the job starts once that has changed. GroupIncomplete means that only a part of the "
-                "pods got nodes, which they gave back; the message says when the next try starts."
+                "pods got nodes, which they gave back; the message says when the next try starts. `status.message` is "
+                "shortened; the condition has all of it (`kubectl describe ftj NAME`)."
             ),
             "",
             *(line for reason in REASONS.values() for line in _reason(reason)),

@@ -22,6 +22,7 @@ NAME_MESSAGE = f"must be at most {MAX_NAME_LENGTH} lowercase letters, digits and
 # jsonPath, type, name, description, priority (1 is shown by -o wide)
 _COLUMNS = (
     (".status.phase", "string", "Phase", "Summary of the conditions.", 0),
+    (".status.reason", "string", "Reason", "Why it waits, was last restarted, or failed.", 0),
     (".status.progress.step", "integer", "Step", "Finished optimizer steps.", 0),
     (".status.progress.percent", "integer", "%", "Finished share of the steps.", 0),
     (".status.progress.trainLoss", "number", "Loss", "Training loss of the last step.", 0),
@@ -29,19 +30,7 @@ _COLUMNS = (
     (".status.gpus", "integer", "GPUs", "Total number of GPUs.", 0),
     (".status.restartsTotal", "integer", "Restarts", "Restarts of the whole group.", 0),
     (".metadata.creationTimestamp", "date", "Age", "", 0),
-    (".status.progress.message", "string", "Doing", "What the trainer is doing.", 1),
-    (".status.progress.evalLoss", "number", "Eval-Loss", "Validation loss.", 1),
-    (".status.evaluation.testLossAfter", "number", "Test-Loss", "Test loss of the result.", 1),
-    (
-        ".status.evaluation.scores[?(@.name=='rougeL')].tuned",
-        "number",
-        "Rouge-L",
-        "ROUGE-L of the answers of the result.",
-        1,
-    ),
     (".status.message", "string", "Message", "What the job is waiting for, or how it ended.", 1),
-    (".spec.model.uri", "string", "Model", "The model that training starts from.", 1),
-    (".spec.distribution.strategy", "string", "Strategy", "What is sharded across processes.", 1),
 )
 
 

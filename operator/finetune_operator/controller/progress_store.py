@@ -23,13 +23,15 @@ class ProgressStore:
     def put(self, uid: str, progress: Progress, time: str) -> bool:
         """Stores a report unless the last one is of a later attempt; `time` is when it came in.
 
-        Returns whether its phase is new.
+        Returns whether it is news: another phase, or the first step.
         """
         last = self._reports.get(uid)
         if last and last.progress.attempt > progress.attempt:
             return False
         self._reports[uid] = Report(progress, time)
-        return last is None or last.progress.phase != progress.phase or last.progress.attempt != progress.attempt
+        if last is None or last.progress.attempt != progress.attempt:
+            return True
+        return last.progress.phase != progress.phase or (last.progress.step == 0) != (progress.step == 0)
 
     def forget(self, uid: str) -> None:
         """Removes the report of a job that is gone."""

@@ -18,7 +18,7 @@ from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_reader import SpecReader
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.warning_events import WarningEvents
-from finetune_operator.core import decide, plan, reduced_status, status, verdict
+from finetune_operator.core import decide, plan, reduced_status, status, verdict, write_policy
 from finetune_operator.core.actions import Decision, DesiredStatus
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.plan import NotOffered, PlanError
@@ -145,7 +145,7 @@ class Reconciler:
         before, generation = observed.job.status, observed.job.metadata.generation
         after = status.status(observed, desired, now) if desired else status.acknowledged(before, generation)
         pending = time.monotonic() - self._differs_since.setdefault(key, time.monotonic())
-        due = status.seconds_until_due(before, after, pending, self._settings.progress.write_every_seconds, now)
+        due = write_policy.seconds_until_due(before, after, pending, self._settings.progress.write_every_seconds, now)
         if due is None:
             self._differs_since.pop(key, None)
         elif due > 0 and not immediately:
@@ -277,6 +277,7 @@ class Reconciler:
         if snapshot:
             self._progress.forget(snapshot.uid)
             self._digests.forget(snapshot.uid)
+            self._recorder.forget(snapshot.uid)
             self._warning_events.forget(_child_uids(snapshot))
 
 

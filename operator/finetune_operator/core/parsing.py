@@ -21,6 +21,7 @@ from finetune_operator.core.objects import MAX_PODS, PENDING, ChildJob, Pod, Ter
 Raw = Mapping[str, Any]
 
 _MAX_NODES = 16
+_NOBODY = "unknown"  # the field manager of a client that doesn't say who it is
 
 
 class Unreadable(ValueError):
@@ -193,7 +194,8 @@ def _suspender(meta: Raw) -> str:
         for entry in _objects(meta, "managedFields")
         if "f:suspend" in _section(_section(entry, "fieldsV1"), "f:spec")
     ]
-    return max(((time, name) for time, name in managers if name != names.FIELD_MANAGER), default=("", ""))[1]
+    others = [(time, name) for time, name in managers if name not in (names.FIELD_MANAGER, _NOBODY)]
+    return max(others, default=("", ""))[1]
 
 
 def _names(annotation: Any) -> tuple[str, ...]:

@@ -18,11 +18,13 @@ def progress(
     """Returns status.progress; `report` is the newest one of the current attempt, or None."""
     before = observed.job.status.progress
     if desired.phase == "Succeeded":
-        return _final_progress(before, report, result)
+        return _final_progress(before, report, result, desired.attempt)
     if report is None:
         return before
     current = report.progress
     return ProgressStatus(
+        attempt=current.attempt,
+        phase=current.phase,
         step=current.step,
         total_steps=current.total_steps,
         percent=_percent(current.step, current.total_steps),
@@ -43,9 +45,9 @@ def progress(
 
 
 def _final_progress(
-    before: ProgressStatus | None, report: Report | None, result: Result | None
+    before: ProgressStatus | None, report: Report | None, result: Result | None, attempt: int
 ) -> ProgressStatus | None:
-    """Returns the progress of a finished job.
+    """Returns the progress of a finished job, whose last attempt is `attempt`.
 
     It prefers the result's figures; missing ones come from the last report, then from status.
     """
@@ -58,6 +60,8 @@ def _final_progress(
     evaluation = (result.evaluation if result else None) or EvaluationStatus()
     current = last_report or Progress(attempt=0)
     return ProgressStatus(
+        attempt=attempt,
+        phase="done",
         step=step,
         total_steps=total,
         percent=100,

@@ -11,7 +11,7 @@ from finetune_api import untrusted as u
 from finetune_api.status import FailureStatus, Phase, Status
 from finetune_operator.core.actions import DesiredStatus
 from finetune_operator.core.case import open_deed
-from finetune_operator.core.status import conditions, timestamp
+from finetune_operator.core.status import MAX_MESSAGE_CHARACTERS, conditions, timestamp
 
 STATUS_REFUSED = "StatusRefused"
 OPERATOR_ERROR = "OperatorError"
@@ -24,7 +24,10 @@ def hindered(before: Status, generation: int, reason: str, message: str, now: da
     text = u.line(message)
     waiting = _desired(before, "Pending", reason, text)
     return before.model_copy(
-        update={"message": text, "conditions": conditions(before, generation, waiting, timestamp(now))}
+        update={
+            "message": u.shortened(text, MAX_MESSAGE_CHARACTERS),
+            "conditions": conditions(before, generation, waiting, timestamp(now)),
+        }
     )
 
 
@@ -38,7 +41,8 @@ def stalled(before: Status, generation: int, reason: str, message: str, now: dat
     return before.model_copy(
         update={
             "observed_generation": generation,
-            "message": text,
+            "reason": reason,
+            "message": u.shortened(text, MAX_MESSAGE_CHARACTERS),
             "conditions": conditions(before, generation, waiting, timestamp(now)),
         }
     )
@@ -63,7 +67,8 @@ def refused(after: Status, error: str) -> Status:
     return Status(
         observed_generation=after.observed_generation,
         phase=after.phase,
-        message=message,
+        reason=after.reason,
+        message=u.shortened(message, MAX_MESSAGE_CHARACTERS),
         conditions=tuple(
             condition.model_copy(update={"message": message if condition.status == "True" else ""})
             for condition in after.conditions

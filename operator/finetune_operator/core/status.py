@@ -1,15 +1,15 @@
-"""Computes the status of a FineTuneJob, and when it has to be written.
+"""Computes the status of a FineTuneJob.
 
-Conditions follow batch/v1 Job and kstatus. Whether two statuses differ is decided here, so that
-nothing is written when nothing has changed. The clock is an argument, and there is no I/O.
+Conditions follow batch/v1 Job and kstatus. The clock is an argument, and there is no I/O.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from finetune_api import untrusted as u
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.result import Result
 from finetune_api.status import (
@@ -26,22 +26,14 @@ from finetune_api.status import (
     Status,
 )
 from finetune_operator.core import output, plan, restart_policy
-from finetune_operator.core.actions import SUSPENDED, SUSPENDING, DesiredStatus
+from finetune_operator.core.actions import NODE_SILENT, SUSPENDED, SUSPENDING, DesiredStatus
 from finetune_operator.core.objects import Observed, Report, seconds_between
 from finetune_operator.core.progress_status import progress
 
-# A change that isn't urgent waits this long, so that one write includes a change that follows
-# immediately.
-SETTLE_SECONDS = 2.0
-# A new spec is acknowledged this much later than its pods are created: under load they would have
-# to wait for that write.
-ACKNOWLEDGE_SECONDS = 0.2
-# A new message about the same condition waits this long: a kubelet repeats itself with different
-# port numbers.
-MESSAGE_SETTLE_SECONDS = 60.0
+MAX_MESSAGE_CHARACTERS = 110
+"""Of status.message, so that `kubectl get -o wide` fits a terminal; conditions have all of it."""
 
 _COMMON_FIELDS = EvaluationStatus.model_fields.keys() & Progress.model_fields.keys()
-_URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
 
 
 @dataclass(frozen=True)
@@ -62,14 +54,15 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     return Status(
         observed_generation=observed.job.metadata.generation,
         phase=desired.phase,
-        message=desired.message,
+        reason=_reason(desired),
+        message=u.shortened(desired.message, MAX_MESSAGE_CHARACTERS),
         conditions=conditions(before, observed.job.metadata.generation, desired, time),
         start_time=before.start_time or _start_time(observed, desired, time),
         completion_time=(before.completion_time or time) if desired.is_terminal else None,
         **_pauses(before, desired, now),
         retry=before.retry if desired.phase == "Failed" else observed.job.spec.run_policy.retry,
         attempt=desired.attempt,
-        gpus=plan.gpu_count(observed.job.spec),
+        gpus=plan.gpu_count(observed.job.spec) or None,
         restarts=desired.restarts,
         restarts_total=restart_policy.total(desired.restarts),
         progress=progress(observed, desired, report, result),
@@ -80,6 +73,13 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )
+
+
+def _reason(desired: DesiredStatus) -> str:
+    """Returns the word for why a job waits, was restarted or has failed; empty if all is well."""
+    if desired.phase in ("Pending", "Queued") or desired.reason == NODE_SILENT:
+        return desired.reason
+    return desired.failure.reason if desired.failure and desired.phase != "Succeeded" else ""
 
 
 def _pauses(before: Status, desired: DesiredStatus, now: datetime) -> dict[str, Any]:
@@ -102,62 +102,9 @@ def acknowledged(before: Status, generation: int) -> Status:
     )
 
 
-def seconds_until_due(
-    before: Status, after: Status, pending: float | None, write_every: float, now: datetime
-) -> float | None:
-    """Returns how many seconds the new status may wait: None if it is the same, 0 if it is due.
-
-    `pending` is the number of seconds since it first differed from the written one; `write_every`
-    is the interval, in seconds, between writes that change only the progress.
-    """
-    if before == after:
-        return None
-    if _without_progress(before) == _without_progress(after):
-        if before.progress is None or before.progress.update_time is None:
-            return 0.0
-        age = seconds_between(before.progress.update_time, now)
-        return max(0.0, write_every - age)
-    if _is_urgent(before, after):
-        return 0.0
-    if before.observed_generation != after.observed_generation:
-        return max(0.0, ACKNOWLEDGE_SECONDS - (pending or 0.0))
-    settle = MESSAGE_SETTLE_SECONDS if _without_messages(before) == _without_messages(after) else SETTLE_SECONDS
-    return max(0.0, settle - (pending or 0.0))
-
-
 def timestamp(moment: datetime) -> str:
     """Formats a time as RFC 3339 in UTC with whole seconds, as Kubernetes does."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _is_urgent(before: Status, after: Status) -> bool:
-    """Whether a job ended, restarted, stalled or was suspended: status reports it immediately."""
-    return (
-        (after.phase in _URGENT_PHASES and before.phase != after.phase)
-        or before.restarts != after.restarts
-        or _suspension_reason(before) != _suspension_reason(after)
-        or _is_stalled(before) != _is_stalled(after)
-    )
-
-
-def _is_stalled(status: Status) -> bool:
-    return any(c.type == CONDITION_STALLED and c.status == "True" for c in status.conditions)
-
-
-def _suspension_reason(status: Status) -> str:
-    return next((c.reason for c in status.conditions if c.type == CONDITION_SUSPENDED), "")
-
-
-def _without_progress(status: Status) -> Status:
-    """Returns a status without all that a progress report changes."""
-    return status.model_copy(
-        update={"progress": None, "checkpoint": None, "evaluation": None, "model": None, "data": None}
-    )
-
-
-def _without_messages(status: Status) -> Status:
-    without = tuple(c.model_copy(update={"message": ""}) for c in status.conditions)
-    return _without_progress(status).model_copy(update={"message": "", "conditions": without})
 
 
 def _start_time(observed: Observed, desired: DesiredStatus, time: str) -> str | None:
@@ -173,11 +120,17 @@ def conditions(before: Status, generation: int, desired: DesiredStatus, time: st
     working = working and not desired.stalled
     met = _DesiredCondition(True, desired.reason, desired.message)
     not_met = _DesiredCondition(False, "Finished" if desired.is_terminal else "NotFinished")
+    is_suspended = desired.suspension == SUSPENDED
+    idle = _DesiredCondition(False, desired.phase, "" if desired.is_terminal else desired.message)
+    if desired.reason == NODE_SILENT:
+        idle = replace(idle, reason=NODE_SILENT)
     by_type = {
         CONDITION_COMPLETE: met if desired.phase == "Succeeded" else not_met,
         CONDITION_FAILED: met if failed else not_met,
-        CONDITION_SUSPENDED: _DesiredCondition(desired.suspension == SUSPENDED, desired.suspension or "NotSuspended"),
-        CONDITION_RECONCILING: met if working else _DesiredCondition(False, desired.phase),
+        CONDITION_SUSPENDED: _DesiredCondition(
+            is_suspended, desired.suspension or "NotSuspended", desired.message if is_suspended else ""
+        ),
+        CONDITION_RECONCILING: met if working else idle,
         CONDITION_STALLED: met if failed or desired.stalled else _DesiredCondition(False, "Healthy"),
     }
     earlier = {condition.type: condition for condition in before.conditions}

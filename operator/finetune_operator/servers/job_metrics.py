@@ -147,7 +147,7 @@ class _Families:
             self._condition.add_metric([*job, condition.type], float(condition.status == "True"))
         for cause in ("application", "memory", "infrastructure", "preemption"):
             self._restarts.add_metric([*job, cause], getattr(status.restarts, cause))
-        self._gpus.add_metric(job, status.gpus)
+        self._gpus.add_metric(job, status.gpus or 0)
         _add_if_set(self._start, job, _epoch(status.start_time))
         _add_if_set(self._end, job, _epoch(status.completion_time))
         checkpoint = (progress.checkpoint if progress else None) or status.checkpoint

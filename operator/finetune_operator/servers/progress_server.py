@@ -23,6 +23,7 @@ from finetune_api.untrusted import line
 from finetune_operator.controller.snapshot import Key
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.core.status import timestamp
+from finetune_operator.core.write_policy import shortest_interval
 from finetune_operator.kube.client import ApiError, KubeClient
 from finetune_operator.kube.leader_election import Leadership
 from finetune_operator.servers.token_reviews import Busy, Caller, TokenReviews, claimed
@@ -101,8 +102,8 @@ class ProgressServer:
             raise Refusal(
                 403, f"the pod belongs to attempt {attempt}, but reports progress of attempt {progress.attempt}"
             )
-        new_phase = self._progress.put(uid, progress, timestamp(datetime.now(UTC)))
-        self._enqueue(key, uid, new_phase)
+        is_news = self._progress.put(uid, progress, timestamp(datetime.now(UTC)))
+        self._enqueue(key, uid, is_news)
 
     def _redirect_to_leader(self) -> None:
         holder = self._leadership.holder
@@ -178,10 +179,11 @@ class ProgressServer:
             raise Refusal(403, f"the token's pod belongs to attempt {job.attempt}, which isn't the current one")
         return key, job.attempt, job.owner_uid
 
-    def _enqueue(self, key: Key, uid: str, new_phase: bool) -> None:
-        """Queues the job if its status may be due: immediately for a new phase."""
+    def _enqueue(self, key: Key, uid: str, is_news: bool) -> None:
+        """Queues the job if its status may be due: immediately for news."""
         now = time.monotonic()
-        if new_phase or now - self._enqueued_at.get(uid, 0.0) >= self._settings.write_every_seconds:
+        interval = shortest_interval(self._settings.write_every_seconds)
+        if is_news or now - self._enqueued_at.get(uid, 0.0) >= interval:
             _clear_if_full(self._enqueued_at)
             self._enqueued_at[uid] = now
             self._queue.add(key)

@@ -283,7 +283,8 @@ def test_a_recreated_job_waits_until_its_predecessors_children_are_gone(world: W
     world.delete("finetunejobs", "again")
     world.wait(lambda: world.get("finetunejobs", "again") is None)
     world.submit("again")
-    assert "deleted FineTuneJob of the same name" in world.wait_phase("again", "Pending")["message"]
+    world.wait_phase("again", "Pending")
+    assert "deleted FineTuneJob of the same name" in world.message("again")
     assert first["attempt"] == 1
     world.patch("jobs", "again-1", {"metadata": {"finalizers": None}})
     world.leave("again-1")

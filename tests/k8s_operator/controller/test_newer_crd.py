@@ -86,6 +86,9 @@ class _Silent:
     async def record(self, *_: Any) -> None:
         return None
 
+    def forget(self, uid: str) -> None:
+        return None
+
 
 def _body(status: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     body = job_body("modern")

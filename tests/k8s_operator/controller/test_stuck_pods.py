@@ -24,7 +24,7 @@ def test_a_missing_secret_is_reported_with_the_kubelets_message_and_recovers(wor
 
     def is_reported() -> bool:
         status = world.status("keyless")
-        return status.get("phase") == "Pending" and message in status["message"]
+        return status.get("phase") == "Pending" and message in world.message("keyless")
 
     world.wait(is_reported, 20)
     assert world.condition("keyless", "Stalled")["status"] == "False"
@@ -36,7 +36,8 @@ def test_a_missing_secret_is_reported_with_the_kubelets_message_and_recovers(wor
 def test_a_pod_that_fits_no_node_is_reported_with_the_schedulers_message(world: World, operator: Operator) -> None:
     world.submit("huge", resources={"cpu": "1000"})
     world.wait_pods("huge-1")
-    message = world.wait_phase("huge", "Pending")["message"]
+    world.wait_phase("huge", "Pending")
+    message = world.message("huge")
     assert "nodes are available" in message
     assert "huge-1-0" in message
 
@@ -54,7 +55,7 @@ def test_a_container_that_cannot_start_is_reported_with_the_kubelets_message(
     world.submit("image")
     (pod,) = world.wait_pods("image-1")
     world.waiting_container(pod, reason, message)
-    world.wait(lambda: f"{reason}: {message}" in world.status("image").get("message", ""))
+    world.wait(lambda: f"{reason}: {message}" in world.message("image"))
     assert world.condition("image", "Reconciling")["reason"] == reason
 
 
@@ -71,7 +72,7 @@ def test_a_quota_that_refuses_the_job_is_reported_with_its_message_and_recovers(
     world.wait(lambda: (world.get("resourcequotas", "none") or {}).get("status", {}).get("hard"))
     world.submit("limited")
     status = world.wait_phase("limited", "Pending")
-    assert "exceeded quota: none" in status["message"]
+    assert "exceeded quota: none" in world.message("limited")
     assert status["attempt"] == 0
     world.delete("resourcequotas", "none")
     world.wait_job("limited-1", 20)
@@ -91,7 +92,7 @@ def test_pods_that_a_quota_refuses_are_reported_with_the_job_controllers_message
     world.wait(lambda: (world.get("resourcequotas", "small") or {}).get("status", {}).get("hard"))
     world.submit("podless")
     world.wait_job("podless-1")
-    world.wait(lambda: "exceeded quota: small" in world.status("podless").get("message", ""), 20)
+    world.wait(lambda: "exceeded quota: small" in world.message("podless"), 20)
 
 
 def test_a_service_that_is_deleted_while_pods_start_is_made_again(world: World, operator: Operator) -> None:
@@ -124,7 +125,8 @@ def test_a_failed_job_is_tried_again_after_what_its_hint_names_was_changed(world
     world.submit("again", resources={"scratch": "1Gi"})
     (pod,) = world.run_pods("again-1")
     world.end_pod(pod, 76, Result(outcome="failed", reason="DiskFull", message="no space"))
-    assert "auto would be" in world.wait_phase("again", "Failed", 20)["message"]
+    world.wait_phase("again", "Failed", 20)
+    assert "auto would be" in world.message("again")
     change = {"resources": {"scratch": "50Gi"}, "runPolicy": {"retry": 1}}
     answer = world.patch("finetunejobs", "again", {"spec": change})
     assert answer.accepted, answer.message

@@ -12,7 +12,7 @@ from finetune_api.messages.result import Result
 from finetune_api.status import Condition, FailureStatus, Phase, Restarts, Status
 from finetune_operator.core import parsing
 from finetune_operator.core.actions import CreateAttempt, CreatePreflight, Decision, DeleteJob, DesiredStatus
-from finetune_operator.core.decide import decide
+from finetune_operator.core.decide import blocked, decide
 from finetune_operator.core.objects import Attempt, Observed
 from finetune_operator.core.status import status, timestamp
 from finetune_operator.core.verdict import verdict
@@ -157,6 +157,14 @@ def test_a_deadline_that_is_raised_while_the_pods_stop_costs_nothing() -> None:
     announced = _written(observed, decision).job.status
     raised = a_job(announced, generation=2, **_policy(activeDeadlineSeconds=600))
     assert decide(an_observation(raised), NOW).actions == (CreateAttempt(2, Restarts()),)
+
+
+def test_a_quota_that_blocks_a_resumed_job_costs_nothing() -> None:
+    observed = an_observation(a_job(_status("Suspended", deed="Suspended")))
+    desired = blocked(observed, _desired(decide(observed, NOW)), "exceeded quota")
+    after = status(observed, desired, NOW)
+    assert after.phase == "Pending"
+    assert decide(an_observation(a_job(after)), NOW).actions == (CreateAttempt(2, Restarts()),)
 
 
 @pytest.mark.parametrize(

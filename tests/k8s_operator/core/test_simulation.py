@@ -19,7 +19,8 @@ from finetune_api.status import TERMINAL_PHASES, Restarts
 from finetune_operator.core.actions import CreateAttempt, DeleteJob
 from finetune_operator.core.decide import decide
 from finetune_operator.core.objects import SUCCEEDED, Attempt, Observed, Pod, Termination
-from finetune_operator.core.status import seconds_until_due, status
+from finetune_operator.core.status import status
+from finetune_operator.core.write_policy import seconds_until_due
 from k8s_operator.support.observed_states import NOW, a_job, a_pod, an_attempt, failed
 
 NODES = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,19 +23,19 @@ from finetune_api.status import (
     Status,
     StragglerStatus,
 )
-from finetune_operator.controller.event_recorder import event_of_change
+from finetune_operator.controller.event_recorder import EventRecorder, full_message, happenings
 from finetune_operator.core.actions import DesiredStatus
 from finetune_operator.core.decide import decide
 from finetune_operator.core.objects import Observed, Report
-from finetune_operator.core.status import (
+from finetune_operator.core.status import MAX_MESSAGE_CHARACTERS, acknowledged, status, timestamp
+from finetune_operator.core.write_policy import (
     ACKNOWLEDGE_SECONDS,
     MESSAGE_SETTLE_SECONDS,
+    NEWS_SECONDS,
     SETTLE_SECONDS,
-    acknowledged,
     seconds_until_due,
-    status,
-    timestamp,
 )
+from finetune_operator.kube.client import NotFound
 from k8s_operator.support.observed_states import (
     BEFORE,
     NOW,
@@ -61,6 +62,12 @@ def _kstatus(reported: Status, generation: int) -> str:
     if reported.observed_generation != generation or "Reconciling" in true_conditions:
         return "InProgress"
     return "Failed" if "Stalled" in true_conditions else "Current"
+
+
+def _warning(before: Status, after: Status) -> tuple[str, str] | None:
+    """Return the reason and message of the warning about a change of status, if there is one."""
+    warnings = [(h.reason, h.message) for h in happenings(before, after) if h.kind == "Warning"]
+    return warnings[0] if warnings else None
 
 
 _SUCCESS = Result(
@@ -194,8 +201,138 @@ def test_progress_alone_is_written_at_most_once_per_interval() -> None:
     desired = decide(observed, NOW).desired
     assert desired is not None
     second = status(observed, desired, NOW)
-    assert seconds_until_due(first, second, 0.0, 30, NOW + timedelta(seconds=10)) == 20.0
-    assert seconds_until_due(first, second, 0.0, 30, NOW + timedelta(seconds=31)) == 0.0
+    just_started = {"start_time": timestamp(NOW)}
+    fresh, later = first.model_copy(update=just_started), second.model_copy(update=just_started)
+    assert seconds_until_due(fresh, later, 0.0, 30, NOW + timedelta(seconds=4)) == 6.0
+    assert seconds_until_due(first, second, 0.0, 30, NOW + timedelta(seconds=10)) == 32.5
+    assert seconds_until_due(first, second, 0.0, 30, NOW + timedelta(hours=1)) == 0.0
+
+
+def _writes(seconds: int) -> int:
+    """Return how often the progress of a run is written that reports a step every second."""
+    written, writes = Status(start_time=timestamp(NOW)), 0
+    for second in range(1, seconds + 1):
+        time = NOW + timedelta(seconds=second)
+        progress = ProgressStatus(attempt=1, phase="training", step=second, update_time=timestamp(time))
+        after = written.model_copy(update={"progress": progress})
+        if seconds_until_due(written, after, None, 30, time) == 0.0:
+            written, writes = after, writes + 1
+    return writes
+
+
+def test_progress_is_fresh_at_first_and_costs_fewer_writes_in_the_long_run() -> None:
+    assert [_writes(seconds) for seconds in (60, 600, 3600)] == [6, 20, 70]
+
+
+@pytest.mark.parametrize(
+    ("change", "age", "due"),
+    [
+        ({"step": 1}, 1, NEWS_SECONDS - 1),
+        ({"step": 1}, 5, 0.0),
+        ({"phase": "training"}, 1, NEWS_SECONDS - 1),
+        ({"attempt": 2}, 1, NEWS_SECONDS - 1),
+        ({"message": "reading the second file"}, 1, 9.0),
+    ],
+    ids=["the first step", "the first step later", "another phase", "another attempt", "another file"],
+)
+def test_news_of_the_trainer_does_not_wait(change: dict[str, Any], age: int, due: float) -> None:
+    progress = ProgressStatus(attempt=1, phase="loading", update_time=timestamp(NOW))
+    before = Status(phase="Running", start_time=timestamp(NOW), progress=progress)
+    after = before.model_copy(update={"progress": progress.model_copy(update=change)})
+    assert seconds_until_due(before, after, 0.0, 30, NOW + timedelta(seconds=age)) == due
+
+
+def test_evaluating_and_training_in_turn_is_no_news() -> None:
+    progress = ProgressStatus(attempt=1, phase="training", step=5, update_time=timestamp(NOW))
+    before = Status(phase="Running", start_time=timestamp(NOW), progress=progress)
+    after = before.model_copy(update={"progress": progress.model_copy(update={"phase": "evaluating"})})
+    assert seconds_until_due(before, after, 0.0, 30, NOW + timedelta(seconds=1)) == 9.0
+
+
+def test_a_long_message_is_shortened_in_status_and_complete_in_the_condition() -> None:
+    text = "0/3 nodes are available: " + ", ".join(f"{n} node(s) had an untolerated taint" for n in range(9))
+    reported = _status_of(an_observation(a_job(), an_attempt(1, a_pod(0, "Pending", unschedulable=text))))
+    assert len(reported.message) <= MAX_MESSAGE_CHARACTERS
+    assert reported.message.startswith("pod train-1-0: 0/3 nodes are available: ")
+    assert "…" in reported.message
+    assert reported.message.endswith("untolerated taint")
+    assert reported.reason == "Unschedulable"
+    assert full_message(reported) == f"pod train-1-0: {text}"
+    assert _warning(Status(), reported) == ("Unschedulable", f"pod train-1-0: {text}")
+
+
+def test_a_restarted_job_shows_the_reason_until_it_succeeds() -> None:
+    attempts = (
+        an_attempt(1, a_dead_pod(0, 72, failed("RankKilled")), failed=True),
+        an_attempt(2, a_pod(), restarts=Restarts(infrastructure=1)),
+    )
+    observed = an_observation(a_job(Status(phase="Restarting", attempt=2)), *attempts)
+    running = _status_of(observed)
+    assert (running.phase, running.reason) == ("Running", "RankKilled")
+    done = an_attempt(2, a_done_pod(0, _SUCCESS), complete=True)
+    assert _status_of(an_observation(a_job(running), attempts[0], done)).reason == ""
+
+
+def test_the_life_of_a_job_is_told_in_normal_events() -> None:
+    checkpoint = CheckpointStatus(step=40, uri="s3://outputs/result/checkpoints/step-40", time=BEFORE)
+    starting = Status(phase="Starting", attempt=1)
+    running = starting.model_copy(update={"phase": "Running", "message": "1 pod of train-1 is running"})
+    first = running.model_copy(update={"progress": ProgressStatus(attempt=1, step=1, total_steps=100, train_loss=2.5)})
+    stored = first.model_copy(update={"checkpoint": checkpoint})
+    again = stored.model_copy(update={"attempt": 2, "restarts": Restarts(preemption=1), "message": "evicted"})
+    resumed = again.model_copy(update={"progress": ProgressStatus(attempt=2, step=41, total_steps=100)})
+    evaluated = resumed.model_copy(update={"evaluation": EvaluationStatus(test_loss_before=3.0, test_loss_after=1.5)})
+    done = evaluated.model_copy(update={"phase": "Succeeded", "message": "training is complete"})
+    life = [starting, running, first, stored, again, resumed, evaluated, done]
+    events = [happening for before, after in pairwise(life) for happening in happenings(before, after)]
+    assert [(event.kind, event.reason, event.message) for event in events] == [
+        ("Normal", "Started", "attempt 1: 1 pod of train-1 is running"),
+        ("Normal", "FirstStep", "attempt 1 trains: step 1 of 100, loss 2.5"),
+        ("Normal", "CheckpointStored", "the checkpoint after step 40 is stored"),
+        ("Normal", "Started", "attempt 2: evicted"),
+        ("Warning", "Restarted", "evicted"),
+        ("Normal", "Resumed", "attempt 2 resumed from the checkpoint after step 40; it is at step 41 of 100"),
+        ("Normal", "Evaluated", "test loss 3 before, 1.5 after"),
+        ("Normal", "Succeeded", "training is complete"),
+    ]
+    assert happenings(done, done) == ()
+
+
+class _Events:
+    """A client that stores Events."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, Any]] = {}
+
+    async def create(self, resource: str, event: dict[str, Any]) -> dict[str, Any]:
+        name = f"event-{len(self.stored)}"
+        self.stored[name] = {**event, "metadata": {**event["metadata"], "name": name}}
+        return self.stored[name]
+
+    async def patch(self, resource: str, namespace: str, name: str, change: dict[str, Any]) -> dict[str, Any]:
+        if name not in self.stored:
+            raise NotFound(404, "NotFound", name)
+        self.stored[name] |= change
+        return self.stored[name]
+
+
+async def test_what_happens_repeatedly_is_one_event_with_a_count() -> None:
+    client = _Events()
+    recorder = EventRecorder(client, "pod")  # type: ignore[arg-type]
+
+    def at(step: int) -> Status:
+        uri = f"s3://outputs/result/checkpoints/step-{step}"
+        return Status(checkpoint=CheckpointStatus(step=step, uri=uri, time=BEFORE))
+
+    for step in (10, 20, 30):
+        await recorder.record(a_job(), at(step - 10), at(step), NOW)
+    (event,) = client.stored.values()
+    assert (event["type"], event["reason"], event["count"]) == ("Normal", "CheckpointStored", 3)
+    assert event["message"] == "the checkpoint after step 30 is stored"
+    client.stored.clear()  # the API server forgets Events after an hour
+    await recorder.record(a_job(), at(30), at(40), NOW)
+    (event,) = client.stored.values()
+    assert event["count"] == 1
 
 
 def test_a_change_of_a_finished_jobs_spec_is_acknowledged_and_changes_nothing_else() -> None:
@@ -206,44 +343,44 @@ def test_a_change_of_a_finished_jobs_spec_is_acknowledged_and_changes_nothing_el
     assert acknowledged(known, 1) == done
 
 
-def test_events_are_written_only_for_what_goes_wrong() -> None:
+def test_there_is_a_warning_for_what_goes_wrong() -> None:
     def status_with(**fields: Any) -> Status:
         base = DesiredStatus("Running", "Running", "m", 1, Restarts())
         return status(an_observation(), replace(base, **fields), NOW)
 
     running = status_with()
     stuck = status_with(phase="Pending", reason="Unschedulable", message="0/3 nodes")
-    assert event_of_change(Status(), running) is None
-    assert event_of_change(running, stuck) == ("Unschedulable", "0/3 nodes")
-    assert event_of_change(stuck, status_with(phase="Pending", reason="Unschedulable", message="0/4 nodes")) is None
-    assert event_of_change(running, status_with(restarts=Restarts(preemption=1), message="again")) == (
+    assert _warning(Status(), running) is None
+    assert _warning(running, stuck) == ("Unschedulable", "0/3 nodes")
+    assert _warning(stuck, status_with(phase="Pending", reason="Unschedulable", message="0/4 nodes")) is None
+    assert _warning(running, status_with(restarts=Restarts(preemption=1), message="again")) == (
         "Restarted",
         "again",
     )
-    assert event_of_change(running, status_with(phase="Failed", reason="OutOfMemory", message="x")) == (
+    assert _warning(running, status_with(phase="Failed", reason="OutOfMemory", message="x")) == (
         "OutOfMemory",
         "x",
     )
-    assert event_of_change(running, status_with(phase="Succeeded")) is None
+    assert _warning(running, status_with(phase="Succeeded")) is None
     skipping = running.model_copy(update={"progress": ProgressStatus(step=9, skipped_steps=2)})
     event = ("StepsSkipped", "2 steps have been skipped so far; the trainer's log says why")
-    assert event_of_change(running, skipping) == event
-    assert event_of_change(skipping, skipping) is None
+    assert _warning(running, skipping) == event
+    assert _warning(skipping, skipping) is None
     straggler = StragglerStatus(rank=9, node=1, ratio=1.35)
     slowed = running.model_copy(update={"progress": ProgressStatus(step=9, straggler=straggler)})
-    event = event_of_change(running, slowed)
+    event = _warning(running, slowed)
     assert event is not None
     assert event[0] == "Straggler"
     assert "rank 9 (pod 1 of the attempt) needs 1.35 times as long" in event[1]
     slower = straggler.model_copy(update={"ratio": 1.6})
-    assert event_of_change(slowed, running.model_copy(update={"progress": ProgressStatus(straggler=slower)})) is None
+    assert _warning(slowed, running.model_copy(update={"progress": ProgressStatus(straggler=slower)})) is None
     overfit = OverfittingStatus(best_step=20, best_loss=1.5, step=40, loss=1.8)
     overfitting = running.model_copy(update={"evaluation": EvaluationStatus(overfitting=overfit)})
-    event = event_of_change(running, overfitting)
+    event = _warning(running, overfitting)
     assert event is not None
     assert event[0] == "Overfitting"
     assert "1.5 at step 20" in event[1]
-    assert event_of_change(overfitting, overfitting) is None
+    assert _warning(overfitting, overfitting) is None
 
 
 def test_the_facts_about_the_rows_are_kept_and_reported_once() -> None:
@@ -251,8 +388,8 @@ def test_the_facts_about_the_rows_are_kept_and_reported_once() -> None:
     checked = a_check(a_done_pod(0, Result(outcome="succeeded", data=few)), complete=True)
     reported = _status_of(an_observation(a_job(resources={"gpu": {}}), preflight=checked))
     assert reported.data == few
-    assert event_of_change(Status(), reported) == ("DataWarning", "FewExamples: 40 training rows")
-    assert event_of_change(reported, reported) is None
+    assert _warning(Status(), reported) == ("DataWarning", "FewExamples: 40 training rows")
+    assert _warning(reported, reported) is None
     running = replace(
         an_observation(a_job(), an_attempt(1, a_pod())), report=Report(Progress(attempt=1, data=few), timestamp(NOW))
     )

@@ -111,6 +111,10 @@ class World:
     def condition(self, name: str, kind: str) -> Raw:
         return next((c for c in self.status(name).get("conditions", ()) if c["type"] == kind), {})
 
+    def message(self, name: str) -> str:
+        """Return the longest message of the conditions: that of status may be shortened."""
+        return max((str(c.get("message", "")) for c in self.status(name).get("conditions", ())), key=len, default="")
+
     def suspend(self, name: str, value: bool = True) -> None:
         answer = self.patch("finetunejobs", name, {"spec": {"runPolicy": {"suspend": value}}})
         assert answer.accepted, answer.message

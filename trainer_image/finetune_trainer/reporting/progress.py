@@ -122,8 +122,14 @@ def _post_once(url: str, body: bytes, headers: dict[str, str], timeout: float) -
         connection.close()
 
 
+def _is_news(before: Progress, after: Progress) -> bool:
+    """Whether somebody who watches the job would want to see a change at once."""
+    return before.phase != after.phase or (before.step == 0) != (after.step == 0)
+
+
 class Poster:
-    """Posts the latest value at most every `interval_seconds`, and a change of phase immediately.
+    """Posts the latest value at most every `interval_seconds`, and news immediately: another phase,
+    and the first step.
 
     The GPUs are sampled when a value is posted.
     """
@@ -146,7 +152,7 @@ class Poster:
         if self._config is None:
             return
         with self._changed:
-            self._urgent |= self._latest is None or self._latest.phase != progress.phase
+            self._urgent |= self._latest is None or _is_news(self._latest, progress)
             self._latest = progress
             if self._urgent:
                 self._changed.notify()
