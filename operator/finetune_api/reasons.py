@@ -53,8 +53,9 @@ _ALL = (
     Reason("AccessDenied", "user", 68, "The storage rejected the credentials.",
            "Check the keys in the Secret that credentialsRef names, and their permissions, then raise "
            "runPolicy.retry."),
-    Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key.",
-           "Add the key that the message names to the Secret, then raise runPolicy.retry."),
+    Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key, or the pod has no identity.",
+           "Add the key that the message names to the Secret; without a Secret, give the ServiceAccount that "
+           "pod.serviceAccountName names an identity in the cloud. Then raise runPolicy.retry."),
     # The training program.
     Reason("OutOfMemory", "memory", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
            "Each restart halves the micro-batches, at most runPolicy.maxRestarts.memory times. If that isn't enough, "
