@@ -6,20 +6,25 @@ report the same. The module doesn't import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from finetune_api.messages.data_report import DataReport, SplitName
 from finetune_api.messages.run import DataConfig, RunConfig
+from finetune_trainer import refusals
 from finetune_trainer.data import preparation, quality_report, sources, template_checks, token_cache
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.preparation import ReadOptions
+from finetune_trainer.data.reading.preference_rows import FORMAT
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.data.row_statistics import RowStatistics
 from finetune_trainer.data.splits import SplitRows, split_rows
+from finetune_trainer.data.token_cache import Tokens
 from finetune_trainer.data.tokenizer import chat_template
+from finetune_trainer.errors import RunError
+from finetune_trainer.model_folder import RowNeeds
 from finetune_trainer.paths import Paths
 
 
@@ -87,6 +92,10 @@ class PreparedRows:
     rows: Mapping[SplitName, RowStatistics]
     splits: Mapping[SplitName, SplitRows]
 
+    def check_objective(self, objective: str) -> None:
+        """Check that the rows fit the objective. Raises RunError DatasetInvalid."""
+        check_objective({tokens.facts.format for rows in self.rows.values() if (tokens := rows.tokens)}, objective)
+
     def report(self) -> DataReport:
         """Return the data report of these rows."""
         return quality_report.report(
@@ -97,12 +106,39 @@ class PreparedRows:
         )
 
 
-def load_renderer(run: RunConfig, paths: Paths) -> Renderer:
-    """Load the tokenizer and chat template of a run.
+def check_objective(formats: Collection[str], objective: str) -> None:
+    """Check that rows of these formats fit the objective. Raises RunError DatasetInvalid."""
+    if objective == "supervised" and FORMAT in formats:
+        raise RunError(
+            "DatasetInvalid",
+            "dataset.uri: the rows have chosen and rejected answers; set training.objective: dpo, or give one answer",
+        )
+    if objective == "dpo" and set(formats) != {FORMAT}:
+        raise RunError("DatasetInvalid", "dataset.uri: objective dpo needs rows with prompt, chosen and rejected")
+
+
+def load_renderer(folder: Path, config: DataConfig, added: tuple[str, ...] = ()) -> Renderer:
+    """Load the tokenizer of a model's folder, with the chat template and the `added` tokens of a
+    run.
 
     Raises RunError ModelInvalid or InvalidConfig if one of them can't be used.
     """
-    return Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template, run.added_tokens)
+    remedy = "use the tokenizer files that were published with the model"
+    with refusals.raising("ModelInvalid", "model.uri: the tokenizer can't be used", remedy):
+        return Renderer.load(folder, config.max_sequence_length, config.chat_template, added)
+
+
+def needs(tokens: Tokens, renderer: Renderer, field: str) -> RowNeeds:
+    """Return what rows need of a model. `field` is what messages call them.
+
+    The row of a preference pair holds two answers, each of which is computed on its own.
+    """
+    longest = min(int(tokens.lengths.max()), renderer.max_length)
+    highest = int(tokens.ids.max())
+    if not renderer.encoder_decoder:
+        return RowNeeds(highest, 0, longest, field)
+    rests = tokens.lengths - tokens.sources
+    return RowNeeds(highest, int(tokens.sources.max()), min(longest, int(rests.max())), field)
 
 
 def prepare(

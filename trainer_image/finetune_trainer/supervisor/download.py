@@ -5,21 +5,19 @@ It never looks into rows and never writes to a storage.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, checkpoint_dir
 from finetune_api.status import ModelStatus
 from finetune_trainer import license as model_license
-from finetune_trainer import model_folder
+from finetune_trainer import model_folder, safetensors_header
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import records
 from finetune_trainer.errors import RunError
@@ -116,18 +114,6 @@ def model_files(
     return weights, tuple(others)
 
 
-def check_config(config: bytes, at: str) -> None:
-    """Raises RunError(ModelInvalid) unless `config`, a config.json, names a model type."""
-    try:
-        body: Any = json.loads(config)
-    except ValueError as error:
-        raise RunError("ModelInvalid", f"model.uri: {at}/config.json isn't JSON: {error}") from None
-    if not isinstance(body, dict) or not isinstance(body.get("model_type"), str):
-        raise RunError(
-            "ModelInvalid", f"model.uri: {at}/config.json has no model_type; use the folder of a Transformers model"
-        )
-
-
 def _check_scratch(size: int, run: RunConfig, at: str) -> None:
     """Raises RunError(InvalidConfig) if `size` bytes don't fit on the scratch disk of a pod."""
     if run.scratch_bytes is not None and size > run.scratch_bytes:
@@ -140,7 +126,8 @@ def _check_scratch(size: int, run: RunConfig, at: str) -> None:
 
 
 def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weights: bool = True) -> ModelFacts:
-    """Downloads the model to `paths.model`. With `weights=False` the weights are left out.
+    """Downloads the model to `paths.model`. With `weights=False`, only the headers of the weights
+    are downloaded; their files have the right size, but take no disk space.
 
     Raises RunError for a model that is missing, unsuitable, or has a license that isn't allowed.
     """
@@ -164,13 +151,31 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
         if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
             _check_scratch(size, run, location.display)
         digests = _download_all(storage, entries, paths.model)
-    check_config((paths.model / "config.json").read_bytes(), location.display)
+    if not weights:
+        for entry in weight_entries:
+            _write_outline(storage, entry, paths.model / entry.path)
+    model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
     policies = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
     model_license.check(identifier, policies, location.display)
     revision, digest = resolved_revision(storage), of_files(digests.items())
     return ModelFacts(revision, digest, downloaded, identifier, size, on_scratch)
+
+
+def _write_outline(storage: Storage, entry: FileInfo, target: Path) -> None:
+    """Writes the header of a safetensors file, and a hole of the size of its weights.
+
+    Raises RunError(ModelInvalid) for a file that isn't one of safetensors.
+    """
+    start = storage.read_range(entry, 0, 64)
+    length = safetensors_header.length(entry.path, start, entry.size)
+    begin = safetensors_header.LENGTH_BYTES
+    header = storage.read_range(entry, begin, begin + length)
+    safetensors_header.check_formats(entry.path, safetensors_header.parse(entry.path, header, entry.size))
+    with target.open("wb") as file:
+        file.write(start[:begin] + header)
+        file.truncate(entry.size)
 
 
 def data(run: RunConfig, paths: Paths, access: Access, report: Report) -> dict[str, DataFacts]:
