@@ -17,6 +17,7 @@ from finetune_trainer.errors import RunError
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_MAX_JSON_BYTES = 64 << 20
 _MAX_LAYERS = 10_000
 _MAX_NUMBER = 2**40  # Python's numbers have no limit, but those of tensors' shapes do
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
@@ -55,6 +56,8 @@ def read(name: str, content: bytes, at: str) -> dict[str, Any]:
     """
     if is_git_lfs_pointer(content):
         raise git_lfs_error(name, at)
+    if len(content) > _MAX_JSON_BYTES:
+        raise _invalid(at, name, f"has more than {_MAX_JSON_BYTES >> 20} MiB")
     try:
         body: Any = json.loads(content)
     except RecursionError:

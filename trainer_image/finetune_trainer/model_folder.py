@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from finetune_trainer import model_config
 from finetune_trainer.errors import RunError
 
+CONFIG = model_config.CONFIG
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from finetune_api import errors
 from finetune_api.messages import events
 from finetune_api.resource import FullSpec, parse
-from testkit import tiny_models
+from testkit import tiny_families, tiny_models
 from testkit.rows import pairs
 from trainer.support import result_loading, run_sequence
 from trainer.support.rank_runs import FinishedRun, Job, RunningRanks, prepare
@@ -37,7 +37,7 @@ _ROOT = Path(__file__).parents[3]
 _PAGE = _ROOT / "docs" / "families.md"
 _SOURCES = (
     "uv.lock", "operator/finetune_api/**/*.py", "trainer_image/finetune_trainer/**/*.py",
-    "tests/testkit/tiny_models.py",
+    "tests/testkit/tiny_families.py", "tests/testkit/tiny_models.py",
     "tests/trainer/support/family_matrix.py", "tests/trainer/support/run_sequence.py",
     "tests/trainer/support/rank_runs.py", "tests/trainer/support/result_loading.py",
 )  # fmt: skip
@@ -66,6 +66,14 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("Gemma", tiny_models.tiny_gemma),
     "gemma2": Family("Gemma 2", tiny_models.tiny_gemma2),
     "gemma3": Family("Gemma 3", tiny_models.tiny_gemma3),
+    "gemma3-images": Family("Gemma 3 with images (its text part)", tiny_families.tiny_gemma3_multimodal),
+    "falcon": Family("Falcon", tiny_families.tiny_falcon, ("query_key_value",), "word_embeddings", "*h.1.*"),
+    "mixtral": Family("Mixtral", tiny_models.tiny_mixtral),
+    "qwen2-moe": Family("Qwen 2 MoE", tiny_models.tiny_qwen2_moe),
+    "qwen3-moe": Family("Qwen 3 MoE", tiny_models.tiny_qwen3_moe),
+    "olmoe": Family("OLMoE", tiny_families.tiny_olmoe),
+    "gpt-oss": Family("gpt-oss", tiny_models.tiny_gpt_oss),
+    "deepseek-v3": Family("DeepSeek-V3", tiny_families.tiny_deepseek_v3, ("q_b_proj", "kv_b_proj")),
     "gpt2": Family("GPT-2", tiny_models.tiny_gpt2, ("c_attn",), "wte", "*h.1.*"),
     "t5": Family("T5", tiny_models.tiny_t5, ("q", "v"), "shared", "*block.1.*"),
     "flan-t5": Family("Flan-T5, T5 1.1", tiny_models.tiny_flan_t5, ("q", "v"), "shared", "*block.1.*"),

@@ -129,7 +129,8 @@ def of_objective(data: Data, objective: str) -> Data:
     Raises RunError DatasetInvalid if the format of the rows doesn't fit the objective.
     """
     splits = data.splits()
-    pipeline.check_objective({split.tokens.facts.format for split in splits.values()}, objective)
+    files = (file for split in splits.values() for file in split.tokens.facts.files)
+    pipeline.check_objective({file.format for file in files if file.format}, objective)
     if objective == "supervised":
         return data
     return data.with_splits({name: replace(split, pairs=True) for name, split in splits.items()})

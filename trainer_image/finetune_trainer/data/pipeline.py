@@ -91,10 +91,20 @@ class PreparedRows:
     template_checks: tuple[str, ...]
     rows: Mapping[SplitName, RowStatistics]
     splits: Mapping[SplitName, SplitRows]
+    fields: Mapping[SplitName, str]
 
     def check_objective(self, objective: str) -> None:
         """Check that the rows fit the objective. Raises RunError DatasetInvalid."""
-        check_objective({tokens.facts.format for rows in self.rows.values() if (tokens := rows.tokens)}, objective)
+        files = (file for rows in self.rows.values() for file in rows.files)
+        check_objective({file.format for file in files if file.format}, objective)
+
+    def needs(self) -> tuple[RowNeeds, ...]:
+        """Return what each split needs of a model; nothing is known without a renderer."""
+        return tuple(
+            needs(rows.tokens, self.renderer, self.fields[name])
+            for name, rows in self.rows.items()
+            if rows.tokens is not None and self.renderer is not None
+        )
 
     def report(self) -> DataReport:
         """Return the data report of these rows."""
@@ -175,7 +185,7 @@ def prepare(
             for name in inputs.files
         }
     splits = split_rows(rows, config.validation_fraction, config.test_fraction)
-    return PreparedRows(config, renderer, checks, rows, splits)
+    return PreparedRows(config, renderer, checks, rows, splits, inputs.fields)
 
 
 def _cache_name(run: RunConfig, paths: Paths, files: tuple[InputFile, ...]) -> str:

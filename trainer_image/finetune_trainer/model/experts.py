@@ -49,7 +49,7 @@ class Experts:
 def find(base: Any) -> Experts:
     """Returns the experts of a model; without any, all names are empty."""
     shapes = {name: shape_of(parameter) for name, parameter in base.named_parameters()}
-    stacked = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    stacked = {name: shape for name, shape in shapes.items() if len(shape) == 3 and ".experts." in name}
     return Experts(
         _last_parts(stacked),
         routers(base),

@@ -94,6 +94,7 @@ def load(
     auto, model_class = families.auto_class(config)
     name = packed_attention.name_for(model_class)
     obstacle = _packing_obstacle(config, encoder_decoder, name)
+    config._attn_implementation = None  # a configuration could name code that is downloaded
     options: dict[str, Any] = {} if obstacle else {"attn_implementation": name}
     loading_info: Mapping[str, Any] = {}
     with refusals.raising("ModelInvalid", "model.uri: the model can't be loaded", _AS_PUBLISHED, config.to_dict()):

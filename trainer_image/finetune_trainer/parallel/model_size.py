@@ -92,6 +92,13 @@ def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> M
         config = model_config.read(model_config.CONFIG, (folder / model_config.CONFIG).read_bytes(), "the folder")
     except OSError as error:
         raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}") from None
+    if lora is not None and not any(_is_adapted(name, shapes[name], lora) for name in _adaptable(shapes)):
+        modules = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in shapes if len(shapes[name]) == 2})
+        raise RunError(
+            "InvalidConfig",
+            f"method.lora.targetModules: the model has no layer called {', '.join(lora.target_modules)}; it has "
+            f"{', '.join(modules)} (or use all-linear)",
+        )
     return replace(size_of(config, shapes, lora, full), formats=frozenset(formats))
 
 

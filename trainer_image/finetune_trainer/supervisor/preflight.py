@@ -166,9 +166,8 @@ def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, report: Repor
     inputs = pipeline.Inputs.of_run(run, paths)
     renderer = pipeline.load_renderer(paths.model, run.data, run.added_tokens)
     prepared = pipeline.prepare(inputs, renderer)
-    for name, statistics in prepared.rows.items():
-        if statistics.tokens is not None:
-            model_folder.check_rows(capacity, pipeline.needs(statistics.tokens, renderer, inputs.fields[name]))
+    for needs in prepared.needs():
+        model_folder.check_rows(capacity, needs)
     prepared.check_objective(run.training.objective)
     data_report = prepared.report()
     for line in quality_report_text.lines(data_report):

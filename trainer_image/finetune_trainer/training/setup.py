@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from finetune_api.messages import events
+from finetune_trainer import refusals
 from finetune_trainer.checkpoint import resume
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.data.dataset import Data, of_objective
-from finetune_trainer import refusals
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import precision
+from finetune_trainer.model import loading, precision
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.network import bandwidth
@@ -65,7 +65,8 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     wrapped = load_and_wrap(context, resolved, data)
     strategy, loaded = wrapped.strategy, wrapped.loaded
     sharding = resume.sharding(run, strategy, world, reporter, wrapped.trainable)
-    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate)
+    layers = tuple(loading.layers(loaded.base))
+    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers)
     loss_sum = _checked_loss(resolved, wrapped, trial)
     batches = packing_setup.plan_micro_batches(context, resolved, wrapped, trial, loss_sum)
     if run.training.objective == "dpo":

@@ -29,7 +29,7 @@ def build(run: RunConfig, folder: Path, decisions: list[str]) -> Capacity:
     """
     loading.check(folder)
     tokenizer = pipeline.load_renderer(folder, run.data, run.added_tokens).tokenizer
-    dtype = torch.float32 if run.model.dtype == "float32" else torch.bfloat16
+    dtype = torch.bfloat16  # nothing depends on it, but products of experts have no shapes in other formats
     loaded = loading.load(folder, dtype=dtype, longest=0, headers_only=True)
     call(loaded)
     if run.model.quantization != "none":
@@ -47,7 +47,7 @@ def call(loaded: LoadedModel) -> None:
     """
     model = loaded.base
     tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     if loaded.encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     attention = model.config._attn_implementation
