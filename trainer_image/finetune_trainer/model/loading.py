@@ -17,7 +17,8 @@ from torch import Tensor
 
 from finetune_trainer import model_folder, refusals, safetensors_header
 from finetune_trainer.kernels import packed_attention, padding
-from finetune_trainer.model import families, weights_check
+from finetune_trainer.model import families
+from finetune_trainer.model.check import weights
 from finetune_trainer.model.quantization import Quantization, disable_repacking
 
 _AS_PUBLISHED = "compare the folder with the one that was published"
@@ -111,7 +112,7 @@ def load(
         else:
             with _as_stored() if mapped else nullcontext():
                 model, loading_info = _with_weights(auto, folder, config, dtype, options)
-    weights_check.check(loading_info, model)
+    weights.check(loading_info, model)
     if not encoder_decoder:
         model_folder.check_positions(families.position_limits(config)[1], longest, "dataset")
     disable_repacking(model)
@@ -139,7 +140,7 @@ def _with_weights(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # weights_check refuses them, by their names
+        ignore_mismatched_sizes=True,  # check.weights refuses them, by their names
         **options,
     )
     return model, info

@@ -17,12 +17,13 @@ from finetune_api.messages.run import JobRef, Location, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, checkpoint_dir
 from finetune_api.status import ModelStatus
 from finetune_trainer import license as model_license
-from finetune_trainer import model_folder, safetensors_header
+from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import records
 from finetune_trainer.errors import RunError
 from finetune_trainer.manifest import of_files
 from finetune_trainer.paths import Paths
+from finetune_trainer.storage import weights_outline
 from finetune_trainer.storage.base import FileInfo, Storage
 from finetune_trainer.storage.model_cache import Source, linked_files
 from finetune_trainer.storage.schemes import Access, open_file, open_files, open_folder, resolved_revision
@@ -153,7 +154,7 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
         digests = _download_all(storage, entries, paths.model)
     if not weights:
         for entry in weight_entries:
-            _write_outline(storage, entry, paths.model / entry.path)
+            weights_outline.write(storage, entry, paths.model / entry.path)
     model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
@@ -161,21 +162,6 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
     model_license.check(identifier, policies, location.display)
     revision, digest = resolved_revision(storage), of_files(digests.items())
     return ModelFacts(revision, digest, downloaded, identifier, size, on_scratch)
-
-
-def _write_outline(storage: Storage, entry: FileInfo, target: Path) -> None:
-    """Writes the header of a safetensors file, and a hole of the size of its weights.
-
-    Raises RunError(ModelInvalid) for a file that isn't one of safetensors.
-    """
-    start = storage.read_range(entry, 0, 64)
-    length = safetensors_header.length(entry.path, start, entry.size)
-    begin = safetensors_header.LENGTH_BYTES
-    header = storage.read_range(entry, begin, begin + length)
-    safetensors_header.check_formats(entry.path, safetensors_header.parse(entry.path, header, entry.size))
-    with target.open("wb") as file:
-        file.write(start[:begin] + header)
-        file.truncate(entry.size)
 
 
 def data(run: RunConfig, paths: Paths, access: Access, report: Report) -> dict[str, DataFacts]:
