@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_api.messages.run import RunConfig
-from finetune_api.spec.recipe import FullSpec
+from finetune_api.spec.recipe import FullSpec, LoraSpec
+from finetune_trainer import model_folder, refusals
 from finetune_trainer.data import pipeline
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import loading, method
+from finetune_trainer.model import families, freezing, loading, lora, method
 from finetune_trainer.model.check import trial
 from finetune_trainer.model_folder import Capacity, RowNeeds
 from testkit import tiny_families, tiny_models
@@ -267,3 +268,70 @@ def test_settings_that_dont_fit_together_are_found_by_computing_without_data(
     with pytest.raises(RunError, match=r"model\.uri: the model can't compute a text: .*; compare") as refused:
         trial.build(run, folder, [])
     assert refused.value.reason == "ModelInvalid"
+
+
+_CAPACITY = Capacity(embeddings=300, source_positions=40, positions=30)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason", "message"),
+    [
+        (RowNeeds(299, 40, 30), "", ""),
+        (RowNeeds(300, 4, 4), "ModelInvalid", "token 300 of the folder's tokenizer, but the model has only 300"),
+        (RowNeeds(9, 41, 4), "InvalidConfig", "a prompt of 41 tokens, but the model has 40 positions"),
+        (RowNeeds(9, 4, 31), "InvalidConfig", "a row of 31 tokens, but the model has 30 positions"),
+    ],
+)
+def test_rows_of_an_encoder_decoder_have_positions_for_prompts_and_answers(
+    rows: RowNeeds, reason: str, message: str
+) -> None:
+    if not reason:
+        model_folder.check_rows(_CAPACITY, rows)
+        return
+    with pytest.raises(RunError, match=re.escape(message)) as refused:
+        model_folder.check_rows(_CAPACITY, rows)
+    assert refused.value.reason == reason
+
+
+def test_all_linear_adapts_the_text_part_of_a_model_that_reads_images(tmp_path: Path) -> None:
+    folder = tiny_families.tiny_gemma3_multimodal(tmp_path / "base")
+    loaded = loading.load(folder, dtype=torch.float32, longest=30)
+    assert loaded.window == 8
+    assert families.parts_without_text(loaded.base) == ("model.vision_tower", "model.multi_modal_projector")
+    for targets in (("all-linear",), ("q_proj", "v_proj")):
+        model = lora.adapt(loading.load(folder, dtype=torch.float32, longest=30), LoraSpec(target_modules=targets), 1)
+        trained = [name for name, p in model.model.named_parameters() if p.requires_grad]
+        assert trained
+        assert all(".language_model.layers." in name for name in trained)
+    full = freezing.unfreeze(loaded)
+    assert not any(p.requires_grad for name, p in full.base.named_parameters() if "vision" in name)
+    assert full.trainable > 0
+
+
+_ERRORS: dict[str, tuple[BaseException, bool]] = {
+    "a wrong type": (TypeError("'<' not supported between instances of 'str' and 'int'"), True),
+    "a missing key": (KeyError("connection closed by peer"), True),
+    "a shape": (RuntimeError("The size of tensor a (4) must match the size of tensor b (3)"), True),
+    "nested too deep": (RecursionError("maximum recursion depth exceeded"), True),
+    "no such file": (FileNotFoundError(2, "No such file or directory"), True),
+    "no memory": (MemoryError(), False),
+    "no memory for a tensor": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), False),
+    "a full disk": (OSError(28, "No space left on device"), False),
+    "a disk that fails": (OSError(5, "Input/output error"), False),
+    "a GPU": (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    "a lost peer": (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), False),
+    "a request to stop": (KeyboardInterrupt(), False),
+    "a reason already": (RunError("DatasetInvalid", "row 3"), False),
+}
+
+
+@pytest.mark.parametrize(("error", "refused"), _ERRORS.values(), ids=_ERRORS)
+def test_only_what_the_input_causes_is_blamed_on_it(error: BaseException, refused: bool) -> None:
+    with pytest.raises(BaseException) as raised, refusals.raising("ModelInvalid", "model.uri", "change it"):  # noqa: PT011
+        raise error
+    if refused:
+        assert isinstance(raised.value, RunError)
+        assert raised.value.reason == "ModelInvalid"
+        assert raised.value.message.endswith("; change it")
+    else:
+        assert raised.value is error

@@ -142,6 +142,8 @@ def test_rows_longer_than_the_models_positions_are_refused(models: dict[str, Pat
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:4"), "PeerLost"),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, remote process exited"), "PeerLost"),
         (ValueError("anything else"), "TrainingError"),
+        (KeyError("connection closed by peer"), "TrainingError"),
+        (ValueError("'a heartbeat, out of memory' isn't an activation"), "TrainingError"),
         (RunError("DatasetInvalid", "row 3"), "DatasetInvalid"),
     ],
 )
