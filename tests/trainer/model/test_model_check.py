@@ -259,6 +259,19 @@ def test_what_peft_refuses_to_adapt_is_a_wrong_setting(tmp_path: Path) -> None:
     assert "incompatible with Mamba" in before[1]
 
 
+def _without_an_expert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in weights.items() if "layers.0" not in name or "experts.3." not in name}
+
+
+def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
+    folder = tiny_models.tiny_mixtral(tmp_path / "base")
+    assert any("experts.3." in name for name in load_file(folder / "model.safetensors"))
+    _weights(_without_an_expert)(folder)
+    for reason, message in _refusals(prepare(tmp_path / "job", folder, pairs(2)).run, folder):
+        assert reason == "ModelInvalid"
+        assert "experts" in message
+
+
 def test_settings_that_dont_fit_together_are_found_by_computing_without_data(
     tmp_path: Path,
 ) -> None:

@@ -23,11 +23,13 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from finetune_api import errors
 from finetune_api.messages import events
-from finetune_api.resource import FullSpec, parse
+from finetune_api.resource import FullSpec, LoraSpec, parse
+from finetune_trainer.model import experts, loading, lora
 from testkit import tiny_families, tiny_models
 from testkit.rows import pairs
 from trainer.support import result_loading, run_sequence
@@ -310,8 +312,21 @@ def _loss_failure(objective: str, first: float, before: float, after: float) -> 
     return ""
 
 
-def page(outcomes: Mapping[Cell, Outcome]) -> str:
-    """Returns the text of docs/families.md."""
+def adapted(root: Path) -> dict[str, tuple[str, str]]:
+    """Returns (the layers that all-linear adapts, what it leaves out of the experts) by family."""
+    layers = {}
+    for key, family in FAMILIES.items():
+        loaded = loading.load(family.build(root / key), dtype=torch.bfloat16, longest=0, headers_only=True)
+        mixture = experts.find(loaded.base)
+        model = lora.adapt(loaded, LoraSpec(target_modules=("all-linear",)), 1).model
+        names = lora.adapted_layers(model)
+        left_out = [*mixture.parameters, *(name for name in mixture.routers if name not in names)]
+        layers[key] = (", ".join(names), ", ".join(left_out))
+    return layers
+
+
+def page(outcomes: Mapping[Cell, Outcome], layers: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """Returns the text of docs/families.md. `layers` are what `adapted` returns."""
     notes: list[str] = []
     holding = sum(outcome.holds for outcome in outcomes.values())
     lines = [
@@ -339,8 +354,23 @@ def page(outcomes: Mapping[Cell, Outcome]) -> str:
             _cell({s: outcomes.get(Cell(key, method, s), _UNKNOWN) for s in STRATEGIES}, notes) for method in METHODS
         ]
         lines.append(f"| {family.title} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "", *_layers_table(layers or {})]
     return "\n".join(lines)
+
+
+def _layers_table(layers: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [
+        "## What all-linear adapts",
+        "",
+        "Of a mixture of experts, it leaves out the weights of the experts and the router that is a linear layer;",
+        "naming the router in `targetModules` adapts it, and `method.type: full` trains everything. Of a model that",
+        "also reads images, only the part that reads text is adapted.",
+        "",
+        "| family | adapted | left out |",
+        "| --- | --- | --- |",
+        *(f"| {FAMILIES[key].title} | {names} | {left_out} |" for key, (names, left_out) in layers.items()),
+        "",
+    ]
 
 
 def _cell(by_strategy: Mapping[str, Outcome], notes: list[str]) -> str:
@@ -386,7 +416,8 @@ def main(arguments: list[str]) -> int:
         print(f"{family}: {sum(outcome.holds for outcome in shown)} of {len(shown)} cells run", flush=True)
     cells = {Cell(family, m, s) for family in families for m in methods for s in strategies}
     if not chosen.keys() - {"results"}:
-        _PAGE.write_text(page(outcomes))
+        with tempfile.TemporaryDirectory() as root:
+            _PAGE.write_text(page(outcomes, adapted(Path(root))))
     return 1 if any(outcomes[cell].failure for cell in cells) else 0
 
 

@@ -17,7 +17,7 @@ from finetune_api.reasons import REASONS
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.model import loading
 from testkit.rows import pairs
-from testkit.tiny_models import pickle_only
+from testkit.tiny_models import VOCABULARY, pickle_only
 from trainer.support.checkpoints import newest_complete
 from trainer.support.rank_runs import prepare
 
@@ -73,6 +73,20 @@ def test_an_unknown_target_module_is_reported_with_those_that_exist(tmp_path: Pa
     assert error.reason == "InvalidConfig"
     assert "no linear layer called nope" in error.message
     assert "down_proj" in error.message
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_isnt_used(tmp_path: Path, models: dict[str, Path]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    base = shutil.copytree(models["llama"], tmp_path / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(VOCABULARY - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    assert tokenizer.pad_token_id == VOCABULARY
+    rows = [*pairs(3), {"prompt": "x", "completion": "a longer answer than the others have"}]
+    options = {"data": {"packing": False}, "training": {"max_steps": 1, "micro_batch_size": 4, "global_batch_size": 4}}
+    assert len(prepare(tmp_path / "job", base, rows, **options).finish().check().losses) == 1
 
 
 def test_a_lost_peer_ends_the_others_soon(tmp_path: Path, models: dict[str, Path]) -> None:
