@@ -47,6 +47,8 @@ def test_an_outline_has_the_header_and_the_size_of_a_file_but_no_weights(
     (model / "cut.safetensors").write_bytes((model / _NAME).read_bytes()[:-8])
     (model / "empty.safetensors").write_bytes(b"")
     target = tmp_path / _NAME
+    target.symlink_to(model / _NAME)  # as a download from a volume leaves it
+    original = (model / _NAME).read_bytes()
     with opened(model, tmp_path) as storage:
         entries = {entry.path: entry for entry in storage.list()}
         weights_outline.write(storage, entries[_NAME], target)
@@ -59,6 +61,7 @@ def test_an_outline_has_the_header_and_the_size_of_a_file_but_no_weights(
             with pytest.raises(RunError, match=rf"{name}\.safetensors {problem}") as refused:
                 weights_outline.write(storage, entries[f"{name}.safetensors"], target.with_name(name))
             assert refused.value.reason == "ModelInvalid"
+    assert (model / _NAME).read_bytes() == original
     assert target.stat().st_size == (model / _NAME).stat().st_size
     outline, weights = load_file(target), load_file(model / _NAME)
     assert {name: tensor.shape for name, tensor in outline.items()} == {n: t.shape for n, t in weights.items()}

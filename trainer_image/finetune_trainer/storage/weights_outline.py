@@ -20,6 +20,7 @@ def write(storage: Storage, entry: FileInfo, target: Path) -> None:
     begin = safetensors_header.LENGTH_BYTES
     header = storage.read_range(entry, begin, begin + length)
     safetensors_header.check_formats(entry.path, safetensors_header.parse(entry.path, header, entry.size))
+    target.unlink(missing_ok=True)  # it may be a link to a volume's file, from an earlier download
     with target.open("wb") as file:
         file.write(start[:begin] + header)
         file.truncate(entry.size)

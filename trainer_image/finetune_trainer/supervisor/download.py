@@ -152,14 +152,14 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
         if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
             _check_scratch(size, run, location.display)
         digests = _download_all(storage, entries, paths.model)
-    if not weights:
-        for entry in weight_entries:
-            weights_outline.write(storage, entry, paths.model / entry.path)
     model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
     policies = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
     model_license.check(identifier, policies, location.display)
+    if not weights:
+        for entry in weight_entries:
+            weights_outline.write(storage, entry, paths.model / entry.path)
     revision, digest = resolved_revision(storage), of_files(digests.items())
     return ModelFacts(revision, digest, downloaded, identifier, size, on_scratch)
 
