@@ -21,6 +21,7 @@ from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 
 _SECONDS = 900.0  # a model of 1T parameters takes less than 60
+_OF_STORES = ("AWS_", "HF_", "MLFLOW_", "WANDB_")  # keys that the program doesn't need
 _CRASH = "compare the folder with the one that was published"
 
 
@@ -45,7 +46,8 @@ def check(run: RunConfig, paths: Paths, report: Callable[[str], None]) -> Capaci
 
 def _answer(paths: Paths) -> dict[str, Any]:
     command = [sys.executable, "-m", "finetune_trainer.model.check", str(paths.scratch)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_STORES)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment)
     except subprocess.TimeoutExpired:
