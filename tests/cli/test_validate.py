@@ -25,6 +25,8 @@ def _job(folder: Path, **spec: Any) -> str:
         "spec": {
             "model": {"uri": "s3://models/tiny"},
             "dataset": {"uri": "s3://data/train.jsonl"},
+            "method": {"type": "lora"},
+            "training": {"maxSteps": 2, "globalBatchSize": 4},
             "output": {"uri": "s3://models/out"},
             **spec,
         },
@@ -60,7 +62,7 @@ def test_a_target_that_the_model_lacks_is_refused_and_all_linear_passes(
 def test_rows_that_dont_fit_the_objective_are_refused_without_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = _job(tmp_path, training={"objective": "dpo"})
+    job = _job(tmp_path, training={"objective": "dpo", "maxSteps": 2, "globalBatchSize": 4})
     assert main(["validate", job, "--data", _rows(tmp_path)]) == 1
     assert "objective dpo needs rows with prompt, chosen and rejected" in capsys.readouterr().err
 
