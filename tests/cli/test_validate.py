@@ -25,7 +25,7 @@ def _job(folder: Path, **spec: Any) -> str:
         "spec": {
             "model": {"uri": "s3://models/tiny"},
             "dataset": {"uri": "s3://data/train.jsonl"},
-            "method": {"type": "lora"},
+            "method": {"type": "lora", "lora": {}},
             "training": {"maxSteps": 2, "globalBatchSize": 4},
             "output": {"uri": "s3://models/out"},
             **spec,
