@@ -64,7 +64,7 @@ def test_rows_that_dont_fit_the_objective_are_refused_without_a_model(
 ) -> None:
     job = _job(tmp_path, training={"objective": "dpo", "maxSteps": 2, "globalBatchSize": 4})
     assert main(["validate", job, "--data", _rows(tmp_path)]) == 1
-    assert "objective dpo needs rows with prompt, chosen and rejected" in capsys.readouterr().err
+    assert "row 1: chosen is missing" in capsys.readouterr().err
 
 
 def test_a_folder_with_a_tokenizer_alone_checks_only_the_rows(
