@@ -133,6 +133,8 @@ def load_renderer(folder: Path, config: DataConfig, added: tuple[str, ...] = ())
 
     Raises RunError ModelInvalid or InvalidConfig if one of them can't be used.
     """
+    import transformers  # noqa: F401  # its absence isn't the model's fault
+
     remedy = "use the tokenizer files that were published with the model"
     with refusals.raising("ModelInvalid", "model.uri: the tokenizer can't be used", remedy):
         return Renderer.load(folder, config.max_sequence_length, config.chat_template, added)
