@@ -40,9 +40,10 @@ _ALL = (
     Reason("ModelNotFound", "user", 66, "The base model doesn't exist.",
            "Check whether the model exists and the credentials allow reading it, then raise runPolicy.retry; for "
            "another model.uri or model.revision, create a new job."),
-    Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely.",
-           "Complete the folder and raise runPolicy.retry, or create a job with another model.uri. It needs "
-           "config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
+    Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely and trained.",
+           "Correct the file that the message names and raise runPolicy.retry, or create a job with another model.uri. "
+           "A folder needs config.json, a tokenizer and *.safetensors weights that belong together; pickle files are "
+           "never loaded."),
     Reason("LicenceRefused", "user", 66, "The license of the base model isn't allowed.",
            "Have the license added to the list that the message names, the job's model.allowedLicenses or the "
            "operator's models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),

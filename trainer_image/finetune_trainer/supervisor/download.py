@@ -5,14 +5,12 @@ It never looks into rows and never writes to a storage.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
@@ -25,6 +23,7 @@ from finetune_trainer.data.reading import records
 from finetune_trainer.errors import RunError
 from finetune_trainer.manifest import of_files
 from finetune_trainer.paths import Paths
+from finetune_trainer.storage import weights_outline
 from finetune_trainer.storage.base import FileInfo, Storage
 from finetune_trainer.storage.model_cache import Source, linked_files
 from finetune_trainer.storage.schemes import Access, open_file, open_files, open_folder, resolved_revision
@@ -116,18 +115,6 @@ def model_files(
     return weights, tuple(others)
 
 
-def check_config(config: bytes, at: str) -> None:
-    """Raises RunError(ModelInvalid) unless `config`, a config.json, names a model type."""
-    try:
-        body: Any = json.loads(config)
-    except ValueError as error:
-        raise RunError("ModelInvalid", f"model.uri: {at}/config.json isn't JSON: {error}") from None
-    if not isinstance(body, dict) or not isinstance(body.get("model_type"), str):
-        raise RunError(
-            "ModelInvalid", f"model.uri: {at}/config.json has no model_type; use the folder of a Transformers model"
-        )
-
-
 def _check_scratch(size: int, run: RunConfig, at: str) -> None:
     """Raises RunError(InvalidConfig) if `size` bytes don't fit on the scratch disk of a pod."""
     if run.scratch_bytes is not None and size > run.scratch_bytes:
@@ -140,7 +127,8 @@ def _check_scratch(size: int, run: RunConfig, at: str) -> None:
 
 
 def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weights: bool = True) -> ModelFacts:
-    """Downloads the model to `paths.model`. With `weights=False` the weights are left out.
+    """Downloads the model to `paths.model`. With `weights=False`, only the headers of the weights
+    are downloaded; their files have the right size, but take no disk space.
 
     Raises RunError for a model that is missing, unsuitable, or has a license that isn't allowed.
     """
@@ -164,11 +152,14 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
         if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
             _check_scratch(size, run, location.display)
         digests = _download_all(storage, entries, paths.model)
-    check_config((paths.model / "config.json").read_bytes(), location.display)
+    model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
     policies = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
     model_license.check(identifier, policies, location.display)
+    if not weights:
+        for entry in weight_entries:
+            weights_outline.write(storage, entry, paths.model / entry.path)
     revision, digest = resolved_revision(storage), of_files(digests.items())
     return ModelFacts(revision, digest, downloaded, identifier, size, on_scratch)
 

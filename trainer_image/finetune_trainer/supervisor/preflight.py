@@ -6,7 +6,6 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 from finetune_api.amounts import FEW_CORES
@@ -18,6 +17,8 @@ from finetune_trainer.data import sources
 from finetune_trainer.data.reading import rows
 from finetune_trainer.data.reading.row import Problem
 from finetune_trainer.errors import RunError
+from finetune_trainer.model.check import process as model_check
+from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
@@ -43,7 +44,8 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
             f"resources.cpu: {run.world.threads_per_process} cores for each GPU are few, so that the GPUs may wait for "
             f"the CPU; use at least {FEW_CORES}, or auto"
         )
-    counts, data = check_tokens(run, paths, report)
+    capacity = model_check.check(run, paths, report)
+    counts, data = check_tokens(run, paths, capacity, report)
     return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
 
 
@@ -151,19 +153,22 @@ def _refusal(name: str, counts: _RowCounts, *, on_invalid: str) -> str:
     return f"{name}: {counts.unusable} rows can't be used{none_left}: {reasons}{remedy}"
 
 
-def check_tokens(run: RunConfig, paths: Paths, report: Report) -> tuple[str, DataStatus]:
-    """Checks the rows as tokens, writes the data report, and reports its lines.
+def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, report: Report) -> tuple[str, DataStatus]:
+    """Checks the rows as tokens, writes the data report, and reports its lines. `capacity` is that
+    of the model.
 
     Returns what was counted, as a sentence and for the status. Raises RunError DatasetInvalid for
-    unusable rows, and InvalidConfig for a row that is longer than the model has positions.
+    unusable rows, and for rows that don't fit the objective, InvalidConfig for a row that is longer
+    than the model has positions, and ModelInvalid for a token without an embedding.
     """
     from finetune_trainer.data import pipeline, quality_report, quality_report_text
 
     inputs = pipeline.Inputs.of_run(run, paths)
-    prepared = pipeline.prepare(inputs, pipeline.load_renderer(run, paths))
-    limit = _position_limit((paths.model / "config.json").read_bytes())
-    for name, statistics in prepared.rows.items():
-        model_folder.check_positions(limit, int(statistics.lengths.max()), inputs.fields[name])
+    renderer = pipeline.load_renderer(paths.model, run.data, run.added_tokens)
+    prepared = pipeline.prepare(inputs, renderer)
+    for needs in prepared.needs():
+        model_folder.check_rows(capacity, needs)
+    prepared.check_objective(run.training.objective)
     data_report = prepared.report()
     for line in quality_report_text.lines(data_report):
         report(line)
@@ -174,10 +179,3 @@ def check_tokens(run: RunConfig, paths: Paths, report: Report) -> tuple[str, Dat
         for split in data_report.splits
     )
     return counts, quality_report.summary(data_report)
-
-
-def _position_limit(config: bytes) -> int | None:
-    """Returns the number of positions that a config.json lists; None if there is no limit."""
-    body = json.loads(config)
-    limit = body.get("max_position_embeddings")
-    return limit if isinstance(limit, int) and not body.get("is_encoder_decoder") else None
