@@ -119,6 +119,8 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
                 }
             ),
             "output": output,
+            "recipe": {},  # it doesn't say what local files contain
+            "signers": None,
             "tracking": _tracking(planned),
             "progress": workspace.progress,
             "s3": workspace.s3,
