@@ -47,6 +47,14 @@ class _DesiredCondition:
 
 def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     """Returns the complete status that has to be written in this reconcile."""
+    after = _status(observed, desired, now)
+    report = _current_report(observed, desired)
+    storing = report.progress.storing if report else None
+    condition = output.stored_condition(observed.job.status, after, storing, timestamp(now))
+    return after.model_copy(update={"conditions": (*after.conditions, *condition)})
+
+
+def _status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     before = observed.job.status
     time = timestamp(now)
     result = desired.verdict.result if desired.verdict else None
@@ -69,7 +77,8 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         checkpoint=None if desired.phase == "Succeeded" else _checkpoint(observed),
         model=_model(before.model, report, result),
         data=_data(observed, report, result),
-        artifact=output.artifact(result, observed.job) or before.artifact,
+        artifact=output.artifact(result, observed.job) or output.stored_artifact(observed, desired.attempt),
+        signers=output.signers(observed),
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )
