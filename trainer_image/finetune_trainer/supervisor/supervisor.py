@@ -209,14 +209,13 @@ class Supervisor:
     # ---- after the ranks
 
     def _publish(self, inputs: Inputs) -> None:
-        """Completes the result and stores it, in a thread; it is held until the storage accepts
-        it."""
+        """Completes the result and stores it, in a thread; it waits for the storage to accept it."""
         node, run = self._node, self._node.run
         self._enter("uploading", f"uploading to {run.output.display}")
         finished = publishing.Finished(inputs, self._state, self._history, self._phases.seconds)
         export = publishing.complete(node, finished, self._recorder, self._log)
-        writer, seconds = self._deposit.writer, run.hold_seconds
-        artifact = publishing.store(inputs.storage, export, writer, seconds, self._hold_result, self._log)
+        pod = self._deposit.writer
+        artifact = publishing.store(inputs.storage, export, pod, run.hold_seconds, self._hold_result, self._log)
         self._deposit.add_result(artifact, export.manifest.step)
         self._log.info("result uploaded", uri=artifact.uri, bytes=artifact.size_bytes)
         if self._uploader is not None and not self._uploader.close(node.timing.checkpoint_timeout):
@@ -263,8 +262,9 @@ class Supervisor:
         if error.reason == "OutOfMemory" and error.rank is not None:
             halvings, run = max(self._memory.halvings, self._state.halvings) + 1, self._node.run
             oom_backoff.write(self._storage, run.job, halvings, run.memory_restarts + 1, self._log)
-        if self._uploader is not None:
-            self._uploader.wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))
+        if self._uploader is not None:  # a storage that has refused the result for long isn't waited for again
+            wait = self._uploader.close if error.reason == "ResultNotStored" else self._uploader.wait
+            wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))
         self._deposit.release_if_empty(self._storage, self._log)
         ending = Ending(how="failed", message=f"{error.reason}: {error.message}")
         self._recorder.end(ending, min(10.0, self._stop.seconds_left))
