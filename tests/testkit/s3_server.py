@@ -52,7 +52,8 @@ class S3:
         self._admin("delete-user", "--access", key)
 
     def _admin(self, *arguments: str) -> None:
-        command = [str(programs.program("versitygw")), "admin", "--access", self.access_key, "--secret", self.secret_key]
+        program = str(programs.program("versitygw"))
+        command = [program, "admin", "--access", self.access_key, "--secret", self.secret_key]
         done = subprocess.run(
             [*command, "--region", self.region, "--endpoint-url", self.endpoint, *arguments],
             capture_output=True,

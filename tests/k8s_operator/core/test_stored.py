@@ -13,8 +13,8 @@ from finetune_api import recipe
 from finetune_api.messages.progress import Progress, Storing
 from finetune_api.messages.result import Result
 from finetune_api.status import MAX_SIGNERS, ArtifactStatus, Condition, Status
-from finetune_operator.controller.event_recorder import event_of_change
-from finetune_operator.core import output, status
+from finetune_operator.controller.event_recorder import Happening, happenings
+from finetune_operator.core import output, status, write_policy
 from finetune_operator.core.decide import CreateAttempt, decide
 from finetune_operator.core.objects import Attempt, Observed, Report
 from finetune_operator.core.plan import plan
@@ -73,8 +73,10 @@ def test_a_refused_checkpoint_is_a_condition_with_the_words_of_the_store_and_an_
     assert condition.last_transition_time == "2026-01-02T03:05:05Z"
     for part in (REFUSED.message, "3 uploads have failed since 2026-01-02T03:00:00Z", "40 steps would be lost"):
         assert part in condition.message
-    assert event_of_change(good, bad) == ("CheckpointsNotStored", f"AccessDenied: {condition.message}")
-    assert event_of_change(bad, bad) is None
+    assert happenings(good, bad) == (
+        Happening("Warning", "CheckpointsNotStored", f"AccessDenied: {condition.message}"),
+    )
+    assert happenings(bad, bad) == ()
     # Nothing is forgotten while a pod doesn't report, and success ends it.
     assert stored(written(running(None, bad), later=90)) == condition
     ended = an_observation(a_job(bad), an_attempt(1, a_done_pod(), complete=True), report=reported(storing=REFUSED))
@@ -86,10 +88,25 @@ def test_a_refused_checkpoint_is_a_condition_with_the_words_of_the_store_and_an_
 def test_a_change_of_what_is_stored_is_written_soon_and_a_new_figure_is_not() -> None:
     good = written(running(reported(storing=Storing())))
     bad = written(running(reported(storing=REFUSED), good))
-    assert status.seconds_until_due(good, bad, 0.0, 30.0, NOW) == status.SETTLE_SECONDS
+    assert write_policy.seconds_until_due(good, bad, 0.0, 30.0, NOW) == write_policy.SETTLE_SECONDS
     worse = REFUSED.model_copy(update={"failures": 9})
     again = written(running(reported(storing=worse), bad))
-    assert status.seconds_until_due(bad, again, 0.0, 30.0, NOW) == status.MESSAGE_SETTLE_SECONDS
+    assert write_policy.seconds_until_due(bad, again, 0.0, 30.0, NOW) == write_policy.MESSAGE_SETTLE_SECONDS
+
+
+def test_a_new_key_is_written_with_the_first_progress_or_soon_after() -> None:
+    start = written(running(None))
+    first = written(running(reported(signer="first"), start))
+    assert write_policy.seconds_until_due(start, first, 0.0, 30.0, NOW) == 0.0
+    progress = first.progress
+    assert progress is not None
+    just_now = first.model_copy(
+        update={"progress": progress.model_copy(update={"update_time": "2026-01-02T03:04:05Z"})}
+    )
+    second = written(running(reported(signer="second"), just_now))
+    assert second.signers == ("first", "second")
+    assert write_policy.seconds_until_due(just_now, second, 0.0, 30.0, NOW) == write_policy.NEWS_SECONDS
+    assert write_policy.seconds_until_due(just_now, second, 9.0, 30.0, NOW + timedelta(seconds=9)) == 0.0
 
 
 def of(outcome: str, artifact: ArtifactStatus | None) -> Result:
