@@ -209,7 +209,7 @@ class Supervisor:
     # ---- after the ranks
 
     def _publish(self, inputs: Inputs) -> None:
-        """Completes the result and stores it, in a thread; it waits for the storage to accept it."""
+        """Completes the result and stores it, in a thread; waits for the storage to accept it."""
         node, run = self._node, self._node.run
         self._enter("uploading", f"uploading to {run.output.display}")
         finished = publishing.Finished(inputs, self._state, self._history, self._phases.seconds)
