@@ -205,6 +205,11 @@ class RunConfig(Model):
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     output: Location
     existing: Literal["resume", "discard"] = "resume"
+    inherits: bool = Field(
+        default=True,
+        description="Whether checkpoints of a deleted job of the same name may be taken over: only until this job has "
+        "stored one.",
+    )
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
     )

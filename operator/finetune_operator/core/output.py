@@ -76,7 +76,8 @@ def _reported_signers(observed: Observed) -> Iterator[str | None]:
 
 def with_signers(run: RunConfig, observed: Observed) -> RunConfig:
     """Returns a RunConfig that says whose manifests count; without progress nobody could know."""
-    return run.model_copy(update={"signers": signers(observed) if run.progress else None})
+    known = signers(observed) if run.progress else None
+    return run.model_copy(update={"signers": known, "inherits": observed.job.status.checkpoint is None})
 
 
 def stored_condition(before: Status, after: Status, storing: Storing | None, time: str) -> tuple[Condition, ...]:

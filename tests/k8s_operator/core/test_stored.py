@@ -12,7 +12,7 @@ import pytest
 from finetune_api import recipe
 from finetune_api.messages.progress import Progress, Storing
 from finetune_api.messages.result import Result
-from finetune_api.status import MAX_SIGNERS, ArtifactStatus, Condition, Status
+from finetune_api.status import MAX_SIGNERS, ArtifactStatus, CheckpointStatus, Condition, Status
 from finetune_operator.controller.event_recorder import Happening, happenings
 from finetune_operator.core import output, status, write_policy
 from finetune_operator.core.decide import CreateAttempt, decide
@@ -161,6 +161,10 @@ def test_the_keys_of_all_pods_are_kept_and_handed_to_the_next_attempt() -> None:
     with_operator = Settings(trainer_image="trainer", progress=ProgressSettings(url="http://operator:8443"))
     run = output.with_signers(plan(job, with_operator, attempt=2), observed)
     assert run.signers == ("first", "second", "third")
+    assert run.inherits
+    checkpoint = CheckpointStatus(step=2, uri=f"{URI}/checkpoints/step-2", time=BEFORE)
+    later = replace(observed, job=a_job(Status(phase="Running", attempt=1, checkpoint=checkpoint)))
+    assert not output.with_signers(plan(later.job, with_operator, attempt=2), later).inherits
     alone = replace(observed, job=a_job())
     assert output.with_signers(plan(alone.job, Settings(trainer_image="trainer")), alone).signers is None
 

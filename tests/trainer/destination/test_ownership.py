@@ -98,6 +98,32 @@ def test_what_belongs_to_another_job_is_refused_and_stays_as_it_is(
     assert here.files == before
 
 
+def test_a_job_with_checkpoints_of_its_own_takes_over_no_others(tmp_path: Path) -> None:
+    here = place(tmp_path, inherits=False)
+    here.with_checkpoint(2, OWN)
+    here.with_checkpoint(9, FORMER)
+    here.with_claim(FORMER, RECIPE)  # whoever writes to the bucket can do so while the job is suspended
+    with pytest.raises(RunError, match=r"has the checkpoint after step 9 of ns/job.* although this job has stored"):
+        output_check.take(here.storage, here.run, Role("leads"))
+
+
+class Forgetful(LocalStorage):
+    """A store that ignores the condition of a conditional write."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        self.write(path, data)
+        return True
+
+
+def test_on_a_store_without_conditional_writes_the_last_claim_counts(tmp_path: Path) -> None:
+    storage = Forgetful(tmp_path / "out", role="output", display="s3://models/v1")
+    assert claim.create(storage, OWN, RECIPE).uid == OWN.uid
+    claim.require(storage, OWN)
+    assert claim.create(storage, STRANGER, RECIPE).uid == STRANGER.uid  # it had looked before
+    with pytest.raises(RunError, match="is claimed by ns/other"):
+        claim.require(storage, OWN)
+
+
 def test_an_empty_destination_is_claimed_and_given_back(tmp_path: Path) -> None:
     here = place(tmp_path)
     assert output_check.take(here.storage, here.run, Role("preflight")).checkpoints == ()

@@ -55,11 +55,11 @@ def read(storage: Storage) -> Owner | None:
 def create(storage: Storage, job: JobRef, recipe: Mapping[str, str]) -> Owner:
     """Claims a destination that nobody has claimed. Returns who has it then.
 
-    Of several jobs that try at the same time, one succeeds.
+    Of several jobs that try at the same time, one succeeds. The claim is read again, because some
+    stores ignore the condition and let the last one have it.
     """
     claim = _owner(job, recipe)
-    if storage.create(OWNER_PATH, _as_bytes(claim)):
-        return claim
+    storage.create(OWNER_PATH, _as_bytes(claim))
     return read(storage) or claim  # it was deleted in between: a job has just ended here
 
 

@@ -84,6 +84,8 @@ def check(left: Leftovers, owner: Owner, run: RunConfig, display: str) -> None:
     if left.result is not None:
         raise RunError("OutputOccupied", f"{subject} result of {former}; {remedy}")
     subject = f"{subject} checkpoint after step {max(left.checkpoints)} of {former}"
+    if not run.inherits:
+        raise RunError("OutputOccupied", f"{subject}, although this job has stored its own; delete that checkpoint")
     if not owner.recipe or not run.recipe or owner.uid == run.job.uid:
         raise RunError("OutputOccupied", f"{subject}, whose recipe isn't known; {remedy}")
     if changed := recipe.differing(owner.recipe, run.recipe):
