@@ -14,7 +14,9 @@ from typing import Any
 from finetune_api.resource import Spec
 
 SECTIONS = ("model", "dataset", "method", "training")
-_WITHOUT_EFFECT = frozenset({"credentialsRef", "allowedLicenses"})
+_WITHOUT_EFFECT = frozenset(
+    {"credentialsRef", "allowedLicenses", "microBatchSize", "activationCheckpointing", "compile"}
+)
 
 
 def digests(spec: Spec) -> dict[str, str]:
@@ -34,7 +36,8 @@ def _digest(section: Any) -> str:
 
 
 def _relevant(value: Any) -> Any:
-    """Returns a section without the fields that change who may read it and not what it says."""
+    """Returns a section without the fields that change by whose rights or how it is computed, and
+    not what."""
     if isinstance(value, dict):
         return {key: _relevant(item) for key, item in value.items() if key not in _WITHOUT_EFFECT}
     return [_relevant(item) for item in value] if isinstance(value, list) else value

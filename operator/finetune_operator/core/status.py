@@ -13,6 +13,7 @@ from finetune_api import untrusted as u
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.result import Result
 from finetune_api.status import (
+    CONDITION_CHECKPOINTS_STORED,
     CONDITION_COMPLETE,
     CONDITION_FAILED,
     CONDITION_RECONCILING,
@@ -51,7 +52,8 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     report = _current_report(observed, desired)
     storing = report.progress.storing if report else None
     condition = output.stored_condition(observed.job.status, after, storing, timestamp(now))
-    return after.model_copy(update={"conditions": (*after.conditions, *condition)})
+    others = (c for c in after.conditions if c.type != CONDITION_CHECKPOINTS_STORED)
+    return after.model_copy(update={"conditions": (*others, *condition)})
 
 
 def _status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
@@ -123,7 +125,10 @@ def _start_time(observed: Observed, desired: DesiredStatus, time: str) -> str | 
 
 
 def conditions(before: Status, generation: int, desired: DesiredStatus, time: str) -> tuple[Condition, ...]:
-    """Returns the conditions by which a status reports what is desired."""
+    """Returns the conditions by which a status reports what is desired.
+
+    Whether checkpoints are stored is none of these, and stays as it is.
+    """
     failed = desired.phase == "Failed"
     working = desired.phase in ("Pending", "Queued", "Starting", "Restarting") or desired.suspension == SUSPENDING
     working = working and not desired.stalled
@@ -143,8 +148,10 @@ def conditions(before: Status, generation: int, desired: DesiredStatus, time: st
         CONDITION_STALLED: met if failed or desired.stalled else _DesiredCondition(False, "Healthy"),
     }
     earlier = {condition.type: condition for condition in before.conditions}
-    return tuple(
-        _condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in by_type.items()
+    stored = (earlier[kind] for kind in (CONDITION_CHECKPOINTS_STORED,) if kind in earlier)
+    return (
+        *(_condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in by_type.items()),
+        *stored,
     )
 
 

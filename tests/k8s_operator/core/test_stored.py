@@ -191,6 +191,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "hardware": ({"resources": {"memory": "9Gi"}}, ()),
     "more pods": ({"distribution": {"nodes": 2}}, ()),
     "checkpoints and the output": ({"checkpoint": {"keep": 5}}, ()),
+    "micro-batches": ({"training": {"microBatchSize": 1}}, ()),
     "the learning rate": ({"training": {"learningRate": 0.5}}, ("training",)),
 }
 
