@@ -119,8 +119,6 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
                 }
             ),
             "output": output,
-            "recipe": {},  # it doesn't say what local files contain
-            "signers": None,
             "tracking": _tracking(planned),
             "progress": workspace.progress,
             "s3": workspace.s3,

@@ -145,8 +145,7 @@ class Executor:
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         check_offered(observed.job, self._settings)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
-        run = plan(observed.job, self._settings, action.number, size, memory_restarts)
-        run = output.with_signers(run, observed)
+        run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         if run.world.nodes > 1:
@@ -156,7 +155,7 @@ class Executor:
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
         check_offered(observed.job, self._settings)
-        run = output.with_signers(plan(observed.job, self._settings), observed)
+        run = output.with_origin(plan(observed.job, self._settings), observed)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
         await self._create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from finetune_api import names
+from finetune_api import names, recipe
 from finetune_api.messages.progress import Storing
 from finetune_api.messages.result import Result
 from finetune_api.messages.run import RunConfig
@@ -74,10 +74,18 @@ def _reported_signers(observed: Observed) -> Iterator[str | None]:
         yield observed.report.progress.signer
 
 
-def with_signers(run: RunConfig, observed: Observed) -> RunConfig:
-    """Returns a RunConfig that says whose manifests count; without progress nobody could know."""
-    known = signers(observed) if run.progress else None
-    return run.model_copy(update={"signers": known, "inherits": observed.job.status.checkpoint is None})
+def with_origin(run: RunConfig, observed: Observed) -> RunConfig:
+    """Returns a RunConfig that says whose manifests count and what may be taken over.
+
+    Without progress, nobody could know the keys of pods.
+    """
+    return run.model_copy(
+        update={
+            "signers": signers(observed) if run.progress else None,
+            "inherits": observed.job.status.checkpoint is None,
+            "recipe": recipe.digests(observed.job.spec),
+        }
+    )
 
 
 def stored_condition(before: Status, after: Status, storing: Storing | None, time: str) -> tuple[Condition, ...]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Literal
 
-from finetune_api import __version__, names, recipe
+from finetune_api import __version__, names
 from finetune_api.amounts import PodAmounts, amounts
 from finetune_api.messages.run import (
     CacheConfig,
@@ -126,7 +126,6 @@ def plan(
         output=_output_location(spec.output),
         existing=spec.output.existing,
         hold_seconds=spec.output.hold_seconds,
-        recipe=recipe.digests(spec),
         merge=spec.output.merge,
         evaluation=spec.evaluation,
         tracking=_tracking(spec),

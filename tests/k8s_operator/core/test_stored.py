@@ -159,14 +159,15 @@ def test_the_keys_of_all_pods_are_kept_and_handed_to_the_next_attempt() -> None:
     assert output.signers(observed) == ("first", "second", "third")
     assert written(observed).signers == ("first", "second", "third")
     with_operator = Settings(trainer_image="trainer", progress=ProgressSettings(url="http://operator:8443"))
-    run = output.with_signers(plan(job, with_operator, attempt=2), observed)
+    run = output.with_origin(plan(job, with_operator, attempt=2), observed)
     assert run.signers == ("first", "second", "third")
     assert run.inherits
+    assert run.recipe == recipe.digests(job.spec)
     checkpoint = CheckpointStatus(step=2, uri=f"{URI}/checkpoints/step-2", time=BEFORE)
     later = replace(observed, job=a_job(Status(phase="Running", attempt=1, checkpoint=checkpoint)))
-    assert not output.with_signers(plan(later.job, with_operator, attempt=2), later).inherits
+    assert not output.with_origin(plan(later.job, with_operator, attempt=2), later).inherits
     alone = replace(observed, job=a_job())
-    assert output.with_signers(plan(alone.job, Settings(trainer_image="trainer")), alone).signers is None
+    assert output.with_origin(plan(alone.job, Settings(trainer_image="trainer")), alone).signers is None
 
 
 def test_the_newest_keys_are_kept() -> None:
