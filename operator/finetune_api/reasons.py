@@ -49,8 +49,9 @@ _ALL = (
            "operator's models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),
     Reason("OutputNotFound", "user", 67, "The bucket of the output doesn't exist.",
            "Create the bucket and raise runPolicy.retry, or create a job with another output.uri."),
-    Reason("OutputOccupied", "user", 67, "The output folder contains the result or a checkpoint of another job.",
-           "Choose another output.uri, or delete the files in the folder."),
+    Reason("OutputOccupied", "user", 67, "Another job has claimed the output folder, or has left files in it.",
+           "Delete what the message names and raise runPolicy.retry, or create a job with another output.uri. If a "
+           "deleted job of the same name has left it, output.existing: discard deletes it."),
     Reason("AccessDenied", "user", 68, "The storage rejected the credentials.",
            "Check the keys in the Secret that credentialsRef names, and their permissions, then raise "
            "runPolicy.retry."),
@@ -74,6 +75,9 @@ _ALL = (
            "training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
            "Read failure.logTail. If the same error occurs again after a restart, it has a permanent cause."),
+    Reason("ResultNotStored", "application", 82, "The storage didn't accept the result within output.holdSeconds.",
+           "The message has the words of the storage. Correct the permissions or make room; the restart trains the "
+           "steps since the last stored checkpoint again."),
     Reason("ResultMismatch", "application", 78, "The written result, loaded again, differs from the trained model.",
            "Nothing was uploaded; a restart writes the result again from the last checkpoint. If that fails too, this "
            "is a bug with this model family and method: report it with the message. output.merge: false leaves the "

@@ -20,6 +20,8 @@ from finetune_trainer import license as model_license
 from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import records
+from finetune_trainer.destination.output_check import Destination, own_manifest
+from finetune_trainer.destination.signing import EVERYTHING, Trust
 from finetune_trainer.errors import RunError
 from finetune_trainer.manifest import of_files
 from finetune_trainer.paths import Paths
@@ -27,17 +29,11 @@ from finetune_trainer.storage import weights_outline
 from finetune_trainer.storage.base import FileInfo, Storage
 from finetune_trainer.storage.model_cache import Source, linked_files
 from finetune_trainer.storage.schemes import Access, open_file, open_files, open_folder, resolved_revision
-from finetune_trainer.supervisor.output_check import Destination, own_manifest
 
 FILES_AT_ONCE = 4
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-)
+    "tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+)  # fmt: skip
 _OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 Report = Callable[[str], None]
@@ -238,7 +234,9 @@ def _refuse_empty(entry: FileInfo, location: Location, split: str) -> None:
         raise RunError("DatasetInvalid", f"dataset: {at} ({split}) is empty")
 
 
-def checkpoint(storage: Storage, steps: tuple[int, ...], job: JobRef, target: Path, report: Report) -> Resume | None:
+def checkpoint(
+    storage: Storage, steps: tuple[int, ...], job: JobRef, target: Path, report: Report, trust: Trust = EVERYTHING
+) -> Resume | None:
     """Downloads the newest undamaged checkpoint to `target`; returns None if there is none.
 
     `steps` are the candidates, the newest first. A checkpoint is damaged if a file differs
@@ -253,6 +251,9 @@ def checkpoint(storage: Storage, steps: tuple[int, ...], job: JobRef, target: Pa
         manifest = own_manifest(data, job, storage)
         if manifest is None:
             report(f"checkpoint {folder} is skipped: its manifest can't be read")
+            continue
+        if not trust.believes(manifest):
+            report(f"checkpoint {folder} is skipped: no pod of this job has signed it")
             continue
         damage = _download_verified(storage, folder, manifest, target)
         if damage is None and manifest.step == step:

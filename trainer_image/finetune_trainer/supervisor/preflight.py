@@ -6,6 +6,7 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from finetune_api.amounts import FEW_CORES
@@ -16,15 +17,17 @@ from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import rows
 from finetune_trainer.data.reading.row import Problem
+from finetune_trainer.destination import output_check, predecessor
+from finetune_trainer.destination.output_check import Destination, Role
+from finetune_trainer.destination.signing import Trust
 from finetune_trainer.errors import RunError
 from finetune_trainer.model.check import process as model_check
 from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
-from finetune_trainer.supervisor import download, output_check
+from finetune_trainer.supervisor import download
 from finetune_trainer.supervisor.download import ModelFacts, Report
-from finetune_trainer.supervisor.output_check import Destination
 
 
 def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
@@ -33,9 +36,18 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
     Raises RunError with the field, the value and the remedy.
     """
     report(f"checking the output {run.output.display}")
-    _, destination = check_destination(run, access, write=True)
-    if destination.finished is not None:
+    storage, destination = check_destination(run, access, Role("preflight"))
+    if destination.finished is not None and Trust(run.signers).believes(destination.finished[0]):
         return Result(outcome="succeeded", message="the output already holds this job's result")
+    try:
+        return _check_inputs(run, paths, access, report)
+    except RunError:
+        with suppress(RunError):
+            predecessor.release_if_empty(storage, run.job)
+        raise
+
+
+def _check_inputs(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
     model = download.model(run, paths, access, report, weights=False)
     data_files = download.data(run, paths, access, report)
     check_room(run, model, sum(facts.bytes for facts in data_files.values()))
@@ -79,14 +91,15 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[Storage, Destination]:
-    """Checks that the output is empty or this job's own and, with `write`, that it can be written.
+def check_destination(run: RunConfig, access: Access, role: Role) -> tuple[Storage, Destination]:
+    """Claims the output for this job and, unless the pod follows node 0, checks that it can be
+    written.
 
     Raises RunError for an output of another job, or one that can't be reached.
     """
     storage = open_folder(run.output, "output", access)
-    destination = output_check.inspect(storage, run.job)
-    if write and destination.finished is None:
+    destination = output_check.take(storage, run, role)
+    if role.kind != "follows" and destination.finished is None:
         output_check.probe(storage, run.job)
     return storage, destination
 

@@ -46,7 +46,7 @@ def check_same_data(saved: CheckpointState | None, data: Data) -> None:
         raise RunError(
             "DatasetInvalid",
             "dataset.uri: the rows, or the model's tokenizer, changed since the checkpoint was taken, so the run "
-            "can't resume from it; restore the old file, or start a new FineTuneJob",
+            "can't resume from it; restore the old file, or start a new FineTuneJob with output.existing: discard",
         )
 
 
