@@ -57,6 +57,10 @@ class RenewedStorage:
         """Returns the content of a small file, or None if it doesn't exist."""
         return self._accepted(lambda storage: storage.read(path))
 
+    def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
+        """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
+        return self._accepted(lambda storage: storage.read_range(entry, start, end))
+
     def download(self, entry: FileInfo, target: Path) -> str:
         """Downloads a file and returns its sha256 (64 hex digits)."""
         return self._accepted(lambda storage: storage.download(entry, target))
