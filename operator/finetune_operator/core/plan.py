@@ -83,6 +83,16 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
             "or create a job that names another one",
             "UnknownNetwork",
         )
+    drivers = settings.pods.allowed_csi_drivers
+    for volume in job.spec.pod.volumes:
+        if volume.csi and volume.csi.driver not in drivers:
+            raise NotOffered(
+                "spec.pod.volumes",
+                volume.csi.driver,
+                f"is not among the operator's pods.allowedCsiDrivers: {', '.join(drivers) or 'there are none'}; have "
+                "it added, or create a job without this volume",
+                "CsiDriverNotAllowed",
+            )
 
 
 def trainer_image(job: FineTuneJob, settings: Settings) -> str:
@@ -289,9 +299,10 @@ def _location(uri: str, credentials: str | None, revision: str | None = None) ->
 
 
 def _mounted(uri: str) -> str:
-    """Returns the file:// URI of a pvc:// URI inside the pod; other URIs are unchanged."""
+    """Returns the file:// URI of a pvc:// or volume:// URI inside the pod; others are unchanged."""
     scheme, _, rest = uri.partition("://")
-    return f"file://{names.PVC_ROOT}/{rest}" if scheme == "pvc" else uri
+    root = {"pvc": names.PVC_ROOT, "volume": names.VOLUMES_ROOT}.get(scheme)
+    return f"file://{root}/{rest}" if root else uri
 
 
 def _credentials(role: CredentialsRole, reference: SecretRef | None) -> str | None:
