@@ -348,7 +348,7 @@ CASES: tuple[Case, ...] = (
     *one("training.lossSpike", {}, {"action": "report"}, {"action": "rollback", "maxRollbacks": 0}, {"action": "fail"}),
     *none_of("training.lossSpike.action", "ignore", ""),
     *none_of("training.lossSpike.maxRollbacks", -1, 1001),
-    *one("training.activationCheckpointing", "auto", "always", "never"),
+    *one("training.activationCheckpointing", "auto", "selective", "always", "never"),
     *none_of("training.activationCheckpointing", "sometimes", True),
     # The hardware.
     ok("as many examples as processes", ("distribution", {"nodes": 8, "processesPerNode": 8})),
