@@ -6,16 +6,13 @@ A volume:// URI names one of them. There is no hostPath: it would give a job the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 from finetune_api.spec.inputs import SecretRef
-
-if TYPE_CHECKING:
-    from finetune_api.resource import Spec
 
 _SCHEME = "volume://"
 _KINDS = ("claim", "csi", "image")
@@ -117,7 +114,7 @@ def uris_name_volumes() -> tuple[Rule, ...]:
     )  # fmt: skip
 
 
-_INPUTS: tuple[tuple[str, Callable[[Spec], str | None]], ...] = (
+_INPUTS: tuple[tuple[str, Callable[[Any], str | None]], ...] = (
     ("model", lambda m: m.model.uri),
     ("dataset", lambda m: m.dataset.uri),
     ("dataset.validation", lambda m: m.dataset.validation.uri if m.dataset.validation else None),
@@ -125,11 +122,11 @@ _INPUTS: tuple[tuple[str, Callable[[Spec], str | None]], ...] = (
 )
 
 
-def _named(uri: Callable[[Spec], str | None]) -> Callable[[Spec], bool]:
+def _named(uri: Callable[[Any], str | None]) -> Callable[[Any], bool]:
     return lambda m: _is_listed(m, uri(m))
 
 
-def _is_listed(spec: Spec, uri: str | None, *, writable: bool = False) -> bool:
+def _is_listed(spec: Any, uri: str | None, *, writable: bool = False) -> bool:
     name = volume_name(uri)
     return name is None or any(volume.name == name and volume.writable >= writable for volume in spec.pod.volumes)
 

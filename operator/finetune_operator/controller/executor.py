@@ -17,7 +17,8 @@ from finetune_operator.controller.cache import Cache, is_unwatched
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.plan import check_offered, model_bytes, plan
+from finetune_operator.core.offers import check_offered
+from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
@@ -63,8 +64,8 @@ class Executor:
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
 
-        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError, core.plan.NotOffered
-        or kube.client.Unavailable.
+        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError,
+        core.offers.NotOffered or kube.client.Unavailable.
         """
         match action:
             case CreateAttempt():
