@@ -112,6 +112,7 @@ def _head_chunks(findings: Findings) -> bool | None:
 
 _PRECISION = "0033-mixed-precision.md"
 _ESTIMATE = "0019-memory-estimate.md"
+_HOST_MEMORY = "0039-host-memory.md"
 _PODS = "0034-pods-for-gpu-clusters.md"
 _OBSERVED = "0042-what-a-gpu-says.md"
 _FUSED = "0036-fused-kernels.md"
@@ -132,7 +133,7 @@ CLAIMS = (
           BY_RUN, fixed_in=_ESTIMATE),
     Claim("G4", "fsdp keeps a full bfloat16 copy of the model on every GPU", BY_FAKES, _copies, _PRECISION),
     Claim("G5", "saving, and loading with fsdp, need host memory that no estimate includes",
-          BY_READING, fixed_in=_ESTIMATE),
+          BY_READING, fixed_in=_HOST_MEMORY),
     Claim("G6", "an error about a lack of host memory reports GPU memory", BY_RUN, fixed_in=_ESTIMATE),
     Claim(
         "G7", "the memory estimate is off by more than 15%", BY_FAKES,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import scenarios
 from benchmarks.gpu.catalog import STAGES
 from benchmarks.gpu.claims import CLAIMS, Claim, Findings, answer
 from benchmarks.gpu.repairs import REPAIRS, Repair
@@ -91,6 +92,7 @@ def page(results: Mapping[str, Mapping[str, Any]], model: Sequence[Mapping[str, 
     if model:
         lines += [_MODEL, *(_modeled(record) for record in model), ""]
     lines += [
+        *scenarios.section(),
         "## Claims", "",
         "G numbers are those of the review that made the claims. *Known by* holds until a GPU tests one.",
         "*Fixed in* names the decision after which a claim no longer holds.", "",
