@@ -192,6 +192,18 @@ _TOPICS = (
         ),
     ),
     (
+        "The host's memory",
+        (
+            "A job that ends with InvalidConfig and the field `resources.memory` lacks memory of the host, not of its "
+            "GPUs: the message has what loading, training with copies for checkpoints, or saving takes, and how much "
+            "is missing. `finetune plan FILE --model DIR` shows the three figures in advance.",
+            "If a container is killed for memory, Kubernetes kills all of its processes at once, so nothing is "
+            "reported by them. The supervisor has noted before that memory was scarce, and the next attempt begins "
+            "with smaller micro-batches. On CPUs that helps; on GPUs, where the host has only copies for checkpoints "
+            "and what is offloaded, raise `resources.memory`.",
+        ),
+    ),
+    (
         "Overfitting",
         (
             "This is not a failure but an Event and `status.evaluation.overfitting`: over at least two "
