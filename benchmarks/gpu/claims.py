@@ -120,6 +120,7 @@ _ROOFLINE = "0035-roofline.md"
 _ATTENTION = "0037-attention-on-gpus.md"
 _SHARDED_NF4 = "0038-quantized-bases-under-fsdp.md"
 _SCHEDULING = "0040-network-profiles-and-scheduling.md"
+_TOKENS = "0052-long-contexts-and-selective-recomputation.md"
 _MODEL_CACHE = "0041-model-cache.md"
 
 CLAIMS = (
@@ -188,7 +189,7 @@ CLAIMS = (
     Claim("G30", "every pod of every attempt downloads the model again", BY_READING, fixed_in=_MODEL_CACHE),
     Claim("G31", "a quantized base trains with ddp only", BY_READING, fixed_in=_SHARDED_NF4),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
-    Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING),
+    Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING, fixed_in=_TOKENS),
     Claim("G34", "the grace period is the same for every job", BY_READING, fixed_in=_PODS),
     Claim(
         "§2", "the chunked head makes the host wait at least twice per chunk", BY_READING,

@@ -26,7 +26,6 @@ class Repair:
 
 
 _D0019 = "0019-memory-estimate.md"
-_D0022 = "0022-data.md"
 _D0033 = "0033-mixed-precision.md"
 _D0034 = "0034-pods-for-gpu-clusters.md"
 _D0035 = "0035-roofline.md"
@@ -37,6 +36,7 @@ _D0039 = "0039-host-memory.md"
 _D0040 = "0040-network-profiles-and-scheduling.md"
 _D0041 = "0041-model-cache.md"
 _D0042 = "0042-what-a-gpu-says.md"
+_D0052 = "0052-long-contexts-and-selective-recomputation.md"
 _MIXED = "trainer/parallel/test_mixed_precision.py::"
 _SCENARIOS = "trainer/parallel/test_gpu_scenarios.py::"
 _STEP = "trainer/parallel/test_memory_of_a_step.py::"
@@ -221,8 +221,9 @@ REPAIRS = (
         "larger models use fsdp.", _D0035,
     ),
     Repair(
-        "G33", NOT_DONE + "the preflight pod's tokens are lost with its disk, so that rank 0 renders the rows again "
-        "while GPUs wait.", _D0022,
+        "G33", "The preflight pod stores its tokens next to the checkpoints, and the pods of every attempt download "
+        "them. Without a preflight (runPolicy.preflight: never), ranks still render the rows.", _D0052,
+        ("trainer/storage/test_token_store.py::test_an_attempt_computes_no_tokens_that_the_preflight_has_stored",),
     ),
     Repair(
         "G34", "A job can set its own grace period.", _D0034,

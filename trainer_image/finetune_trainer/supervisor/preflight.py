@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from finetune_api.amounts import FEW_CORES
 from finetune_api.messages.result import Result
@@ -19,6 +20,7 @@ from finetune_trainer.data.reading import rows
 from finetune_trainer.data.reading.row import Problem
 from finetune_trainer.errors import RunError
 from finetune_trainer.paths import Paths
+from finetune_trainer.storage import token_store
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
 from finetune_trainer.supervisor import download, output_check
@@ -32,7 +34,7 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
     Raises RunError with the field, the value and the remedy.
     """
     report(f"checking the output {run.output.display}")
-    _, destination = check_destination(run, access, write=True)
+    storage, destination = check_destination(run, access, write=True)
     if destination.finished is not None:
         return Result(outcome="succeeded", message="the output already holds this job's result")
     model = download.model(run, paths, access, report, weights=False)
@@ -44,7 +46,24 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
             f"the CPU; use at least {FEW_CORES}, or auto"
         )
     counts, data = check_tokens(run, paths, report)
+    for folder in _token_folders(run, paths):
+        token_store.upload(storage, folder, run.job.uid, report)
     return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
+
+
+def fetch_tokens(run: RunConfig, paths: Paths, storage: Storage, report: Report) -> None:
+    """Downloads the tokens that a preflight has stored. It needs the rows and the tokenizer."""
+    if run.world.device == "cuda" and storage.list(token_store.FOLDER):
+        for folder in _token_folders(run, paths):
+            token_store.download(storage, folder, run.job.uid, report)
+
+
+def _token_folders(run: RunConfig, paths: Paths) -> list[Path]:
+    """Returns the folders of the tokens of all splits, whether they exist or not."""
+    from finetune_trainer.data import pipeline
+
+    inputs = pipeline.Inputs.of_run(run, paths)
+    return [inputs.cache / name for name in dict.fromkeys(inputs.cache_names.values())]
 
 
 def check_room(run: RunConfig, model: ModelFacts, data_bytes: int) -> None:

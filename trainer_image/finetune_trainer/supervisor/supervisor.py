@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from finetune_api import names
 from finetune_api.messages import events
+from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.result import Result
 from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
 from finetune_trainer.errors import RunError
@@ -81,7 +82,7 @@ class Supervisor:
     def _run_attempt(self) -> Result:
         inputs = self._in_thread(self._prepare)
         if inputs.destination.finished is not None:
-            return self._already_finished(inputs)
+            return self._already_finished(inputs.storage, *inputs.destination.finished)
         self._resume(inputs)
         self._enter("loading", "starting the ranks")
         end = Monitor(self._node, self._stop, self._log, self._handle_event, self._report).run()
@@ -113,6 +114,7 @@ class Supervisor:
             preflight.check_rows(run, node.paths, self._set_message)
             self._enter("fetching")
         model = download.model(run, node.paths, node.access, self._set_message)
+        preflight.fetch_tokens(run, node.paths, storage, self._set_message)
         resume = download.checkpoint(storage, destination.checkpoints, run.job, node.paths.resume, self._set_message)
         saved = oom_backoff.saved_halvings(resume.folder if resume else None)
         self._memory.start(storage, run.world.nodes, run.memory_restarts, saved)
@@ -230,15 +232,12 @@ class Supervisor:
         if self._uploader is not None and not self._uploader.wait(self._node.timing.checkpoint_timeout):
             self._log.warning("time is up before this node's shards of the last checkpoint were uploaded")
 
-    def _already_finished(self, inputs: Inputs) -> Result:
+    def _already_finished(self, storage: Storage, manifest: Manifest, data: bytes) -> Result:
         """Handles a destination that has an earlier attempt's result, whose message was lost."""
-        if inputs.destination.finished is None:
-            raise ValueError("only for a finished destination")
-        manifest, data = inputs.destination.finished
-        self._log.info("the result exists already; nothing is trained", uri=inputs.storage.display)
+        self._log.info("the result exists already; nothing is trained", uri=storage.display)
         self._enter("done")
-        scored = history.read_scores(inputs.storage)
-        return outcomes.already_finished(manifest, upload.artifact(inputs.storage, manifest, data), scored)
+        scored = history.read_scores(storage)
+        return outcomes.already_finished(manifest, upload.artifact(storage, manifest, data), scored)
 
     def _preempted(self) -> Result:
         """Handles a request to stop: the checkpoint's upload has the time that is left."""
@@ -269,8 +268,8 @@ class Supervisor:
     # ---- throughout
 
     def _in_thread(self, work: Callable[[], T]) -> T:
-        """Runs slow work while progress is reported. Raises StopRequested if the pod must stop
-        first; an upload may use the time until the pod is killed."""
+        """Runs slow work and reports progress. Raises StopRequested if the pod must stop first; an
+        upload may use the time until the pod is killed."""
 
         def check() -> None:
             """Reports progress, and raises StopRequested if the work must be abandoned."""

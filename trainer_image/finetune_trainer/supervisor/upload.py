@@ -26,6 +26,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.manifest import now_rfc3339, of_bytes
 from finetune_trainer.paths import split_checkpoint_path
+from finetune_trainer.storage import token_store
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import oom_backoff, shard_markers
 from finetune_trainer.supervisor.output_check import require_own_manifest
@@ -142,9 +143,10 @@ def artifact(storage: Storage, manifest: Manifest, data: bytes) -> ArtifactStatu
 
 
 def remove_checkpoints(storage: Storage) -> None:
-    """Deletes all checkpoints and the memory record. It is called after success."""
+    """Deletes all checkpoints, the memory record and the tokens. It is called after success."""
     prune(storage, keep=0)
     oom_backoff.remove(storage)
+    token_store.remove(storage)
 
 
 def _require_own(storage: Storage, job: JobRef) -> None:
