@@ -17,9 +17,9 @@ from finetune_operator.controller.cache import Cache, is_unwatched
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.offers import check_offered
 from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
+from finetune_operator.core.pods.offers import check_offered
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
@@ -65,7 +65,7 @@ class Executor:
         """Carries out one action.
 
         Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError,
-        core.offers.NotOffered or kube.client.Unavailable.
+        core.pods.offers.NotOffered or kube.client.Unavailable.
         """
         match action:
             case CreateAttempt():
