@@ -81,6 +81,9 @@ class PodSettings(Model):
         description="Trainer images that a job may name in pod.image: exact names, or prefixes that end with a slash, "
         "a colon or @.",
     )
+    allowed_csi_drivers: tuple[str, ...] = Field(
+        default=(), description="CSI drivers whose ephemeral volumes a job may name in pod.volumes."
+    )
     gpus_per_node: int = Field(
         default=8, ge=1, description="GPUs of a node. Two pods of a group that request as many never share one."
     )

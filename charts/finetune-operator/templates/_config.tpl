@@ -55,6 +55,7 @@ pods:
   cpuLimit: {{ .Values.pods.cpuLimit }}
   caBundle: {{ .Values.pods.caBundle | toJson }}
   allowedImages: {{ .Values.pods.allowedImages | toJson }}
+  allowedCsiDrivers: {{ .Values.pods.allowedCsiDrivers | toJson }}
   gpusPerNode: {{ .Values.pods.gpusPerNode | toJson }}
   networkProfiles: {{ .Values.pods.networkProfiles | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}

@@ -18,8 +18,9 @@ from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core import output
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.plan import check_offered, model_bytes, plan
+from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
+from finetune_operator.core.pods.offers import check_offered
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
@@ -64,8 +65,8 @@ class Executor:
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
 
-        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError, core.plan.NotOffered
-        or kube.client.Unavailable.
+        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError,
+        core.pods.offers.NotOffered or kube.client.Unavailable.
         """
         match action:
             case CreateAttempt():

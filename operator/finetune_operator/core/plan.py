@@ -47,52 +47,9 @@ class PlanError(ValueError):
         self.value = value
 
 
-class NotOffered(PlanError):
-    """Is raised if a job names something that the administrator doesn't offer, or not yet.
-
-    `reason` is that of the condition; the job waits, because the settings may change.
-    """
-
-    def __init__(self, field: str, value: object, message: str, reason: str) -> None:
-        super().__init__(field, value, message)
-        self.reason = reason
-
-
-def check_offered(job: FineTuneJob, settings: Settings) -> None:
-    """Checks that the administrator offers what the job names.
-
-    Raises NotOffered with what exists instead.
-    """
-    image = job.spec.pod.image
-    if image and not _is_allowed_image(image, settings):
-        raise NotOffered(
-            "spec.pod.image",
-            image,
-            "is not among the operator's pods.allowedImages: "
-            f"{', '.join(settings.pods.allowed_images) or 'there are none'}; have it added, or create a job without "
-            "pod.image",
-            "ImageNotAllowed",
-        )
-    network, profiles = job.spec.pod.network, settings.pods.network_profiles
-    if network and network not in profiles:
-        existing = ", ".join(sorted(profiles)) or "there are none"
-        raise NotOffered(
-            "spec.pod.network",
-            network,
-            f"is not one of the network profiles in the operator's pods.networkProfiles: {existing}; have it added, "
-            "or create a job that names another one",
-            "UnknownNetwork",
-        )
-
-
 def trainer_image(job: FineTuneJob, settings: Settings) -> str:
     """Returns the image of the pods."""
     return job.spec.pod.image or settings.trainer_image
-
-
-def _is_allowed_image(image: str, settings: Settings) -> bool:
-    allowed = settings.pods.allowed_images
-    return any(image == entry or (entry.endswith(("/", ":", "@")) and image.startswith(entry)) for entry in allowed)
 
 
 def plan(
@@ -291,9 +248,10 @@ def _location(uri: str, credentials: str | None, revision: str | None = None) ->
 
 
 def _mounted(uri: str) -> str:
-    """Returns the file:// URI of a pvc:// URI inside the pod; other URIs are unchanged."""
+    """Returns the file:// URI of a pvc:// or volume:// URI inside the pod; others are unchanged."""
     scheme, _, rest = uri.partition("://")
-    return f"file://{names.PVC_ROOT}/{rest}" if scheme == "pvc" else uri
+    root = {"pvc": names.PVC_ROOT, "volume": names.VOLUMES_ROOT}.get(scheme)
+    return f"file://{root}/{rest}" if root else uri
 
 
 def _credentials(role: CredentialsRole, reference: SecretRef | None) -> str | None:
