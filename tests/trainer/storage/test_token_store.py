@@ -68,10 +68,10 @@ def test_an_attempt_computes_no_tokens_that_the_preflight_has_stored(
 
     monkeypatch.setattr(preparation, "prepare", fail)
     inputs = pipeline.Inputs.of_run(run, paths)
-    ours = pipeline.prepare(inputs, pipeline.load_renderer(run, paths)).rows["train"]
+    ours = pipeline.prepare(inputs, pipeline.load_renderer(paths.model, run.data, run.added_tokens)).rows["train"]
     monkeypatch.undo()
     shutil.rmtree(paths.token_cache)
-    theirs = pipeline.prepare(inputs, pipeline.load_renderer(run, paths)).rows["train"]
+    theirs = pipeline.prepare(inputs, pipeline.load_renderer(paths.model, run.data, run.added_tokens)).rows["train"]
     assert np.array_equal(ours.lengths, theirs.lengths)
     assert not any(path.is_symlink() for path in paths.token_cache.rglob("*"))
 
@@ -127,7 +127,7 @@ def test_tokens_that_cannot_be_used_are_computed_again(
     assert not lines or reason in lines[0]
     assert not paths.token_cache.exists() or not list(paths.token_cache.iterdir())
     inputs = pipeline.Inputs.of_run(run, paths)
-    pipeline.prepare(inputs, pipeline.load_renderer(run, paths))
+    pipeline.prepare(inputs, pipeline.load_renderer(paths.model, run.data, run.added_tokens))
     assert len(token_cache.load(inputs.cache, inputs.cache_names["train"])) == 8
 
 
@@ -142,9 +142,9 @@ def test_few_tokens_are_not_stored_and_all_are_deleted_with_the_checkpoints(
     setup: JobSetup, stored: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert stored.list(token_store.FOLDER)
-    upload.remove_checkpoints(stored)
+    upload.remove_checkpoints(stored, setup.run().job)
     assert not list(setup.output.rglob("*"))
     monkeypatch.undo()
     run = setup.run(scratch="second-preflight")
     preflight.check(run, Paths(Path(run.scratch)), _ACCESS, _ignore)
-    assert not list(setup.output.rglob("*"))
+    assert not stored.list(token_store.FOLDER)
