@@ -242,6 +242,18 @@ def test_news_of_the_trainer_does_not_wait(change: dict[str, Any], age: int, due
     assert seconds_until_due(before, after, 0.0, 30, NOW + timedelta(seconds=age)) == due
 
 
+def test_a_running_job_says_what_the_trainer_does_and_that_is_progress() -> None:
+    def doing(message: str) -> Status:
+        report = _report(phase="fetching", message=message)
+        return _status_of(an_observation(a_job(), an_attempt(1, a_pod()), report=report))
+
+    first, second = doing("fetching the first file"), doing("fetching the second file")
+    assert (first.message, second.message) == ("fetching the first file", "fetching the second file")
+    assert [c.message for c in first.conditions if c.type == "Reconciling"] == ["1 pod of train-1 is running"]
+    fresh = [each.model_copy(update={"start_time": timestamp(NOW)}) for each in (first, second)]
+    assert seconds_until_due(*fresh, 0.0, 30, NOW + timedelta(seconds=4)) == 6.0
+
+
 def test_evaluating_and_training_in_turn_is_no_news() -> None:
     progress = ProgressStatus(attempt=1, phase="training", step=5, update_time=timestamp(NOW))
     before = Status(phase="Running", start_time=timestamp(NOW), progress=progress)
