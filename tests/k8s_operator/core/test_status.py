@@ -35,7 +35,7 @@ from finetune_operator.core.write_policy import (
     SETTLE_SECONDS,
     seconds_until_due,
 )
-from finetune_operator.kube.client import NotFound
+from finetune_operator.kube.client import ApiError, NotFound, Refused
 from k8s_operator.support.observed_states import (
     BEFORE,
     NOW,
@@ -315,6 +315,7 @@ class _Events:
 
     def __init__(self) -> None:
         self.stored: dict[str, dict[str, Any]] = {}
+        self.refusal: ApiError | None = None
 
     async def create(self, resource: str, event: dict[str, Any]) -> dict[str, Any]:
         name = f"event-{len(self.stored)}"
@@ -322,10 +323,21 @@ class _Events:
         return self.stored[name]
 
     async def patch(self, resource: str, namespace: str, name: str, change: dict[str, Any]) -> dict[str, Any]:
-        if name not in self.stored:
-            raise NotFound(404, "NotFound", name)
+        if self.refusal:
+            raise self.refusal
         self.stored[name] |= change
         return self.stored[name]
+
+
+@pytest.mark.parametrize("refusal", [NotFound(404, "NotFound", "gone"), Refused(403, "Forbidden", "no right")])
+async def test_an_event_that_cannot_be_counted_up_is_created_again(refusal: ApiError) -> None:
+    client = _Events()
+    recorder = EventRecorder(client, "pod")  # type: ignore[arg-type]
+    before, after = Status(phase="Running"), Status(phase="Suspended")
+    await recorder.record(a_job(), before, after, NOW)
+    client.refusal = refusal
+    await recorder.record(a_job(), before, after, NOW)
+    assert [event["count"] for event in client.stored.values()] == [1, 1]
 
 
 async def test_what_happens_repeatedly_is_one_event_with_a_count() -> None:
@@ -341,10 +353,6 @@ async def test_what_happens_repeatedly_is_one_event_with_a_count() -> None:
     (event,) = client.stored.values()
     assert (event["type"], event["reason"], event["count"]) == ("Normal", "CheckpointStored", 3)
     assert event["message"] == "the checkpoint after step 30 is stored"
-    client.stored.clear()  # the API server forgets Events after an hour
-    await recorder.record(a_job(), at(30), at(40), NOW)
-    (event,) = client.stored.values()
-    assert event["count"] == 1
 
 
 def test_a_change_of_a_finished_jobs_spec_is_acknowledged_and_changes_nothing_else() -> None:
