@@ -55,6 +55,7 @@ pods:
   cpuLimit: {{ .Values.pods.cpuLimit }}
   caBundle: {{ .Values.pods.caBundle | toJson }}
   allowedImages: {{ .Values.pods.allowedImages | toJson }}
+  appArmorProfile: {{ .Values.pods.appArmorProfile | quote }}
   gpusPerNode: {{ .Values.pods.gpusPerNode | toJson }}
   networkProfiles: {{ .Values.pods.networkProfiles | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}
@@ -63,9 +64,25 @@ pods:
   runtimeClassName: {{ .Values.pods.runtimeClassName | quote }}
   imagePullSecrets: {{ .Values.pods.imagePullSecrets | toJson }}
   env: {{ .Values.pods.env | toJson }}
+tenants: {{ omit .Values.tenants "maxJobs" "requireQuota" | toJson }}
+networkPolicies:
+  enabled: {{ .Values.networkPolicy.jobs.enabled }}
+  metricsFrom: {{ .Values.networkPolicy.metricsFrom | default list | toJson }}
+  egress: {{ include "finetune-operator.jobEgress" . }}
 metricsPort: 9090
 probesPort: 8081
 sweepSeconds: {{ .Values.sweepSeconds | toJson }}
 metricsRetentionSeconds: {{ .Values.metricsRetentionSeconds | toJson }}
 logLevel: {{ .Values.logLevel }}
+{{- end }}
+
+{{/* The egress rules of jobs: those of the values, and the operator, to which pods report. */}}
+{{- define "finetune-operator.jobEgress" -}}
+{{- $rules := .Values.networkPolicy.jobs.egress }}
+{{- if and $rules .Values.progress.enabled }}
+{{- $namespace := dict "matchLabels" (dict "kubernetes.io/metadata.name" .Release.Namespace) }}
+{{- $pods := dict "matchLabels" (include "finetune-operator.selectorLabels" . | fromYaml) }}
+{{- $rules = append $rules (dict "to" (list (dict "namespaceSelector" $namespace "podSelector" $pods)) "ports" (list (dict "port" 8443))) }}
+{{- end }}
+{{- $rules | toJson }}
 {{- end }}

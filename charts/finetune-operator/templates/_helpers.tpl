@@ -81,6 +81,15 @@ tolerations:
 - apiGroups: [""]
   resources: [services]
   verbs: [get, create]
+{{- if .Values.networkPolicy.jobs.enabled }}
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, create]
+{{- end }}
+# Their label says whether jobs may name them.
+- apiGroups: [""]
+  resources: [{{ if not (has "*" .Values.tenants.claims) }}persistentvolumeclaims, {{ end }}serviceaccounts]
+  verbs: [get]
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create, patch]

@@ -14,11 +14,13 @@ from typing import Any
 from finetune_api import names
 from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache, is_unwatched
+from finetune_operator.controller.offers import check_offered
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
-from finetune_operator.core.plan import check_offered, model_bytes, plan
+from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
+from finetune_operator.core.pods.network_policy import network_policy
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
@@ -142,22 +144,28 @@ class Executor:
             log.warning("Service %s can't be read: %s", name, error)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
-        check_offered(observed.job, self._settings)
+        await check_offered(self._client, observed.job, self._settings)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
         run = plan(observed.job, self._settings, action.number, size, memory_restarts)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
+        await self._create_network_policy(observed)
         if run.world.nodes > 1:
             await self._create("services", manifests.service(observed.job), observed)
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
         await self._create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
-        check_offered(observed.job, self._settings)
+        await check_offered(self._client, observed.job, self._settings)
         run = plan(observed.job, self._settings)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
+        await self._create_network_policy(observed)
         await self._create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)
+
+    async def _create_network_policy(self, observed: Observed) -> None:
+        if self._settings.network_policies.enabled:
+            await self._create("networkpolicies", network_policy(observed.job, self._settings), observed)
 
     async def _confirm(self, snapshot: JobSnapshot, with_children: bool) -> None:
         """Compares the snapshot with the API server, before anything irreversible.
@@ -236,7 +244,7 @@ class Executor:
             )
         belonging = f"belongs to {owner.get('kind')} {owner.get('name')}" if owner else "has no owner"
         raise NameTaken(
-            f"{kind_and_name} already exists and {belonging}; rename the FineTuneJob or delete the {resource[:-1]}"
+            f"{kind_and_name} already exists and {belonging}; rename the FineTuneJob or delete the {manifest['kind']}"
         )
 
     async def _delete_job(self, observed: Observed, action: DeleteJob) -> None:

@@ -58,41 +58,9 @@ class NotOffered(PlanError):
         self.reason = reason
 
 
-def check_offered(job: FineTuneJob, settings: Settings) -> None:
-    """Checks that the administrator offers what the job names.
-
-    Raises NotOffered with what exists instead.
-    """
-    image = job.spec.pod.image
-    if image and not _is_allowed_image(image, settings):
-        raise NotOffered(
-            "spec.pod.image",
-            image,
-            "is not among the operator's pods.allowedImages: "
-            f"{', '.join(settings.pods.allowed_images) or 'there are none'}; have it added, or create a job without "
-            "pod.image",
-            "ImageNotAllowed",
-        )
-    network, profiles = job.spec.pod.network, settings.pods.network_profiles
-    if network and network not in profiles:
-        existing = ", ".join(sorted(profiles)) or "there are none"
-        raise NotOffered(
-            "spec.pod.network",
-            network,
-            f"is not one of the network profiles in the operator's pods.networkProfiles: {existing}; have it added, "
-            "or create a job that names another one",
-            "UnknownNetwork",
-        )
-
-
 def trainer_image(job: FineTuneJob, settings: Settings) -> str:
     """Returns the image of the pods."""
     return job.spec.pod.image or settings.trainer_image
-
-
-def _is_allowed_image(image: str, settings: Settings) -> bool:
-    allowed = settings.pods.allowed_images
-    return any(image == entry or (entry.endswith(("/", ":", "@")) and image.startswith(entry)) for entry in allowed)
 
 
 def plan(

@@ -17,6 +17,7 @@ from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
 from finetune_operator.core.plan import trainer_image
 from finetune_operator.core.pods import certificates
+from finetune_operator.core.pods.offers import claim_of
 from finetune_operator.core.pods.scheduling import scheduling
 from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
@@ -82,6 +83,7 @@ def pod_spec(
                 "fsGroup": _USER_ID,
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
+                **_app_armor(settings),
             },
             "initContainers": [{**sidecar, "restartPolicy": "Always"} for sidecar in network.sidecars],
             "containers": [
@@ -107,6 +109,11 @@ def pod_spec(
             "volumes": [mount.volume() for mount in mounts],
         }
     )
+
+
+def _app_armor(settings: Settings) -> Manifest:
+    profile = settings.pods.app_armor_profile
+    return {"appArmorProfile": {"type": profile}} if profile else {}
 
 
 def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) -> list[Manifest]:
@@ -255,8 +262,8 @@ def _claims(job: FineTuneJob) -> tuple[_Mount, ...]:
     validation = spec.dataset.validation.uri if spec.dataset.validation else None
     test = spec.dataset.test.uri if spec.dataset.test else None
     train = [source.uri for source in spec.dataset.training_sources()]
-    input_claims = [_claim(uri) for uri in (spec.model.uri, *train, validation, test)]
-    output_claim = _claim(spec.output.uri)
+    input_claims = [claim_of(uri) for uri in (spec.model.uri, *train, validation, test)]
+    output_claim = claim_of(spec.output.uri)
     claims = dict.fromkeys(claim for claim in (*input_claims, output_claim) if claim)
     return tuple(
         _Mount(
@@ -267,12 +274,6 @@ def _claims(job: FineTuneJob) -> tuple[_Mount, ...]:
         )
         for number, claim in enumerate(claims)
     )
-
-
-def _claim(uri: str | None) -> str | None:
-    """Returns the claim that a pvc:// URI names; None for other URIs."""
-    scheme, _, rest = (uri or "").partition("://")
-    return rest.split("/", 1)[0] if scheme == "pvc" else None
 
 
 def _image_pull_secrets(job: FineTuneJob, settings: Settings) -> list[Manifest]:
