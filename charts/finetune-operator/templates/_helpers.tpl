@@ -86,10 +86,15 @@ tolerations:
   resources: [networkpolicies]
   verbs: [get, create]
 {{- end }}
+{{- $owned := list }}
+{{- if not (has "*" .Values.tenants.serviceAccounts) }}{{ $owned = append $owned "serviceaccounts" }}{{ end }}
+{{- if not (has "*" .Values.tenants.claims) }}{{ $owned = append $owned "persistentvolumeclaims" }}{{ end }}
+{{- if $owned }}
 # Their label says whether jobs may name them.
 - apiGroups: [""]
-  resources: [{{ if not (has "*" .Values.tenants.claims) }}persistentvolumeclaims, {{ end }}serviceaccounts]
+  resources: {{ $owned | toJson }}
   verbs: [get]
+{{- end }}
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create, patch]
