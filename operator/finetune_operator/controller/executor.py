@@ -149,7 +149,7 @@ class Executor:
         run = plan(observed.job, self._settings, action.number, size, memory_restarts)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
-        await self._create_network_policy(observed)
+        await self._close_pods(observed)
         if run.world.nodes > 1:
             await self._create("services", manifests.service(observed.job), observed)
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
@@ -160,12 +160,18 @@ class Executor:
         run = plan(observed.job, self._settings)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
-        await self._create_network_policy(observed)
+        await self._close_pods(observed)
         await self._create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)
 
-    async def _create_network_policy(self, observed: Observed) -> None:
-        if self._settings.network_policies.enabled:
-            await self._create("networkpolicies", network_policy(observed.job, self._settings), observed)
+    async def _close_pods(self, observed: Observed) -> None:
+        """Creates the NetworkPolicy of the job's pods unless it exists."""
+        if not self._settings.network_policies.enabled:
+            return
+        manifest = network_policy(observed.job, self._settings)
+        with contextlib.suppress(OutOfDate):
+            if not _is_new(observed) and await self._existing("networkpolicies", manifest, observed):
+                return
+        await self._create("networkpolicies", manifest, observed)
 
     async def _confirm(self, snapshot: JobSnapshot, with_children: bool) -> None:
         """Compares the snapshot with the API server, before anything irreversible.
