@@ -13,7 +13,15 @@ import yaml
 
 from chart.support.helm_rendering import CHART, EVERYTHING, NAMESPACE, of_kind, pod_specs, render, run
 from finetune_api import names
-from finetune_operator.settings import LeaderElectionSettings, NetworkPolicySettings, ProgressSettings, Settings, parse
+from finetune_api.messages.run import AzureConfig, GcsConfig, S3Config
+from finetune_operator.settings import (
+    LeaderElectionSettings,
+    NetworkPolicySettings,
+    ProgressSettings,
+    Settings,
+    StorageSettings,
+    parse,
+)
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 
@@ -128,6 +136,11 @@ def test_the_default_values_are_the_operators_defaults(helm: str) -> None:
         trainer_image="finetune-trainer:0.1.0",
         leader_election=LeaderElectionSettings(namespace=NAMESPACE, name="finetune-operator"),
         progress=ProgressSettings(url=f"http://finetune-operator.{NAMESPACE}.svc:8443"),
+        storage=StorageSettings(
+            s3=S3Config(allowed_endpoints=()),
+            gcs=GcsConfig(allowed_endpoints=()),
+            azure=AzureConfig(allowed_endpoints=()),
+        ),
         network_policies=NetworkPolicySettings(metrics_from=tuple(VALUES["networkPolicy"]["metricsFrom"])),
     )
 
@@ -139,9 +152,10 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "watchNamespaces": ["a", "b"],
         "leaderElection": {"leaseSeconds": 30, "renewSeconds": 20, "retrySeconds": 0.5},
         "progress": {"enabled": False, "intervalSeconds": 1.5, "writeEverySeconds": 60},
-        "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True},
-                    "gcs": {"endpoint": "http://gcs:4443", "allowHttp": True},
-                    "azure": {"account": "team", "endpoint": "http://azurite:10000/team", "allowHttp": True},
+        "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True, "allowedEndpoints": ["*"]},
+                    "gcs": {"endpoint": "http://gcs:4443", "allowHttp": True, "allowedEndpoints": ["https://g"]},
+                    "azure": {"account": "team", "endpoint": "http://azurite:10000/team", "allowHttp": True,
+                              "allowedEndpoints": ["https://a"]},
                     "hub": {"endpoint": "https://hub"}},
         "models": {"allowedLicenses": ["apache-2.0", "mit"], "cache": {"claim": "models", "size": "10Gi"}},
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},

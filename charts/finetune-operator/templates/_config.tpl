@@ -24,15 +24,18 @@ progress:
 storage:
   s3:
     endpoint: {{ if .Values.storage.s3.endpoint }}{{ .Values.storage.s3.endpoint | quote }}{{ else }}null{{ end }}
+    allowedEndpoints: {{ .Values.storage.s3.allowedEndpoints | toJson }}
     region: {{ .Values.storage.s3.region | quote }}
     allowHttp: {{ .Values.storage.s3.allowHttp }}
   gcs:
     endpoint: {{ if .Values.storage.gcs.endpoint }}{{ .Values.storage.gcs.endpoint | quote }}{{ else }}null{{ end }}
     allowHttp: {{ .Values.storage.gcs.allowHttp }}
+    allowedEndpoints: {{ .Values.storage.gcs.allowedEndpoints | toJson }}
   azure:
     account: {{ .Values.storage.azure.account | quote }}
     endpoint: {{ if .Values.storage.azure.endpoint }}{{ .Values.storage.azure.endpoint | quote }}{{ else }}null{{ end }}
     allowHttp: {{ .Values.storage.azure.allowHttp }}
+    allowedEndpoints: {{ .Values.storage.azure.allowedEndpoints | toJson }}
   hub:
     endpoint: {{ if .Values.storage.hub.endpoint }}{{ .Values.storage.hub.endpoint | quote }}{{ else }}null{{ end }}
 models:

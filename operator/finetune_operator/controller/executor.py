@@ -16,7 +16,18 @@ from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache, is_unwatched
 from finetune_operator.controller.offers import check_offered
 from finetune_operator.controller.snapshot import JobSnapshot
-from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
+from finetune_operator.core.actions import (
+    Action,
+    Blocked,
+    CreateAttempt,
+    CreatePreflight,
+    DeleteJob,
+    NameTaken,
+    OutOfDate,
+    ReleaseGroup,
+    ResumeGroup,
+    SpecRefused,
+)
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
@@ -30,28 +41,6 @@ log = logging.getLogger(__name__)
 _GARBAGE_COLLECTION = {"foregroundDeletion", "orphan"}  # finalizers of Kubernetes itself
 _SINGLE_READS = 3  # of pods; more of them are listed
 _REFUSED_FOR_NOW = (401, 403, 408)
-
-
-class OutOfDate(Exception):
-    """Is raised if the cache was out of date.
-
-    It was refreshed, and the decision must be made again.
-    """
-
-
-class NameTaken(Exception):
-    """Is raised if an object of another owner has the name that a child needs."""
-
-
-class SpecRefused(Exception):
-    """Is raised if the API server rejects an object; only another spec can change that."""
-
-
-class Blocked(Exception):
-    """Is raised if the cluster can't accept an object yet.
-
-    The cause is a quota, a missing permission, or an earlier object that is still being deleted.
-    """
 
 
 class Executor:

@@ -94,7 +94,7 @@ def plan(
         output=_output_location(spec.output),
         merge=spec.output.merge,
         evaluation=spec.evaluation,
-        tracking=_tracking(spec),
+        tracking=_tracking(spec, settings.tenants.trackers),
         progress=_progress(settings),
         s3=settings.storage.s3,
         gcs=settings.storage.gcs,
@@ -204,7 +204,7 @@ def _data(spec: Spec) -> DataConfig:
     )
 
 
-def _tracking(spec: Spec) -> TrackingConfig:
+def _tracking(spec: Spec, servers: tuple[str, ...]) -> TrackingConfig:
     mlflow, wandb = spec.tracking.mlflow, spec.tracking.wandb
     return TrackingConfig(
         mlflow=MlflowConfig(
@@ -224,6 +224,7 @@ def _tracking(spec: Spec) -> TrackingConfig:
         )
         if wandb
         else None,
+        servers=servers,
     )
 
 
