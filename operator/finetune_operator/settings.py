@@ -45,6 +45,11 @@ class ProgressSettings(Model):
         description="Base URL that the pods post to, e.g. http://finetune-operator.finetune-system:8443. If empty, no "
         "progress is reported; training isn't affected.",
     )
+    certificate: str = Field(
+        default="",
+        description="Folder with tls.crt, tls.key and ca.crt. Empty means no TLS; url then begins with http://.",
+    )
+    server_name: str = Field(default="", description="Name in the certificate. Empty means the host of url.")
     port: Port = Field(
         default=names.OPERATOR_PROGRESS_PORT, description="Port that the operator listens on. 0 means off."
     )

@@ -138,7 +138,7 @@ def operator_as_its_service_account(control_plane: ControlPlane, folder: Path, h
     (config,) = of_kind(render(helm), "ConfigMap")
     settings = yaml.safe_load(config["data"]["config.yaml"])
     settings |= {"metricsPort": 0, "probesPort": 0}
-    settings["progress"] |= {"port": 0}
+    settings["progress"] |= {"port": 0, "certificate": ""}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "finetune_operator", "--config", str(folder / "config.yaml")]
     command += ["--kubeconfig", str(folder / "kubeconfig")]

@@ -135,7 +135,9 @@ def test_the_default_values_are_the_operators_defaults(helm: str) -> None:
     assert settings == Settings(
         trainer_image="finetune-trainer:0.1.0",
         leader_election=LeaderElectionSettings(namespace=NAMESPACE, name="finetune-operator"),
-        progress=ProgressSettings(url=f"http://finetune-operator.{NAMESPACE}.svc:8443"),
+        progress=ProgressSettings(
+            url=f"https://finetune-operator.{NAMESPACE}.svc:8443", certificate="/etc/finetune/tls"
+        ),
         storage=StorageSettings(
             s3=S3Config(allowed_endpoints=()),
             gcs=GcsConfig(allowed_endpoints=()),

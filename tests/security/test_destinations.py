@@ -128,7 +128,7 @@ def test_t12_an_endpoint_is_the_administrators_a_listed_or_a_public_one(
     if accepted:
         endpoints.check(config, endpoint, _resolve)
         return
-    with pytest.raises(RunError, match="https://minio.storage:9000"):
+    with pytest.raises(RunError, match="storage:9000"):
         endpoints.check(config, endpoint, _resolve)
 
 

@@ -12,7 +12,10 @@ leaderElection:
   retrySeconds: {{ .Values.leaderElection.retrySeconds | toJson }}
 progress:
   {{- if .Values.progress.enabled }}
-  url: {{ printf "http://%s.%s.svc:8443" (include "finetune-operator.fullname" .) .Release.Namespace | quote }}
+  {{- if .Values.progress.tls.enabled }}
+  certificate: /etc/finetune/tls
+  {{- end }}
+  url: {{ printf "%s://%s.%s.svc:8443" (ternary "https" "http" .Values.progress.tls.enabled) (include "finetune-operator.fullname" .) .Release.Namespace | quote }}
   port: 8443
   {{- else }}
   url: ""

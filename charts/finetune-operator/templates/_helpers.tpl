@@ -37,6 +37,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{/* The Secret with the certificate by which pods recognize the operator. */}}
+{{- define "finetune-operator.tlsSecret" -}}
+{{- default (printf "%s-progress-tls" (include "finetune-operator.fullname" .)) .Values.progress.tls.secretName }}
+{{- end }}
+
 {{/* An image's full name. Takes [image values, default tag]. */}}
 {{- define "finetune-operator.image" -}}
 {{- $image := index . 0 }}

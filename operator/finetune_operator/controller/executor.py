@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_api import names
 from finetune_operator.controller import ownership
+from finetune_operator.controller.authority import with_authority
 from finetune_operator.controller.cache import Cache, is_unwatched
 from finetune_operator.controller.offers import check_offered
 from finetune_operator.controller.snapshot import JobSnapshot
@@ -136,6 +137,7 @@ class Executor:
         await check_offered(self._client, observed.job, self._settings)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
         run = plan(observed.job, self._settings, action.number, size, memory_restarts)
+        run = with_authority(run, self._settings)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         await self._close_pods(observed)
@@ -146,7 +148,7 @@ class Executor:
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
         await check_offered(self._client, observed.job, self._settings)
-        run = plan(observed.job, self._settings)
+        run = with_authority(plan(observed.job, self._settings), self._settings)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
         await self._close_pods(observed)
