@@ -43,7 +43,11 @@ class TenantSettings(Model):
     )
     label_keys: tuple[str, ...] = Field(default=_ANY, description="Keys of the pods' labels.")
     annotation_keys: tuple[str, ...] = Field(
-        default=("cluster-autoscaler.kubernetes.io/safe-to-evict", "karpenter.sh/do-not-disrupt"),
+        default=(
+            "cluster-autoscaler.kubernetes.io/safe-to-evict",
+            "karpenter.sh/do-not-disrupt",
+            "scheduling.k8s.io/group-name",
+        ),
         description="Keys of the pods' annotations. Those of AppArmor and seccomp are always refused.",
     )
     gpus: tuple[str, ...] = Field(default=("nvidia.com/gpu", "nvidia.com/mig-*"), description="Names of GPUs.")

@@ -239,9 +239,10 @@ def troubleshooting() -> str:
                 "If a job is waiting, `status.message` (`kubectl get ftj -o wide`) explains why: it quotes the "
                 "scheduler if no node has capacity, and the kubelet if a Secret or a PersistentVolumeClaim is missing. "
                 "UnknownNetwork and ImageNotAllowed mean that the administrator doesn't offer what pod.network or "
-                "pod.image names; the job starts once that has changed. GroupIncomplete means that only a part of the "
-                "pods got nodes, which they gave back; the message says when the next try starts. `status.message` is "
-                "shortened; the condition has all of it (`kubectl describe ftj NAME`)."
+                "pod.image names, and NotAllowed that the job names something that no list of the administrator and no "
+                "label of its owner allows; the job starts once that has changed. GroupIncomplete means that only a "
+                "part of the pods got nodes, which they gave back; the message says when the next try starts. "
+                "`status.message` is shortened; the condition has all of it (`kubectl describe ftj NAME`)."
             ),
             "",
             *(line for reason in REASONS.values() for line in _reason(reason)),

@@ -9,12 +9,14 @@ handshake. Nothing here knows what is served.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -22,6 +24,7 @@ from aiohttp.web_protocol import RequestHandler
 log = logging.getLogger(__name__)
 
 _BODY_CHUNK_BYTES = 16384
+_RETRY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,6 @@ async def serve(
     runner = _Runner(
         app,
         limits,
-        context,
         access_log=None,
         keepalive_timeout=limits.header_seconds,
         max_line_size=1024,
@@ -61,7 +63,8 @@ async def serve(
         auto_decompress=False,
     )
     await runner.setup()
-    await web.TCPSite(runner, None, port, reuse_address=True).start()
+    plain = web.TCPSite(runner, None, port, reuse_address=True)
+    await (plain if context is None else _TlsSite(runner, port, context)).start()
     log.info("server started: name=%s port=%d", name, port)
     return runner
 
@@ -83,59 +86,60 @@ def _within(seconds: float) -> Any:
 class _Runner(web.AppRunner):
     """Runs an app on a server with limits."""
 
-    def __init__(
-        self, app: web.Application, limits: Limits, context: ssl.SSLContext | None = None, **options: Any
-    ) -> None:
+    def __init__(self, app: web.Application, limits: Limits, **options: Any) -> None:
         super().__init__(app, **options)
         self._limits = limits
-        self._context = context
 
     async def _make_server(self) -> web.Server:
         plain = await super()._make_server()
         return LimitedServer(
-            plain.request_handler, self._limits, self._context, request_factory=plain.request_factory, **plain._kwargs
+            plain.request_handler, self._limits, request_factory=plain.request_factory, **plain._kwargs
         )
 
 
 class LimitedServer(web.Server):
     """Counts connections by address and cuts off those beyond the limits."""
 
-    def __init__(self, handler: Any, limits: Limits, context: ssl.SSLContext | None = None, **options: Any) -> None:
+    def __init__(self, handler: Any, limits: Limits, **options: Any) -> None:
         super().__init__(handler, **options)
         self._limits = limits
-        self._context = context
-        self._open: dict[asyncio.BaseProtocol, tuple[str, asyncio.Transport]] = {}  # the oldest first
-        self._timers: dict[asyncio.BaseProtocol, list[asyncio.TimerHandle]] = {}
-
-    def __call__(self) -> Any:
-        """Returns the protocol of a new connection."""
-        handler = super().__call__()
-        return handler if self._context is None else _Handshake(self, handler, self._context)
-
-    @property
-    def handshake_seconds(self) -> float:
-        """The time for a TLS handshake."""
-        return self._limits.handshake_seconds
+        self._open: dict[object, tuple[str, Callable[[], object]]] = {}  # the oldest first
+        self._timers: dict[object, list[asyncio.TimerHandle]] = {}
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Admits a connection that is ready for requests."""
         super().connection_made(handler, transport)
-        self.admit(handler, transport, handler.close)
-
-    def admit(self, protocol: asyncio.BaseProtocol, transport: asyncio.Transport, close: Callable[[], object]) -> None:
-        """Counts a connection, and cuts off one of its address or of another if it is too much.
-
-        `close` is called at the end of its lifetime.
-        """
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+        self._admit(handler, address, handler.close, transport.abort)
+
+    async def handshake(self, connection: socket.socket, address: str, context: ssl.SSLContext) -> None:
+        """Makes the TLS handshake of a connection, which counts meanwhile. Never raises."""
+
+        def abort() -> None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+        waiting = object()
+        self._admit(waiting, address, abort, abort)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self, connection, ssl=context, ssl_handshake_timeout=self._limits.handshake_seconds
+            )
+        except (OSError, asyncio.CancelledError):  # also TimeoutError and ssl.SSLError
+            connection.close()
+        finally:
+            self._forget(waiting)
+
+    def _admit(self, key: object, address: str, close: Callable[[], object], abort: Callable[[], object]) -> None:
+        """Counts a connection, and cuts off one of its address or of another if it is too much.
+
+        `close` is called at the end of its lifetime, and `abort` to cut it off.
+        """
         limits, loop = self._limits, asyncio.get_running_loop()
         end = limits.lifetime_seconds + limits.linger_seconds
-        self._open[protocol] = (address, transport)
-        self._timers[protocol] = [
-            loop.call_later(limits.lifetime_seconds, close),
-            loop.call_later(end, transport.abort),
-        ]
+        self._open[key] = (address, abort)
+        self._timers[key] = [loop.call_later(limits.lifetime_seconds, close), loop.call_later(end, abort)]
         by_address = Counter(address for address, _ in self._open.values())
         if by_address[address] > limits.per_address:
             self._cut_off(address)
@@ -145,58 +149,64 @@ class LimitedServer(web.Server):
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Forgets a connection."""
         super().connection_lost(handler, exc)
-        self.forget(handler)
+        self._forget(handler)
 
     def _cut_off(self, address: str) -> None:
         """Aborts the oldest connection of an address."""
-        for handler, (other, transport) in self._open.items():
+        for key, (other, abort) in self._open.items():
             if other == address:
-                self.forget(handler)
-                transport.abort()
+                self._forget(key)
+                abort()
                 return
 
-    def forget(self, handler: asyncio.BaseProtocol) -> None:
+    def _forget(self, key: object) -> None:
         """Stops counting a connection."""
-        self._open.pop(handler, None)
-        for timer in self._timers.pop(handler, ()):
+        self._open.pop(key, None)
+        for timer in self._timers.pop(key, ()):
             timer.cancel()
 
 
-class _Handshake(asyncio.Protocol):
-    """Holds a connection until its TLS handshake is done, and then passes it to the handler."""
+class _TlsSite(web.BaseSite):
+    """Accepts connections itself, so that they count before their handshake."""
 
-    def __init__(self, server: LimitedServer, handler: RequestHandler, context: ssl.SSLContext) -> None:
-        self._server = server
-        self._handler = handler
+    def __init__(self, runner: _Runner, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(runner)
+        self._port = port
         self._context = context
-        self._task: asyncio.Task[None] | None = None
+        self._handshakes: set[asyncio.Task[None]] = set()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Counts the connection and starts the handshake."""
-        stream = cast(asyncio.Transport, transport)
-        self._server.admit(self, stream, stream.abort)
-        stream.pause_reading()  # what arrives belongs to the handshake
-        self._task = asyncio.get_running_loop().create_task(self._upgrade(stream))
+    @property
+    def name(self) -> str:
+        """The URL of the site."""
+        return f"https://*:{self._port}"
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """Forgets a connection that ends before its handshake has begun."""
-        self._server.forget(self)
+    async def start(self) -> None:
+        """Listens on all addresses."""
+        await super().start()
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        listener = socket.create_server(("", self._port), family=family, backlog=128, dualstack_ipv6=dual)
+        listener.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(listener))
 
-    async def _upgrade(self, transport: asyncio.Transport) -> None:
-        try:
-            encrypted = await asyncio.get_running_loop().start_tls(
-                transport,
-                self._handler,
-                self._context,
-                server_side=True,
-                ssl_handshake_timeout=self._server.handshake_seconds,
-            )
-        except (OSError, TimeoutError):  # ssl.SSLError is an OSError
-            transport.abort()
-            return
-        finally:
-            self._server.forget(self)
-        if encrypted is None or encrypted.is_closing() or transport.is_closing():
-            transport.abort()
-            return
-        self._handler.connection_made(encrypted)
+    async def stop(self) -> None:
+        """Stops accepting, and ends the handshakes that aren't done."""
+        for task in (self._accepting, *self._handshakes):
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._handshakes, return_exceptions=True)
+        await super().stop()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        server = self._runner.server
+        assert isinstance(server, LimitedServer)  # noqa: S101 (as _Runner makes it)
+        with listener:
+            while True:
+                try:
+                    connection, peer = await asyncio.get_running_loop().sock_accept(listener)
+                except OSError as error:  # no file descriptor is left, for instance
+                    log.warning("a connection can't be accepted: %s", error)
+                    await asyncio.sleep(_RETRY_SECONDS)
+                    continue
+                task = asyncio.create_task(server.handshake(connection, str(peer[0]), self._context))
+                self._handshakes.add(task)
+                task.add_done_callback(self._handshakes.discard)
