@@ -68,7 +68,7 @@ def test_the_hardened_release_has_rights_in_its_namespaces_and_bounds_their_jobs
         role for role in of_kind(hardened, "ClusterRole") if "aggregate" not in yaml.safe_dump(role["metadata"])
     ]
     assert [rule["resources"] for rule in cluster_role["rules"]] == [["tokenreviews"]]
-    (operator,) = [one for one in of_kind(hardened, "NetworkPolicy")]
+    (operator,) = of_kind(hardened, "NetworkPolicy")
     progress = next(rule for rule in operator["spec"]["ingress"] if rule["ports"] == [{"port": "progress"}])
     expressions = progress["from"][0]["namespaceSelector"]["matchExpressions"]
     assert expressions == [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["ml-team"]}]

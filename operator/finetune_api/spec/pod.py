@@ -158,7 +158,7 @@ class PodSpec(Model):
     )
     node_selector: _Labels = Field(
         default_factory=dict,
-        description="Labels that a node must have, if the administrator allows their keys (the chart's tenants.nodeLabelKeys). "
+        description="Labels that a node must have, if the administrator allows their keys (tenants.nodeLabelKeys). "
         "Those of the chart's pods.nodeSelector apply as well, and win.",
     )
     tolerations: Annotated[tuple[TolerationSpec, ...], Field(max_length=16)] = Field(
