@@ -61,7 +61,10 @@ class Creator:
         return run.model_copy(update={"progress": run.progress.model_copy(update=update)})
 
     async def close_pods(self, observed: Observed, *, first: bool) -> None:
-        """Creates the NetworkPolicy of the job's pods unless it exists. `first` says that it doesn't."""
+        """Creates the NetworkPolicy of the job's pods unless it exists.
+
+        `first` says that there are no children yet.
+        """
         if not self._settings.network_policies.enabled:
             return
         manifest = network_policy(observed.job, self._settings)

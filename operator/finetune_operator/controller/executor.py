@@ -18,18 +18,21 @@ from finetune_operator.controller.creator import Creator
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core.actions import (
     Action,
+    Blocked,
     CreateAttempt,
     CreatePreflight,
     DeleteJob,
+    NameTaken,
     OutOfDate,
     ReleaseGroup,
     ResumeGroup,
+    SpecRefused,
 )
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.core.status import timestamp
-from finetune_operator.kube.client import Conflict, KubeClient, NotFound
+from finetune_operator.kube.client import Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
