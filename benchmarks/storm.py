@@ -162,7 +162,7 @@ def honest_jobs(world: World, count: int, seconds: float, prefix: str) -> list[f
         time.sleep(max(0.0, begin + number * seconds / count - time.monotonic()))
         name, started = f"{prefix}-{number}", time.monotonic()
         world.submit(name)
-        world.wait(lambda name=name: world.all("pods", **{"batch.kubernetes.io/job-name": f"{name}-1"}), 60)  # type: ignore[misc]
+        world.wait(lambda name=name: world.all("pods", **{"batch.kubernetes.io/job-name": f"{name}-1"}), 60)
         waited.append(time.monotonic() - started)
     time.sleep(max(0.0, begin + seconds - time.monotonic()))
     return waited
@@ -238,8 +238,8 @@ def main() -> int:
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     calm = set(report["phases_of_honest_jobs"]) <= _CALM_PHASES
-    held = report["operator_alive"] and report["still_leader"] and not report["critical"] and calm
-    return 0 if held and report["ratio_of_p99"] <= _AIM else 1
+    unharmed = report["operator_alive"] and report["still_leader"] and not report["critical"] and calm
+    return 0 if unharmed and report["ratio_of_p99"] <= _AIM else 1
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def unlisted(job: FineTuneJob, settings: Settings) -> tuple[Unlisted, ...]:
     """Returns the ServiceAccount and the claims that only their label allows a job to name."""
     spec, tenants = job.spec, settings.tenants
     account = spec.pod.service_account_name
-    found = []
+    entries = []
     if account and not is_listed(account, tenants.service_accounts):
-        found.append(
+        entries.append(
             Unlisted(
                 "spec.pod.serviceAccountName", "serviceaccounts", account, "serviceAccounts", (names.USE_TRAINING,)
             )
@@ -96,8 +96,8 @@ def unlisted(job: FineTuneJob, settings: Settings) -> tuple[Unlisted, ...]:
         if is_listed(claim, tenants.claims):
             continue
         uses = (names.USE_OUTPUT,) if claim == output else (names.USE_INPUT, names.USE_OUTPUT)
-        found.append(Unlisted(field, "persistentvolumeclaims", claim, "claims", uses))
-    return tuple({entry.name: entry for entry in found}.values())
+        entries.append(Unlisted(field, "persistentvolumeclaims", claim, "claims", uses))
+    return tuple({entry.name: entry for entry in entries}.values())
 
 
 def claim_of(uri: str | None) -> str | None:
@@ -164,8 +164,8 @@ def _one(field: str, name: str, setting: str) -> Iterator[_Named]:
         yield _Named(field, name, setting)
 
 
-def _each(field: str, found: Iterable[str], setting: str) -> Iterator[_Named]:
-    return (_Named(field, name, setting) for name in found)
+def _each(field: str, keys: Iterable[str], setting: str) -> Iterator[_Named]:
+    return (_Named(field, name, setting) for name in keys)
 
 
 def _secrets(spec: Spec) -> Iterator[tuple[str, SecretRef]]:
