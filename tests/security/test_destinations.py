@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from finetune_api.messages.run import MlflowConfig, S3Config, TrackingConfig, WandbConfig
+from finetune_api.messages.run import MlflowConfig, TrackingConfig, WandbConfig
 from finetune_operator.core.plan import plan
 from finetune_operator.settings import parse
 from finetune_trainer.errors import RunError
 from finetune_trainer.reporting.trackers.servers import check_mlflow, check_wandb
-from finetune_trainer.storage import endpoints
-from finetune_trainer.storage.s3 import access_options
+from finetune_trainer.storage import azure, gcs, s3
+from finetune_trainer.storage.allowed_endpoints import addresses, check
 from k8s_operator.support.observed_states import a_job
 
 _LISTED = ("https://mlflow.example", "http://mlflow.ml:5000")
@@ -91,12 +91,11 @@ _NAMES = {
     ],
 )  # fmt: skip
 def test_t12_an_endpoint_inside_the_cluster_is_refused(endpoint: str) -> None:
-    config = S3Config(endpoint="https://s3.example", allowed_endpoints=())
     with pytest.raises(RunError, match=r"storage\.s3\.allowedEndpoints") as refusal:
-        endpoints.check(config, endpoint, _resolve)
+        check(endpoint, "AWS_ENDPOINT_URL", "https://s3.example", (), "S3", _resolve)
     assert refusal.value.reason == "InvalidConfig"
-    endpoints.check(S3Config(allowed_endpoints=("*",)), endpoint, _resolve)
-    endpoints.check(S3Config(), endpoint, _resolve)
+    for allowed in (("*",), None):
+        check(endpoint, "AWS_ENDPOINT_URL", None, allowed, "S3", _resolve)
 
 
 def _resolve(host: str) -> list[str]:
@@ -106,7 +105,7 @@ def _resolve(host: str) -> list[str]:
 def test_t12_numbers_in_other_notations_are_the_addresses_that_they_are() -> None:
     for host in ("2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "127.1", "localhost"):
         with pytest.raises(RunError, match="no public address"):
-            endpoints.check(S3Config(allowed_endpoints=()), f"https://{host}")
+            check(f"https://{host}", "AWS_ENDPOINT_URL", None, (), "S3", addresses)
 
 
 @pytest.mark.parametrize(
@@ -124,18 +123,40 @@ def test_t12_numbers_in_other_notations_are_the_addresses_that_they_are() -> Non
 def test_t12_an_endpoint_is_the_administrators_a_listed_or_a_public_one(
     endpoint: str, allowed: tuple[str, ...], accepted: bool
 ) -> None:
-    config = S3Config(endpoint="https://s3.example", allowed_endpoints=allowed)
+    arguments = (endpoint, "AWS_ENDPOINT_URL", "https://s3.example", allowed, "S3", _resolve)
     if accepted:
-        endpoints.check(config, endpoint, _resolve)
+        check(*arguments)
         return
     with pytest.raises(RunError, match="storage:9000"):
-        endpoints.check(config, endpoint, _resolve)
+        check(*arguments)
 
 
-def test_t12_the_pod_checks_the_endpoint_of_the_secret_by_the_charts_list() -> None:
-    settings = parse("storage: {s3: {allowHttp: true, allowedEndpoints: []}}")
-    config = plan(a_job(), settings).s3
-    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    with pytest.raises(RunError, match="no public address"):
-        access_options(config, keys | {"AWS_ENDPOINT_URL": "http://169.254.169.254"}, {})
-    assert plan(a_job(), settings).tracking.servers == ()
+_INSIDE = "http://169.254.169.254"
+_OPENED = {
+    "s3": lambda run: s3.access_options(
+        run.s3, {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": _INSIDE}, {}),
+    "gcs": lambda run: gcs.access_options(
+        run.gcs, {"GOOGLE_APPLICATION_CREDENTIALS": "{}", "GOOGLE_BASE_URL": _INSIDE}, {}),
+    "azure": lambda run: azure.access_options(
+        run.azure, {"AZURE_STORAGE_ACCOUNT": "a", "AZURE_STORAGE_KEY": "aw==", "AZURE_STORAGE_ENDPOINT": _INSIDE}, {}),
+}  # fmt: skip
+
+
+def test_t11_a_client_secret_goes_to_no_server_inside() -> None:
+    keys = {"AZURE_STORAGE_ACCOUNT": "account", "AZURE_TENANT_ID": "t", "AZURE_CLIENT_ID": "c"}
+    keys |= {"AZURE_CLIENT_SECRET": "s", "AZURE_AUTHORITY_HOST": "https://169.254.169.254"}
+    with pytest.raises(RunError, match=r"AZURE_AUTHORITY_HOST .* no public address"):
+        azure.access_options(plan(a_job(), parse("storage: {azure: {allowedEndpoints: []}}")).azure, keys, {})
+
+
+@pytest.mark.parametrize("store", _OPENED)
+def test_t12_the_pod_checks_the_endpoint_of_the_secret_by_the_charts_list(store: str) -> None:
+    settings = parse(f"storage: {{{store}: {{allowHttp: true, allowedEndpoints: []}}}}")
+    with pytest.raises(RunError, match="no public address") as refusal:
+        _OPENED[store](plan(a_job(), settings))
+    assert f"storage.{store}.allowedEndpoints" in refusal.value.message
+
+
+def test_t11_the_pod_has_the_charts_list_of_trackers() -> None:
+    assert plan(a_job(), parse("")).tracking.servers == ()
+    assert plan(a_job(), parse("tenants: {trackers: [https://m]}")).tracking.servers == ("https://m",)

@@ -49,6 +49,11 @@ def access_options(
         allow_http=config.allow_http,
         allowed=config.allowed_endpoints, setting="Azure",
     )  # fmt: skip
+    # A client secret goes there.
+    chosen_endpoint(
+        _AUTHORITY, values.get(_AUTHORITY), None, None,
+        allow_http=config.allow_http, allowed=config.allowed_endpoints, setting="Azure",
+    )  # fmt: skip
     options: dict[str, Any] = {
         "account_name": _account(_first(values, _ACCOUNT) or config.account or _first(environment, _ACCOUNT)),
         "client_options": {"allow_http": config.allow_http},
