@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,18 +51,36 @@ def account(crd: ControlPlane, rendered: list[Raw]) -> Iterator[User]:
     objects = yaml.safe_dump_all(of_kind(rendered, *_KINDS))
     crd.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=objects)
     user = User(crd.kubeconfig, _USER)
-    probe = World(crd.kubeconfig, "default")
-    foreign = {"metadata": {"generateName": "probe-"}, "spec": {"template": {"spec": {
-        "restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}}}  # fmt: skip
-    url = "/apis/batch/v1/namespaces/default/jobs"
-    for policy in ("children", "pods", "services", "networkpolicies"):  # until the API server has all of them
-        name = f"{NAMESPACE}-{_ACCOUNT}-{policy}"
-        binding = f"/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings/{name}"
-        assert probe.request("GET", binding).accepted
-    probe.wait(lambda: "ValidatingAdmissionPolicy" in user.request("POST", url, foreign, dryRun="All").message)
-    time.sleep(2)  # all policies come from one watch; this is the order of magnitude of its delay
+    for policy, (resource, body) in _probes(rendered).items():  # until the API server knows all of them
+        _wait_until_refused(user, World(crd.kubeconfig, "default"), policy, resource, body)
     yield user
     crd.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=objects)
+
+
+def _probes(rendered: list[Raw]) -> dict[str, tuple[str, Raw]]:
+    """Objects that only one of the policies refuses."""
+    good = _children(rendered, "default")
+    foreign, image, service, policy = (
+        copy.deepcopy(good[kind]) for kind in ("jobs", "jobs", "services", "networkpolicies")
+    )
+    foreign["metadata"]["ownerReferences"] = []
+    _template(image)["spec"]["containers"][0]["image"] = "evil"
+    service["spec"]["selector"] = {"app": "x"}
+    policy["spec"]["podSelector"] = {}
+    return {
+        "children": ("jobs", foreign),
+        "pods": ("jobs", image),
+        "services": ("services", service),
+        "networkpolicies": ("networkpolicies", policy),
+    }
+
+
+def _wait_until_refused(user: User, world: World, policy: str, resource: str, body: Raw) -> None:
+    def refused() -> bool:
+        message = user.request("POST", _url(resource, "default"), body, dryRun="All").message
+        return f"{_ACCOUNT}-{policy}'" in message
+
+    world.wait(refused, 30, lambda: f"refusal by the policy {policy}")
 
 
 def _settings(rendered: list[Raw]) -> Settings:
