@@ -92,7 +92,7 @@ def _supervise(node: Node, log: Log) -> int:
 
 
 def _preflight(node: Node, log: Log) -> result.Result:
-    from finetune_trainer.supervisor import preflight
+    from finetune_trainer.supervisor import outcomes, preflight
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
     # period.
@@ -110,6 +110,8 @@ def _preflight(node: Node, log: Log) -> result.Result:
                     raise
     except RunError as error:
         return _failed(error, log)
+    except Exception as error:
+        return _failed(outcomes.unexpected(error, log), log)
     finally:
         shutil.rmtree(node.paths.model, ignore_errors=True)
 

@@ -1,16 +1,41 @@
-"""Judges whether the folder of a base model can be used for a run. The module is pure."""
+"""Judges whether the folder of a base model can be used for a run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
+from finetune_trainer import model_config
 from finetune_trainer.errors import RunError
 
+CONFIG = model_config.CONFIG
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Holds how many token ids a model has embeddings for, and how many positions it has, for the
+    source of an encoder-decoder and for anything else; None means any number."""
+
+    embeddings: int
+    source_positions: int | None
+    positions: int | None
+
+
+@dataclass(frozen=True)
+class RowNeeds:
+    """Holds what the rows need of a model: the largest token id, and the number of tokens of the
+    longest source (0 unless it is an encoder-decoder) and of the longest rest. `field` is what
+    messages call the rows."""
+
+    highest: int = 0
+    longest_source: int = 0
+    longest_rest: int = 0
+    field: str = "dataset"
 
 
 def can_be_mapped(formats: Collection[str], stored: str, *, trained: bool) -> bool:
@@ -33,6 +58,12 @@ def check_files(names: Collection[str], at: str) -> None:
     """
     if "config.json" not in names:
         raise RunError("ModelInvalid", f"model.uri: {at} has no config.json; use the folder of a Transformers model")
+    if ADAPTER_CONFIG in names:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: {at} has {ADAPTER_CONFIG}, so Transformers would load an adapter with the model; merge the "
+            "adapter into its base and use the result, or use the base, in a folder without that file",
+        )
     if WEIGHTS in names or WEIGHTS_INDEX in names:
         return
     others = sorted(name for name in names if name.endswith(".safetensors"))
@@ -61,25 +92,64 @@ def weight_files(names: Collection[str], index: bytes | None, at: str) -> tuple[
     """
     if WEIGHTS in names:
         return (WEIGHTS,)
-    try:
-        shards = {str(name) for name in json.loads(index or b"")["weight_map"].values()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise RunError("ModelInvalid", f"model.uri: {at}/{WEIGHTS_INDEX} can't be read") from None
+    weight_map = model_config.read(WEIGHTS_INDEX, index or b"", at).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RunError(
+            "ModelInvalid", f"model.uri: {at}/{WEIGHTS_INDEX} has no weight_map; use the file of the model's publisher"
+        )
+    shards = {str(name) for name in weight_map.values()}
     missing = sorted(shards - set(names))
     if missing:
         raise RunError("ModelInvalid", f"model.uri: {at} lacks {missing[0]}, one of {len(shards)} weight files")
     return tuple(sorted(shards))
 
 
-def check_positions(limit: int | None, longest: int, field: str) -> None:
+def check_contents(folder: Path, at: str) -> None:
+    """Checks the JSON files of a folder on this machine, and that none of its small files is a
+    pointer of Git LFS.
+
+    Raises RunError(ModelInvalid).
+    """
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            if model_config.is_git_lfs_pointer(file.read(64)):
+                raise model_config.git_lfs_error(path.name, at)
+    model_config.check(model_config.read(model_config.CONFIG, (folder / model_config.CONFIG).read_bytes(), at), at)
+    generation = folder / model_config.GENERATION_CONFIG
+    if generation.is_file():
+        model_config.check_generation(generation.read_bytes(), at)
+
+
+def check_tokens(rows: int, highest: int) -> None:
+    """Checks that `highest`, the largest token id of all rows, is one of the model's `rows`
+    embeddings.
+
+    Raises RunError(ModelInvalid) if it isn't.
+    """
+    if highest >= rows:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: the dataset contains token {highest} of the folder's tokenizer, but the model has only {rows} "
+            "embeddings; use the tokenizer that belongs to the model, or resize the embeddings and save both",
+        )
+
+
+def check_rows(has: Capacity, rows: RowNeeds) -> None:
+    """Raises RunError if a row has a token without an embedding, or more tokens than positions."""
+    check_tokens(has.embeddings, rows.highest)
+    check_positions(has.source_positions, rows.longest_source, rows.field, "a prompt")
+    check_positions(has.positions, rows.longest_rest, rows.field)
+
+
+def check_positions(limit: int | None, longest: int, field: str, part: str = "a row") -> None:
     """Checks that a model has as many positions as the longest row has tokens.
 
     `limit` is the number of positions, or None if the model has no limit. `field` is the field that
-    the rows come from. Raises RunError(InvalidConfig).
+    the rows come from, and `part` what has that many tokens. Raises RunError(InvalidConfig).
     """
     if limit is not None and longest > limit:
         raise RunError(
             "InvalidConfig",
-            f"{field} has a row of {longest} tokens, but the model has {limit} positions; lower "
+            f"{field} has {part} of {longest} tokens, but the model has {limit} positions; lower "
             f"dataset.maxSequenceLength to {limit}",
         )

@@ -13,9 +13,10 @@ from typing import Any
 
 from finetune_api import names
 from finetune_operator.controller import ownership
-from finetune_operator.controller.cache import Cache, is_unwatched
+from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.creator import Creator
 from finetune_operator.controller.snapshot import JobSnapshot
+from finetune_operator.core import output
 from finetune_operator.core.actions import (
     Action,
     Blocked,
@@ -134,7 +135,7 @@ class Executor:
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         await self._creator.check_offered(observed)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
-        run = plan(observed.job, self._settings, action.number, size, memory_restarts)
+        run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
         run = self._creator.with_authority(run)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
@@ -146,7 +147,8 @@ class Executor:
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
         await self._creator.check_offered(observed)
-        run = self._creator.with_authority(plan(observed.job, self._settings))
+        run = output.with_origin(plan(observed.job, self._settings), observed)
+        run = self._creator.with_authority(run)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
         await self._creator.close_pods(observed, first=_is_new(observed))
@@ -179,7 +181,7 @@ class Executor:
         for job in jobs:
             self._cache.put_job(job)
         for pod in pods:
-            if is_unwatched(pod):
+            if ownership.is_unwatched(pod):
                 self._cache.put_unwatched_pod(pod, snapshot.uid)
             else:
                 self._cache.put_pod(pod)

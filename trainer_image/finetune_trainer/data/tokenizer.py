@@ -5,11 +5,11 @@ The module uses neither torch nor the network.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer import model_config, refusals
 from finetune_trainer.errors import RunError
 
 
@@ -27,12 +27,11 @@ def load(folder: Path, added: tuple[str, ...] = ()) -> Any:
 def _load(folder: Path) -> Any:
     import transformers  # its absence isn't the model's fault
 
-    try:
+    remedy = "use the tokenizer files that were published with the model"
+    with refusals.raising("ModelInvalid", "model.uri: no tokenizer can be loaded from the folder", remedy):
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, json.JSONDecodeError) as error:
-        raise RunError("ModelInvalid", f"model.uri: no tokenizer can be loaded from the folder ({error})") from None
 
 
 def is_encoder_decoder(folder: Path) -> bool:
@@ -40,11 +39,10 @@ def is_encoder_decoder(folder: Path) -> bool:
 
     Raises RunError ModelInvalid if it can't be read.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError("ModelInvalid", f"model.uri: config.json can't be read ({error})") from None
-    return bool(config.get("is_encoder_decoder", False)) if isinstance(config, dict) else False
+    path = folder / model_config.CONFIG
+    if not path.is_file():
+        return False
+    return bool(model_config.read(path.name, path.read_bytes(), "the folder").get("is_encoder_decoder"))
 
 
 def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
@@ -58,8 +56,7 @@ def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
         stops.add(int(tokenizer.eos_token_id))
     path = folder / "generation_config.json"
     if path.is_file():
-        declared = json.loads(path.read_text()).get("eos_token_id")
-        stops.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+        stops.update(model_config.stop_tokens(path.read_bytes(), "the folder"))
     if not stops:
         raise RunError(
             "ModelInvalid",

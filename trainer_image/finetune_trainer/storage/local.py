@@ -99,6 +99,12 @@ class LocalStorage:
         with _translated_errors(self._role, self._display):
             return self.local_path(path).read_bytes()
 
+    def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
+        """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
+        with _translated_errors(self._role, self._display), self.local_path(entry.path).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
     def download(self, entry: FileInfo, target: Path) -> str:
         """Links `target` to the file instead of copying it. Returns the file's sha256."""
         with _translated_errors(self._role, self._display):

@@ -46,8 +46,8 @@ class Timing:
     ranks agree to stop through the stop flag."""
     grace_margin: float = 10.0
     """This part of grace_seconds is reserved for writing the termination message."""
-    upload_timeout: float = 1800.0
-    """The upload of the result is retried for this long."""
+    operator_timeout: float = 30.0
+    """The operator is waited for this long if it has to say who signed a manifest."""
     checkpoint_timeout: float = 300.0
     """The upload of a checkpoint is retried, and waited for at the end, for this long."""
     marker_timeout: float = 60.0

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from finetune_trainer import safetensors_header
 from finetune_trainer.errors import RunError
 
 FOLDER = "merged"
@@ -125,14 +126,11 @@ def stored_tensors(folder: Path) -> tuple[StoredTensor, ...]:
         names &= set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
     tensors = []
     for path in sorted(folder / name for name in names):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                tensors.append(StoredTensor(name, entry["dtype"], shape, path, 8 + length + begin, end - begin))
+        first, entries = safetensors_header.read(path)
+        tensors += [
+            StoredTensor(entry.name, entry.format, entry.shape, path, first + entry.begin, entry.end - entry.begin)
+            for entry in entries
+        ]
     return tuple(tensors)
 
 
