@@ -112,6 +112,7 @@ def _head_chunks(findings: Findings) -> bool | None:
 
 _PRECISION = "0033-mixed-precision.md"
 _ESTIMATE = "0019-memory-estimate.md"
+_HOST_MEMORY = "0039-host-memory.md"
 _PODS = "0034-pods-for-gpu-clusters.md"
 _OBSERVED = "0042-what-a-gpu-says.md"
 _FUSED = "0036-fused-kernels.md"
@@ -119,6 +120,7 @@ _ROOFLINE = "0035-roofline.md"
 _ATTENTION = "0037-attention-on-gpus.md"
 _SHARDED_NF4 = "0038-quantized-bases-under-fsdp.md"
 _SCHEDULING = "0040-network-profiles-and-scheduling.md"
+_TOKENS = "0052-long-contexts-and-selective-recomputation.md"
 _MODEL_CACHE = "0041-model-cache.md"
 
 CLAIMS = (
@@ -132,7 +134,7 @@ CLAIMS = (
           BY_RUN, fixed_in=_ESTIMATE),
     Claim("G4", "fsdp keeps a full bfloat16 copy of the model on every GPU", BY_FAKES, _copies, _PRECISION),
     Claim("G5", "saving, and loading with fsdp, need host memory that no estimate includes",
-          BY_READING, fixed_in=_ESTIMATE),
+          BY_READING, fixed_in=_HOST_MEMORY),
     Claim("G6", "an error about a lack of host memory reports GPU memory", BY_RUN, fixed_in=_ESTIMATE),
     Claim(
         "G7", "the memory estimate is off by more than 15%", BY_FAKES,
@@ -187,7 +189,7 @@ CLAIMS = (
     Claim("G30", "every pod of every attempt downloads the model again", BY_READING, fixed_in=_MODEL_CACHE),
     Claim("G31", "a quantized base trains with ddp only", BY_READING, fixed_in=_SHARDED_NF4),
     Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
-    Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING),
+    Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING, fixed_in=_TOKENS),
     Claim("G34", "the grace period is the same for every job", BY_READING, fixed_in=_PODS),
     Claim(
         "§2", "the chunked head makes the host wait at least twice per chunk", BY_READING,

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import scenarios
 from benchmarks.gpu.catalog import STAGES
 from benchmarks.gpu.claims import CLAIMS, Claim, Findings, answer
+from benchmarks.gpu.repairs import REPAIRS, Repair
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -90,11 +92,16 @@ def page(results: Mapping[str, Mapping[str, Any]], model: Sequence[Mapping[str, 
     if model:
         lines += [_MODEL, *(_modeled(record) for record in model), ""]
     lines += [
+        *scenarios.section(),
         "## Claims", "",
         "G numbers are those of the review that made the claims. *Known by* holds until a GPU tests one.",
         "*Fixed in* names the decision after which a claim no longer holds.", "",
         "| | claim | known by | fixed in | on a GPU |", "| --- | --- | --- | --- | --- |",
         *(_claim(claim, findings) for claim in CLAIMS), "",
+        "## What was done", "",
+        "The tests are below `tests/`, and none of them needs a GPU.", "",
+        "| | what was done | decision | tests |", "| --- | --- | --- | --- |",
+        *(_repair(repair) for repair in REPAIRS), "",
         "## Stages", "", "| stage | question | time limit, s |", "| --- | --- | --- |",
         *(f"| {stage.name} | {stage.question} | {stage.seconds} |" for stage in STAGES), "",
     ]  # fmt: skip
@@ -114,6 +121,11 @@ def _modeled(record: Mapping[str, Any]) -> str:
 def _claim(claim: Claim, findings: Sequence[Findings]) -> str:
     fixed = f"[{claim.fixed_in[:4]}](decisions/{claim.fixed_in})" if claim.fixed_in else ""
     return f"| {claim.number} | {claim.text} | {claim.known_by} | {fixed} | {answer(claim, findings)} |"
+
+
+def _repair(repair: Repair) -> str:
+    tests = "<br>".join(f"`{test}`" for test in repair.tests)
+    return f"| {repair.number} | {repair.done} | [{repair.decision[:4]}](decisions/{repair.decision}) | {tests} |"
 
 
 def _card(document: Mapping[str, Any], findings: Mapping[str, Mapping[str, Any]]) -> str:

@@ -75,6 +75,7 @@ CA_BUNDLE_PATH = "/etc/finetune/ca/ca.crt"
 PROGRESS_TOKEN_PATH = "/var/run/secrets/finetune-operator.io/progress/token"  # noqa: S105 (a path)
 SCRATCH_ROOT = "/scratch"
 PVC_ROOT = "/mnt/pvc"
+VOLUMES_ROOT = "/mnt/volumes"
 MODEL_CACHE_ROOT = "/mnt/model-cache"
 TERMINATION_LOG_PATH = "/dev/termination-log"
 

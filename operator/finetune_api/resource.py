@@ -32,6 +32,7 @@ from finetune_api.spec.outcome import (
 from finetune_api.spec.pod import PodSpec, TolerationSpec
 from finetune_api.spec.recipe import DpoSpec, EarlyStoppingSpec, FullSpec, LoraSpec, MethodSpec, TrainingSpec
 from finetune_api.spec.tracking import MlflowSpec, TrackingSpec, WandbSpec
+from finetune_api.spec.volumes import uris_name_volumes
 from finetune_api.status import Status
 
 __all__ = [
@@ -173,6 +174,7 @@ class Spec(Model):
         Rule("evaluation.metrics", "needs dataset.test",
              "self.evaluation.metrics.size() == 0 || has(self.dataset.test)",
              lambda m: not m.evaluation.metrics or m.dataset.test is not None),
+        *uris_name_volumes(),
     )  # fmt: skip
 
 

@@ -18,10 +18,12 @@ _PATH = (
 )
 # Buckets of S3 and Google, and containers of Azure, whose names have no dots and underscores.
 _BUCKET = r"((s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]|az://[a-z0-9](-?[a-z0-9]){2,62})/"
-# hf://owner/model or hf://model; s3://bucket/key, also gs:// and az://; pvc://claim/path
+_MOUNTED = r"(pvc|volume)://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
+# hf://owner/model or hf://model; s3://bucket/key, also gs:// and az://; pvc://claim/path;
+# volume://name/path
 MODEL_URI_PATTERN = (
     r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
-    r"|" + _BUCKET + _PATH + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/" + _PATH + r")$"
+    r"|" + _BUCKET + _PATH + r"|" + _MOUNTED + _PATH + r")$"
 )
 DATA_URI_PATTERN = (
     r"^(hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*/"
@@ -29,13 +31,15 @@ DATA_URI_PATTERN = (
     + r"|"
     + _BUCKET
     + _PATH
-    + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/"
+    + r"|"
+    + _MOUNTED
     + _PATH
     + r")$"
 )
-OUTPUT_URI_PATTERN = r"^(" + _BUCKET + _PATH + r"|pvc://[a-z0-9]([-a-z0-9]*[a-z0-9])?/" + _PATH + r")$"
+OUTPUT_URI_PATTERN = r"^(" + _BUCKET + _PATH + r"|" + _MOUNTED + _PATH + r")$"
 AUTO_QUANTITY_PATTERN = r"^(auto|[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?)$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
+VOLUME_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # of a FineTuneJob, its pods and its Service
 DNS_SUBDOMAIN_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 OPTIONAL_DNS_SUBDOMAIN_PATTERN = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*)?$"
@@ -52,12 +56,13 @@ ENV_VALUE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
 # The message for a text that doesn't match a pattern.
 PATTERN_MESSAGES = {
-    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or "
-    "pvc://claim/path, without spaces, ? or #",
-    DATA_URI_PATTERN: "must be s3://bucket/key, gs://bucket/key, az://container/key, pvc://claim/path or "
-    "hf://owner/dataset/file, without spaces, ? or #",
-    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or pvc://claim/path, "
-    "without spaces, ? or #",
+    MODEL_URI_PATTERN: "must be hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, "
+    "pvc://claim/path or volume://name/path, without spaces, ? or #",
+    DATA_URI_PATTERN: "must be s3://bucket/key, gs://bucket/key, az://container/key, pvc://claim/path, "
+    "volume://name/path or hf://owner/dataset/file, without spaces, ? or #",
+    OUTPUT_URI_PATTERN: "must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, pvc://claim/path or "
+    "volume://name/path, without spaces, ? or #",
+    VOLUME_NAME_PATTERN: "must be lowercase letters, digits and dashes",
     QUANTITY_PATTERN: "must be a quantity such as 16, 500m or 128Gi",
     AUTO_QUANTITY_PATTERN: "must be auto, or a quantity such as 16, 500m or 128Gi",
     DNS_SUBDOMAIN_PATTERN: "must be the name of an object: lowercase letters, digits, dashes and dots",

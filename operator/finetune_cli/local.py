@@ -190,7 +190,7 @@ def _replaced(
         return _location(override, folder, of_rows=option != "--model")
     if planned is None:
         return None
-    if planned.display.startswith("pvc://"):
+    if planned.display.startswith(("pvc://", "volume://")):
         raise CannotRunHere(f"{planned.display} is a volume of a cluster and can't be read here; give {option} PATH")
     if planned.credentials is not None:
         note = (

@@ -12,6 +12,7 @@ from finetune_api.messages.run import RunConfig
 from finetune_trainer.parallel import model_size, strategy_choice
 from finetune_trainer.parallel.estimate import mesh
 from finetune_trainer.parallel.estimate.host_memory import gib
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, SELECTIVE
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
 from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 
@@ -19,9 +20,10 @@ _PARALLEL_CONFIGS = (
     ParallelConfig("ddp"),
     ParallelConfig("zero2"),
     ParallelConfig("fsdp"),
-    ParallelConfig("fsdp", recompute=True),
-    ParallelConfig("fsdp", "parameters", recompute=True),
-    ParallelConfig("zero3", "parameters", recompute=True),
+    ParallelConfig("fsdp", recompute=SELECTIVE),
+    ParallelConfig("fsdp", recompute=EVERYTHING),
+    ParallelConfig("fsdp", "parameters", recompute=EVERYTHING),
+    ParallelConfig("zero3", "parameters", recompute=EVERYTHING),
 )
 
 

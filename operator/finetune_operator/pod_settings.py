@@ -86,6 +86,9 @@ class PodSettings(Model):
         description="AppArmor profile of the pods. Empty means the runtime's own, where the node has AppArmor; with "
         "RuntimeDefault, a node without AppArmor refuses the pods.",
     )
+    allowed_csi_drivers: tuple[str, ...] = Field(
+        default=(), description="CSI drivers whose ephemeral volumes a job may name in pod.volumes."
+    )
     gpus_per_node: int = Field(
         default=8, ge=1, description="GPUs of a node. Two pods of a group that request as many never share one."
     )

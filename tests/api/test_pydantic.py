@@ -129,7 +129,7 @@ def test_a_refusal_shows_the_value() -> None:
     ("change", "line"),
     [
         (("model.uri", "org/model"), "spec.model.uri: must be hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, "
-         "az://container/prefix or pvc://claim/path, without spaces, ? or # (got 'org/model')"),
+         "az://container/prefix, pvc://claim/path or volume://name/path, without spaces, ? or # (got 'org/model')"),
         (("color", "red"), "spec.color: is not a field of this version; check the spelling"),
         (("output", ABSENT), "spec.output: is required"),
         (("resources.cpu", "four"), "spec.resources.cpu: must be auto, or a quantity such as 16, 500m or 128Gi "

@@ -21,6 +21,7 @@ _MAX_KERNELS_PER_LAYER = {
     "lora-all-linear": 211,
     "lora-all-linear-recompute": 294,
     "lora-qv-32k": 181,
+    "lora-qv-32k-selective": 90,
     "full": 115,
     "full-1b": 142,
     "lora-qv-1b": 131,

@@ -166,6 +166,7 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
                  "preflightNodeSelector": {"pool": "cpu"}, "preflightTolerations": [{"operator": "Exists"}],
                  "preflightRuntimeClassName": "runc", "cpuLimit": False, "gpusPerNode": 4,
                  "caBundle": {"configMap": "ca", "key": "bundle.pem"}, "allowedImages": ["registry/trainers/"],
+                 "allowedCsiDrivers": ["gcsfuse.csi.storage.gke.io"],
                  "networkProfiles": {"roce": {"resources": {"rdma/roce": 8}, "capabilities": ["IPC_LOCK"]}},
                  "schedulerName": "s", "runtimeClassName": "r", "appArmorProfile": "RuntimeDefault",
                  "imagePullSecrets": ["pull"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import subprocess
 import tomllib
@@ -64,7 +66,56 @@ def _trainer_environment() -> dict[str, str]:
 def test_a_driver_that_is_too_old_for_the_locked_pytorch_is_refused_by_the_runtime() -> None:
     packages = {one["name"]: one["version"] for one in tomllib.loads((REPOSITORY / "uv.lock").read_text())["package"]}
     major, minor, *_ = packages["nvidia-cuda-runtime"].split(".")
-    assert _trainer_environment()["NVIDIA_REQUIRE_CUDA"] == f"cuda>={major}.{minor}"
+    assert _trainer_environment()["NVIDIA_REQUIRE_CUDA"] == "cuda>=$OLDEST_CUDA"
+    arguments = dict(re.findall(r"^ARG (\w+)=(.+)$", (REPOSITORY / "trainer_image/Dockerfile").read_text(), re.M))
+    assert arguments["CUDA"] == arguments["OLDEST_CUDA"] == f"{major}.{minor}"
+
+
+_LOCKED = """\
+accelerate==1.0
+cuda-toolkit==13.0 ; sys_platform == 'linux'
+nvidia-ml-py==13.6
+nvidia-nccl-cu13==2.2
+torch==2.13.0 \\
+triton==3.7
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "pytorch", "left_out"),
+    [
+        pytest.param({}, 0, "", [], id="the locked PyTorch"),
+        pytest.param(
+            {"CUDA": "12.6", "OLDEST_CUDA": "12.0", "PYTORCH_INDEX": "https://index.test"}, 0, "torch==2.13.0+cu126\n",
+            ["cuda-toolkit", "nvidia-nccl-cu13", "torch", "triton"], id="for older drivers",
+        ),
+        pytest.param({"CUDA": "12.6", "OLDEST_CUDA": "12.0"}, 64, None, None, id="no index"),
+        pytest.param({"CUDA": "12.6", "PYTORCH_INDEX": "https://index.test"}, 64, None, None, id="other driver"),
+    ],
+)  # fmt: skip
+def test_pytorch_for_another_cuda_needs_an_index_and_replaces_what_belongs_to_cuda(
+    tmp_path: Path, arguments: dict[str, str], code: int, pytorch: str | None, left_out: list[str] | None
+) -> None:
+    """The Dockerfile's own command, with a uv that writes the lines of a lock file."""
+    text = (REPOSITORY / RECIPES["trainer"].dockerfile).read_text()
+    (step,) = [step for step in text.replace("\\\n", "").split("\n") if step.startswith("RUN cd /src;")]
+    for path in ("/src", "/uv/bin/uv", "/requirements.txt", "/pytorch.txt"):
+        step = re.sub(rf"(?<=[ ;]){path}(?=[ ;])", str(tmp_path / Path(path).name), step + " ").rstrip()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "locked").write_text(_LOCKED)
+    uv = tmp_path / "uv"
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncp {tmp_path}/locked {tmp_path}/requirements.txt\n')
+    uv.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "CUDA": "13.0", "OLDEST_CUDA": "13.0", "PYTORCH_INDEX": "", **arguments}
+    done = subprocess.run(["/bin/sh", "-c", step.removeprefix("RUN ")], env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "CUDA=12.6 needs PYTORCH_INDEX" in done.stderr
+        assert "OLDEST_CUDA=12.0" in done.stderr
+        return
+    assert (tmp_path / "pytorch.txt").read_text() == pytorch
+    last = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert re.findall(r"--no-emit-package=(\S+)", last) == left_out
 
 
 def test_a_driver_that_is_mounted_without_nvidias_runtime_is_found() -> None:

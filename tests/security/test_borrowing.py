@@ -9,10 +9,10 @@ import pytest
 
 from finetune_api.destinations import is_listed, is_listed_url
 from finetune_api.status import Restarts
-from finetune_operator.core.plan import NotOffered, plan
+from finetune_operator.core.plan import plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.core.pods.network_policy import network_policy
-from finetune_operator.core.pods.offers import check_offered, unlisted
+from finetune_operator.core.pods.offers import NotOffered, check_offered, unlisted
 from finetune_operator.settings import Settings, parse
 from k8s_operator.support.observed_states import a_job
 
@@ -71,6 +71,10 @@ _REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     **{f"T15 {key}": ("", {"pod": {"annotations": {key: "x"}}}, "spec.pod.annotations", key) for key in (
         "vault.hashicorp.com/agent-inject", "sidecar.istio.io/inject", "k8s.v1.cni.cncf.io/networks",
         "seccomp.security.alpha.kubernetes.io/pod", "iam.amazonaws.com/role", "linkerd.io/inject", "plain")},
+    "T14 a Secret for a volume": (
+        _NARROW + "pods: {allowedCsiDrivers: [csi.example]}",
+        {"pod": {"volumes": [{"name": "v", "csi": {"driver": "csi.example", "secretRef": {"name": "payments-db"}}}]}},
+        "spec.pod.volumes", "s3"),
     "a label of others": (_NARROW, {"pod": {"labels": {"app": "payments"}}}, "spec.pod.labels", "app"),
     "a class of disks": (
         _NARROW, {"resources": {"scratchStorageClass": "gold"}}, "spec.resources.scratchStorageClass", "scratch-*"),
@@ -119,6 +123,7 @@ def test_a_job_may_name_what_is_listed(case: str) -> None:
 _ACCOUNT = {"pod": {"serviceAccountName": "payments-prod"}}
 _OUTPUT, _INPUT = {"output": {"uri": "pvc://data/x"}}, {"dataset": {"uri": "pvc://data/x"}}
 _STRICT = "tenants: {claims: []}"
+_VOLUME = {"pod": {"volumes": [{"name": "v", "claim": {"name": "data"}}]}}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,8 @@ _STRICT = "tenants: {claims: []}"
         (_STRICT, _INPUT, "output", True),
         (_STRICT, _INPUT, "", False),
         (_STRICT, _INPUT | _OUTPUT, "input", False),
+        (_STRICT, _VOLUME, "input", True),
+        (_STRICT, _VOLUME, None, False),
     ],
 )
 def test_t14_an_account_or_a_claim_is_opened_by_its_label(

@@ -9,9 +9,8 @@ import yaml
 
 from chart.support.helm_rendering import Object, of_kind, render
 from conftest import ROOT
-from finetune_operator.core.plan import NotOffered
 from finetune_operator.core.pods.network_policy import network_policy
-from finetune_operator.core.pods.offers import check_offered, unlisted
+from finetune_operator.core.pods.offers import NotOffered, check_offered, unlisted
 from finetune_operator.settings import Settings, parse
 from k8s_operator.support.observed_states import a_job
 

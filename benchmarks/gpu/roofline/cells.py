@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from benchmarks.gpu.kit import LLAMA_1B, LLAMA_8B, Shape
 
 from finetune_api.resource import LoraSpec
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, NOTHING, SELECTIVE, Recomputation
 from trainer.support.fake_step import Step
 
 _QV = LoraSpec(rank=16, target_modules=("q_proj", "v_proj"))
@@ -23,7 +24,7 @@ class Cell:
     lora: LoraSpec | None
     tokens: int
     rows: int = 8
-    recompute: bool = False
+    recompute: Recomputation = NOTHING
     ranks: int | None = None
     quantized: bool = False
 
@@ -62,8 +63,9 @@ class Cell:
 CELLS = (
     Cell("lora-qv", LLAMA_8B, _QV, 6208),
     Cell("lora-all-linear", LLAMA_8B, _ALL, 6208),
-    Cell("lora-all-linear-recompute", LLAMA_8B, _ALL, 16384, recompute=True),
-    Cell("lora-qv-32k", LLAMA_8B, _QV, 32768, rows=1, recompute=True),
+    Cell("lora-all-linear-recompute", LLAMA_8B, _ALL, 16384, recompute=EVERYTHING),
+    Cell("lora-qv-32k", LLAMA_8B, _QV, 32768, rows=1, recompute=EVERYTHING),
+    Cell("lora-qv-32k-selective", LLAMA_8B, _QV, 32768, rows=1, recompute=SELECTIVE),
     Cell("full", LLAMA_8B, None, 5104, ranks=8),
     Cell("full-1b", LLAMA_1B, None, 8192),
     Cell("lora-qv-1b", LLAMA_1B, _QV, 16384),

@@ -62,6 +62,7 @@ pods:
   caBundle: {{ .Values.pods.caBundle | toJson }}
   allowedImages: {{ .Values.pods.allowedImages | toJson }}
   appArmorProfile: {{ .Values.pods.appArmorProfile | quote }}
+  allowedCsiDrivers: {{ .Values.pods.allowedCsiDrivers | toJson }}
   gpusPerNode: {{ .Values.pods.gpusPerNode | toJson }}
   networkProfiles: {{ .Values.pods.networkProfiles | toJson }}
   tolerations: {{ .Values.pods.tolerations | toJson }}

@@ -192,6 +192,18 @@ _TOPICS = (
         ),
     ),
     (
+        "The host's memory",
+        (
+            "A job that ends with InvalidConfig and the field `resources.memory` lacks memory of the host, not of its "
+            "GPUs: the message has what loading, training with copies for checkpoints, or saving takes, and how much "
+            "is missing. `finetune plan FILE --model DIR` shows the three figures in advance.",
+            "If a container is killed for memory, Kubernetes kills all of its processes at once, so nothing is "
+            "reported by them. The supervisor has noted before that memory was scarce, and the next attempt begins "
+            "with smaller micro-batches. On CPUs that helps; on GPUs, where the host has only copies for checkpoints "
+            "and what is offloaded, raise `resources.memory`.",
+        ),
+    ),
+    (
         "Overfitting",
         (
             "This is not a failure but an Event and `status.evaluation.overfitting`: over at least two "
@@ -238,11 +250,12 @@ def troubleshooting() -> str:
             _wrapped(
                 "If a job is waiting, `status.message` (`kubectl get ftj -o wide`) explains why: it quotes the "
                 "scheduler if no node has capacity, and the kubelet if a Secret or a PersistentVolumeClaim is missing. "
-                "UnknownNetwork and ImageNotAllowed mean that the administrator doesn't offer what pod.network or "
-                "pod.image names, and NotAllowed that the job names something that no list of the administrator and no "
-                "label of its owner allows; the job starts once that has changed. GroupIncomplete means that only a "
-                "part of the pods got nodes, which they gave back; the message says when the next try starts. "
-                "`status.message` is shortened; the condition has all of it (`kubectl describe ftj NAME`)."
+                "UnknownNetwork, ImageNotAllowed and CsiDriverNotAllowed mean that the administrator doesn't offer "
+                "what pod.network, pod.image or pod.volumes names, and NotAllowed that the job names something that no "
+                "list of the administrator and no label of its owner allows; the job starts once that has changed. "
+                "GroupIncomplete means that only a part of the pods got nodes, which they gave back; the message says "
+                "when the next try starts. `status.message` is shortened; the condition has all of it (`kubectl "
+                "describe ftj NAME`)."
             ),
             "",
             *(line for reason in REASONS.values() for line in _reason(reason)),

@@ -62,7 +62,8 @@ WHILE_STOPPED = {
         ("checkpoint", r.CheckpointSpec),
         ("tracking", r.TrackingSpec),
         ("pod", r.PodSpec),
-    ) for field in (field.alias or name for name, field in model.model_fields.items())),
+    ) for field in (field.alias or name for name, field in model.model_fields.items())
+      if field != "volumes"),  # a URI could name other rows
 }  # fmt: skip
 
 QUANTITIES = {("resources", field) for field in ("cpu", "memory", "sharedMemory", "scratch")}

@@ -107,8 +107,8 @@ class DatasetSpec(Model):
 
     uri: s.DataUri | None = Field(
         default=None,
-        description="Location of the rows: s3://bucket/key, gs://bucket/key, az://container/key, "
-        "pvc://claim/path or hf://owner/dataset/file. A file, a folder (with a trailing /) or a glob pattern "
+        description="Location of the rows: s3://bucket/key, gs://bucket/key, az://container/key, pvc://claim/path, "
+        "volume://name/path or hf://owner/dataset/file. A file, a folder (with a trailing /) or a glob pattern "
         "(data/*.jsonl.gz). JSON lines, a JSON array, CSV or Parquet; uncompressed or in gzip, zstd, bz2 or xz.",
     )
     sources: Annotated[tuple[SourceSpec, ...], Field(max_length=32)] = Field(

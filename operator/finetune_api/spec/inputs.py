@@ -31,7 +31,8 @@ class BaseModelSpec(Model):
 
     uri: s.ModelUri = Field(
         description="Location of the base model: hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, "
-        "az://container/prefix or pvc://claim/path. A folder with config.json, safetensors weights and a tokenizer."
+        "az://container/prefix, pvc://claim/path, or volume://name/path for a volume of pod.volumes. A folder with "
+        "config.json, safetensors weights and a tokenizer."
     )
     revision: s.Revision | None = Field(
         default=None,

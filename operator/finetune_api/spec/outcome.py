@@ -38,8 +38,8 @@ class OutputSpec(Model):
 
     uri: s.OutputUri = Field(
         description="Folder for the adapter or the model: s3://bucket/prefix, gs://bucket/prefix, "
-        "az://container/prefix or pvc://claim/path. The files are written directly into it. A folder that contains "
-        "another job's result is rejected."
+        "az://container/prefix, pvc://claim/path, or volume://name/path for a writable claim of pod.volumes. The files "
+        "are written directly into it. A folder that contains another job's result is rejected."
     )
     credentials_ref: SecretRef | None = Field(default=None, description="Secret with the credentials for uri.")
     existing: Literal["resume", "discard"] = Field(

@@ -11,6 +11,7 @@ from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 from finetune_api.spec.environment import EnvVarSpec, unique_names
 from finetune_api.spec.inputs import SecretRef
+from finetune_api.spec.volumes import Volumes, unique_volumes
 
 _RESERVED = ("finetune-operator.io/", "batch.kubernetes.io/", "app.kubernetes.io/")
 _RESERVED_KEYS = ("job-name", "controller-uid")  # of the Job controller, from before it had a prefix
@@ -192,7 +193,11 @@ class PodSpec(Model):
         description="Environment variables of the pods, for NCCL, RDMA libraries, PyTorch and proxies. They replace "
         "those of the chart's pods.env that have the same name.",
     )
-
+    volumes: Volumes = Field(
+        default=(),
+        description="Volumes of the training pods, which volume:// URIs name: a claim, an ephemeral volume of a CSI "
+        "driver, or the files of an image.",
+    )
     termination_grace_period_seconds: int | None = Field(
         default=None,
         ge=15,
@@ -201,4 +206,4 @@ class PodSpec(Model):
         "chart's pods.gracePeriodSeconds.",
     )
 
-    rules = (_no_reserved_keys("labels"), _no_reserved_keys("annotations"), unique_names("env"))
+    rules = (_no_reserved_keys("labels"), _no_reserved_keys("annotations"), unique_names("env"), unique_volumes())

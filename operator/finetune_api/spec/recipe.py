@@ -176,10 +176,12 @@ class TrainingSpec(Model):
         description="Examples (with packing: sequences of maxSequenceLength tokens) that one process computes at a "
         "time. auto uses as many as fit into memory. It affects speed and memory, never the result.",
     )
-    activation_checkpointing: Literal["auto", "always", "never"] = Field(
+    activation_checkpointing: Literal["auto", "selective", "always", "never"] = Field(
         default="auto",
         description="Recompute the activations of each layer in the backward pass instead of keeping them: a quarter "
-        "to a third more work for much less memory. auto does so only if they don't fit.",
+        "to a third more work for much less memory. selective keeps the output of attention, which takes the longest "
+        "to recompute if rows are long. auto recomputes only if activations don't fit, on GPUs in as few layers as "
+        "memory requires.",
     )
     compile: Literal["auto", "always", "never"] = Field(
         default="auto",

@@ -1,7 +1,6 @@
 """Carries out the actions of a decision: creates and deletes the children of a FineTuneJob.
 
-Before anything irreversible, the cache is compared with the API server. The executor decides
-nothing; it raises one of four exceptions if the API server rejects a request.
+Before anything irreversible, it compares the cache with the API server. It decides nothing.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class Executor:
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
 
-        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError, core.plan.NotOffered
-        or kube.client.Unavailable.
+        Raises OutOfDate, NameTaken, SpecRefused, Blocked, core.plan.PlanError,
+        core.pods.offers.NotOffered or kube.client.Unavailable.
         """
         match action:
             case CreateAttempt():

@@ -21,8 +21,9 @@ from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.core import decide, plan, reduced_status, status, verdict, write_policy
 from finetune_operator.core.actions import Blocked, Decision, DesiredStatus, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
-from finetune_operator.core.plan import NotOffered, PlanError
+from finetune_operator.core.plan import PlanError
 from finetune_operator.core.pods.digest import PodsDigests
+from finetune_operator.core.pods.offers import NotOffered
 from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD, SPEC_UNREADABLE
 from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings

@@ -47,17 +47,6 @@ class PlanError(ValueError):
         self.value = value
 
 
-class NotOffered(PlanError):
-    """Is raised if a job names something that the administrator doesn't offer, or not yet.
-
-    `reason` is that of the condition; the job waits, because the settings may change.
-    """
-
-    def __init__(self, field: str, value: object, message: str, reason: str) -> None:
-        super().__init__(field, value, message)
-        self.reason = reason
-
-
 def trainer_image(job: FineTuneJob, settings: Settings) -> str:
     """Returns the image of the pods."""
     return job.spec.pod.image or settings.trainer_image
@@ -260,9 +249,10 @@ def _location(uri: str, credentials: str | None, revision: str | None = None) ->
 
 
 def _mounted(uri: str) -> str:
-    """Returns the file:// URI of a pvc:// URI inside the pod; other URIs are unchanged."""
+    """Returns the file:// URI of a pvc:// or volume:// URI inside the pod; others are unchanged."""
     scheme, _, rest = uri.partition("://")
-    return f"file://{names.PVC_ROOT}/{rest}" if scheme == "pvc" else uri
+    root = {"pvc": names.PVC_ROOT, "volume": names.VOLUMES_ROOT}.get(scheme)
+    return f"file://{root}/{rest}" if root else uri
 
 
 def _credentials(role: CredentialsRole, reference: SecretRef | None) -> str | None:

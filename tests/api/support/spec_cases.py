@@ -83,6 +83,13 @@ FULL = {"method": {"type": "full"}}
 GPU = ("resources.gpu", {"name": "nvidia.com/gpu"})
 TEST_FILE = (("dataset.test", {"uri": "s3://data/test.jsonl"}),)
 LONG = "x" * 1100
+A_CLAIM = {"name": "work", "claim": {"name": "team-data"}}
+A_BUCKET = {"name": "rows", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "attributes": {"bucketName": "b"}}}
+AN_IMAGE = {"name": "base", "image": {"reference": "registry.test/models/llama:1"}}
+ON_A_VOLUME = (
+    ("model.uri", "volume://work/models/llama"), ("dataset.uri", "volume://rows/a/*.jsonl"),
+    ("dataset.validation.uri", "volume://rows/b.jsonl"), ("dataset.test.uri", "volume://work/c.jsonl"),
+)  # fmt: skip
 SETTABLE = (
     "NCCL_SOCKET_IFNAME", "NCCL_IB_PKEY", "GLOO_SOCKET_IFNAME", "TORCH_NCCL_TRACE_BUFFER_SIZE", "PYTORCH_ALLOC_CONF",
     "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_CACHE_DISABLE", "FI_MR_CACHE_MONITOR", "NCCL_TOPO_FILE",
@@ -341,7 +348,7 @@ CASES: tuple[Case, ...] = (
     *one("training.lossSpike", {}, {"action": "report"}, {"action": "rollback", "maxRollbacks": 0}, {"action": "fail"}),
     *none_of("training.lossSpike.action", "ignore", ""),
     *none_of("training.lossSpike.maxRollbacks", -1, 1001),
-    *one("training.activationCheckpointing", "auto", "always", "never"),
+    *one("training.activationCheckpointing", "auto", "selective", "always", "never"),
     *none_of("training.activationCheckpointing", "sometimes", True),
     # The hardware.
     ok("as many examples as processes", ("distribution", {"nodes": 8, "processesPerNode": 8})),
@@ -475,6 +482,46 @@ CASES: tuple[Case, ...] = (
     *none_of("pod.serviceAccountName", "other/trainer", "-x", "X"),
     *one("pod.image", "", "trainer", "registry.test:5000/team/trainer:1.2", "a/b@sha256:" + "0" * 64),
     *none_of("pod.image", "a b", "a@sha256:0", "-x", "https://a/b@c"),
+    # Volumes.
+    *one("pod.volumes", [], [A_CLAIM], [A_BUCKET], [AN_IMAGE], [A_CLAIM, A_BUCKET, AN_IMAGE],
+         [{"name": f"v{n}", "claim": {"name": "c"}} for n in range(8)],
+         [{"name": "v", "csi": {"driver": "d.example.com", "attributes": {}, "secretRef": {"name": "s"}}}],
+         [{"name": "v", "image": {"reference": "r.test/m@sha256:" + "0" * 64, "pullPolicy": "Always"}}]),
+    *none_of("pod.volumes", [{"name": f"v{n}", "claim": {"name": "c"}} for n in range(9)], [A_CLAIM, A_CLAIM],
+             [{"name": "v"}], [{**A_CLAIM, "csi": A_BUCKET["csi"]}], [{**AN_IMAGE, **A_BUCKET}],
+             [{"name": "v", "hostPath": {"path": "/"}}], [{"name": "v", "emptyDir": {}}],
+             [{"name": "v", "claim": {"name": "c"}, "mountPath": "/etc"}]),
+    *(Case(f"volume {_short(value)} {number}", (("pod.volumes", [value]),), f"spec.pod.volumes[0].{field}")
+      for number, (field, value) in enumerate((
+          ("name", {"name": "V", "claim": {"name": "c"}}), ("name", {"name": "a/b", "claim": {"name": "c"}}),
+          ("name", {"name": "..", "claim": {"name": "c"}}), ("name", {"name": "v" * 51, "claim": {"name": "c"}}),
+          ("name", {"claim": {"name": "c"}}), ("name", {"name": "", "claim": {"name": "c"}}),
+          ("claim.name", {"name": "v", "claim": {}}), ("claim.name", {"name": "v", "claim": {"name": "A b"}}),
+          ("claim.readOnly", {"name": "v", "claim": {"name": "c", "readOnly": "no"}}),
+          ("claim.subPath", {"name": "v", "claim": {"name": "c", "subPath": "../.."}}),
+          ("csi.driver", {"name": "v", "csi": {}}), ("csi.driver", {"name": "v", "csi": {"driver": "a b"}}),
+          ("csi.readOnly", {"name": "v", "csi": {"driver": "d", "readOnly": False}}),
+          ("csi.attributes", {"name": "v", "csi": {"driver": "d", "attributes": {"a b": "c"}}}),
+          ("csi.attributes", {"name": "v", "csi": {"driver": "d", "attributes": {f"k{n}": "" for n in range(33)}}}),
+          ("image.reference", {"name": "v", "image": {"reference": ""}}),
+          ("image.reference", {"name": "v", "image": {"reference": "a b"}}),
+          ("image.pullPolicy", {"name": "v", "image": {"reference": "a", "pullPolicy": "never"}}),
+      ))),
+    *(ok(f"{path} on a volume", (path, uri), ("pod.volumes", [A_CLAIM, A_BUCKET])) for path, uri in ON_A_VOLUME),
+    *(bad(f"{path} on an unknown volume of {len(volumes)}", f"spec.{path}", (path, uri), ("pod.volumes", volumes))
+      for path, uri in ON_A_VOLUME for volumes in ([], [AN_IMAGE])),
+    ok("one of several sources on a volume",
+       ("dataset", {"sources": [{"uri": "s3://data/a"}, {"uri": "volume://work/b"}]}), ("pod.volumes", [A_CLAIM])),
+    bad("one of several sources on an unknown volume", "spec.dataset.sources",
+        ("dataset", {"sources": [{"uri": "volume://work/a"}, {"uri": "volume://b/c"}]}), ("pod.volumes", [A_CLAIM])),
+    bad("a volume whose name is only the beginning", "spec.model.uri",
+        ("model.uri", "volume://work-2/m"), ("pod.volumes", [A_CLAIM])),
+    *none_of("model.uri", "volume://work", "volume://work/", "volume://Work/m", "volume://work/../m", "volume:///m",
+             also=(("pod.volumes", [A_CLAIM]),)),
+    ok("the output on a writable claim", ("output.uri", "volume://work/out"),
+       ("pod.volumes", [{"name": "work", "claim": {"name": "c", "readOnly": False}}])),
+    *(bad(f"the output on {_short(volume)}", "spec.output.uri", ("output.uri", f"volume://{volume['name']}/out"),
+          ("pod.volumes", [volume])) for volume in (A_CLAIM, A_BUCKET, AN_IMAGE)),
     *one("resources.scratchStorageClass", "", "local-nvme"),
     *none_of("resources.scratchStorageClass", "Local NVMe"),
     *one("pod.network", "", "infiniband"),
@@ -560,6 +607,9 @@ TRANSITIONS: tuple[tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any]
     ("preflight", (), (("runPolicy.preflight", "never"),), None),
     ("pod labels", (), (("pod.labels", {"a": "b"}),), None),
     ("tolerations", (), (("pod.tolerations", [{"operator": "Exists"}]),), None),
+    ("a volume under the name of another", (("pod.volumes", [A_CLAIM]),),
+     (("pod.volumes", [{"name": "work", "claim": {"name": "other"}}]),), "spec.pod.volumes"),
+    ("a further volume", (), (("pod.volumes", [A_CLAIM]),), "spec.pod.volumes"),
     ("variables", (), (("pod.env", [{"name": "NCCL_DEBUG", "value": "INFO"}]),), None),
     ("grace period", (), (("pod.terminationGracePeriodSeconds", 60),), None),
     ("additional resources", (), (("resources.extra", {"rdma/hca": 1}),), None),

@@ -71,9 +71,12 @@ def _inputs(spec: Raw) -> Iterator[str]:
 def _outputs(spec: Raw) -> Iterator[str]:
     scheme, _, path = spec["output"]["uri"].partition("://")
     place = path.partition("/")[0]
+    if scheme == "volume":
+        (place,) = (v["claim"]["name"] for v in spec["pod"]["volumes"] if v["name"] == place)
     claim = f"PersistentVolumeClaim {place}, writable by user 65532"
     kind = "container" if scheme == "az" else "bucket"
-    yield claim if scheme == "pvc" else f"{kind} {place}, in which the job may write and delete"
+    mounted = scheme in ("pvc", "volume")
+    yield claim if mounted else f"{kind} {place}, in which the job may write and delete"
 
 
 def _offers(spec: Raw) -> Iterator[str]:
@@ -81,6 +84,9 @@ def _offers(spec: Raw) -> Iterator[str]:
     network, queue = spec.get("pod", {}).get("network"), spec.get("runPolicy", {}).get("queueName")
     if network:
         yield f"network profile {network} in the chart's pods.networkProfiles"
+    volumes = spec.get("pod", {}).get("volumes", [])
+    yield from (f"CSI driver {v['csi']['driver']} in the chart's pods.allowedCsiDrivers" for v in volumes if "csi" in v)
+    yield from (f"image {v['image']['reference']}" for v in volumes if "image" in v)
     if queue:
         yield f"Kueue with the LocalQueue {queue}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,12 +59,21 @@ def test_a_job_of_two_nodes_gets_a_service_and_starts_both_pods_together(world: 
     world.wait_phase("two", "Succeeded")
 
 
-def test_pods_are_admitted_if_pod_security_is_restricted(world: World, operator: Operator) -> None:
+def test_pods_are_admitted_if_pod_security_is_restricted(world: World, operators: Callable[..., Operator]) -> None:
+    operators(pods={"allowedCsiDrivers": ["bucket.example.com"]}).start()
     enforce = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}
     world.request("PATCH", f"/api/v1/namespaces/{world.namespace}", enforce, "application/merge-patch+json")
     gpu = {"gpu": {"name": "nvidia.com/gpu"}}
-    world.submit("strict", distribution={"nodes": 2}, resources=gpu, run_policy={"preflight": "never"})
+    volumes = [
+        {"name": "claim", "claim": {"name": "c"}},
+        {"name": "image", "image": {"reference": "registry.test/m:1"}},
+        {"name": "csi", "csi": {"driver": "bucket.example.com"}},
+    ]
+    never = {"preflight": "never"}
+    world.submit("strict", distribution={"nodes": 2}, resources=gpu, run_policy=never, pod={"volumes": volumes})
     pods = world.wait_pods("strict-1", 2)
+    mounted = {v["name"]: v for v in pods[0]["spec"]["volumes"]}
+    assert mounted["volume-image"]["image"]["reference"] == "registry.test/m:1"
     assert pods[0]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 

@@ -8,9 +8,9 @@ import pytest
 from kubernetes.aio.client.models import V1Job
 
 from finetune_api.status import Restarts
-from finetune_operator.core.plan import NotOffered, plan
+from finetune_operator.core.plan import plan
 from finetune_operator.core.pods import manifests
-from finetune_operator.core.pods.offers import check_offered
+from finetune_operator.core.pods.offers import NotOffered, check_offered
 from finetune_operator.settings import Settings, parse
 from k8s_operator.support.observed_states import a_job
 

@@ -21,6 +21,7 @@ from finetune_trainer.kernels import attention_cpu, attention_cuda, packed_atten
 from finetune_trainer.kernels.cuda import modules, toolchain
 from finetune_trainer.model import activation_checkpointing, compilation, loading
 from finetune_trainer.model.loading import LoadedModel
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, NOTHING, SELECTIVE, Recomputation
 from testkit.rows import pairs
 from trainer.support.rank_runs import Job, finish_all, prepare
 
@@ -93,8 +94,8 @@ def test_a_gpus_speed_is_assumed_and_a_cpus_is_measured() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["own modules", "fused"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
-def test_on_gpus_all_layouts_share_a_program(tmp_path: Path, fused: bool, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [NOTHING, SELECTIVE, EVERYTHING], ids=["stored", "selective", "recomputed"])
+def test_on_gpus_all_layouts_share_a_program(tmp_path: Path, fused: bool, recompute: Recomputation) -> None:
     """Twelve layouts, some with shared prefixes, on the branches of a GPU. The kernel of attention,
     which needs one, is replaced by a fake that returns tensors of its shapes."""
     packed_attention.register()
@@ -108,7 +109,8 @@ def test_on_gpus_all_layouts_share_a_program(tmp_path: Path, fused: bool, recomp
         if fused:
             assert modules.replace_modules(model, torch.device("cpu")).sums == 2
         if recompute:
-            activation_checkpointing.enable(LoadedModel(model, model, False, ""))
+            loaded = LoadedModel(model, model, False, "")
+            activation_checkpointing.enable(loaded, recompute.share, keeps_attention=recompute.keeps_attention)
         compilation.compile_layers(loading.layers(model), tmp_path, backend="aot_eager")
         for lengths, shared in _LAYOUTS:
             row = packed_layout.pack(lengths, shared).layout

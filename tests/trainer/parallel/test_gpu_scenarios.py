@@ -11,6 +11,7 @@ from finetune_api.resource import LoraSpec
 from finetune_api.spec.hardware import Strategy
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import model_size, strategy_choice
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING
 from finetune_trainer.parallel.estimate.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory, host_memory
 from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
@@ -65,26 +66,31 @@ _QLORA_70B_L40S = Scenario("Llama-3.1-70B", "qlora", 8, 44.4, 60)
 _FULL_70B = Scenario("Llama-3.1-70B", "full", 32, 78.5, 200, nodes=4)
 
 _CHOICES = [
-    pytest.param(_LORA_8B_4090, "ddp, activations recomputed", id="LoRA 8B on a 4090"),
+    pytest.param(_LORA_8B_4090, "ddp, activations recomputed except attention", id="LoRA 8B on a 4090"),
     pytest.param(
         replace(_LORA_8B_4090, longest=7168), "ddp, activations recomputed", id="LoRA 8B on a 4090, rows of 7,168"
     ),
     pytest.param(replace(_LORA_8B_4090, free=21.9), "ddp, activations recomputed", id="LoRA 8B on an A10G"),
     pytest.param(_QLORA_8B_A10G, "fsdp", id="QLoRA 8B on four A10G"),
     pytest.param(
-        replace(_QLORA_8B_A10G, longest=16384), "ddp, activations recomputed", id="QLoRA 8B on A10G, rows of 16,384"
+        replace(_QLORA_8B_A10G, longest=16384), "fsdp, activations recomputed except attention",
+        id="QLoRA 8B on A10G, rows of 16,384",
     ),
     pytest.param(_LORA_8B_H100, "ddp", id="LoRA 8B on eight H100"),
     pytest.param(replace(_LORA_8B_H100, host=14), "fsdp", id="LoRA 8B on eight H100 with too little host memory"),
     pytest.param(
-        replace(_LORA_8B_H100, longest=32768), "ddp, activations recomputed", id="LoRA 8B on H100, rows of 32,768"
+        replace(_LORA_8B_H100, longest=32768), "ddp, activations recomputed except attention",
+        id="LoRA 8B on H100, rows of 32,768",
     ),
     pytest.param(_FULL_8B_H100, "fsdp", id="full 8B on eight H100"),
     pytest.param(Scenario("Llama-3.2-3B", "full", 8, 78.5, 60), "fsdp", id="full 3B on eight H100"),
     pytest.param(
-        Scenario("Llama-3.1-70B", "qlora", 8, 78.5, 200), "ddp, activations recomputed", id="QLoRA 70B on eight H100"
+        Scenario("Llama-3.1-70B", "qlora", 8, 78.5, 200), "fsdp, activations of 25% of the layers recomputed",
+        id="QLoRA 70B on eight H100",
     ),
-    pytest.param(_QLORA_70B_L40S, "fsdp, activations recomputed", id="QLoRA 70B on eight L40S"),
+    pytest.param(
+        _QLORA_70B_L40S, "fsdp, activations of 75% of the layers recomputed", id="QLoRA 70B on eight L40S"
+    ),
     pytest.param(
         replace(_QLORA_70B_L40S, ranks=2, free=23.2, host=60),
         "fsdp, parameters offloaded, activations recomputed",
@@ -197,11 +203,11 @@ def test_a_run_that_lacks_host_memory_ends_before_it_loads_anything() -> None:
 def test_a_full_model_in_shards_needs_the_host_only_for_copies_of_checkpoints() -> None:
     """Its files are mapped, in bfloat16, and its result is gathered weight by weight."""
     size = replace(_FULL_70B.size, formats=frozenset({"BF16"}))
-    host = memory_estimate(size, _FULL_70B.setup, ParallelConfig("fsdp", recompute=True)).host
+    host = memory_estimate(size, _FULL_70B.setup, ParallelConfig("fsdp", recompute=EVERYTHING)).host
     assert host.loading == 0
     assert host.saving < 14 * _GIB
     assert host.training == size.trained * 12 * 8 // 32
-    unmapped = memory_estimate(_FULL_70B.size, _FULL_70B.setup, ParallelConfig("fsdp", recompute=True)).host
+    unmapped = memory_estimate(_FULL_70B.size, _FULL_70B.setup, ParallelConfig("fsdp", recompute=EVERYTHING)).host
     assert unmapped.loading == size.parameters * 4
 
 

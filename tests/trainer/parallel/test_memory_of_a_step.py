@@ -10,6 +10,7 @@ import pytest
 
 from finetune_api.resource import LoraSpec
 from finetune_trainer.parallel import model_size
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, NOTHING, SELECTIVE, Recomputation
 from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 from sizing.models import PublishedModel, tensor_shapes
@@ -38,6 +39,7 @@ _MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+_QUARTER, _HALF = (Recomputation(share, keeps_attention=True) for share in (0.25, 0.5))
 _METHODS = {
     "q and v": LoraSpec(rank=16, target_modules=("q_proj", "v_proj"), dropout=0.05),
     "all-linear": LoraSpec(rank=16, target_modules=("all-linear",), dropout=0.05),
@@ -52,32 +54,36 @@ class Case:
 
     model: str
     method: str
-    recompute: bool = False
+    recompute: Recomputation = NOTHING
     strategy: Any = "ddp"
     ranks: int = 1
 
     def __str__(self) -> str:
-        again = ", recomputed" if self.recompute else ""
+        again = f", {self.recompute}" if self.recompute else ""
         return f"{self.model} {self.method} {self.strategy}{again}"
 
 
 _CASES = (
     Case("1B", "q and v"),
-    Case("1B", "all-linear", recompute=True),
+    Case("1B", "all-linear", recompute=EVERYTHING),
     Case("1B", "full"),
-    Case("1B", "full", recompute=True),
+    Case("1B", "full", recompute=EVERYTHING),
     Case("8B", "q and v"),
-    Case("8B", "q and v", recompute=True),
+    Case("8B", "q and v", recompute=EVERYTHING),
     Case("8B", "all-linear"),
-    Case("8B", "all-linear", recompute=True),
+    Case("8B", "all-linear", recompute=EVERYTHING),
     Case("8B", "no dropout"),
+    Case("8B", "q and v", recompute=SELECTIVE),
+    Case("8B", "all-linear", recompute=_HALF),
+    Case("8B", "no dropout", recompute=_QUARTER),
+    Case("8B", "full", recompute=_HALF, strategy="fsdp", ranks=8),
     Case("8B", "full"),
-    Case("8B", "full", recompute=True),
+    Case("8B", "full", recompute=EVERYTHING),
     Case("8B", "all-linear", strategy="zero2"),
     Case("8B", "full", strategy="zero2"),
     Case("8B", "all-linear", strategy="fsdp", ranks=8),
     Case("8B", "full", strategy="fsdp", ranks=8),
-    Case("8B", "full", recompute=True, strategy="fsdp", ranks=8),
+    Case("8B", "full", recompute=EVERYTHING, strategy="fsdp", ranks=8),
 )
 
 
@@ -90,10 +96,17 @@ def test_the_estimate_is_at_most_15_percent_above_what_a_step_needs(case: Case) 
 
 @pytest.mark.parametrize(
     ("ranks", "recompute", "limit"),
-    [(8, False, 54), (8, True, 24), (32, True, 13), (64, True, 12)],
-    ids=["8", "8, recomputed", "32, recomputed", "64, recomputed"],
+    [
+        (8, NOTHING, 42),
+        (8, _HALF, 33),
+        (8, SELECTIVE, 23),
+        (8, EVERYTHING, 21),
+        (32, EVERYTHING, 13),
+        (64, EVERYTHING, 12),
+    ],
+    ids=str,
 )
-def test_full_training_of_8b_in_shards_stays_within_a_gpu(ranks: int, recompute: bool, limit: int) -> None:
+def test_full_training_of_8b_in_shards_stays_within_a_gpu(ranks: int, recompute: Recomputation, limit: int) -> None:
     """The limits are in GiB, with micro-batches of 5,120 tokens. They include weights, moments and
     the shard of the gradients that the first micro-batch of a step leaves (3.7 GiB on 8 ranks)."""
     case = Case("8B", "full", recompute=recompute, strategy="fsdp", ranks=ranks)

@@ -15,6 +15,7 @@ from finetune_trainer.model import freezing, loading
 from finetune_trainer.model import lora as adapters
 from finetune_trainer.parallel import free_memory, model_size, strategy_choice
 from finetune_trainer.parallel.estimate import activations
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, NOTHING
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
 from finetune_trainer.parallel.memory_estimate import (
     MemoryEstimate,
@@ -52,12 +53,14 @@ def _gpu(gib: int, host: int = 2000) -> FreeMemory:
     [
         pytest.param(_LORA, _setup(8), _gpu(80), "ddp", id="an adapter of 8B fits 80 GiB as it is"),
         pytest.param(
-            _LORA, _setup(8), _gpu(24), "ddp, activations recomputed", id="with 24 GiB activations are recomputed"
+            _LORA, _setup(8), _gpu(24), "ddp, activations recomputed except attention",
+            id="with 24 GiB activations are recomputed",
         ),
         pytest.param(_LORA, _setup(8), _gpu(12), "fsdp, activations recomputed", id="with 12 GiB weights are sharded"),
         pytest.param(_FULL, _setup(8, full=True), _gpu(80), "fsdp", id="all of 8B is sharded over eight"),
         pytest.param(
-            _FULL, _setup(2, full=True), _gpu(80), "zero3, optimizer offloaded, activations recomputed",
+            _FULL, _setup(2, full=True), _gpu(80),
+            "zero3, optimizer offloaded, activations recomputed except attention",
             id="over two its moments are offloaded to the host",
         ),
         pytest.param(
@@ -157,7 +160,9 @@ def test_parts_add_up_by_hand() -> None:
 
 def test_recomputation_stores_only_a_layers_input() -> None:
     precision = activations.Precision(half=False, trained=False)
-    again, stored = (activations.bytes_per_token(_SMALL, precision, recompute=recompute) for recompute in (True, False))
+    again, stored = (
+        activations.bytes_per_token(_SMALL, precision, recompute=recompute) for recompute in (EVERYTHING, NOTHING)
+    )
     assert again.stored + again.outside < stored.stored / 8
 
 
@@ -199,7 +204,7 @@ def test_the_gathered_keys_of_shared_prefixes_are_counted(keys: int, shares_pref
     shape = model_size.LayerShape(4096, keys, 2 * 4096)
     size = replace(_LORA, intermediate=1024, layer=shape)
     precision = activations.Precision(half=True, trained=False)
-    token = activations.bytes_per_token(size, precision, recompute=False, shares_prefixes=shares_prefixes)
+    token = activations.bytes_per_token(size, precision, recompute=NOTHING, shares_prefixes=shares_prefixes)
     assert token.layer == layer
     setup = replace(_setup(1), shares_prefixes=shares_prefixes)
     assert memory_estimate(size, setup, ParallelConfig("ddp")).token == token

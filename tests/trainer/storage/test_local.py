@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune_api.messages.run import JobRef
+from finetune_api.messages.run import JobRef, Location, S3Config
 from finetune_trainer.destination import output_check
 from finetune_trainer.errors import RunError
+from finetune_trainer.storage import schemes
 from finetune_trainer.storage.local import LocalStorage
+from finetune_trainer.storage.schemes import Access
 
 
 def test_a_link_that_leads_out_of_its_volume_is_refused(tmp_path: Path) -> None:
@@ -31,6 +33,22 @@ def test_a_link_that_leads_out_of_its_volume_is_refused(tmp_path: Path) -> None:
     assert storage.head("link.jsonl") is not None
     with pytest.raises(RunError, match="leads out of its volume"):
         storage.read("../secret.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "mount"),
+    [
+        ("/mnt/pvc/claim/a/b", "/mnt/pvc/claim"),
+        ("/mnt/volumes/rows/a/b", "/mnt/volumes/rows"),
+        ("/mnt/volumes/rows", "/mnt/volumes/rows"),
+        ("/mnt/volumes-of-others/rows", None),
+        ("/mnt/volumes", None),
+    ],
+)
+def test_what_is_read_stays_within_the_mount_that_a_uri_names(path: str, mount: str | None) -> None:
+    storage = schemes.open_folder(Location(uri=f"file://{path}", display=path), "model", Access(S3Config(), {}))
+    assert isinstance(storage, LocalStorage)
+    assert storage._bounds == (Path(mount) if mount else None)
 
 
 def test_a_folder_creates_only_what_is_not_there_and_leaves_no_part_behind(tmp_path: Path) -> None:

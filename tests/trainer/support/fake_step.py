@@ -39,6 +39,7 @@ from finetune_trainer.model import lora as adapters
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel import fsdp_shards
+from finetune_trainer.parallel.estimate.recomputation import Recomputation
 from finetune_trainer.parallel.world import World
 
 ROWS = 4
@@ -56,7 +57,7 @@ class Step:
 
     shape: tuple[tuple[str, Any], ...]
     lora: LoraSpec | None
-    recompute: bool
+    recompute: Recomputation
     tokens: int
     fused: bool = True
     ranks: int | None = None
@@ -86,8 +87,13 @@ def peak_bytes(step: Step, layers: int) -> int:
     at the end of the forward pass only if there are some layers, so more of them are measured.
     """
     first = 5 if step.recompute and step.lora is None else 1
-    few, more = (_measured(replace(step, shape=(*step.shape, ("num_hidden_layers", n)))) for n in (first, first + 1))
-    return few + (layers - first) * (more - few)
+    if step.recompute and step.recompute.share < 1:
+        first = 4  # of which a whole number is recomputed, and of twice as many
+    further = first if first == 4 else 1
+    few, more = (
+        _measured(replace(step, shape=(*step.shape, ("num_hidden_layers", n)))) for n in (first, first + further)
+    )
+    return few + (layers - first) * (more - few) // further
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -171,7 +177,8 @@ def _model(step: Step) -> LoadedModel:
         base.requires_grad_(False)
         loaded = adapters.adapt(loaded, step.lora, 1)
     if step.recompute:
-        activation_checkpointing.enable(loaded)
+        again = step.recompute
+        activation_checkpointing.enable(loaded, again.share, keeps_attention=again.keeps_attention)
     if step.ranks is not None:
         mesh = fsdp_shards.Mesh.of(World(0, 0, step.ranks, step.ranks, torch.device("cpu")), 1)
         fsdp_shards.shard_model(loaded.model, mesh, offload=False, half=torch.bfloat16)

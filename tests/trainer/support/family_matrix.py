@@ -43,6 +43,17 @@ _SOURCES = (
     "tests/trainer/support/family_matrix.py", "tests/trainer/support/run_sequence.py",
     "tests/trainer/support/rank_runs.py", "tests/trainer/support/result_loading.py",
 )  # fmt: skip
+_BESIDES = (
+    "Two things are run by other tests and aren't in the table:",
+    "",
+    "- fsdp holds a base in nf4, too ([0038](decisions/0038-quantized-bases-under-fsdp.md)): its losses are",
+    "  those of ddp, and it resumes to the bit (`tests/trainer/parallel/test_quantized_fsdp.py`, with Llama).",
+    "  A note that says otherwise is from an older run.",
+    "- Mixtures of experts (`tests/trainer/model/test_experts.py`): `all-linear` adapts attention and layers",
+    "  outside of the experts, neither an expert nor a router, and the log says so. A router can be named; a",
+    "  name of an expert's weights is refused, because they are no linear layers.",
+    "",
+)
 _TOLERANCE = 2e-4  # the largest difference of two losses: float32, summed in another order
 
 
@@ -354,7 +365,8 @@ def page(outcomes: Mapping[Cell, Outcome], layers: Mapping[str, tuple[str, str]]
             _cell({s: outcomes.get(Cell(key, method, s), _UNKNOWN) for s in STRATEGIES}, notes) for method in METHODS
         ]
         lines.append(f"| {family.title} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "", *_layers_table(layers or {})]
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "", *_BESIDES, ""]
+    lines += _layers_table(layers or {})
     return "\n".join(lines)
 
 

@@ -36,6 +36,10 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, fsdp": {"world": 2, "strategy": "fsdp"},
     "2 ranks, recomputed": {"world": 2, "training": {"activation_checkpointing": "always"}},
     "2 ranks, fsdp, recomputed": {"world": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "always"}},
+    "2 ranks, recomputed except attention": {"world": 2, "training": {"activation_checkpointing": "selective"}},
+    "2 ranks, fsdp, recomputed except attention": {
+        "world": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "selective"},
+    },
     "2 ranks, full, zero3, recomputed": {
         "world": 2, "strategy": "zero3", "full": True, "training": {"activation_checkpointing": "always"},
     },

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_trainer.parallel.estimate.host_memory import HostMemory, gib
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING
 from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 
@@ -149,7 +150,7 @@ def _more_ranks(tokens: int, size: ModelSize, setup: TrainingSetup, free_memory:
     ranks, nodes = 2 * setup.ranks, 2 * setup.nodes
     while ranks <= _MAX_RANKS and setup.supports("fsdp"):
         larger = replace(setup, ranks=ranks, nodes=nodes)
-        if fits(memory_estimate(size, larger, ParallelConfig("fsdp", recompute=True)), tokens, free_memory):
+        if fits(memory_estimate(size, larger, ParallelConfig("fsdp", recompute=EVERYTHING)), tokens, free_memory):
             return f"{ranks} processes of this size with strategy fsdp would do."
         ranks, nodes = 2 * ranks, 2 * nodes
     return ""

@@ -17,6 +17,7 @@ from finetune_trainer.kernels.sizes import ATTENTION_SCORES, CHUNK_BYTES, SOFTMA
 from finetune_trainer.model_folder import can_be_mapped
 from finetune_trainer.parallel.estimate import activations
 from finetune_trainer.parallel.estimate.host_memory import HostMemory, gib
+from finetune_trainer.parallel.estimate.recomputation import NOTHING, Recomputation
 from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
 from finetune_trainer.parallel.model_size import ModelSize
 
@@ -75,13 +76,13 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Describes how weights, gradients and moments are distributed. With `recompute`, activations
-    are computed again in the backward pass instead of being stored. fsdp shards each of the
+    """Describes how weights, gradients and moments are distributed, and which activations are
+    computed again in the backward pass instead of being stored. fsdp shards each of the
     `replicas` copies of the model over as many ranks; several copies mean one on every node."""
 
     strategy: Strategy
     offload: Offload = "none"
-    recompute: bool = False
+    recompute: Recomputation = NOTHING
     replicas: int = 1
 
     @property
@@ -91,7 +92,7 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         kind = f"{self.kind} within each of {self.replicas} nodes" if self.replicas > 1 else self.kind
-        return f"{kind}, activations recomputed" if self.recompute else kind
+        return f"{kind}, {self.recompute}" if self.recompute else kind
 
 
 @dataclass(frozen=True)

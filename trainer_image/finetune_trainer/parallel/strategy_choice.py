@@ -14,6 +14,7 @@ from finetune_api.messages.run import RunConfig
 from finetune_api.spec.hardware import Offload, Strategy, StrategyOption
 from finetune_trainer.parallel.estimate import mesh
 from finetune_trainer.parallel.estimate.host_memory import gib
+from finetune_trainer.parallel.estimate.recomputation import Recomputation, possible
 from finetune_trainer.parallel.estimate.speed_estimate import seconds_per_token
 from finetune_trainer.parallel.free_memory import (
     FreeMemory,
@@ -54,7 +55,7 @@ class UserChoice:
 
     strategy: StrategyOption
     offload: Offload
-    recompute: Literal["auto", "always", "never"]
+    recompute: Literal["auto", "selective", "always", "never"]
     longest: int
     tokens: int | None = None
     from_checkpoint: bool = False
@@ -152,7 +153,8 @@ def choose(choice: UserChoice, size: ModelSize, setup: TrainingSetup, free_memor
     fitting = [option for option in options if option.fits]
     if fitting:
         best = min(fitting, key=lambda option: option.preference)
-        made = _choice(choice, best, _auto_reason(best, options, size, setup, free_memory), free_memory)
+        reason = _auto_reason(choice, best, options, size, setup, free_memory)
+        made = _choice(choice, best, reason, free_memory)
         return replace(made, mesh_reason=_mesh_reason(choice, best, options, setup, free_memory))
     last = options[-1]
     if choice.strategy != "auto" and last.need.estimate.fixed <= free_memory.free:
@@ -169,7 +171,7 @@ def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory
     On the CPU, auto offloads nothing unless the user asks for it, since device and host share the
     same memory.
     """
-    recompute = {"auto": (False, True), "always": (True,), "never": (False,)}[choice.recompute]
+    recompute = possible(choice.recompute, free_memory.device)
     if choice.strategy != "auto":
         return _configs([(choice.strategy, choice.offload)], recompute, setup, choice.mesh)
     pairs = [pair for pair in (_PAIRS if setup.quantized == "none" else _QUANTIZED_PAIRS) if setup.supports(pair[0])]
@@ -186,7 +188,7 @@ def candidates(choice: UserChoice, setup: TrainingSetup, free_memory: FreeMemory
 
 def _configs(
     pairs: Sequence[tuple[Strategy, Offload]],
-    recompute: tuple[bool, ...],
+    recompute: tuple[Recomputation, ...],
     setup: TrainingSetup,
     saved: tuple[int, int] | None,
 ) -> list[ParallelConfig]:
@@ -214,7 +216,7 @@ def _option(
     estimate = memory_estimate(size, setup, parallel)
     tokens = choice.tokens or micro_batch_tokens(estimate, free_memory, choice.longest)
     need = Need(parallel, estimate, tokens)
-    seconds = seconds_per_token(size, setup, parallel, tokens)
+    seconds = seconds_per_token(size, setup, parallel, tokens, choice.longest)
     return _Option(need, fits(estimate, tokens, free_memory), seconds)
 
 
@@ -275,11 +277,16 @@ def _mesh_reason(
 
 
 def _auto_reason(
-    best: _Option, options: list[_Option], size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory
+    choice: UserChoice,
+    best: _Option,
+    options: list[_Option],
+    size: ModelSize,
+    setup: TrainingSetup,
+    free_memory: FreeMemory,
 ) -> str:
     """Returns why no faster configuration than `best` was chosen."""
     too_large = [
-        replace(option, seconds=seconds_per_token(size, setup, option.parallel, best.need.tokens))
+        replace(option, seconds=seconds_per_token(size, setup, option.parallel, best.need.tokens, choice.longest))
         for option in options
         if not option.fits
     ]

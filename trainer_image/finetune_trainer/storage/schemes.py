@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_api.messages.run import AzureConfig, GcsConfig, Location, S3Config
-from finetune_api.names import PVC_ROOT, SECRET_HF_TOKEN
+from finetune_api.names import PVC_ROOT, SECRET_HF_TOKEN, VOLUMES_ROOT
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role, Storage
 from finetune_trainer.storage.local import LocalStorage
@@ -48,7 +48,8 @@ def open_folder(location: Location, role: Role, access: Access) -> Storage:
         return _hub(rest, location, role, access)
     raise RunError(
         "InvalidConfig",
-        f"{FIELD[role]}: {location.display}: {scheme}:// is not supported; use pvc://, s3://, gs://, az:// or hf://",
+        f"{FIELD[role]}: {location.display}: {scheme}:// is not supported; use pvc://, volume://, s3://, gs://, az:// "
+        "or hf://",
     )
 
 
@@ -111,10 +112,8 @@ def resolved_revision(storage: Storage) -> str | None:
 
 
 def _folder(root: Path, location: Location, role: Role) -> LocalStorage:
-    claims = Path(PVC_ROOT)
-    bounds = None
-    if root.is_relative_to(claims) and root != claims:
-        bounds = claims / root.relative_to(claims).parts[0]
+    mounts = next((mounts for mounts in map(Path, (PVC_ROOT, VOLUMES_ROOT)) if mounts in root.parents), None)
+    bounds = mounts / root.relative_to(mounts).parts[0] if mounts else None
     return LocalStorage(root, role=role, display=location.display, bounds=bounds)
 
 

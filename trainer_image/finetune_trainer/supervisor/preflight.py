@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from finetune_api.amounts import FEW_CORES
 from finetune_api.messages.result import Result
@@ -24,6 +25,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.model.check import process as model_check
 from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
+from finetune_trainer.storage import token_store
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
 from finetune_trainer.supervisor import download
@@ -40,14 +42,14 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
     if destination.finished is not None and Trust(run.signers).believes(destination.finished[0]):
         return Result(outcome="succeeded", message="the output already holds this job's result")
     try:
-        return _check_inputs(run, paths, access, report)
+        return _check_inputs(run, paths, access, storage, report)
     except RunError:
         with suppress(RunError):
             predecessor.release_if_empty(storage, run.job)
         raise
 
 
-def _check_inputs(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
+def _check_inputs(run: RunConfig, paths: Paths, access: Access, storage: Storage, report: Report) -> Result:
     model = download.model(run, paths, access, report, weights=False)
     data_files = download.data(run, paths, access, report)
     check_room(run, model, sum(facts.bytes for facts in data_files.values()))
@@ -58,7 +60,24 @@ def _check_inputs(run: RunConfig, paths: Paths, access: Access, report: Report) 
         )
     capacity = model_check.check(run, paths, report)
     counts, data = check_tokens(run, paths, capacity, report)
+    for folder in _token_folders(run, paths):
+        token_store.upload(storage, folder, run.job.uid, report)
     return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
+
+
+def fetch_tokens(run: RunConfig, paths: Paths, storage: Storage, report: Report) -> None:
+    """Downloads the tokens that a preflight has stored. It needs the rows and the tokenizer."""
+    if run.world.device == "cuda" and storage.list(token_store.FOLDER):
+        for folder in _token_folders(run, paths):
+            token_store.download(storage, folder, run.job.uid, report)
+
+
+def _token_folders(run: RunConfig, paths: Paths) -> list[Path]:
+    """Returns the folders of the tokens of all splits, whether they exist or not."""
+    from finetune_trainer.data import pipeline
+
+    inputs = pipeline.Inputs.of_run(run, paths)
+    return [inputs.cache / name for name in dict.fromkeys(inputs.cache_names.values())]
 
 
 def check_room(run: RunConfig, model: ModelFacts, data_bytes: int) -> None:

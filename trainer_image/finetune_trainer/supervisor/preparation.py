@@ -54,6 +54,7 @@ class Preparation:
             preflight.check_rows(run, node.paths, self.report)
             self.enter("fetching", "")
         model = download.model(run, node.paths, node.access, self.report)
+        preflight.fetch_tokens(run, node.paths, storage, self.report)
         trust = self.deposit.trust(self._signers, result=False)
         steps, resume = destination.checkpoints, node.paths.resume
         checkpoint = download.checkpoint(storage, steps, run.job, resume, self.report, trust)

@@ -280,8 +280,8 @@ class Supervisor:
     # ---- throughout
 
     def _in_thread(self, work: Callable[[], T]) -> T:
-        """Runs slow work while progress is reported. Raises StopRequested if the pod must stop
-        first; an upload may use the time until the pod is killed."""
+        """Runs slow work and reports progress. Raises StopRequested if the pod must stop first; an
+        upload may use the time until the pod is killed."""
 
         def check() -> None:
             """Reports progress, and raises StopRequested if the work must be abandoned."""

@@ -29,6 +29,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.manifest import now_rfc3339, of_bytes
 from finetune_trainer.paths import split_checkpoint_path
+from finetune_trainer.storage import token_store
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import oom_backoff
 
@@ -171,10 +172,11 @@ def artifact(storage: Storage, manifest: Manifest, data: bytes) -> ArtifactStatu
 
 
 def remove_checkpoints(storage: Storage, job: JobRef) -> None:
-    """Deletes all checkpoints, the memory record and the claim. It is called after success: from
-    then on, the manifest says whose the destination is."""
+    """Deletes all checkpoints, the memory record, the tokens and the claim. It is called after
+    success: from then on, the manifest says whose the destination is."""
     prune(storage, keep=0)
     oom_backoff.remove(storage)
+    token_store.remove(storage)
     claim.release(storage, job)
 
 

@@ -62,7 +62,7 @@ def _decision(
     run, world, plan = context.run, context.world, batches.unhalved
     device = world.device.type
     conditions = compilation.Conditions(
-        device, resolved.half, resolved.run.world.strategy, resolved.recompute, plan.shape.packed
+        device, resolved.half, resolved.run.world.strategy, bool(resolved.recompute), plan.shape.packed
     )
     choice = compilation.choice(run.training.compile, conditions, saved.compiled if saved else None)
     if choice is not None:

@@ -77,7 +77,8 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
         )
     loaded = method.apply(run, context.paths.model, loaded, data.renderer.tokenizer, data.needs, context.reporter)
     if resolved.recompute:
-        activation_checkpointing.enable(loaded)
+        again = resolved.recompute
+        activation_checkpointing.enable(loaded, again.share, keeps_attention=again.keeps_attention)
     parameters, trainable = loaded.parameters, loaded.trainable
     strategy = _wrapped(context, resolved, loaded)
     return WrappedModel(loaded, strategy, parameters, trainable, _collator(context, loaded, data))

@@ -14,6 +14,7 @@ from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import strategy_choice
 from finetune_trainer.parallel.estimate.host_memory import gib
+from finetune_trainer.parallel.estimate.recomputation import Recomputation
 from finetune_trainer.parallel.free_memory import FreeMemory, TooLittleMemory
 from finetune_trainer.parallel.model_size import ModelSize
 from finetune_trainer.parallel.strategy_choice import Choice, UserChoice
@@ -58,7 +59,7 @@ class ResolvedRun:
 
     run: RunConfig
     dtype: str
-    recompute: bool
+    recompute: Recomputation
     longest: int
     micro_batch_tokens: int
     micro_batch_reason: str
@@ -107,7 +108,7 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
             Decision("strategy", choice.parallel.kind, choice.reason),
             *_mesh(setup.ranks, choice),
             Decision("memory", gib(choice.estimate.total(choice.tokens)), choice.table),
-            _activation_checkpointing(run, choice),
+            _activation_checkpointing(run, choice, facts.size.layers),
         ),
     )
 
@@ -142,9 +143,13 @@ def _micro_batch_tokens(run: RunConfig, choice: Choice, saved: CheckpointState |
     return choice.tokens, choice.tokens_reason
 
 
-def _activation_checkpointing(run: RunConfig, choice: Choice) -> Decision:
+def _activation_checkpointing(run: RunConfig, choice: Choice, layers: int) -> Decision:
     setting, recompute = run.training.activation_checkpointing, choice.parallel.recompute
     reason = "set by training.activationCheckpointing" if setting != "auto" else "activations fit"
     if setting == "auto" and recompute:
         reason = "otherwise the activations wouldn't fit"
-    return Decision("activationCheckpointing", "on" if recompute else "off", reason)
+    if recompute.keeps_attention:
+        kind = f"selective, {recompute.layers(layers)} of {layers} layers, except attention"
+    else:
+        kind = "on" if recompute else "off"
+    return Decision("activationCheckpointing", kind, reason)

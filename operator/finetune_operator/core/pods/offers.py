@@ -14,7 +14,7 @@ from typing import Any
 from finetune_api import names
 from finetune_api.destinations import is_listed, is_listed_url
 from finetune_api.resource import FineTuneJob, SecretRef, Spec
-from finetune_operator.core.plan import NotOffered
+from finetune_operator.core.plan import PlanError
 from finetune_operator.settings import Settings
 from finetune_operator.tenant_settings import TenantSettings
 
@@ -23,6 +23,17 @@ NOT_ALLOWED = "NotAllowed"
 # These take a protection of the pod away; no list can allow them.
 _PROTECTIONS = ("container.apparmor.security.beta.kubernetes.io/", "seccomp.security.alpha.kubernetes.io/",
                 "container.seccomp.security.alpha.kubernetes.io/")  # fmt: skip
+
+
+class NotOffered(PlanError):
+    """Is raised if a job names something that the administrator doesn't offer, or not yet.
+
+    `reason` is that of the condition; the job waits, because the settings may change.
+    """
+
+    def __init__(self, field: str, value: object, message: str, reason: str) -> None:
+        super().__init__(field, value, message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
     """
     _check_image(job, settings)
     _check_network(job, settings)
+    _check_drivers(job, settings)
     for entry in _named(job.spec):
         allowed = _list(settings.tenants, entry.setting)
         if entry.field == "spec.pod.annotations" and entry.name.startswith(_PROTECTIONS):
@@ -91,11 +103,13 @@ def unlisted(job: FineTuneJob, settings: Settings) -> tuple[Unlisted, ...]:
                 "spec.pod.serviceAccountName", "serviceaccounts", account, "serviceAccounts", (names.USE_TRAINING,)
             )
         )
-    output = claim_of(spec.output.uri)
+    written = {claim_of(spec.output.uri)} | {
+        volume.claim.name for volume in spec.pod.volumes if volume.claim and volume.writable
+    }
     for field, claim in _claims(spec):
         if is_listed(claim, tenants.claims):
             continue
-        uses = (names.USE_OUTPUT,) if claim == output else (names.USE_INPUT, names.USE_OUTPUT)
+        uses = (names.USE_OUTPUT,) if claim in written else (names.USE_INPUT, names.USE_OUTPUT)
         entries.append(Unlisted(field, "persistentvolumeclaims", claim, "claims", uses))
     return tuple({entry.name: entry for entry in entries}.values())
 
@@ -131,6 +145,19 @@ def _check_network(job: FineTuneJob, settings: Settings) -> None:
             f"{_listed(sorted(profiles))}; have it added, or create a job that names another one",
             "UnknownNetwork",
         )
+
+
+def _check_drivers(job: FineTuneJob, settings: Settings) -> None:
+    drivers = settings.pods.allowed_csi_drivers
+    for volume in job.spec.pod.volumes:
+        if volume.csi and volume.csi.driver not in drivers:
+            raise NotOffered(
+                "spec.pod.volumes",
+                volume.csi.driver,
+                f"is not among the operator's pods.allowedCsiDrivers: {_listed(drivers)}; have it added, or create a "
+                "job without this volume",
+                "CsiDriverNotAllowed",
+            )
 
 
 def _check_tracker(spec: Spec, allowed: tuple[str, ...]) -> None:
@@ -179,6 +206,8 @@ def _secrets(spec: Spec) -> Iterator[tuple[str, SecretRef]]:
     }
     yield from ((f"{place}.credentialsRef", ref) for place, ref in places.items() if ref)
     yield from (("spec.pod.imagePullSecrets", ref) for ref in spec.pod.image_pull_secrets)
+    drivers = (volume.csi for volume in spec.pod.volumes if volume.csi)
+    yield from (("spec.pod.volumes", csi.secret_ref) for csi in drivers if csi.secret_ref)
 
 
 def _claims(spec: Spec) -> Iterator[tuple[str, str]]:
@@ -192,6 +221,7 @@ def _claims(spec: Spec) -> Iterator[tuple[str, str]]:
         ("spec.dataset.test.uri", test.uri if test else None),
     ]
     yield from ((field, claim) for field, uri in places if (claim := claim_of(uri)))
+    yield from (("spec.pod.volumes", volume.claim.name) for volume in spec.pod.volumes if volume.claim)
 
 
 def _list(tenants: TenantSettings, setting: str) -> tuple[str, ...]:

@@ -6,9 +6,6 @@ as files, and no service account token except the one for reporting progress. It
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from finetune_api import names
 from finetune_api.amounts import amounts
 from finetune_api.messages.run import RunConfig
@@ -17,37 +14,16 @@ from finetune_api.scalars import quantity_value
 from finetune_api.spec import environment
 from finetune_operator.core.plan import trainer_image
 from finetune_operator.core.pods import certificates
-from finetune_operator.core.pods.offers import claim_of
 from finetune_operator.core.pods.scheduling import scheduling
+from finetune_operator.core.pods.volumes import Manifest, Mount, claims, volumes
 from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
-
-Manifest = dict[str, Any]
 
 _USER_ID = 65532
 _TOKEN_LIFETIME_SECONDS = 3600
 _GROUP_READABLE = 0o440
 _TMP_BYTES = 2 << 30  # caches of compiled kernels and of libraries; HOME is there
 _LOG_BYTES = 1 << 30  # the container's log, which the kubelet rotates well below that
-
-
-@dataclass(frozen=True)
-class _Mount:
-    """Pairs a volume with the path at which it is mounted in the container."""
-
-    name: str
-    source: Manifest
-    path: str
-    read_only: bool = True
-
-    def volume(self) -> Manifest:
-        """Returns the entry in the pod's list of volumes."""
-        return {"name": self.name, **self.source}
-
-    def volume_mount(self) -> Manifest:
-        """Returns the entry in the container's list of volume mounts."""
-        mount: Manifest = {"name": self.name, "mountPath": self.path}
-        return {**mount, "readOnly": True} if self.read_only else mount
 
 
 def pod_spec(
@@ -60,7 +36,8 @@ def pod_spec(
         *_run_config(),
         *_progress_token(settings),
         *_credentials(job),
-        *_claims(job),
+        *claims(job),
+        *volumes(job, role),
         *_network_volumes(network),
         *_ca_bundle(settings),
         *_model_cache(settings, role),
@@ -139,22 +116,22 @@ def network_profile(job: FineTuneJob, settings: Settings, role: str) -> NetworkP
     return profiles.get(job.spec.pod.network, NetworkProfile())
 
 
-def _ca_bundle(settings: Settings) -> tuple[_Mount, ...]:
+def _ca_bundle(settings: Settings) -> tuple[Mount, ...]:
     bundle = settings.pods.ca_bundle
     if not bundle.config_map:
         return ()
     folder, _, file = names.CA_BUNDLE_PATH.rpartition("/")
     items = [{"key": bundle.key, "path": file}]
-    return (_Mount("ca-bundle", {"configMap": {"name": bundle.config_map, "items": items}}, folder),)
+    return (Mount("ca-bundle", {"configMap": {"name": bundle.config_map, "items": items}}, folder),)
 
 
-def _model_cache(settings: Settings, role: str) -> tuple[_Mount, ...]:
+def _model_cache(settings: Settings, role: str) -> tuple[Mount, ...]:
     """Returns the mount of the model cache; a preflight pod downloads no weights."""
     claim = settings.models.cache.claim
     if not claim or role == names.ROLE_PREFLIGHT:
         return ()
     source = {"persistentVolumeClaim": {"claimName": claim}}
-    return (_Mount("model-cache", source, names.MODEL_CACHE_ROOT, read_only=False),)
+    return (Mount("model-cache", source, names.MODEL_CACHE_ROOT, read_only=False),)
 
 
 def _ca_variables(settings: Settings) -> list[Manifest]:
@@ -163,9 +140,9 @@ def _ca_variables(settings: Settings) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in certificates.variables()]
 
 
-def _network_volumes(network: NetworkProfile) -> tuple[_Mount, ...]:
+def _network_volumes(network: NetworkProfile) -> tuple[Mount, ...]:
     return tuple(
-        _Mount(f"network-{volume.name}", volume.source, volume.mount_path, read_only=volume.read_only)
+        Mount(f"network-{volume.name}", volume.source, volume.mount_path, read_only=volume.read_only)
         for volume in network.volumes
     )
 
@@ -197,19 +174,19 @@ def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str, 
     return {"requests": requests, "limits": limits}
 
 
-def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[_Mount, ...]:
+def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[Mount, ...]:
     requested = job.spec.resources
     size = amounts(job.spec, run.model.size_bytes).scratch
     own_volume = requested.scratch_storage_class and role == names.ROLE_TRAINER
     source = (
         _ephemeral_claim(requested.scratch_storage_class, size) if own_volume else {"emptyDir": {"sizeLimit": size}}
     )
-    scratch = _Mount("scratch", source, names.SCRATCH_ROOT, read_only=False)
-    tmp = _Mount("tmp", {"emptyDir": {"sizeLimit": str(_TMP_BYTES)}}, "/tmp", read_only=False)  # noqa: S108
+    scratch = Mount("scratch", source, names.SCRATCH_ROOT, read_only=False)
+    tmp = Mount("tmp", {"emptyDir": {"sizeLimit": str(_TMP_BYTES)}}, "/tmp", read_only=False)  # noqa: S108
     if role == names.ROLE_PREFLIGHT:
         return (scratch, tmp)
     memory = {"emptyDir": {"medium": "Memory", "sizeLimit": requested.shared_memory}}
-    return (scratch, tmp, _Mount("shm", memory, "/dev/shm", read_only=False))  # noqa: S108
+    return (scratch, tmp, Mount("shm", memory, "/dev/shm", read_only=False))  # noqa: S108
 
 
 def _ephemeral_claim(storage_class: str, size: str) -> Manifest:
@@ -222,22 +199,22 @@ def _ephemeral_claim(storage_class: str, size: str) -> Manifest:
     return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
-def _run_config() -> tuple[_Mount, ...]:
+def _run_config() -> tuple[Mount, ...]:
     folder, _, file = names.RUN_CONFIG_PATH.rpartition("/")
     field = f"metadata.annotations['{names.ANNOTATION_RUN_CONFIG}']"
     source = {"downwardAPI": {"items": [{"path": file, "fieldRef": {"fieldPath": field}}]}}
-    return (_Mount("run-config", source, folder),)
+    return (Mount("run-config", source, folder),)
 
 
-def _progress_token(settings: Settings) -> tuple[_Mount, ...]:
+def _progress_token(settings: Settings) -> tuple[Mount, ...]:
     if not settings.progress.url:
         return ()
     folder, _, file = names.PROGRESS_TOKEN_PATH.rpartition("/")
     token = {"audience": names.PROGRESS_AUDIENCE, "expirationSeconds": _TOKEN_LIFETIME_SECONDS, "path": file}
-    return (_Mount("progress-token", {"projected": {"sources": [{"serviceAccountToken": token}]}}, folder),)
+    return (Mount("progress-token", {"projected": {"sources": [{"serviceAccountToken": token}]}}, folder),)
 
 
-def _credentials(job: FineTuneJob) -> tuple[_Mount, ...]:
+def _credentials(job: FineTuneJob) -> tuple[Mount, ...]:
     references = {
         "model": job.spec.model.credentials_ref,
         "dataset": job.spec.dataset.credentials_ref,
@@ -246,33 +223,13 @@ def _credentials(job: FineTuneJob) -> tuple[_Mount, ...]:
         "wandb": job.spec.tracking.wandb.credentials_ref if job.spec.tracking.wandb else None,
     }
     return tuple(
-        _Mount(
+        Mount(
             f"credentials-{role}",
             {"secret": {"secretName": reference.name, "defaultMode": _GROUP_READABLE}},
             f"{names.CREDENTIALS_ROOT}/{role}",
         )
         for role, reference in references.items()
         if reference
-    )
-
-
-def _claims(job: FineTuneJob) -> tuple[_Mount, ...]:
-    """Returns the mounts of the PersistentVolumeClaims; only that of the output is writable."""
-    spec = job.spec
-    validation = spec.dataset.validation.uri if spec.dataset.validation else None
-    test = spec.dataset.test.uri if spec.dataset.test else None
-    train = [source.uri for source in spec.dataset.training_sources()]
-    input_claims = [claim_of(uri) for uri in (spec.model.uri, *train, validation, test)]
-    output_claim = claim_of(spec.output.uri)
-    claims = dict.fromkeys(claim for claim in (*input_claims, output_claim) if claim)
-    return tuple(
-        _Mount(
-            f"claim-{number}",
-            {"persistentVolumeClaim": {"claimName": claim}},
-            f"{names.PVC_ROOT}/{claim}",
-            read_only=claim != output_claim,
-        )
-        for number, claim in enumerate(claims)
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune_trainer.kernels.sizes import GATHERED_KEYS
+from finetune_trainer.parallel.estimate.recomputation import Recomputation
 from finetune_trainer.parallel.model_size import LayerShape, ModelSize
 
 _OUTSIDE, _WIDE_OUTSIDE = 12, 24
@@ -48,12 +49,14 @@ class TokenBytes:
 
 
 def bytes_per_token(
-    size: ModelSize, precision: Precision, *, recompute: bool, shares_prefixes: bool = False
+    size: ModelSize, precision: Precision, *, recompute: Recomputation, shares_prefixes: bool = False
 ) -> TokenBytes:
     """Returns the bytes that each token needs.
 
-    With `recompute`, only each layer's input is stored, and the rest of one layer at a time. With
-    `shares_prefixes`, examples may attend to prefixes that they share, whose keys are gathered.
+    Of a layer that is recomputed, only its input is stored, and perhaps the output of attention;
+    the rest exists for one layer at a time. If other layers aren't recomputed, their backward pass
+    comes first, and needs more. With `shares_prefixes`, examples may attend to prefixes that they
+    share, whose keys are gathered.
     """
     if size.layer is None or not precision.half:
         return _generic(size, half=precision.half, recompute=recompute)
@@ -62,10 +65,12 @@ def bytes_per_token(
     gated = _GRADIENTS * size.intermediate - min(2 * size.intermediate, size.layer.dropout_masks)
     gradients = max(gated, _attention_gradients(size.layer, shares_prefixes=shares_prefixes))
     outside = size.hidden * (_WIDE_OUTSIDE if precision.wide else _OUTSIDE)
-    if not recompute:
-        return TokenBytes(size.layers * layer, outside, gradients)
-    layer_input = size.hidden * (4 if precision.wide else 2)
-    return TokenBytes(size.layers * layer_input, outside, layer + gradients)
+    again = recompute.layers(size.layers)
+    remaining = size.hidden * (4 if precision.wide else 2)
+    if recompute.keeps_attention:
+        remaining += 2 * size.layer.queries
+    stored = again * remaining + (size.layers - again) * layer
+    return TokenBytes(stored, outside, gradients if again < size.layers else layer + gradients)
 
 
 def _layer(size: ModelSize, shape: LayerShape, precision: Precision) -> int:
@@ -101,7 +106,7 @@ def _attention_gradients(shape: LayerShape, *, shares_prefixes: bool) -> int:
     return 8 * shape.queries + copies * (2 * 2 * shape.keys + expanded) + gathered
 
 
-def _generic(size: ModelSize, *, half: bool, recompute: bool) -> TokenBytes:
+def _generic(size: ModelSize, *, half: bool, recompute: Recomputation) -> TokenBytes:
     """Returns the bytes for layers of an unknown shape, and in float32.
 
     In each layer, these are the norms; q, k, v and their rotated copies; attention's output; and
@@ -111,4 +116,6 @@ def _generic(size: ModelSize, *, half: bool, recompute: bool) -> TokenBytes:
     layer = (12 * size.hidden + 5 * size.intermediate) * value + (4 * size.hidden * 2 if half else 0)
     if not recompute:
         return TokenBytes(size.layers * layer, 0, 0)
-    return TokenBytes(size.layers * size.hidden * 4, 2 * layer, 0)
+    again = recompute.layers(size.layers)
+    remaining = size.hidden * (4 + (value if recompute.keeps_attention else 0))
+    return TokenBytes(again * remaining + (size.layers - again) * layer, 2 * layer, 0)

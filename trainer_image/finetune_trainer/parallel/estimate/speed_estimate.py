@@ -37,15 +37,22 @@ _RATES = {
 }
 
 
-def seconds_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, tokens: int) -> float:
+def seconds_per_token(
+    size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, tokens: int, longest: int = 0
+) -> float:
     """Returns how long a rank needs for a token if it computes `tokens` tokens at a time.
 
-    On GPUs, fsdp and zero3 send while they compute; zero2, as it is configured here, sends in
-    between.
+    Attention is counted only if it is recomputed on a GPU, for rows of `longest` tokens, since
+    everything else computes it equally often. On GPUs, fsdp and zero3 send while they compute;
+    zero2, as it is configured here, sends in between.
     """
     rates = _RATES[setup.device]
-    passes = (3 if setup.full else 2) + parallel.recompute  # a forward pass is one
+    again = parallel.recompute
+    passes = (3 if setup.full else 2) + again.share  # a forward pass is one
     operations = 2 * size.parameters * passes * tokens / rates.operations
+    if setup.device == "cuda" and not again.keeps_attention:
+        queries = size.layer.queries if size.layer else size.hidden
+        operations += again.layers(size.layers) * 2 * longest * queries * tokens / rates.operations
     reading = _base_bytes(size, setup, setup.stored) * passes / rates.memory
     computing = max(operations + reading, size.layers * rates.launches * passes / 2)
     sending = _sending_seconds(size, setup, parallel, rates)
