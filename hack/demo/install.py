@@ -62,6 +62,8 @@ def operator(cluster: ClusterAccess, operator_image: str, trainer_image: str, *s
         "--set", f"trainer.image.repository={trainer_repository}", "--set", f"trainer.image.tag={trainer_tag}",
         "--set", f"storage.s3.endpoint={cluster.s3_endpoint}", "--set", "storage.s3.allowHttp=true",
         "--set", "resources.requests.cpu=50m",
+        # Prometheus isn't in the cluster: it comes from the address of a node.
+        "--set", "networkPolicy.metricsFrom[0].ipBlock.cidr=0.0.0.0/0",
         *(word for setting in settings for word in ("--set", setting)),
         "--wait", "--timeout", "120s",
     ]  # fmt: skip

@@ -27,6 +27,12 @@ LABEL_ROLE = f"{GROUP}/role"  # ROLE_TRAINER | ROLE_PREFLIGHT
 ROLE_TRAINER = "trainer"
 ROLE_PREFLIGHT = "preflight"
 
+# The owner of a ServiceAccount or a claim allows jobs to name it by this label.
+LABEL_USE = f"{GROUP}/use"
+USE_TRAINING = "training"  # on a ServiceAccount
+USE_INPUT = "input"  # on a claim: jobs may read it
+USE_OUTPUT = "output"  # on a claim: jobs may read it and write to it
+
 COMMON_LABELS = {
     "app.kubernetes.io/name": "finetune-trainer",
     "app.kubernetes.io/part-of": "finetune-operator",
@@ -109,6 +115,7 @@ SECRET_TRACKER_KEYS = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_URI",
     "WANDB_API_KEY",
     "WANDB_BASE_URL",
 )
@@ -146,6 +153,11 @@ def service_name(name: str) -> str:
     It isn't the job's own name, so that a job called `postgres` makes no Service `postgres`.
     """
     return f"{name}-ranks"
+
+
+def network_policy_name(name: str) -> str:
+    """Returns the name of the NetworkPolicy of a job's pods."""
+    return f"{name}-pods"
 
 
 def master_address(name: str, attempt: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from finetune_operator.servers import job_metrics, probes
 from finetune_operator.servers.connections import Limits, serve
 from finetune_operator.servers.metrics import Metrics
 from finetune_operator.servers.progress_server import ProgressServer
+from finetune_operator.servers.tls import Certificate
 from finetune_operator.settings import Identity, Settings
 
 log = logging.getLogger(__name__)
@@ -83,9 +85,14 @@ class App:
                 "metrics",
                 _METRICS,
             ),
-            await serve(progress_server.app(), settings.progress.port, "progress", Limits()),
+            await serve(progress_server.app(), settings.progress.port, "progress", Limits(), self._context()),
         )
         return [runner for runner in runners if runner]
+
+    def _context(self) -> ssl.SSLContext | None:
+        """Returns the TLS context of the progress server; None without TLS."""
+        progress = self._settings.progress
+        return Certificate(Path(progress.certificate)).context() if progress.certificate and progress.port else None
 
     async def _lead(self) -> bool:
         """Waits for the Lease. Returns whether it was acquired before a signal to stop."""

@@ -81,6 +81,11 @@ class PodSettings(Model):
         description="Trainer images that a job may name in pod.image: exact names, or prefixes that end with a slash, "
         "a colon or @.",
     )
+    app_armor_profile: Literal["", "RuntimeDefault"] = Field(
+        default="",
+        description="AppArmor profile of the pods. Empty means the runtime's own, where the node has AppArmor; with "
+        "RuntimeDefault, a node without AppArmor refuses the pods.",
+    )
     allowed_csi_drivers: tuple[str, ...] = Field(
         default=(), description="CSI drivers whose ephemeral volumes a job may name in pod.volumes."
     )

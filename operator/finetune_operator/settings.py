@@ -19,6 +19,7 @@ from finetune_api.base import Model
 from finetune_api.messages.run import AzureConfig, GcsConfig, S3Config
 from finetune_api.scalars import Quantity
 from finetune_operator.pod_settings import PodSettings
+from finetune_operator.tenant_settings import TenantSettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -44,6 +45,11 @@ class ProgressSettings(Model):
         description="Base URL that the pods post to, e.g. http://finetune-operator.finetune-system:8443. If empty, no "
         "progress is reported; training isn't affected.",
     )
+    certificate: str = Field(
+        default="",
+        description="Folder with tls.crt, tls.key and ca.crt. Empty means no TLS; url then begins with http://.",
+    )
+    server_name: str = Field(default="", description="Name in the certificate. Empty means the host of url.")
     port: Port = Field(
         default=names.OPERATOR_PROGRESS_PORT, description="Port that the operator listens on. 0 means off."
     )
@@ -90,6 +96,19 @@ class ModelSettings(Model):
     )
 
 
+class NetworkPolicySettings(Model):
+    """Configures the NetworkPolicy that each job gets for its pods."""
+
+    enabled: bool = True
+    metrics_from: tuple[dict[str, Any], ...] = Field(
+        default=(), description="Peers that may read the metrics of training pods, as in a NetworkPolicy."
+    )
+    egress: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        description="What pods may connect to besides each other, as in a NetworkPolicy. Empty means everything.",
+    )
+
+
 class LimitSettings(Model):
     """Limits the load that the operator puts on the API server."""
 
@@ -114,6 +133,8 @@ class Settings(Model):
     models: ModelSettings = Field(default_factory=ModelSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     pods: PodSettings = Field(default_factory=PodSettings)
+    tenants: TenantSettings = Field(default_factory=TenantSettings)
+    network_policies: NetworkPolicySettings = Field(default_factory=NetworkPolicySettings)
     metrics_port: Port = Field(default=names.OPERATOR_METRICS_PORT, description="0 means off.")
     probes_port: Port = Field(default=names.OPERATOR_PROBES_PORT, description="/livez and /readyz. 0 means off.")
     sweep_seconds: float = Field(default=300.0, gt=0, description="Seconds between two resyncs.")

@@ -138,7 +138,7 @@ def operator_as_its_service_account(control_plane: ControlPlane, folder: Path, h
     (config,) = of_kind(render(helm), "ConfigMap")
     settings = yaml.safe_load(config["data"]["config.yaml"])
     settings |= {"metricsPort": 0, "probesPort": 0}
-    settings["progress"] |= {"port": 0}
+    settings["progress"] |= {"port": 0, "certificate": ""}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "finetune_operator", "--config", str(folder / "config.yaml")]
     command += ["--kubeconfig", str(folder / "kubeconfig")]
@@ -216,10 +216,21 @@ def audited(log: Path, beginning: int) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["stage"] == "ResponseComplete" and entry["user"]["username"] == USER]
 
 
+def certificate(control_plane: ControlPlane) -> dict[str, str]:
+    """Return the data of the Secret with the operator's certificate."""
+    answer = control_plane.kubectl("-n", NAMESPACE, "get", "secret", f"{RELEASE}-progress-tls", "-ojson")
+    data: dict[str, str] = json.loads(answer)["data"]
+    return data
+
+
 def test_an_upgrade_keeps_jobs_and_an_uninstall_keeps_them_too(installed: ControlPlane, helm: str) -> None:
     job = changed(MINIMAL, ("metadata", {"name": "kept", "namespace": JOB_NAMESPACE}), ("runPolicy.suspend", True))
     installed.kubectl("apply", "-f", "-", stdin=json.dumps(job))
+    before = certificate(installed)
     helm_run(installed, helm, "upgrade", RELEASE, str(CHART), "--set", "replicaCount=1")
+    after = certificate(installed)
+    assert (after["ca.crt"], after["ca.key"]) == (before["ca.crt"], before["ca.key"]), "running pods know it"
+    assert after["tls.crt"] != before["tls.crt"]
     helm_run(installed, helm, "uninstall", RELEASE)
     assert "kept" in installed.kubectl("-n", JOB_NAMESPACE, "get", "ftj", "-o", "name")
     assert "No resources" in installed.kubectl("-n", NAMESPACE, "get", "deployments", check=False)

@@ -13,7 +13,15 @@ import yaml
 
 from chart.support.helm_rendering import CHART, EVERYTHING, NAMESPACE, of_kind, pod_specs, render, run
 from finetune_api import names
-from finetune_operator.settings import LeaderElectionSettings, ProgressSettings, Settings, parse
+from finetune_api.messages.run import AzureConfig, GcsConfig, S3Config
+from finetune_operator.settings import (
+    LeaderElectionSettings,
+    NetworkPolicySettings,
+    ProgressSettings,
+    Settings,
+    StorageSettings,
+    parse,
+)
 
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 
@@ -41,7 +49,8 @@ def test_the_operator_has_the_few_rights_that_it_needs(helm: str) -> None:
     ]
     rights = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
     assert {resource for resource, verb in rights if verb not in ("get", "list", "watch")} == {
-        "tokenreviews", "finetunejobs/status", "finetunejobs/finalizers", "jobs", "services", "events",
+        "tokenreviews", "finetunejobs/status", "finetunejobs/finalizers", "jobs", "services", "networkpolicies",
+        "events",
     }  # fmt: skip
     assert ("finetunejobs", "update") not in rights
     assert ("pods", "delete") not in rights
@@ -126,7 +135,15 @@ def test_the_default_values_are_the_operators_defaults(helm: str) -> None:
     assert settings == Settings(
         trainer_image="finetune-trainer:0.1.0",
         leader_election=LeaderElectionSettings(namespace=NAMESPACE, name="finetune-operator"),
-        progress=ProgressSettings(url=f"http://finetune-operator.{NAMESPACE}.svc:8443"),
+        progress=ProgressSettings(
+            url=f"https://finetune-operator.{NAMESPACE}.svc:8443", certificate="/etc/finetune/tls"
+        ),
+        storage=StorageSettings(
+            s3=S3Config(allowed_endpoints=()),
+            gcs=GcsConfig(allowed_endpoints=()),
+            azure=AzureConfig(allowed_endpoints=()),
+        ),
+        network_policies=NetworkPolicySettings(metrics_from=tuple(VALUES["networkPolicy"]["metricsFrom"])),
     )
 
 
@@ -137,9 +154,10 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "watchNamespaces": ["a", "b"],
         "leaderElection": {"leaseSeconds": 30, "renewSeconds": 20, "retrySeconds": 0.5},
         "progress": {"enabled": False, "intervalSeconds": 1.5, "writeEverySeconds": 60},
-        "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True},
-                    "gcs": {"endpoint": "http://gcs:4443", "allowHttp": True},
-                    "azure": {"account": "team", "endpoint": "http://azurite:10000/team", "allowHttp": True},
+        "storage": {"s3": {"endpoint": "http://s3:9000", "region": "eu", "allowHttp": True, "allowedEndpoints": ["*"]},
+                    "gcs": {"endpoint": "http://gcs:4443", "allowHttp": True, "allowedEndpoints": ["https://g"]},
+                    "azure": {"account": "team", "endpoint": "http://azurite:10000/team", "allowHttp": True,
+                              "allowedEndpoints": ["https://a"]},
                     "hub": {"endpoint": "https://hub"}},
         "models": {"allowedLicenses": ["apache-2.0", "mit"], "cache": {"claim": "models", "size": "10Gi"}},
         "limits": {"requestsPerSecond": 7.5, "burst": 9, "workers": 3},
@@ -150,9 +168,13 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
                  "caBundle": {"configMap": "ca", "key": "bundle.pem"}, "allowedImages": ["registry/trainers/"],
                  "allowedCsiDrivers": ["gcsfuse.csi.storage.gke.io"],
                  "networkProfiles": {"roce": {"resources": {"rdma/roce": 8}, "capabilities": ["IPC_LOCK"]}},
-                 "schedulerName": "s", "runtimeClassName": "r", "imagePullSecrets": ["pull"],
+                 "schedulerName": "s", "runtimeClassName": "r", "appArmorProfile": "RuntimeDefault",
+                 "imagePullSecrets": ["pull"],
                  "env": [{"name": "NCCL_IB_GID_INDEX", "value": "3"}]},
         "sweepSeconds": 60, "metricsRetentionSeconds": 1209600, "logLevel": "debug",
+        "tenants": {key: [f"{key}-*"] for key in VALUES["tenants"] if isinstance(VALUES["tenants"][key], list)}
+        | {"trackers": ["https://mlflow"]},
+        "networkPolicy": {"metricsFrom": None, "jobs": {"enabled": False, "egress": [{"ports": [{"port": 53}]}]}},
     }  # fmt: skip
     file = tmp_path / "values.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -165,7 +187,8 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
     assert settings.pods.preflight_node_selector == {"pool": "cpu"}
     assert settings.metrics_retention_seconds == 1_209_600
     read_back = settings.to_json()
-    for section in ("leaderElection", "storage", "models", "limits"):
+    assert read_back["networkPolicies"] == {"enabled": False, "metricsFrom": [], "egress": [{"ports": [{"port": 53}]}]}
+    for section in ("leaderElection", "storage", "models", "limits", "tenants"):
         assert read_back[section].items() >= values[section].items()
     for key in ("tolerations", "env"):
         assert read_back["pods"][key] == values["pods"][key]

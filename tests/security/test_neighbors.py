@@ -21,6 +21,7 @@ from finetune_api import names
 from finetune_api.messages.result import Result
 from k8s_operator.support.kubelet_stand_in import Raw, World
 from k8s_operator.support.operator_process import Operator
+from security.support.posts import pod_token, post
 
 pytestmark = pytest.mark.cluster
 
@@ -60,31 +61,6 @@ def _assert_served(world: World, operator: Operator, name: str) -> float:
     return seconds
 
 
-def _token(world: World, pod: Raw) -> str:
-    meta = pod["metadata"]
-    spec: Raw = {"audiences": [names.PROGRESS_AUDIENCE], "expirationSeconds": 600}
-    spec["boundObjectRef"] = {"kind": "Pod", "apiVersion": "v1", "name": meta["name"], "uid": meta["uid"]}
-    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-    answer = world.request("POST", world.path("serviceaccounts", "default") + "/token", request)
-    assert answer.accepted, answer.message
-    token: str = answer.body["status"]["token"]
-    return token
-
-
-def _post(operator: Operator, token: str, body: Any) -> int:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{operator.progress_port}{names.PROGRESS_PATH}",
-        json.dumps(body).encode(),
-        {"Authorization": f"Bearer {token}"},
-        method="POST",
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 def _unsigned_token(pod_uid: str, namespace: str) -> str:
     claims = {
         "aud": [names.PROGRESS_AUDIENCE], "exp": time.time() + 600,
@@ -101,8 +77,8 @@ def test_t1_a_character_above_uffff_in_any_text_is_shown_and_ends_nothing(world:
     message = world.wait(lambda: "😀" in (m := world.status("smile").get("message", "")) and m)
     assert not set("\x1b\u202e\u2028\r\n") & set(message)
     world.run_pod(pod)
-    code = _post(
-        operator, _token(world, pod), {"attempt": 1, "phase": "fetching", "message": "fetching train-😀.jsonl"}
+    code = post(
+        operator, pod_token(world, pod), {"attempt": 1, "phase": "fetching", "message": "fetching train-😀.jsonl"}
     )
     assert code == 200
     world.wait(lambda: "😀" in (world.status("smile").get("progress") or {}).get("message", ""))
@@ -203,12 +179,12 @@ def test_t6_t8_t18_a_compromised_trainer_reaches_only_its_own_figures(
     operator.start()
     world.submit("victim")
     (innocent,) = world.run_pods("victim-1")
-    assert _post(operator, _token(world, innocent), {"attempt": 1, "step": 3, "totalSteps": 9}) == 200
+    assert post(operator, pod_token(world, innocent), {"attempt": 1, "step": 3, "totalSteps": 9}) == 200
     world.submit("evil")
     (pod,) = world.run_pods("evil-1")
-    token = _token(world, pod)
-    for number, (code, post) in enumerate(_POSTS):
-        assert _post(operator, token, {"attempt": 1, "phase": f"p{number}"} | post) == code, post
+    token = pod_token(world, pod)
+    for number, (code, body) in enumerate(_POSTS):
+        assert post(operator, token, {"attempt": 1, "phase": f"p{number}"} | body) == code, body
         time.sleep(0.5)
     time.sleep(1.2)
     assert operator.samples("finetune_job_step", job="victim") == [3.0]
@@ -426,13 +402,13 @@ def test_p7_half_open_connections_are_limited_and_end(world: World, operator: Op
 def test_p5_a_stolen_token_is_of_no_use_at_another_address(world: World, operator: Operator) -> None:
     world.submit("robbed")
     (pod,) = world.run_pods("robbed-1")
-    token = _token(world, pod)
+    token = pod_token(world, pod)
     addresses = {"podIP": "10.244.7.7", "podIPs": [{"ip": "10.244.7.7"}]}
     assert world.patch("pods", pod["metadata"]["name"], {"status": addresses}, "status").accepted
     time.sleep(1)
     host = _own_address()
     if host is None:
-        assert _post(operator, token, {"attempt": 1}) == 200
+        assert post(operator, token, {"attempt": 1}) == 200
         return
     body = json.dumps({"attempt": 1}).encode()
     with socket.create_connection((host, operator.progress_port), timeout=10) as connection:

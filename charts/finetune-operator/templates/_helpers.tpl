@@ -37,6 +37,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{/* The Secret with the certificate by which pods recognize the operator. */}}
+{{- define "finetune-operator.tlsSecret" -}}
+{{- default (printf "%s-progress-tls" (include "finetune-operator.fullname" .)) .Values.progress.tls.secretName }}
+{{- end }}
+
 {{/* An image's full name. Takes [image values, default tag]. */}}
 {{- define "finetune-operator.image" -}}
 {{- $image := index . 0 }}
@@ -81,6 +86,20 @@ tolerations:
 - apiGroups: [""]
   resources: [services]
   verbs: [get, create]
+{{- if .Values.networkPolicy.jobs.enabled }}
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, create]
+{{- end }}
+{{- $owned := list }}
+{{- if not (has "*" .Values.tenants.serviceAccounts) }}{{ $owned = append $owned "serviceaccounts" }}{{ end }}
+{{- if not (has "*" .Values.tenants.claims) }}{{ $owned = append $owned "persistentvolumeclaims" }}{{ end }}
+{{- if $owned }}
+# Their label says whether jobs may name them.
+- apiGroups: [""]
+  resources: {{ $owned | toJson }}
+  verbs: [get]
+{{- end }}
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create, patch]

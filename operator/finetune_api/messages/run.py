@@ -151,6 +151,11 @@ class TrackingConfig(Model):
     mlflow: MlflowConfig | None = None
     tensorboard: bool = False
     wandb: WandbConfig | None = None
+    servers: tuple[str, ...] | None = Field(
+        default=None,
+        description="Servers that the administrator allows. Empty means any, which gets the keys of a Secret only if "
+        "the Secret names it; None means any.",
+    )
 
 
 class ProgressConfig(Model):
@@ -159,6 +164,16 @@ class ProgressConfig(Model):
     url: str
     token_path: str
     interval_seconds: float = 5.0
+    authority: str = Field(
+        default="", description="Certificates, in PEM, that the operator's is signed by. Empty means no TLS."
+    )
+    server_name: str = Field(default="", description="Name in the operator's certificate. Empty means the URL's host.")
+
+
+Endpoints = Annotated[
+    tuple[str, ...] | None,
+    Field(description="Servers that a Secret may name instead. Empty means any with a public address; None means any."),
+]
 
 
 class S3Config(Model):
@@ -169,6 +184,7 @@ class S3Config(Model):
         default="", description="Empty means AWS_REGION or AWS_DEFAULT_REGION of the pod, else us-east-1."
     )
     allow_http: bool = False
+    allowed_endpoints: Endpoints = None
 
 
 class GcsConfig(Model):
@@ -176,6 +192,7 @@ class GcsConfig(Model):
 
     endpoint: str | None = Field(default=None, description="URL. Empty means Google's.")
     allow_http: bool = False
+    allowed_endpoints: Endpoints = None
 
 
 class AzureConfig(Model):
@@ -184,6 +201,7 @@ class AzureConfig(Model):
     account: str = Field(default="", description="Name of the storage account, if a Secret names none.")
     endpoint: str | None = Field(default=None, description="URL. Empty means that of the account in Azure.")
     allow_http: bool = False
+    allowed_endpoints: Endpoints = None
 
 
 class Provenance(Model):

@@ -21,7 +21,8 @@ class SecretRef(Model):
         "service account), GOOGLE_BASE_URL; for az:// AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY, "
         "AZURE_STORAGE_SAS_TOKEN or AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, "
         "AZURE_STORAGE_ENDPOINT, AZURE_AUTHORITY_HOST; spec.tracking lists those of the trackers. With an identity of "
-        "the pod, a Secret may have just the place: AWS_REGION, AWS_ENDPOINT_URL or AZURE_STORAGE_ACCOUNT."
+        "the pod, a Secret may have just the place: AWS_REGION, AWS_ENDPOINT_URL or AZURE_STORAGE_ACCOUNT. The "
+        "administrator can restrict names (tenants.secrets) and endpoints (allowedEndpoints)."
     )
 
 

@@ -157,23 +157,34 @@ class PodSpec(Model):
         description="Whether two pods of an attempt may share a node, between which NCCL uses the network. auto is "
         "required if a pod requests all GPUs of a node (the chart's pods.gpusPerNode), else preferred.",
     )
-    node_selector: _Labels = Field(default_factory=dict, description="Labels that a node must have.")
+    node_selector: _Labels = Field(
+        default_factory=dict,
+        description="Labels that a node must have, if the administrator allows their keys (tenants.nodeLabelKeys). "
+        "Those of the chart's pods.nodeSelector apply as well, and win.",
+    )
     tolerations: Annotated[tuple[TolerationSpec, ...], Field(max_length=16)] = Field(
-        default=(), description="Taints that the pods tolerate."
+        default=(),
+        description="Taints that the pods tolerate, if the administrator allows their keys (tenants.tolerationKeys).",
     )
     service_account_name: s.ObjectName = Field(
         default="",
         description="ServiceAccount of the pods, for a cloud's workload identity. Its API token is never mounted. "
-        "Empty means the namespace's default ServiceAccount.",
+        "Empty means the namespace's default ServiceAccount. Another one needs the label finetune-operator.io/use: "
+        "training, or a place in the chart's tenants.serviceAccounts.",
     )
     scheduler_name: s.ObjectName = Field(
         default="", description="Scheduler of the training pods. Empty means the chart's pods.schedulerName."
     )
-    priority_class_name: s.ObjectName = Field(default="", description="PriorityClass of the pods.")
+    priority_class_name: s.ObjectName = Field(
+        default="", description="PriorityClass of the pods, if the administrator allows it (tenants.priorityClasses)."
+    )
     labels: _Labels = Field(
         default_factory=dict, description="Labels added to the pods; those of the operator can't be replaced."
     )
-    annotations: _Annotations = Field(default_factory=dict, description="Annotations added to the pods.")
+    annotations: _Annotations = Field(
+        default_factory=dict,
+        description="Annotations added to the pods, if the administrator allows their keys (tenants.annotationKeys).",
+    )
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(max_length=8)] = Field(
         default=(), description="Secrets for pulling the trainer image."
     )

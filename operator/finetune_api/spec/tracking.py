@@ -29,7 +29,9 @@ class MlflowSpec(Model):
     )
     credentials_ref: SecretRef | None = Field(
         default=None,
-        description="Secret with MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+        description="Secret with MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and "
+        "with MLFLOW_TRACKING_URI, the server that gets them. Without that key, the administrator must list the server "
+        "(the chart's tenants.trackers).",
     )
 
 

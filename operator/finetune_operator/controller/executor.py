@@ -13,44 +13,32 @@ from typing import Any
 from finetune_api import names
 from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache
+from finetune_operator.controller.creator import Creator
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core import output
-from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
+from finetune_operator.core.actions import (
+    Action,
+    Blocked,
+    CreateAttempt,
+    CreatePreflight,
+    DeleteJob,
+    NameTaken,
+    OutOfDate,
+    ReleaseGroup,
+    ResumeGroup,
+    SpecRefused,
+)
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
-from finetune_operator.core.pods.offers import check_offered
 from finetune_operator.core.status import timestamp
-from finetune_operator.kube.client import AlreadyExists, Conflict, KubeClient, NotFound, Refused
+from finetune_operator.kube.client import Conflict, KubeClient, NotFound, Refused
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _GARBAGE_COLLECTION = {"foregroundDeletion", "orphan"}  # finalizers of Kubernetes itself
 _SINGLE_READS = 3  # of pods; more of them are listed
-_REFUSED_FOR_NOW = (401, 403, 408)
-
-
-class OutOfDate(Exception):
-    """Is raised if the cache was out of date.
-
-    It was refreshed, and the decision must be made again.
-    """
-
-
-class NameTaken(Exception):
-    """Is raised if an object of another owner has the name that a child needs."""
-
-
-class SpecRefused(Exception):
-    """Is raised if the API server rejects an object; only another spec can change that."""
-
-
-class Blocked(Exception):
-    """Is raised if the cluster can't accept an object yet.
-
-    The cause is a quota, a missing permission, or an earlier object that is still being deleted.
-    """
 
 
 class Executor:
@@ -60,6 +48,7 @@ class Executor:
         self._client = client
         self._cache = cache
         self._settings = settings
+        self._creator = Creator(client, cache, settings)
 
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
@@ -138,27 +127,31 @@ class Executor:
         except NotFound:
             log.warning("Service %s was deleted", name, extra={"namespace": meta.namespace, "job": meta.name})
             with contextlib.suppress(NameTaken, SpecRefused, Blocked, OutOfDate):
-                await self._create("services", manifests.service(observed.job), observed)
+                await self._creator.create("services", manifests.service(observed.job), observed)
         except Refused as error:
             log.warning("Service %s can't be read: %s", name, error)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
-        check_offered(observed.job, self._settings)
+        await self._creator.check_offered(observed)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
         run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
+        run = self._creator.with_authority(run)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
+        await self._creator.close_pods(observed, first=_is_new(observed))
         if run.world.nodes > 1:
-            await self._create("services", manifests.service(observed.job), observed)
+            await self._creator.create("services", manifests.service(observed.job), observed)
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
-        await self._create("jobs", manifest, observed)
+        await self._creator.create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
-        check_offered(observed.job, self._settings)
+        await self._creator.check_offered(observed)
         run = output.with_origin(plan(observed.job, self._settings), observed)
+        run = self._creator.with_authority(run)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
-        await self._create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)
+        await self._creator.close_pods(observed, first=_is_new(observed))
+        await self._creator.create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)
 
     async def _confirm(self, snapshot: JobSnapshot, with_children: bool) -> None:
         """Compares the snapshot with the API server, before anything irreversible.
@@ -195,50 +188,6 @@ class Executor:
         self._cache.drop_missing("jobs", missing)
         current = self._cache.snapshot(snapshot.key)
         return current is None or ownership.fingerprint(current) != ownership.fingerprint(snapshot)
-
-    async def _create(self, resource: str, manifest: Mapping[str, Any], observed: Observed) -> None:
-        meta = manifest["metadata"]
-        created: Mapping[str, Any]
-        try:
-            created = await self._client.create(resource, manifest)
-            log.info(
-                "created %s %s", manifest["kind"], meta["name"], extra={"job": meta["labels"][names.LABEL_JOB_NAME]}
-            )
-        except AlreadyExists:
-            created = await self._existing(resource, manifest, observed)
-        except NotFound as error:
-            raise OutOfDate from error
-        except Refused as error:
-            if error.code in _REFUSED_FOR_NOW:
-                raise Blocked(error.message) from error
-            raise SpecRefused(error.message) from error
-        if resource == "jobs":
-            self._cache.put_job(created)
-
-    async def _existing(self, resource: str, manifest: Mapping[str, Any], observed: Observed) -> Mapping[str, Any]:
-        """Returns the existing object of the same name if it is ours: we crashed after creating it.
-
-        Raises Blocked if it is being deleted, NameTaken if it belongs to another owner.
-        """
-        meta = manifest["metadata"]
-        kind_and_name = f"{manifest['kind']} {meta['name']}"
-        try:
-            existing = await self._client.get(resource, meta["namespace"], meta["name"])
-        except NotFound as error:
-            raise OutOfDate from error
-        owner = ownership.controller_of(existing)
-        if owner.get("uid") == observed.job.metadata.uid:
-            if "deletionTimestamp" in existing["metadata"]:
-                raise Blocked(f"{kind_and_name} is being deleted; it will be created again when it is gone")
-            return existing
-        if owner.get("kind") == names.KIND and owner.get("name") == observed.job.metadata.name:
-            raise Blocked(
-                f"{kind_and_name} of a deleted FineTuneJob of the same name still exists; waiting until it is gone"
-            )
-        belonging = f"belongs to {owner.get('kind')} {owner.get('name')}" if owner else "has no owner"
-        raise NameTaken(
-            f"{kind_and_name} already exists and {belonging}; rename the FineTuneJob or delete the {resource[:-1]}"
-        )
 
     async def _delete_job(self, observed: Observed, action: DeleteJob) -> None:
         namespace = observed.job.metadata.namespace

@@ -13,13 +13,13 @@ from typing import Any
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status, read
 from finetune_operator.controller.event_recorder import EventRecorder
-from finetune_operator.controller.executor import Blocked, Executor, NameTaken, OutOfDate, SpecRefused
+from finetune_operator.controller.executor import Executor
 from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_reader import SpecReader
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.core import decide, plan, reduced_status, status, verdict, write_policy
-from finetune_operator.core.actions import Decision, DesiredStatus
+from finetune_operator.core.actions import Blocked, Decision, DesiredStatus, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.plan import PlanError
 from finetune_operator.core.pods.digest import PodsDigests

@@ -1,6 +1,7 @@
-"""Defines what a decision consists of: actions, the desired status, and when to requeue.
+"""Defines what a decision consists of: actions, the desired status, and when to requeue; and how an
+action can fail.
 
-It contains values only and does no I/O.
+It contains values and exceptions only and does no I/O.
 """
 
 from __future__ import annotations
@@ -114,3 +115,25 @@ class Decision:
     def creates_pods(self) -> bool:
         """Whether one of the actions creates pods."""
         return any(isinstance(action, CreateAttempt | CreatePreflight) for action in self.actions)
+
+
+class OutOfDate(Exception):
+    """Is raised if the cache was out of date.
+
+    It was refreshed, and the decision must be made again.
+    """
+
+
+class NameTaken(Exception):
+    """Is raised if an object of another owner has the name that a child needs."""
+
+
+class SpecRefused(Exception):
+    """Is raised if the API server rejects an object; only another spec can change that."""
+
+
+class Blocked(Exception):
+    """Is raised if the cluster can't accept an object yet.
+
+    The cause is a quota, a missing permission, or an earlier object that is still being deleted.
+    """

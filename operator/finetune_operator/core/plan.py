@@ -85,7 +85,7 @@ def plan(
         hold_seconds=spec.output.hold_seconds,
         merge=spec.output.merge,
         evaluation=spec.evaluation,
-        tracking=_tracking(spec),
+        tracking=_tracking(spec, settings.tenants.trackers),
         progress=_progress(settings),
         s3=settings.storage.s3,
         gcs=settings.storage.gcs,
@@ -197,7 +197,7 @@ def _data(spec: Spec, created: str | None) -> DataConfig:
     )
 
 
-def _tracking(spec: Spec) -> TrackingConfig:
+def _tracking(spec: Spec, servers: tuple[str, ...]) -> TrackingConfig:
     mlflow, wandb = spec.tracking.mlflow, spec.tracking.wandb
     return TrackingConfig(
         mlflow=MlflowConfig(
@@ -217,6 +217,7 @@ def _tracking(spec: Spec) -> TrackingConfig:
         )
         if wandb
         else None,
+        servers=servers,
     )
 
 

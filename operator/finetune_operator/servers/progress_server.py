@@ -116,7 +116,8 @@ class ProgressServer:
         if holder is None:
             raise Refusal(503, "no replica is the leader at the moment; post again later")
         host = f"[{holder.pod_ip}]" if ":" in holder.pod_ip else holder.pod_ip
-        raise web.HTTPTemporaryRedirect(f"http://{host}:{self._settings.port}{names.PROGRESS_PATH}")
+        scheme = "https" if self._settings.certificate else "http"
+        raise web.HTTPTemporaryRedirect(f"{scheme}://{host}:{self._settings.port}{names.PROGRESS_PATH}")
 
     async def _caller(self, request: web.Request) -> Caller:
         """Returns the pod that a bearer token identifies.

@@ -35,7 +35,7 @@ def _settled(world: World, name: str) -> None:
         time.sleep(0.1)
 
 
-def test_a_jobs_life_costs_at_most_six_writes_and_an_idle_operator_writes_nothing(
+def test_a_jobs_life_costs_at_most_seven_writes_and_an_idle_operator_writes_nothing(
     world: World, crd: Any, operators: Operators
 ) -> None:
     operator = operators()
@@ -52,7 +52,8 @@ def test_a_jobs_life_costs_at_most_six_writes_and_an_idle_operator_writes_nothin
     writes = audit_writes(crd.audit_log, world.namespace)
     assert writes.count("create jobs") == 2
     assert writes.count("create services") == 1
-    assert len([write for write in writes if not write.endswith("events")]) <= 6, writes
+    assert writes.count("create networkpolicies") == 1
+    assert len([write for write in writes if not write.endswith("events")]) <= 7, writes
     assert writes.count("create events") == 2, writes  # Started and Succeeded
 
     world.submit("idle")

@@ -173,7 +173,7 @@ def test_settings_and_job_both_place_the_pods() -> None:
     pod = _pod(
         pod={"nodeSelector": {"zone": "a", "pool": "mine"}, "tolerations": [{"key": "spot", "operator": "Exists"}]}
     )
-    assert pod["nodeSelector"] == {"pool": "mine", "zone": "a"}
+    assert pod["nodeSelector"] == {"pool": "gpu", "zone": "a"}
     assert [t["key"] for t in pod["tolerations"]] == ["gpu", "spot"]
     assert pod["runtimeClassName"] == "nvidia"
     assert pod["terminationGracePeriodSeconds"] == 90

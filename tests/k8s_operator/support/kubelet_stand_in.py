@@ -69,6 +69,7 @@ class World:
         group = {
             "finetunejobs": f"/apis/{names.API_VERSION}",
             "jobs": "/apis/batch/v1",
+            "networkpolicies": "/apis/networking.k8s.io/v1",
             "leases": "/apis/coordination.k8s.io/v1",
         }.get(resource, "/api/v1")
         return f"{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")

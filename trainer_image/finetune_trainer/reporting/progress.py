@@ -18,6 +18,7 @@ from finetune_api.messages.run import ProgressConfig
 from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus, StragglerStatus
 from finetune_trainer.log import Log
 from finetune_trainer.reporting.gpus.watch import Gpus
+from finetune_trainer.reporting.operator_connection import connection
 from finetune_trainer.reporting.run_state import RunState, accuracy, loss, margin
 
 _MAX_REDIRECTS = 3
@@ -112,7 +113,7 @@ def post(config: ProgressConfig, progress: Progress, timeout: float = 5.0) -> Po
     url = config.url
     try:
         for _ in range(_MAX_REDIRECTS + 1):
-            status, location, answer = _post_once(url, body, headers, timeout)
+            status, location, answer = _post_once(config, url, body, headers, timeout)
             if status != 307 or not location:
                 return PostResult(status, signers=_signers(answer))
             url = urljoin(url, location)
@@ -129,20 +130,19 @@ def _signers(answer: bytes) -> tuple[str, ...]:
         return ()
 
 
-def _post_once(url: str, body: bytes, headers: dict[str, str], timeout: float) -> tuple[int, str | None, bytes]:
+def _post_once(
+    config: ProgressConfig, url: str, body: bytes, headers: dict[str, str], timeout: float
+) -> tuple[int, str | None, bytes]:
     """Returns the HTTP status, the Location header and the body."""
     parts = urlsplit(url)
-    if parts.hostname is None:
-        raise ValueError(f"{url!r} is not a URL")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=timeout)
+    to_operator = connection(config, parts, timeout)
     try:
-        connection.request("POST", parts.path or "/", body=body, headers=headers)
-        response = connection.getresponse()
+        to_operator.request("POST", parts.path or "/", body=body, headers=headers)
+        response = to_operator.getresponse()
         answer = response.read(65536)
         return response.status, response.getheader("Location"), answer
     finally:
-        connection.close()
+        to_operator.close()
 
 
 def _is_news(before: Progress, after: Progress) -> bool:

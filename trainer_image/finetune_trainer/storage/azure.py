@@ -46,7 +46,13 @@ def access_options(
     values = {key: secret[key] for key in SECRET_AZURE_KEYS if secret.get(key)} if secret else {}
     endpoint = chosen_endpoint(
         _ENDPOINT, values.get(_ENDPOINT), config.endpoint, environment.get(_ENDPOINT),
-        allow_http=config.allow_http, setting="Azure",
+        allow_http=config.allow_http,
+        allowed=config.allowed_endpoints, setting="Azure",
+    )  # fmt: skip
+    # A client secret goes there.
+    chosen_endpoint(
+        _AUTHORITY, values.get(_AUTHORITY), None, None,
+        allow_http=config.allow_http, allowed=config.allowed_endpoints, setting="Azure",
     )  # fmt: skip
     options: dict[str, Any] = {
         "account_name": _account(_first(values, _ACCOUNT) or config.account or _first(environment, _ACCOUNT)),

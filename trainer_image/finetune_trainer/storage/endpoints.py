@@ -1,10 +1,11 @@
-"""Decides which server an object store's client speaks to. The module is pure."""
+"""Decides which server an object store's client speaks to."""
 
 from __future__ import annotations
 
 from urllib.parse import urlsplit
 
 from finetune_trainer.errors import RunError
+from finetune_trainer.storage import allowed_endpoints
 
 
 def chosen_endpoint(
@@ -14,12 +15,13 @@ def chosen_endpoint(
     environment: str | None,
     *,
     allow_http: bool,
+    allowed: tuple[str, ...] | None,
     setting: str,
 ) -> str | None:
     """Returns the Secret's endpoint, else the administrator's, else the environment's.
 
     `variable` is the name that the Secret and the environment have for it, and `setting` the part
-    of the chart's values. Raises RunError(InvalidConfig) for an unencrypted endpoint that the
+    of the chart's values. Raises RunError(InvalidConfig) for an endpoint that the
     administrator doesn't allow.
     """
     endpoint = secret or configured or environment
@@ -30,6 +32,8 @@ def chosen_endpoint(
             f"{source} {endpoint} isn't encrypted, which the administrator doesn't allow "
             f"(storage.{setting.lower()}.allowHttp); use an https:// endpoint",
         )
+    if secret:
+        allowed_endpoints.check(secret, variable, configured, allowed, setting)
     return endpoint or None
 
 

@@ -43,7 +43,8 @@ def access_options(
     values = {key: secret[key] for key in SECRET_GOOGLE_KEYS if secret.get(key)} if secret else {}
     endpoint = chosen_endpoint(
         _ENDPOINT, values.get(_ENDPOINT), config.endpoint, environment.get(_ENDPOINT),
-        allow_http=config.allow_http, setting="GCS",
+        allow_http=config.allow_http,
+        allowed=config.allowed_endpoints, setting="GCS",
     )  # fmt: skip
     options: dict[str, Any] = {"client_options": {"allow_http": config.allow_http}}
     if endpoint:

@@ -35,7 +35,8 @@ def access_options(
     values = {key: secret[key] for key in SECRET_AWS_KEYS if secret.get(key)} if secret else {}
     endpoint = chosen_endpoint(
         "AWS_ENDPOINT_URL", values.get("AWS_ENDPOINT_URL"), config.endpoint, environment.get("AWS_ENDPOINT_URL"),
-        allow_http=config.allow_http, setting="S3",
+        allow_http=config.allow_http,
+        allowed=config.allowed_endpoints, setting="S3",
     )  # fmt: skip
     options: dict[str, Any] = {
         "region": values.get("AWS_REGION") or config.region or _region_of(environment),

@@ -39,7 +39,7 @@ def service(job: FineTuneJob) -> Manifest:
         "metadata": {
             "name": names.service_name(job.metadata.name),
             "namespace": job.metadata.namespace,
-            "labels": _object_labels(job),
+            "labels": object_labels(job),
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
@@ -156,14 +156,15 @@ def _pod_metadata(
     return {
         "labels": {**job.spec.pod.labels, **labels},
         "annotations": {
-            **(annotations or {}),
             **job.spec.pod.annotations,
+            **(annotations or {}),
             names.ANNOTATION_RUN_CONFIG: run.model_dump_json(by_alias=True, exclude_none=True),
         },
     }
 
 
-def _object_labels(job: FineTuneJob) -> dict[str, str]:
+def object_labels(job: FineTuneJob) -> dict[str, str]:
+    """Returns the labels of all children of a job."""
     return {
         **names.COMMON_LABELS,
         "app.kubernetes.io/instance": job.metadata.name,
@@ -173,4 +174,4 @@ def _object_labels(job: FineTuneJob) -> dict[str, str]:
 
 
 def _child_labels(job: FineTuneJob, role: str) -> dict[str, str]:
-    return {**_object_labels(job), names.LABEL_ROLE: role}
+    return {**object_labels(job), names.LABEL_ROLE: role}

@@ -60,6 +60,7 @@ def pod_spec(
                 "fsGroup": _USER_ID,
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
+                **_app_armor(settings),
             },
             "initContainers": [{**sidecar, "restartPolicy": "Always"} for sidecar in network.sidecars],
             "containers": [
@@ -85,6 +86,11 @@ def pod_spec(
             "volumes": [mount.volume() for mount in mounts],
         }
     )
+
+
+def _app_armor(settings: Settings) -> Manifest:
+    profile = settings.pods.app_armor_profile
+    return {"appArmorProfile": {"type": profile}} if profile else {}
 
 
 def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) -> list[Manifest]:

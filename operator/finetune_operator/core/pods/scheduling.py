@@ -43,7 +43,7 @@ def scheduling(
         "schedulerName": own.scheduler_name or pods.scheduler_name,
         "runtimeClassName": pods.runtime_class_name,
         "priorityClassName": own.priority_class_name,
-        "nodeSelector": {**pods.node_selector, **own.node_selector},
+        "nodeSelector": {**own.node_selector, **pods.node_selector},
         "affinity": _affinity(job, run, settings, avoided_nodes),
         "tolerations": _tolerations((*pods.tolerations, *own.tolerations)),
         "topologySpreadConstraints": _spread(job, run, settings),

@@ -9,6 +9,7 @@ from typing import Any
 from finetune_api import names
 from finetune_api.resource import FineTuneJob
 from finetune_api.spec.volumes import VolumeSpec, volume_name
+from finetune_operator.core.pods.offers import claim_of
 
 Manifest = dict[str, Any]
 
@@ -34,8 +35,8 @@ class Mount:
 
 def claims(job: FineTuneJob) -> tuple[Mount, ...]:
     """Returns the mounts of the PersistentVolumeClaims; only that of the output is writable."""
-    output_claim = _claim(job.spec.output.uri)
-    present = dict.fromkeys(claim for uri in _uris(job) if (claim := _claim(uri)))
+    output_claim = claim_of(job.spec.output.uri)
+    present = dict.fromkeys(claim for uri in _uris(job) if (claim := claim_of(uri)))
     return tuple(
         Mount(
             f"claim-{number}",
@@ -85,9 +86,3 @@ def _uris(job: FineTuneJob) -> tuple[str | None, ...]:
         dataset.test.uri if dataset.test else None,
         job.spec.output.uri,
     )
-
-
-def _claim(uri: str | None) -> str | None:
-    """Returns the claim that a pvc:// URI names; None for other URIs."""
-    scheme, _, rest = (uri or "").partition("://")
-    return rest.split("/", 1)[0] if scheme == "pvc" else None

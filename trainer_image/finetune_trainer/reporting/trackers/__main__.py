@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from finetune_api.messages import events, run
 from finetune_api.names import CHECKPOINT_HISTORY, SECRET_TRACKER_KEYS
 from finetune_trainer.paths import Paths
+from finetune_trainer.reporting.trackers import servers
 from finetune_trainer.reporting.trackers.worker import Ending, State, Subject, Tracker, Worker, WorkerContext
 
 
@@ -73,6 +74,7 @@ def _makers(config: run.TrackingConfig, subject: Subject) -> dict[str, Callable[
             """Creates the tracker of MLflow."""
             from finetune_trainer.reporting.trackers.mlflow_tracker import Mlflow
 
+            servers.check_mlflow(config, os.environ)
             return Mlflow(mlflow, subject)
 
         makers["mlflow"] = make_mlflow
@@ -83,6 +85,7 @@ def _makers(config: run.TrackingConfig, subject: Subject) -> dict[str, Callable[
             """Creates the tracker of Weights & Biases."""
             from finetune_trainer.reporting.trackers.wandb_tracker import Wandb
 
+            servers.check_wandb(config, os.environ)
             return Wandb(wandb, subject)
 
         makers["wandb"] = make_wandb
@@ -101,7 +104,7 @@ def _load_keys(config: run.TrackingConfig) -> tuple[str, ...]:
             file = Path(tracker.credentials) / key
             if file.is_file():
                 os.environ[key] = file.read_text().strip()
-    keys = [key for key in SECRET_TRACKER_KEYS if not key.endswith(("USERNAME", "URL"))]
+    keys = [key for key in SECRET_TRACKER_KEYS if not key.endswith(("USERNAME", "URL", "URI"))]
     return tuple(value for key in keys if (value := os.environ.get(key)))
 
 
