@@ -115,10 +115,14 @@ def test_a_result_counts_after_its_pod_is_gone_unless_a_file_was_exchanged(setup
 
 def test_an_exchanged_checkpoint_is_skipped_for_one_that_a_pod_has_signed(setup: JobSetup) -> None:
     behavior = {"steps": 6, "checkpoint_every": 2, "at_step": 5, "then": "exit", "attempt": 1}
+    hold = {"hold": str(setup.folder / "go"), "hold_at": 2}  # until the first checkpoint is stored
     with replica() as operator:
         progress = supervisor_process.progress_config(operator.url, setup.folder / "token", 0.05)
         job = setup.with_changes(signers=(), progress=progress)
-        first = supervisor_process.supervise(job.run(), setup.folder, behavior=behavior)
+        running = supervisor_process.start(job.run(), setup.folder, behavior={**behavior, **hold})
+        supervisor_process.wait_until(lambda: (setup.output / "checkpoints/step-2/manifest.json").exists(), 60)
+        (setup.folder / "go").touch()
+        first = running.wait()
         assert first.last.checkpoint is not None, first.output
         assert first.last.checkpoint.step == 4
         manifest = json.loads((setup.output / "checkpoints/step-4/manifest.json").read_text())
