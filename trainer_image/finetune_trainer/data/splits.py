@@ -143,7 +143,7 @@ def hold_out(digests: NDArray[np.uint8], validation: float | None, test: float |
         if fraction is not None and (not chosen.any() or (low | high).all()):
             raise RunError(
                 "DatasetInvalid",
-                f"dataset.{name}.fraction is {fraction}: {len(digests)} rows can't be split; give more rows or "
+                f"dataset.{name}.fraction is {fraction}: {len(digests)} row{'' if len(digests) == 1 else 's'} can't be split; give more rows or "
                 f"{name}.uri",
             )
     return HeldOut(
