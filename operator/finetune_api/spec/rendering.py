@@ -50,3 +50,8 @@ class RenderingSpec(Model):
         description="What happens to rows whose texts contain control tokens such as <|im_end|>, which look like the "
         "border of a turn: keep counts them, and refuse makes the row unusable (see onInvalid).",
     )
+
+    def of_job(self, created: str | None) -> RenderingSpec:
+        """Returns the same with a date: by default the day on which the job was created, as a
+        timestamp."""
+        return self.model_copy(update={"date": self.date or (created[:10] if created else None)})

@@ -163,9 +163,7 @@ def _check_shared_memory(spec: Spec, pod: PodAmounts) -> None:
 
 def _data(spec: Spec, created: str | None) -> DataConfig:
     dataset = spec.dataset
-    date = dataset.rendering.date or (created[:10] if created else None)
-    credentials = _credentials("dataset", dataset.credentials_ref)
-    validation, test = dataset.validation, dataset.test
+    validation, test, credentials = dataset.validation, dataset.test, _credentials("dataset", dataset.credentials_ref)
     # Rows may have messages next to their pairs of answers. The objective decides which are read.
     detected: DataFormat = "preference" if spec.training.objective == "dpo" else "auto"
     sources = tuple(
@@ -189,7 +187,7 @@ def _data(spec: Spec, created: str | None) -> DataConfig:
         labels=dataset.labels,
         min_label_probability=dataset.min_label_probability,
         chat_template=dataset.chat_template,
-        rendering=dataset.rendering.model_copy(update={"date": date}),
+        rendering=dataset.rendering.of_job(created),
         max_sequence_length=dataset.max_sequence_length,
         packing=dataset.packing,
         shared_prefix=dataset.shared_prefix,

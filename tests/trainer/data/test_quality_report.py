@@ -145,7 +145,7 @@ def test_equal_rows_stay_together_and_a_split_is_never_empty() -> None:
     assert parts.validation is not None
     assert len(set(range(50)) & set(parts.validation.tolist())) in (0, 50)
     assert len(splits.hold_out(_digests(["a", "b"]), 0.01, None).validation) == 1  # type: ignore[arg-type]
-    with pytest.raises(RunError, match=r"1 rows can't be split; give more rows or validation\.uri"):
+    with pytest.raises(RunError, match=r"1 row can't be split; give more rows or validation\.uri"):
         splits.hold_out(_digests(["a"]), 0.1, None)
 
 

@@ -70,7 +70,7 @@ def test_a_mixture_is_checked_file_by_file_and_its_rows_are_reported_by_file(row
     run, paths, _, facts = _fetched(tmp_path, train=sources[0].location, sources=sources)
     assert facts["train"].uri == "pvc://claim/*.jsonl*, pvc://claim/deep/c.csv"
     with pytest.raises(
-        RunError, match=r"dataset\.sources: 1 rows can't be used: sources\[0\]/a\.jsonl row 2: isn't JSON"
+        RunError, match=r"dataset\.sources: 1 row can't be used: sources\[0\]/a\.jsonl row 2: isn't JSON"
     ):
         preflight.check_rows(run, paths, lambda _: None)
     dropping = run.model_copy(update={"data": run.data.model_copy(update={"on_invalid": "drop"})})

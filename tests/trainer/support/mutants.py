@@ -62,7 +62,7 @@ ALL = (
     ),
     _one(
         5, "any template is accepted", "data/rendering/answers.py",
-        "    if full.startswith(before):", "    if full:",
+        "    if full.startswith(before):\n", "    if True:\n",
         f"{_RENDER}test_a_template_whose_prompt_isnt_a_prefix_of_the_chat_is_rejected",
     ),
     _one(

@@ -141,10 +141,10 @@ def hold_out(digests: NDArray[np.uint8], validation: float | None, test: float |
         low &= ~high
     for fraction, chosen, name in ((validation, high, "validation"), (test, low, "test")):
         if fraction is not None and (not chosen.any() or (low | high).all()):
+            rows = "1 row" if len(digests) == 1 else f"{len(digests)} rows"
             raise RunError(
                 "DatasetInvalid",
-                f"dataset.{name}.fraction is {fraction}: {len(digests)} rows can't be split; give more rows or "
-                f"{name}.uri",
+                f"dataset.{name}.fraction is {fraction}: {rows} can't be split; give more rows or {name}.uri",
             )
     return HeldOut(
         np.flatnonzero(~(low | high)),
