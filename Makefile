@@ -77,6 +77,10 @@ generate: venv ## Write crds/, the chart's copy and docs/reference.md from finet
 sizing: venv ## Write docs/sizing.md from the memory estimate
 	$(PY) -m sizing
 
+.PHONY: templates
+templates: venv ## Write docs/templates.md from the trainer's own rendering
+	$(PY) -m templates
+
 .PHONY: matrix
 matrix: venv ## Run every family x method x strategy with small models, and write docs/families.md (minutes; resumes if interrupted)
 	PYTHONPATH=operator:trainer_image:hack:tests $(PY) -m trainer.support.family_matrix

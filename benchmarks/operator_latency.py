@@ -51,6 +51,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Watches until the server ends the watch."""
         connection = self._server._connection
+        connection.timeout = None  # nothing may happen for a while
         connection.request("GET", f"{self._path}?watch=1&timeoutSeconds=3600")
         for line in connection.getresponse():
             event = json.loads(line)

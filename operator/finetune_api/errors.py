@@ -5,11 +5,14 @@ It returns text and does no I/O.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 
+from finetune_api.base import Model
 from finetune_api.scalars import PATTERN_MESSAGES
 
 MAX_SHOWN_CHARACTERS = 80
@@ -36,7 +39,20 @@ def _problem(detail: Mapping[str, Any]) -> str:
     """Returns what is wrong with a value, in plain words where pydantic's own are technical."""
     if detail["type"] == "string_pattern_mismatch":
         return PATTERN_MESSAGES.get(detail["ctx"]["pattern"], str(detail["msg"]))
-    return _PLAIN_MESSAGES.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
+    plain = _PLAIN_MESSAGES.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
+    similar = _similar_field(str(detail["loc"][-1])) if detail["type"] == "extra_forbidden" else ""
+    return f"{plain} (did you mean {similar}?)" if similar else plain
+
+
+def _similar_field(name: str) -> str:
+    """Returns the field of any model that is spelled most like `name`; empty if none is."""
+    names = {to_camel(field) for model in _models(Model) for field in model.model_fields}
+    return next(iter(difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.75)), "")
+
+
+def _models(model: type[Model]) -> list[type[Model]]:
+    children = model.__subclasses__()
+    return [*children, *(inner for child in children for inner in _models(child))]
 
 
 def path(loc: tuple[int | str, ...]) -> str:

@@ -236,8 +236,8 @@ class Status(LenientModel):
     )
     message: u.Line = Field(
         default="",
-        description="One sentence: what the job is waiting for, or how it ended. At most 110 characters; the message "
-        "of the condition that is True, or else that of Reconciling, has all of it.",
+        description="One sentence: what the job is waiting for, what the trainer is doing, or how the job ended. At "
+        "most 110 characters; of what it waits for and how it ended, a condition has all of it.",
     )
     conditions: Annotated[tuple[Condition, ...], u.at_most(16)] = Field(
         default=(), description="Complete, Failed, Suspended, Reconciling, Stalled, CheckpointsStored."

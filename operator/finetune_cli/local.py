@@ -31,11 +31,13 @@ from finetune_operator.settings import Settings
 
 @dataclass(frozen=True)
 class Machine:
-    """Describes the resources of this machine. `free_port` is a TCP port that nothing uses."""
+    """Describes the resources of this machine. `free_port` is a TCP port that nothing uses, and
+    `today` is the date as YYYY-MM-DD."""
 
     cores: int
     gpus: int
     free_port: int
+    today: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
             "train": train,
             "sources": sources,
             "test": test,
+            "rendering": planned.data.rendering.model_copy(
+                update={"date": planned.data.rendering.date or machine.today}
+            ),
             "test_fraction": None if overrides.test else planned.data.test_fraction,
             "validation": validation,
             "validation_fraction": None if overrides.validation else planned.data.validation_fraction,

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,7 +172,8 @@ def _machine() -> Machine:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    return Machine(cores=len(os.sched_getaffinity(0)), gpus=len(Gpus().sample()), free_port=port)
+    today = datetime.now(UTC).date().isoformat()
+    return Machine(cores=len(os.sched_getaffinity(0)), gpus=len(Gpus().sample()), free_port=port, today=today)
 
 
 def _cache_folder() -> Path:

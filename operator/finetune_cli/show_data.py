@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -62,7 +63,8 @@ def show(job: FineTuneJob, options: argparse.Namespace) -> int:
     Raises CannotRead, RunError for rows that can't be read, or a model or method that the run would
     refuse, PlanError for a spec that can't be run, or ModuleNotFoundError if a package is missing.
     """
-    run = plan(job, Settings())
+    planned = plan(job, Settings())
+    run = planned.model_copy(update={"data": _dated(planned.data)})
     config, model = run.data, Path(options.model) if options.model else None
     inputs = _files_of_splits(config, options)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
@@ -72,7 +74,8 @@ def show(job: FineTuneJob, options: argparse.Namespace) -> int:
         dropped = sum(split.dropped - split.unlabelled for split in report.splits)
         if dropped and config.on_invalid == "fail":
             if options.output == "text":
-                print(f"refused: {dropped} rows can't be used; fix them, or set dataset.onInvalid: drop")
+                subject = "1 row" if dropped == 1 else f"{dropped} rows"
+                print(f"refused: {subject} can't be used; fix them, or set dataset.onInvalid: drop")
             return 1
         prepared.check_objective(run.training.objective)
         if model is not None:
@@ -107,6 +110,12 @@ def _print(report: DataReport, options: argparse.Namespace) -> None:
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n".join(quality_report_text.lines(report, width=width)))
+
+
+def _dated(config: DataConfig) -> DataConfig:
+    """Returns the configuration with today's date, as a job would have that was created now."""
+    date = config.rendering.date or datetime.now(UTC).date().isoformat()
+    return config.model_copy(update={"rendering": config.rendering.model_copy(update={"date": date})})
 
 
 def _files_of_splits(config: DataConfig, options: argparse.Namespace) -> dict[SplitName, tuple[InputFile, ...]]:

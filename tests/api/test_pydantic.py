@@ -131,11 +131,15 @@ def test_a_refusal_shows_the_value() -> None:
         (("model.uri", "org/model"), "spec.model.uri: must be hf://owner/name, s3://bucket/prefix, gs://bucket/prefix, "
          "az://container/prefix, pvc://claim/path or volume://name/path, without spaces, ? or # (got 'org/model')"),
         (("color", "red"), "spec.color: is not a field of this version; check the spelling"),
+        (("training.learning_rate", 1e-4), "spec.training.learning_rate: is not a field of this version; check the "
+         "spelling (did you mean learningRate?)"),
+        (("dataset.maxSeqLength", 9), "spec.dataset.maxSeqLength: is not a field of this version; check the "
+         "spelling (did you mean maxSequenceLength?)"),
         (("output", ABSENT), "spec.output: is required"),
         (("resources.cpu", "four"), "spec.resources.cpu: must be auto, or a quantity such as 16, 500m or 128Gi "
          "(got 'four')"),
     ],
-    ids=["pattern", "unknown", "missing", "quantity"],
+    ids=["pattern", "unknown", "snake case", "a similar name", "missing", "quantity"],
 )  # fmt: skip
 def test_a_refusal_describes_the_expected_value(change: tuple[str, Any], line: str) -> None:
     with pytest.raises(ValidationError) as refusal:

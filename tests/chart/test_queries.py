@@ -170,6 +170,11 @@ FIRES: dict[str, dict[str, str]] = {
         f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
     },
     "FineTuneJobWaitsLong": {f'finetune_job_phase{{{JOB}, phase="Pending"}}': "1x90"},
+    "FineTuneJobNodeSilent": {f'finetune_job_reason{{{JOB}, reason="NodeSilent"}}': "1x90"},
+    "FineTuneJobStalled": {
+        f'finetune_job_status_condition{{{JOB}, condition="Stalled"}}': "1x90",
+        f'finetune_job_status_condition{{{JOB}, condition="Failed"}}': "0x90",
+    },
     "FineTuneOperatorDown": {},
     "FineTuneOperatorNoLeader": {'finetune_operator_leader{pod="a"}': "0x90"},
     "FineTuneOperatorSlow": {'finetune_operator_event_loop_lag_seconds{pod="a"}': "3x90"},

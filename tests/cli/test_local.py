@@ -41,6 +41,15 @@ def test_paths_replace_uris_and_the_default_output_is_in_this_folder() -> None:
     assert config.output.display == "/home/user/quickstart-output"
 
 
+def test_the_date_of_a_template_is_that_of_the_job_or_of_today() -> None:
+    today = Machine(cores=2, gpus=0, free_port=1, today="2026-11-30")
+    created = job().model_copy(update={"metadata": job().metadata.model_copy(
+        update={"creation_timestamp": "2026-11-28T23:59:59Z"})})  # fmt: skip
+    dated = job(dataset={"uri": "s3://data/train.jsonl", "rendering": {"date": "2026-01-31"}}, evaluation={})
+    dates = [planned(spec, machine=today).config.data.rendering.date for spec in (job(), created, dated)]
+    assert dates == ["2026-11-30", "2026-11-28", "2026-01-31"]
+
+
 @pytest.mark.parametrize("end", ["", "/"])
 def test_a_folder_of_rows_may_replace_a_uri(end: str, tmp_path: Path) -> None:
     config = planned(job(), Overrides(dataset=f"{tmp_path}{end}", model=f"{tmp_path}{end}")).config

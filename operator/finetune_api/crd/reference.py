@@ -214,6 +214,21 @@ _TOPICS = (
             "or more dropout.",
         ),
     ),
+    (
+        "DataWarning",
+        (
+            "This is not a failure but an Event, a warning of the data report and of `status.data`. It counts what of "
+            "the rows isn't trained on, or not as it may be meant, and names the first row.",
+            "KeysNotRead: nothing reads a key; map it in `dataset.columns`, or remove it. TemplateOmits: the chat "
+            "template leaves a part out; set `dataset.chatTemplate` to one that writes it. AnswersApart: answers are "
+            "examples of their own, which costs time; `dataset.rendering.answers: last` trains on the last one only. "
+            "AnswersNotTrained: raise `dataset.maxSequenceLength`.",
+            "ControlTokens and RenderedTwice: texts look like the border of a turn; remove the tokens, set "
+            "`dataset.rendering.controlTokens: refuse`, or `dataset.chatTemplate: none` if the rows were rendered "
+            "already. Blanks: `dataset.rendering.whitespace: strip`. EmptyAnswers and TurnsCut: look at these rows. "
+            "TemplateVaries: the template writes a date or picks at random; `dataset.rendering.date` sets the date.",
+        ),
+    ),
 )
 
 

@@ -42,7 +42,7 @@ class FileReport(LenientModel):
 
     name: str
     source: str = Field(default="", description="The URI in the spec that the file belongs to.")
-    container: Literal["jsonl", "json", "csv", "parquet"]
+    container: Literal["jsonl", "json", "csv", "parquet", "arrow"]
     compression: str = Field(default="", description="gzip, zstd, bz2, xz, or empty.")
     format: str = Field(default="", description="Format of its rows; empty if no row could be read.")
     rows: int = Field(description="Usable rows.")
@@ -51,9 +51,12 @@ class FileReport(LenientModel):
 
 
 class Finding(LenientModel):
-    """Counts something that rows have and that isn't trained on."""
+    """Counts something that rows have and that isn't trained on, or not as it may be meant."""
 
-    reason: str = Field(description="KeysNotRead, TemplateOmits or AnswersNotTrained.")
+    reason: str = Field(
+        description="KeysNotRead, TemplateOmits, AnswersNotTrained, AnswersApart, EmptyAnswers, TurnsCut, Blanks, "
+        "ControlTokens or RenderedTwice."
+    )
     subject: str = Field(description="A key, messages[].key for a key of turns, or a part such as tool results.")
     count: int
     row: int = Field(description="The first row that has it.")
@@ -167,8 +170,8 @@ class DataWarning(LenientModel):
     """Points out what a person should look at; it never fails a job."""
 
     reason: str = Field(
-        description="FewExamples, HeldOutFiles, AnswersNotTrained, TemplateOmits, KeysNotRead, Leaks, NearLeaks, "
-        "Duplicates, NearDuplicates, Truncated, RowsDropped or Unlabelled."
+        description="FewExamples, HeldOutFiles, TemplateVaries, a reason of Finding, Leaks, NearLeaks, Duplicates, "
+        "NearDuplicates, Truncated, RowsDropped or Unlabelled."
     )
     message: str
 
@@ -178,10 +181,12 @@ class Piece(LenientModel):
 
     text: str
     learnt: bool
+    side: Literal["", "chosen", "rejected"] = Field(default="", description="Of a preference pair: which answer.")
 
 
 class RenderedSample(LenientModel):
-    """Shows a row as the model sees it; the concatenated pieces are its text."""
+    """Shows a row as the model sees it; the concatenated pieces are its text, of which a long row
+    has only the parts near what is trained on."""
 
     split: SplitName
     row: int
@@ -199,6 +204,7 @@ class Template(LenientModel):
     choice: str
     reason: str
     checks: tuple[str, ...] = ()
+    date: str = Field(default="", description="The day that the chat template writes as today's, as YYYY-MM-DD.")
 
 
 class DataReport(LenientModel):

@@ -22,6 +22,7 @@ from finetune_api.resource import (
 )
 from finetune_api.spec.data import DataFormat
 from finetune_api.spec.hardware import Offload, StrategyOption
+from finetune_api.spec.rendering import RenderingSpec
 
 
 class Location(Model):
@@ -89,6 +90,9 @@ class DataConfig(Model):
     labels: tuple[str, ...] = ()
     min_label_probability: float = 0.0
     chat_template: str | None = None
+    rendering: RenderingSpec = Field(
+        default_factory=RenderingSpec, description="With the date of the job; without one, that of the clock."
+    )
     max_sequence_length: int = 2048
     packing: bool = True
     shared_prefix: Literal["auto", "off"] = "auto"

@@ -9,6 +9,7 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 from finetune_api.spec.inputs import SecretRef
+from finetune_api.spec.rendering import RenderingSpec
 from finetune_api.spec.rules import clean_uri, fraction_or_uri
 
 DataFormat = Literal[
@@ -135,9 +136,12 @@ class DatasetSpec(Model):
     chat_template: str | None = Field(
         default=None, min_length=1, max_length=32768,
         description="Chat template (Jinja) to use instead of the tokenizer's: its text, or the name of a .jinja file "
-        "in the model's folder. It is checked before the run and written with the result. Empty means the "
-        "tokenizer's own.",
+        "in the model's folder. It is checked before the run and written with the result. none trains on prompts and "
+        "completions as they are, for rows that were rendered already. Empty means the tokenizer's own.",
     )  # fmt: skip
+    rendering: RenderingSpec = Field(
+        default_factory=RenderingSpec, description="What of a row is trained on, where users want different things."
+    )
     validation: ValidationSpec | None = Field(default=None, description="Held-out rows for the validation loss.")
     test: TestSpec | None = Field(default=None, description="Held-out rows, measured before and after training.")
     max_sequence_length: int = Field(
@@ -168,10 +172,10 @@ class DatasetSpec(Model):
         Rule("labels", f"must have at most {_LABEL_CHARACTERS} characters in all",
              f"self.labels.join('').size() <= {_LABEL_CHARACTERS}",
              lambda m: sum(map(len, m.labels)) <= _LABEL_CHARACTERS),
-        Rule("chatTemplate", "must be the text of a Jinja template, or the name of a .jinja file",
-             "!has(self.chatTemplate) || self.chatTemplate.contains('{')"
+        Rule("chatTemplate", "must be the text of a Jinja template, the name of a .jinja file, or none",
+             "!has(self.chatTemplate) || self.chatTemplate == 'none' || self.chatTemplate.contains('{')"
              " || self.chatTemplate.matches('^[A-Za-z0-9][A-Za-z0-9._-]*[.]jinja$')",
-             lambda m: m.chat_template is None or "{" in m.chat_template
+             lambda m: m.chat_template in (None, "none") or "{" in m.chat_template
              or s.is_file_name(m.chat_template, ".jinja")),
     )  # fmt: skip
 

@@ -121,7 +121,9 @@ class ResourcesSpec(Model):
     """Specifies the resources of one pod; requests and limits are the same."""
 
     gpu: GpuSpec | None = Field(
-        default=None, description="Request one GPU of this kind per process. Empty means training on the CPU."
+        default=None,
+        description="Request one GPU of this kind per process. Empty means training on the CPU. Only its name can be "
+        "changed; it can't be added or removed.",
     )
     cpu: s.AutoQuantity = Field(
         default="auto",

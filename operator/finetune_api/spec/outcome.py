@@ -152,7 +152,7 @@ class RunPolicySpec(Model):
     queue_name: s.QueueName = Field(
         default="",
         description="LocalQueue of Kueue that admits the training pods, all of them at once. The preflight pod, which "
-        "needs no GPU, isn't queued. Empty means none.",
+        "needs no GPU, isn't queued. Empty means none. It can be changed only if the job was suspended before.",
     )
     scheduling_timeout_seconds: int = Field(
         default=600, ge=0, le=86400,

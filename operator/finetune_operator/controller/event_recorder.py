@@ -22,7 +22,7 @@ from finetune_operator.core import restart_policy
 from finetune_operator.core.actions import CHECKING, NODE_SILENT
 from finetune_operator.core.status import MAX_MESSAGE_CHARACTERS, timestamp
 from finetune_operator.core.verdict import STARTING
-from finetune_operator.kube.client import ApiError, KubeClient, NotFound
+from finetune_operator.kube.client import ApiError, KubeClient, NotFound, Refused
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class EventRecorder:
             change = {"count": series.count + 1, "lastTimestamp": now, "message": message}
             try:
                 await self._client.patch("events", meta.namespace, series.name, change)
-            except NotFound:
+            except (NotFound, Refused):  # the Event has expired, or the chart is older and doesn't allow this
                 del posted[reason]
             else:
                 posted[reason] = _Series(series.name, series.count + 1, series.since)

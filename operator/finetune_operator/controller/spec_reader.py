@@ -27,6 +27,7 @@ from finetune_operator.kube.client import ApiError, KubeClient
 log = logging.getLogger(__name__)
 
 _SCHEMA_SECONDS = 60.0  # for which a schema is used again
+_RETRY_SECONDS = 5.0  # for one that is older than the CRD
 
 Location = tuple[int | str, ...]
 
@@ -61,11 +62,14 @@ class SpecReader:
             if not locations:
                 return Reading(None, problem="; ".join(errors.describe(error)))
         known = _without(body, locations)
-        unknown = await self._changed(body, locations)
+        schema = await self._schema_with(locations)
+        unknown = tuple(errors.path(location) for location in locations if not _is_default(body, schema, location))
         try:
             job = self._specs.job(key, known, unknown)
         except ValidationError as error:
             return Reading(None, problem="; ".join(errors.describe(error)))
+        if any(_part(schema, location) is None for location in locations):
+            self._specs.forget(key)  # the schema isn't published yet, so the next reading may differ
         ignored = [path for location in locations if (path := errors.path(location)) not in unknown]
         if ignored:
             log.warning(
@@ -78,17 +82,11 @@ class SpecReader:
         """Removes the spec of a job that is gone."""
         self._specs.forget(key)
 
-    async def _changed(self, body: Mapping[str, Any], locations: tuple[Location, ...]) -> tuple[str, ...]:
-        """Returns the paths of those locations whose values aren't the defaults of the CRD."""
-        schema = await self._current_schema()
-        if any(_part(schema, location) is None for location in locations):
-            self._schema_time = float("-inf")  # the CRD is newer than the schema
-            schema = await self._current_schema()
-        return tuple(errors.path(location) for location in locations if not _is_default(body, schema, location))
-
-    async def _current_schema(self) -> Mapping[str, Any]:
-        """Returns the schema of FineTuneJob that the API server publishes; empty if it doesn't."""
-        if time.monotonic() - self._schema_time < _SCHEMA_SECONDS:
+    async def _schema_with(self, locations: tuple[Location, ...]) -> Mapping[str, Any]:
+        """Returns the schema of FineTuneJob that the API server publishes, which should have fields
+        at these locations; empty if it can't be read."""
+        is_complete = all(_part(self._schema, location) is not None for location in locations)
+        if time.monotonic() - self._schema_time < (_SCHEMA_SECONDS if is_complete else _RETRY_SECONDS):
             return self._schema
         try:
             document = await self._client.schemas(names.API_VERSION)

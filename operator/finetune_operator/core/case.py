@@ -98,14 +98,16 @@ def delete(attempt: Attempt, *, wait: bool) -> DeleteJob:
 def is_outdated(attempt: Attempt | None, observed: Observed) -> bool:
     """Whether pods that haven't started were made from a spec or settings that have changed since.
 
-    The Job of an older version has no digest, so its image is compared.
+    A Job that waits in a queue would lose its place, so only a change of the spec counts there. The
+    Job of an older version has no digest, so its image is compared.
     """
     if attempt is None or attempt.job.deleting or any(pod.started or not pod.is_live for pod in attempt.pods):
         return False
     job = attempt.job
     if job.pods_digest and observed.pods_digest:
-        return job.pods_digest != observed.pods_digest
-    return bool(job.image and observed.image) and job.image != observed.image
+        parts = slice(0, 1) if job.suspended else slice(None)
+        return job.pods_digest.split(".")[parts] != observed.pods_digest.split(".")[parts]
+    return bool(job.image and observed.image) and job.image != observed.image and not job.suspended
 
 
 def seconds_to_deadline(case: Case) -> float | None:

@@ -115,6 +115,10 @@ def _before_first_attempt(case: Case) -> Decision:
     if preflight.state == "failed" and case.own_deed == RETRYING:
         desired = case.desired("Pending", CHECKING, _RESUMES[RETRYING], RETRYING)
         return Decision(desired, (delete(check, wait=False),))
+    if preflight.state == "failed" and any(pod.lost for pod in check.pods):
+        message = f"the check is repeated, because its node is lost: {preflight.message}"
+        actions = () if check.job.deleting else (delete(check, wait=False),)
+        return Decision(case.desired("Pending", CHECKING, message), actions)
     if preflight.state == "failed":
         return Decision(stopping.failed(case, preflight, preflight.reason))
     if preflight.state == "queued":

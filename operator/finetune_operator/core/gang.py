@@ -74,8 +74,8 @@ def _released(attempt: Attempt, now: datetime) -> Step:
         return Step("the pods are being created again", ResumeGroup(job.name, job.uid, job.resource_version), None)
     times = "once" if job.releases == 1 else f"{job.releases} times"
     message = (
-        f"only a part of {job.expected_pods} pods got nodes, which they have given back {times}; the next try starts "
-        f"at {_clock(now, wait)}. Free nodes, or use runPolicy.queueName"
+        f"the next try starts at {_clock(now, wait)}: only a part of {job.expected_pods} pods got nodes, which they "
+        f"have given back {times}. Free nodes, or use runPolicy.queueName"
     )
     return Step(message, None, wait)
 

@@ -73,7 +73,7 @@ def plan(
             operator_licenses=settings.models.allowed_licenses,
             quantization=spec.model.quantization,
         ),
-        data=_data(spec),
+        data=_data(spec, job.metadata.creation_timestamp),
         method=spec.method.type,
         lora=spec.method.lora,
         full=spec.method.full,
@@ -161,8 +161,9 @@ def _check_shared_memory(spec: Spec, pod: PodAmounts) -> None:
         )
 
 
-def _data(spec: Spec) -> DataConfig:
+def _data(spec: Spec, created: str | None) -> DataConfig:
     dataset = spec.dataset
+    date = dataset.rendering.date or (created[:10] if created else None)
     credentials = _credentials("dataset", dataset.credentials_ref)
     validation, test = dataset.validation, dataset.test
     # Rows may have messages next to their pairs of answers. The objective decides which are read.
@@ -188,6 +189,7 @@ def _data(spec: Spec) -> DataConfig:
         labels=dataset.labels,
         min_label_probability=dataset.min_label_probability,
         chat_template=dataset.chat_template,
+        rendering=dataset.rendering.model_copy(update={"date": date}),
         max_sequence_length=dataset.max_sequence_length,
         packing=dataset.packing,
         shared_prefix=dataset.shared_prefix,

@@ -65,7 +65,7 @@ def _status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status
         observed_generation=observed.job.metadata.generation,
         phase=desired.phase,
         reason=_reason(desired),
-        message=u.shortened(desired.message, MAX_MESSAGE_CHARACTERS),
+        message=u.shortened(_message(desired, report), MAX_MESSAGE_CHARACTERS),
         conditions=conditions(before, observed.job.metadata.generation, desired, time),
         start_time=before.start_time or _start_time(observed, desired, time),
         completion_time=(before.completion_time or time) if desired.is_terminal else None,
@@ -84,6 +84,13 @@ def _status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )
+
+
+def _message(desired: DesiredStatus, report: Report | None) -> str:
+    """Returns what a person should read: while all is well, what the trainer is doing."""
+    if desired.phase == "Running" and desired.reason == "Running" and report:
+        return report.progress.message or report.progress.phase
+    return desired.message
 
 
 def _reason(desired: DesiredStatus) -> str:

@@ -101,8 +101,17 @@ def _suspension_reason(status: Status) -> str:
 
 def _without_progress(status: Status) -> Status:
     """Returns a status without all that a progress report changes."""
+    message = "" if status.phase == "Running" else status.message  # else a condition has it as well
     return status.model_copy(
-        update={"progress": None, "checkpoint": None, "evaluation": None, "model": None, "data": None, "signers": ()}
+        update={
+            "message": message,
+            "progress": None,
+            "checkpoint": None,
+            "evaluation": None,
+            "model": None,
+            "data": None,
+            "signers": (),
+        }
     )
 
 

@@ -113,6 +113,9 @@ class _Families:
         info = [*_JOB, "method", "base_model", "strategy"]
         self._info = gauge("finetune_job_info", "Method, base model and strategy of the job; always 1.", labels=info)
         self._phase = gauge("finetune_job_phase", "1 for the phase that the job is in.", labels=[*_JOB, "phase"])
+        self._reason = gauge(
+            "finetune_job_reason", "1 for why the job waits, was last restarted, or failed.", labels=[*_JOB, "reason"]
+        )
         self._trainer_phase = gauge(
             "finetune_job_trainer_phase",
             "1 for what the trainer does: fetching, loading, training, evaluating and so on.",
@@ -152,6 +155,8 @@ class _Families:
         job = [str(meta["namespace"]), str(meta["name"])]
         self._info.add_metric([*job, *_description(body)], 1)
         self._phase.add_metric([*job, status.phase], 1)
+        if status.reason:
+            self._reason.add_metric([*job, status.reason], 1)
         for condition in (c for c in status.conditions if c.type in _CONDITIONS):
             self._condition.add_metric([*job, condition.type], float(condition.status == "True"))
         for cause in ("application", "memory", "infrastructure", "preemption"):

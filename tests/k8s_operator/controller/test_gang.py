@@ -87,7 +87,7 @@ def test_two_groups_that_hold_a_part_of_the_nodes_each_both_finish(
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline and not all(world.status(job).get("completionTime") for job in _JOBS):
             cluster.play()
-            messages |= {world.status(job).get("message", "") for job in _JOBS}
+            messages |= {world.message(job) for job in _JOBS}
             time.sleep(0.2)
         statuses = [world.status(job) for job in _JOBS]
         assert [status["phase"] for status in statuses] == ["Succeeded", "Succeeded"]

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.status import Restarts
-from finetune_operator.controller import reconcile
+from finetune_operator.controller import reconcile, spec_reader
 from finetune_operator.controller.reconcile import Reconciler
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.workqueue import WorkQueue
@@ -42,11 +42,12 @@ class _Cluster:
         self.body = body
         self.jobs = list(jobs)
         self.created: list[str] = []
+        self.schema: dict[str, Any] = _SCHEMA
         self.reads = 0
 
     async def schemas(self, api_version: str) -> dict[str, Any]:
         self.reads += 1
-        return {"io.finetune": _SCHEMA}
+        return {"io.finetune": self.schema}
 
     async def get(self, resource: str, namespace: str, name: str) -> dict[str, Any]:
         if resource == names.PLURAL:
@@ -189,6 +190,23 @@ async def test_the_operator_that_knows_the_field_continues_where_the_other_one_s
     assert cluster.condition("Stalled") == ("False", "Healthy")
     infrastructure = 1 if life == "waiting for its next attempt" else 0
     assert Restarts.model_validate(cluster.status["restarts"]) == Restarts(infrastructure=infrastructure)
+
+
+async def test_a_schema_that_is_published_late_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "_UPGRADE_SECONDS", 0.0)
+    monkeypatch.setattr(spec_reader, "_RETRY_SECONDS", 0.0)
+    cluster = _Cluster(_body({}, {"training": {"sharpness": 0}}))
+    cluster.schema = {}
+    state = ControllerState(WorkQueue())
+    state.cache.put_body(cluster.body)
+    settings = Settings.model_validate({"trainerImage": "example.test/trainer:1"})
+    reconciler = Reconciler(cluster, state, settings, _Silent())  # type: ignore[arg-type]
+    await reconciler.reconcile(_KEY)
+    assert cluster.created == []
+    assert cluster.condition("Stalled")[0] == "True"
+    cluster.schema = _SCHEMA
+    await reconciler.reconcile(_KEY)
+    assert cluster.created == ["modern-1"]
 
 
 async def test_a_stalled_job_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:

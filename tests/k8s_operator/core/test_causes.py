@@ -14,6 +14,7 @@ from finetune_operator.core import parsing
 from finetune_operator.core.actions import CreateAttempt, CreatePreflight, Decision, DeleteJob, DesiredStatus
 from finetune_operator.core.decide import blocked, decide
 from finetune_operator.core.objects import Attempt, Observed
+from finetune_operator.core.reduced_status import refused
 from finetune_operator.core.status import status, timestamp
 from finetune_operator.core.verdict import verdict
 from k8s_operator.support.observed_states import (
@@ -187,6 +188,27 @@ def test_pods_that_have_not_started_follow_the_spec_and_the_chart(
     if is_replaced:
         gone = replace(_written(observed, decision), attempts=())
         assert decide(gone, NOW).actions == (CreateAttempt(2, Restarts()),)
+
+
+def test_a_job_in_a_queue_keeps_its_place_when_only_the_chart_changes() -> None:
+    attempt = an_attempt(1, suspended=True, pods_digest="spec.chart")
+    observed = an_observation(a_job(_status("Queued")), attempt, pods_digest="spec.other")
+    assert decide(observed, NOW).actions == ()
+    changed = decide(replace(observed, pods_digest="other.chart"), NOW)
+    assert [a.name for a in changed.actions if isinstance(a, DeleteJob)] == ["train-1"]
+
+
+def test_a_check_on_a_lost_node_is_repeated() -> None:
+    check = a_check(a_pod(0, node="node-a", silent_since=_ago(301)))
+    decision = decide(an_observation(a_job(resources={"gpu": {}}), preflight=check), NOW)
+    assert _desired(decision).phase == "Pending"
+    assert [a.name for a in decision.actions if isinstance(a, DeleteJob)] == ["train-check"]
+
+
+def test_a_reduced_status_still_knows_which_retry_has_had_its_effect() -> None:
+    full = _status("Failed", retry=2, paused_seconds=30)
+    less = refused(full, "413 too large")
+    assert (less.retry, less.paused_seconds) == (2, 30)
 
 
 def test_pods_of_an_older_version_follow_the_image_only() -> None:

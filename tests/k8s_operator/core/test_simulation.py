@@ -101,6 +101,8 @@ class Cluster:
             self.now += timedelta(minutes=10)
         elif event in ("suspend", "resume"):
             self._suspend(event == "suspend")
+        elif event == "retry":
+            self._change_policy({"retry": self.job.spec.run_policy.retry + 1})
         elif event == "orphaned_pods end":
             self.orphaned_pods = ()
         elif attempt is None:
@@ -123,7 +125,10 @@ class Cluster:
         self._control_jobs()
 
     def _suspend(self, value: bool) -> None:
-        policy = self.job.spec.run_policy.model_copy(update={"suspend": value})
+        self._change_policy({"suspend": value})
+
+    def _change_policy(self, change: dict[str, object]) -> None:
+        policy = self.job.spec.run_policy.model_copy(update=change)
         spec = self.job.spec.model_copy(update={"run_policy": policy})
         metadata = self.job.metadata.model_copy(update={"generation": self.job.metadata.generation + 1})
         self.job = self.job.model_copy(update={"spec": spec, "metadata": metadata})
@@ -156,6 +161,9 @@ _EVENTS = (
     "start", "start", "leave", "OutOfMemory", "TrainingError", "RankKilled", "PeerLost", "job deleted",
     "orphaned_pods end", "suspend", "resume", "time", "finish",
 )  # fmt: skip
+_RETRIES = st.sampled_from(
+    ("start", "start", "DatasetInvalid", "TrainingError", "retry", "time", "stop", "suspend", "resume")
+)
 _OWN_DEEDS = st.sampled_from(("start", "stop", "suspend", "resume", "time"))
 _STEP = st.tuples(st.sampled_from(_EVENTS), st.integers(min_value=0, max_value=4))
 
@@ -198,3 +206,32 @@ def test_no_order_of_suspensions_and_crashes_counts_as_a_failure(steps: list[tup
         cluster.happen(event)
         assert cluster.job.status.restarts == Restarts()
         assert cluster.job.status.phase not in TERMINAL_PHASES
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(_RETRIES, st.integers(min_value=0, max_value=4)), max_size=40))
+def test_a_failed_job_is_tried_again_once_for_each_retry_and_can_still_succeed(steps: list[tuple[str, int]]) -> None:
+    cluster = Cluster()
+    failures = 0
+    for event, writes in steps:
+        before = cluster.job.status.phase
+        cluster.reconcile(writes)
+        failures += before != "Failed" and cluster.job.status.phase == "Failed"
+        cluster.happen(event)
+        assert failures <= 1 + cluster.job.spec.run_policy.retry
+        assert cluster.job.status.retry <= cluster.job.spec.run_policy.retry
+    cluster.happen("resume")
+    _settle(cluster)
+    assert cluster.job.status.phase in TERMINAL_PHASES
+    cluster.happen("retry")  # which has an effect only on a job that has failed
+    _settle(cluster)
+    assert cluster.job.status.phase == "Succeeded"
+    assert cluster.job.status.failure is None
+
+
+def _settle(cluster: Cluster) -> None:
+    """Let time pass in which nothing goes wrong."""
+    for event in ("stop", "start", "time", "finish") * 6:
+        cluster.reconcile(9)
+        cluster.happen(event)
+    cluster.reconcile(9)

@@ -35,7 +35,7 @@ from finetune_operator.core.write_policy import (
     SETTLE_SECONDS,
     seconds_until_due,
 )
-from finetune_operator.kube.client import NotFound
+from finetune_operator.kube.client import ApiError, NotFound, Refused
 from k8s_operator.support.observed_states import (
     BEFORE,
     NOW,
@@ -242,6 +242,18 @@ def test_news_of_the_trainer_does_not_wait(change: dict[str, Any], age: int, due
     assert seconds_until_due(before, after, 0.0, 30, NOW + timedelta(seconds=age)) == due
 
 
+def test_a_running_job_says_what_the_trainer_does_and_that_is_progress() -> None:
+    def doing(message: str) -> Status:
+        report = _report(phase="fetching", message=message)
+        return _status_of(an_observation(a_job(), an_attempt(1, a_pod()), report=report))
+
+    first, second = doing("fetching the first file"), doing("fetching the second file")
+    assert (first.message, second.message) == ("fetching the first file", "fetching the second file")
+    assert [c.message for c in first.conditions if c.type == "Reconciling"] == ["1 pod of train-1 is running"]
+    fresh = [each.model_copy(update={"start_time": timestamp(NOW)}) for each in (first, second)]
+    assert seconds_until_due(*fresh, 0.0, 30, NOW + timedelta(seconds=4)) == 6.0
+
+
 def test_evaluating_and_training_in_turn_is_no_news() -> None:
     progress = ProgressStatus(attempt=1, phase="training", step=5, update_time=timestamp(NOW))
     before = Status(phase="Running", start_time=timestamp(NOW), progress=progress)
@@ -303,6 +315,7 @@ class _Events:
 
     def __init__(self) -> None:
         self.stored: dict[str, dict[str, Any]] = {}
+        self.refusal: ApiError | None = None
 
     async def create(self, resource: str, event: dict[str, Any]) -> dict[str, Any]:
         name = f"event-{len(self.stored)}"
@@ -310,10 +323,21 @@ class _Events:
         return self.stored[name]
 
     async def patch(self, resource: str, namespace: str, name: str, change: dict[str, Any]) -> dict[str, Any]:
-        if name not in self.stored:
-            raise NotFound(404, "NotFound", name)
+        if self.refusal:
+            raise self.refusal
         self.stored[name] |= change
         return self.stored[name]
+
+
+@pytest.mark.parametrize("refusal", [NotFound(404, "NotFound", "gone"), Refused(403, "Forbidden", "no right")])
+async def test_an_event_that_cannot_be_counted_up_is_created_again(refusal: ApiError) -> None:
+    client = _Events()
+    recorder = EventRecorder(client, "pod")  # type: ignore[arg-type]
+    before, after = Status(phase="Running"), Status(phase="Suspended")
+    await recorder.record(a_job(), before, after, NOW)
+    client.refusal = refusal
+    await recorder.record(a_job(), before, after, NOW)
+    assert [event["count"] for event in client.stored.values()] == [1, 1]
 
 
 async def test_what_happens_repeatedly_is_one_event_with_a_count() -> None:
@@ -329,10 +353,6 @@ async def test_what_happens_repeatedly_is_one_event_with_a_count() -> None:
     (event,) = client.stored.values()
     assert (event["type"], event["reason"], event["count"]) == ("Normal", "CheckpointStored", 3)
     assert event["message"] == "the checkpoint after step 30 is stored"
-    client.stored.clear()  # the API server forgets Events after an hour
-    await recorder.record(a_job(), at(30), at(40), NOW)
-    (event,) = client.stored.values()
-    assert event["count"] == 1
 
 
 def test_a_change_of_a_finished_jobs_spec_is_acknowledged_and_changes_nothing_else() -> None:

@@ -67,7 +67,7 @@ def test_duplicates_leaks_cuts_and_dropped_rows_are_reported_by_number(models: d
     (leak,) = report.leaks
     assert (leak.first, leak.second, leak.rows, leak.prompts, leak.examples) == ("train", "test", 1, 2, ((1, 1),))
     reasons = {warning.reason for warning in report.warnings}
-    assert reasons == {"FewExamples", "Leaks", "Duplicates", "Truncated", "RowsDropped"}
+    assert reasons == {"FewExamples", "Leaks", "Duplicates", "Truncated", "RowsDropped", "Blanks"}
     status = quality_report.summary(report)
     assert (status.rows, status.test_rows, status.dropped, status.duplicates, status.leaks) == (4, 2, 1, 1, 1)
     text = "\n".join(quality_report_text.lines(report))
@@ -168,7 +168,7 @@ def test_each_file_of_a_mixture_is_read_with_its_own_columns(models: dict[str, P
         InputFile(tmp_path / "b.jsonl", "b.jsonl"),
     )
     renderer = Renderer.load(models["llama"], 64)
-    with pytest.raises(RunError, match=r"1 row can't be used: b\.jsonl row 2: text isn't a string"):
+    with pytest.raises(RunError, match=r"1 row can't be used: b\.jsonl row 2: text is 7, which isn't text"):
         preparation.prepare(files, ReadOptions("dataset.sources", renderer, "fail"))
     cache = token_cache.build(tmp_path / "c", "k", files, ReadOptions("dataset.sources", renderer, "drop"))
     parts = splits.split_rows({"train": RowStatistics.of_tokens(cache)}, None, None)

@@ -37,7 +37,9 @@ def test_messages_become_their_turns() -> None:
 def test_blank_lines_count_as_lines_but_arent_rows() -> None:
     read = _read("", _PAIR, "  ", {"prompt": "x"})
     assert read.rows[0].number == 2
-    assert read.problems == (Problem(4, "completion is missing"),)
+    assert read.problems == (
+        Problem(4, "completion is missing (it has prompt); map one in dataset.columns.completion"),
+    )
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_accepted() -> None:
@@ -60,8 +62,8 @@ _BAD: list[tuple[str, Any, str]] = [
     ("no completion", {"prompt": "a"}, "completion is missing"),
     ("no prompt", {"completion": "a"}, "prompt is missing"),
     ("empty completion", {"prompt": "a", "completion": " \n"}, "completion is empty"),
-    ("number", {"prompt": "a", "completion": 3}, "completion isn't a string"),
-    ("null", {"prompt": None, "completion": "a"}, "prompt isn't a string"),
+    ("object", {"prompt": "a", "completion": {"b": 3}}, "completion is {'b': 3}, which isn't text"),
+    ("null", {"prompt": None, "completion": "a"}, "prompt is missing (it has completion)"),
     (
         "surrogate",
         '{"prompt": "a", "completion": "\\ud800"}',
@@ -70,8 +72,8 @@ _BAD: list[tuple[str, Any, str]] = [
 ]
 _BAD_CHATS: list[tuple[str, Any, str]] = [
     ("no messages", {"prompt": "a"}, "messages is missing"),
-    ("not a list", {"messages": "a"}, "messages isn't a list with at least one turn"),
-    ("empty", {"messages": []}, "messages isn't a list with at least one turn"),
+    ("not a list", {"messages": "a"}, "messages is 'a', a text that isn't JSON"),
+    ("empty", {"messages": []}, "messages is []; it must be a list with at least one turn"),
     ("role", {"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role is 'bot'"),
     ("turn", {"messages": ["hi"]}, "messages[0] isn't an object"),
     ("content", {"messages": [{"role": "user"}]}, "messages[0].content is missing"),
@@ -95,7 +97,7 @@ def test_a_row_that_cant_be_used_is_reported_by_number_and_field(good: Any, valu
 
 def test_a_line_that_isnt_utf8_is_reported() -> None:
     (problem,) = rows.parse([b'{"prompt": "\xff"}']).problems
-    assert problem.message == "isn't UTF-8 (byte 12)"
+    assert problem.message.startswith("isn't UTF-8 (byte 12); it looks like WINDOWS-1252: save it as UTF-8")
 
 
 def test_a_file_of_an_unknown_format_is_reported_with_its_keys() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_api.spec.rendering import RenderingSpec
 from finetune_trainer.data.reading import rows
-from finetune_trainer.data.reading.row import Row
+from finetune_trainer.data.reading.row import Problem, Row
 
 _USER = {"role": "user", "content": "sky?"}
 _BLUE = {"role": "assistant", "content": "blue"}
@@ -160,3 +162,51 @@ def test_a_mark_that_says_neither_yes_nor_no_is_refused() -> None:
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0.5}]}
     ).problems
     assert "conversations[1].weight is 0.5; it must be 0 (not trained on) or 1" in problem.message
+
+
+_THINKING = {"role": "assistant", "content": "<think>hm</think>\nblue", "reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize(
+    ("rendering", "turns", "expected", "lost"),
+    [
+        pytest.param({}, [_USER, _BLUE, _USER], None, [], id="ends with a question"),
+        pytest.param({"open_turns": "cut"}, [_USER, _BLUE, _USER], "ua", [("TurnsCut", 1)], id="cut at the end"),
+        pytest.param({}, [_GREEN, _USER, _BLUE], None, [], id="begins with an answer"),
+        pytest.param({"open_turns": "cut"}, [_GREEN, _USER, _BLUE], "ua", [("TurnsCut", 1)], id="a greeting is cut"),
+        pytest.param(
+            {"open_turns": "cut"}, [_SYSTEM, _GREEN, _USER, _BLUE, _USER], "sua", [("TurnsCut", 2)], id="both"
+        ),
+        pytest.param({"open_turns": "cut"}, [_USER], None, [], id="no answer"),
+        pytest.param({}, [_USER, {**_GREEN, "content": " "}, _USER, _BLUE], "uaua", [("EmptyAnswers", 1)], id="empty"),
+        pytest.param({"reasoning": "remove"}, [_USER, _THINKING], "ua", [], id="without reasoning"),
+        pytest.param({"whitespace": "strip"}, [_USER, {**_BLUE, "content": " blue\n"}], "ua", [], id="stripped"),
+    ],
+)
+def test_turns_are_adjusted_as_the_job_says_and_counted(
+    rendering: dict[str, str], turns: list[Any], expected: str | None, lost: list[tuple[str, int]]
+) -> None:
+    file = rows.InputFile(Path(), rendering=RenderingSpec.model_validate(rendering))
+    (row,) = rows.Stream([(1, {"messages": turns})], file)
+    if expected is None:
+        assert isinstance(row, Problem)
+        assert "dataset.rendering.openTurns" in row.message
+        return
+    assert isinstance(row, Row)
+    assert "".join(turn.role[0] for turn in row.turns) == expected
+    assert row.turns[-1].content == "blue"
+    assert row.turns[-1].more == ""
+    assert [(reason, count) for reason, _, count in row.unread] == lost
+
+
+def test_keys_of_labeling_exports_that_nothing_reads_are_named() -> None:
+    task = {
+        "data": {"text": "sky?", "author": "A"},
+        "annotations": [{"result": [
+            {"from_name": "answer", "to_name": "text", "value": {"text": ["blue"]}},
+            {"from_name": "mood", "to_name": "text", "value": {"choices": ["glad"]}}]}],
+    }  # fmt: skip
+    (row,) = _read(task).rows
+    assert [subject for _, subject, _ in row.unread] == ["annotations.mood", "data.author"]
+    (row,) = _read({"text": "sky?", "label": "blue", "annotator_note": "x"}, format="snorkel").rows
+    assert [subject for _, subject, _ in row.unread] == ["annotator_note"]

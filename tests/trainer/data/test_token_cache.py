@@ -108,7 +108,7 @@ def test_rejected_rows_leave_no_partial_cache(models: dict[str, Path], tmp_path:
     renderer = Renderer.load(models["gpt2"], 64)
     partial = tmp_path / "c" / "k.1.tmp"
     partial.mkdir(parents=True)
-    with pytest.raises(RunError, match="row 2: text isn't a string"):
+    with pytest.raises(RunError, match="row 2: text is 7, which isn't text"):
         token_cache.build(tmp_path / "c", "k", path, ReadOptions("dataset.uri", renderer, "fail"))
     assert list((tmp_path / "c").iterdir()) == []
 

@@ -43,8 +43,8 @@ class Remote:
     def with_changes(self, **changes: object) -> Remote:
         return Remote(self.setup.with_changes(**changes), self.store, self.keys, self.prefix)
 
-    def failed(self, command: str = "preflight") -> tuple[int, str, str]:
-        ended = supervisor_process.supervise(self.setup.run(), self.setup.folder, command=command)
+    def failed(self) -> tuple[int, str, str]:
+        ended = supervisor_process.supervise(self.setup.run(), self.setup.folder)
         return ended.code, ended.last.reason, ended.last.message
 
 

@@ -189,3 +189,27 @@ def test_every_operation_on_a_store_that_doesnt_answer_is_tried_again_and_then_u
             assert relay.refused - before >= 3, operation
         relay.restore()
         assert storage.list() == ()
+
+
+def test_a_range_of_a_file_is_read_and_a_change_noticed(folder: Callable[..., Storage]) -> None:
+    storage = folder()
+    storage.write("weights", b"0123456789")
+    (entry,) = storage.list()
+    assert (storage.read_range(entry, 2, 5), storage.read_range(entry, 8, 99)) == (b"234", b"89")
+    assert storage.read_range(entry, 10, 12) == b""
+    storage.write("weights", b"abcdefghij")
+    with pytest.raises(RunError, match="changed while it was read"):
+        storage.read_range(entry, 2, 5)
+
+
+def test_keys_that_are_rotated_are_read_again(object_store: ObjectStore, other_account: str, tmp_path: Path) -> None:
+    wrong = {**WRONG[object_store.scheme]}
+    if object_store.scheme == "gs":
+        wrong["GOOGLE_APPLICATION_CREDENTIALS"] = other_account
+    mounted = supervisor_process.secret(tmp_path / "keys", object_store.keys(**wrong))
+    uri = object_store.uri("outputs", tmp_path.name)
+    storage = open_folder(supervisor_process.location(uri, mounted), "output", ACCESS)
+    assert refusal(storage, "write").reason == "AccessDenied"
+    supervisor_process.secret(mounted, object_store.keys())
+    storage.write("a", b"1")
+    assert storage.create("a", b"2") is False

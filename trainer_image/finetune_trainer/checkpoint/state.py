@@ -59,6 +59,7 @@ class CheckpointState(LenientModel):
 
     step: int = 0
     data_key: str = Field(default="", description="Identifies the rows from which the plan was made.")
+    date: str | None = Field(default=None, description="The day that the chat template writes; None if it has none.")
     dtype: str = ""
     micro_tokens: int = Field(default=0, description="Tokens that a rank computed at a time, before any halving.")
     halvings: int = Field(default=0, description="How often micro-batches were halved because memory ran out.")

@@ -7,31 +7,35 @@ string is ever searched for. Rendering is deterministic, and the module doesn't 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune_api.spec.rendering import RenderingSpec
 from finetune_trainer.data import example
 from finetune_trainer.data import tokenizer as tokenizer_files
 from finetune_trainer.data.example import Example
 from finetune_trainer.data.reading import findings, preference_rows
-from finetune_trainer.data.reading.row import Problem, Row
-
-INSEPARABLE = (
-    "renders a prompt alone differently from the same prompt with its answer, so the answer can't be separated from "
-    "the prompt"
-)
-Texts = list[tuple[str, str]]
-"""(the text before an answer, the answer) for each answer; a document has no text before it."""
+from finetune_trainer.data.reading.row import Omission, Problem, Row
+from finetune_trainer.data.rendering import answers, suspicious_text
+from finetune_trainer.data.rendering.answers import Texts
+from finetune_trainer.data.rendering.chat_template import ChatTemplate, TemplateRefusal
+from finetune_trainer.data.rendering.suspicious_text import ControlTokens
 
 
 class Renderer:
     """Renders rows for one tokenizer."""
 
     def __init__(
-        self, tokenizer: Any, stops: frozenset[int], *, max_length: int, encoder_decoder: bool = False
+        self,
+        tokenizer: Any,
+        stops: frozenset[int],
+        *,
+        max_length: int,
+        encoder_decoder: bool = False,
+        rendering: RenderingSpec | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
@@ -42,23 +46,34 @@ class Renderer:
         self._stop_texts = tuple(str(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))
         added = list(tokenizer("").input_ids)
         self._first = [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
+        self._rendering = rendering or RenderingSpec()
+        self._chat_template = ChatTemplate(tokenizer, self._rendering.date)
+        self._control_tokens = ControlTokens(tokenizer)
 
     @classmethod
-    def load(cls, folder: Path, max_length: int, template: str | None = None, added: tuple[str, ...] = ()) -> Renderer:
+    def load(
+        cls,
+        folder: Path,
+        max_length: int,
+        template: str | None = None,
+        added: tuple[str, ...] = (),
+        rendering: RenderingSpec | None = None,
+    ) -> Renderer:
         """Load the tokenizer of a model's folder.
 
-        `template` is dataset.chatTemplate: a Jinja text or the name of a file in the folder.
+        `template` is dataset.chatTemplate: a Jinja text, the name of a file in the folder, or none.
         `added` are the tokens that the job adds.
         """
         tokenizer = tokenizer_files.load(folder, added)
         text = tokenizer_files.chat_template(folder, template)
         if text is not None:
-            tokenizer.chat_template = text
+            tokenizer.chat_template = text or None
         return cls(
             tokenizer,
             tokenizer_files.stop_tokens(tokenizer, folder),
             max_length=max_length,
             encoder_decoder=tokenizer_files.is_encoder_decoder(folder),
+            rendering=rendering,
         )
 
     @property
@@ -99,6 +114,11 @@ class Renderer:
         return self._chat
 
     @property
+    def template(self) -> ChatTemplate:
+        """The chat template of the tokenizer."""
+        return self._chat_template
+
+    @property
     def beginning(self) -> tuple[int, ...]:
         """The token that the tokenizer puts before any text, if it does."""
         return tuple(self._first)
@@ -127,23 +147,24 @@ class Renderer:
             return self._source(row.plain_prompt or row.turns[0].content)
         if not self._chat:
             return self._with_beginning(self._ids(row.plain_prompt or row.turns[0].content))
-        return self._ids(self._template(row, len(row.turns) - 1, answer=True))
+        return self._ids(self._chat_template.render(row.turns[:-1], row, answer=True))
 
     def _rendered(self, rows: Sequence[Row], max_length: int) -> list[Example | Problem]:
-        sides = [side for row in rows for side in preference_rows.sides(row)]
-        texts_of_sides = [self._texts(side) for side in sides]
+        sides = [(side, bool(row.rejected)) for row in rows for side in preference_rows.sides(row)]
+        parts_of_sides = [self._parts(side, is_pair=is_pair) for side, is_pair in sides]
         token_ids = self._tokenized(
-            pair for texts in texts_of_sides if not isinstance(texts, Problem) for pair in texts
+            pair for parts in parts_of_sides if not isinstance(parts, Problem) for texts in parts for pair in texts
         )
         examples = (
-            texts if isinstance(texts, Problem) else self._example(side, texts, token_ids, max_length)
-            for side, texts in zip(sides, texts_of_sides, strict=True)
+            parts if isinstance(parts, Problem) else self._joined(side, parts, token_ids, max_length)
+            for (side, _), parts in zip(sides, parts_of_sides, strict=True)
         )
         return [
             example.of_pair(row, next(examples), next(examples)) if row.rejected else next(examples) for row in rows
         ]
 
-    def _texts(self, row: Row) -> Texts | Problem:
+    def _parts(self, row: Row, *, is_pair: bool) -> list[Texts] | Problem:
+        """Return the texts of each example that a row becomes."""
         if row.is_text and self._encoder_decoder:
             return Problem(row.number, "a text has no prompt for the encoder; give prompt and completion")
         if not self._chat and not row.plain:
@@ -151,18 +172,23 @@ class Renderer:
                 row.number,
                 "messages need a chat template, which this tokenizer doesn't have; give one in dataset.chatTemplate",
             )
-        if row.is_text:
-            return [("", row.turns[0].content)]
         for turn in row.turns:
             stop = next((text for text in self._stop_texts if text in turn.content), None)
             if stop is not None and turn.role == "assistant" and turn.in_loss:
                 return Problem(row.number, f"an answer contains the stop token {stop!r}, which would end it; remove it")
+            if self._rendering.control_tokens == "refuse" and (tokens := self._control_tokens.within(turn.content)):
+                where = findings.SUBJECTS[turn.role]
+                return Problem(row.number, f"its {where} contain the control token {tokens[0]!r}; remove it")
+        if row.is_text:
+            return [[("", row.turns[0].content)]]
         if not self._chat:
-            return [(row.plain_prompt or row.turns[0].content, row.turns[1].content)]
+            return [[(row.plain_prompt or row.turns[0].content, row.turns[1].content)]]
         try:
-            return self._chat_texts(row)
+            return self._dialogue(row, is_pair=is_pair)
         except TemplateRefusal as refusal:
             return Problem(row.number, f"the chat template refuses it: {refusal}")
+        except answers.Inseparable as inseparable:
+            return Problem(row.number, f"{inseparable}; fix it, or set dataset.chatTemplate")
 
     def _tokenized(self, pairs: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
         """Tokenize each text that the pairs consist of once. Returns the ids by text."""
@@ -172,6 +198,27 @@ class Renderer:
         texts.pop("", None)
         ids = self._tokenizer(list(texts), add_special_tokens=False).input_ids if texts else ()
         return {"": [], **dict(zip(texts, ids, strict=True))}
+
+    def _joined(
+        self, row: Row, parts: list[Texts], token_ids: dict[str, list[int]], max_length: int
+    ) -> Example | Problem:
+        """Return the last example of a row, with the earlier ones and what is lost of the row."""
+        outcomes = [self._example(row, texts, token_ids, max_length) for texts in parts]
+        usable = [outcome for outcome in outcomes if isinstance(outcome, Example)]
+        if not usable:
+            return outcomes[-1]
+        trained = [texts for texts, outcome in zip(parts, outcomes, strict=True) if isinstance(outcome, Example)]
+        return replace(usable[-1], earlier=tuple(usable[:-1]), omissions=self._omissions(row, trained))
+
+    def _omissions(self, row: Row, parts: list[Texts]) -> tuple[Omission, ...]:
+        suspicious = self._control_tokens.omissions(row)
+        if not self._chat or row.is_text:
+            return tuple(suspicious)
+        pairs = [pair for texts in parts for pair in texts]
+        suspicious += suspicious_text.frames(row)
+        suspicious += suspicious_text.blanks(row, [answer for _, answer in pairs])
+        expected, apart = 1 if self._rendering.answers == "last" else None, len(pairs) - len(parts[-1])
+        return (*findings.omitted(row, pairs, expected, apart=apart), *suspicious)
 
     def _example(self, row: Row, texts: Texts, token_ids: dict[str, list[int]], max_length: int) -> Example | Problem:
         segments = self._segments(row, texts, token_ids)
@@ -189,8 +236,7 @@ class Renderer:
                 f"the prompt has {loss_mask.index(True)} tokens, so dataset.maxSequenceLength {max_length} leaves "
                 "nothing to train on",
             )
-        omissions = findings.omitted(row, texts) if self._chat and not row.is_text else ()
-        return Example(row.number, tuple(ids[:max_length]), tuple(loss_mask[:max_length]), source, len(ids), omissions)
+        return Example(row.number, tuple(ids[:max_length]), tuple(loss_mask[:max_length]), source, len(ids))
 
     def _segments(self, row: Row, texts: Texts, token_ids: dict[str, list[int]]) -> list[tuple[list[int], bool]]:
         """Split a row into runs of tokens, each with whether it counts in the loss."""
@@ -220,55 +266,22 @@ class Renderer:
             last.append(self._stop)
         return segments[:-1]  # nothing follows the last stop token
 
-    def _chat_texts(self, row: Row) -> Texts | Problem:
-        answers = [index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.in_loss]
-        # Some templates render an earlier answer differently once another one follows (they drop
-        # its reasoning). Then only the last answer counts in the loss, after exactly the text that
-        # inference would show.
-        texts = self._texts_of_answers(row, answers) or self._texts_of_answers(row, answers[-1:])
-        if texts is None:
-            return Problem(row.number, f"the chat template {INSEPARABLE}; fix it, or set dataset.chatTemplate")
-        for index, (_, answer) in zip(answers[-len(texts) :], texts, strict=True):
-            turn = row.turns[index]
-            if turn.more and (name := findings.missing_call(turn, answer)):
+    def _dialogue(self, row: Row, *, is_pair: bool) -> list[Texts] | Problem:
+        """Return the texts of each example of a dialogue. A preference pair has only one, with the
+        last answer."""
+        indices = [index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.in_loss]
+        trained = indices[-1:] if self._rendering.answers == "last" else indices
+        parts = answers.examples(self._chat_template, row, trained, self._stop_texts)
+        for piece in (piece for part in parts for piece in part):
+            turn = row.turns[piece.turn]
+            if turn.more and (name := findings.missing_call(turn, piece.answer)):
                 return Problem(
                     row.number,
                     f"the chat template leaves out the call of {name!r} or its arguments, so an answer without it "
                     "would be trained on; set dataset.chatTemplate to a template that writes tool_calls",
                 )
-        return texts
-
-    def _texts_of_answers(self, row: Row, answers: list[int]) -> Texts | None:
-        """Render the text before each of `answers` and the answer.
-
-        Returns None if one rendering isn't a prefix of the next one.
-        """
-        texts: Texts = []
-        previous = ""
-        for index in answers:
-            before = self._template(row, index, answer=True)
-            full = self._template(row, index + 1)
-            if not before.startswith(previous) or not full.startswith(before):
-                return None
-            texts.append((before[len(previous) :], full[len(before) :]))
-            previous = full
-        return texts
-
-    def _template(self, row: Row, end: int, *, answer: bool = False) -> str:
-        """Render the first `end` turns and, with `answer`, what begins the next one."""
-        chat = [
-            {"role": turn.role, "content": turn.content, **(json.loads(turn.more) if turn.more else {})}
-            for turn in row.turns[:end]
-        ]
-        tools = json.loads(row.tools) if row.tools else None
-        apply = self._tokenizer.apply_chat_template
-        try:
-            return str(apply(chat, tools=tools, tokenize=False, add_generation_prompt=answer))
-        except (ValueError, KeyError) as error:  # of Transformers itself: there is no template for tools
-            raise TemplateRefusal(error) from None
-        except Exception as error:  # a template is a program, so it may raise anything
-            message = error if _is_template_error(error) else f"{type(error).__name__}: {error}"
-            raise TemplateRefusal(message) from None
+        parts = parts[-1:] if is_pair else parts
+        return [answers.texts(part, row, masked=self._rendering.reasoning == "mask") for part in parts]
 
     def _split(self, before: str, full: str, token_ids: dict[str, list[int]]) -> tuple[list[int], list[int]]:
         """Return the tokens of the prompt exactly as at inference, and those that follow it."""
@@ -285,14 +298,3 @@ class Renderer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids) if text else []
-
-
-class TemplateRefusal(Exception):
-    """Reports that a chat template refuses a row, for example because roles must alternate."""
-
-
-def _is_template_error(error: Exception) -> bool:
-    """Whether the template itself raised the error, so that its message is meant for people."""
-    from jinja2.exceptions import TemplateError
-
-    return isinstance(error, TemplateError)

@@ -78,6 +78,9 @@ def read(run: RunConfig, paths: Paths, group: Group, reporter: EventWriter) -> D
     """
     renderer = pipeline.load_renderer(paths.model, run.data, run.added_tokens)
     reporter.decision("rendering", *renderer.rule)
+    if renderer.template.date is not None:
+        reason = "the chat template writes today's date, which stays that of the job's creation"
+        reporter.decision("templateDate", renderer.template.date, reason)
     inputs = Inputs.of_run(run, paths)
     prepared = pipeline.prepare(inputs, renderer, group, reporter.heartbeat)
     tokens = {name: rows.tokens for name, rows in prepared.rows.items() if rows.tokens is not None}
@@ -116,7 +119,9 @@ def _samples(run: RunConfig, inputs: Inputs, test: Split | None) -> tuple[Row, .
 
 def _report_rows(train: Tokens, field: str, reporter: EventWriter) -> None:
     facts = train.facts
-    counts = [f"{len(train)} rows of format {facts.format}"]
+    rows = len(train) - int(train.earlier.sum())
+    counts = [f"{rows} row{'' if rows == 1 else 's'} of format {facts.format}"]
+    counts += [f"{len(train)} examples"] if len(train) != rows else []
     for count, label in ((facts.dropped, "dropped"), (facts.duplicates, "duplicates"), (facts.truncated, "truncated")):
         if count:
             counts.append(f"{count} {label}")

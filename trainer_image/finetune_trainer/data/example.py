@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from finetune_trainer.data.reading.findings import Omission
-from finetune_trainer.data.reading.row import Problem, Row
+from finetune_trainer.data.reading.row import Omission, Problem, Row
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Example:
     source: int = 0
     uncut_length: int = 0  # tokens before the example was truncated
     omissions: tuple[Omission, ...] = ()  # what the chat template leaves out
+    earlier: tuple[Example, ...] = ()  # of earlier answers, if they are rendered differently once others follow
 
 
 def of_pair(pair: Row, chosen: Example | Problem, rejected: Example | Problem) -> Example | Problem:

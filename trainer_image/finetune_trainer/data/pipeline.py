@@ -19,10 +19,11 @@ from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.preparation import ReadOptions
 from finetune_trainer.data.reading.preference_rows import FORMAT
 from finetune_trainer.data.reading.rows import InputFile
+from finetune_trainer.data.rendering.chat_template import writes_date
 from finetune_trainer.data.row_statistics import RowStatistics
 from finetune_trainer.data.splits import SplitRows, split_rows
 from finetune_trainer.data.token_cache import Tokens
-from finetune_trainer.data.tokenizer import chat_template
+from finetune_trainer.data.tokenizer import chat_template, own_templates
 from finetune_trainer.errors import RunError
 from finetune_trainer.model_folder import RowNeeds
 from finetune_trainer.paths import Paths
@@ -137,7 +138,7 @@ def load_renderer(folder: Path, config: DataConfig, added: tuple[str, ...] = ())
 
     remedy = "use the tokenizer files that were published with the model"
     with refusals.raising("ModelInvalid", "model.uri: the tokenizer can't be used", remedy):
-        return Renderer.load(folder, config.max_sequence_length, config.chat_template, added)
+        return Renderer.load(folder, config.max_sequence_length, config.chat_template, added, config.rendering)
 
 
 def needs(tokens: Tokens, renderer: Renderer, field: str) -> RowNeeds:
@@ -191,11 +192,15 @@ def prepare(
 
 
 def _cache_name(run: RunConfig, paths: Paths, files: tuple[InputFile, ...]) -> str:
+    template = chat_template(paths.model, run.data.chat_template)
+    depends_on_date = any(map(writes_date, (template,) if template is not None else own_templates(paths.model)))
+    rendering = run.data.rendering if depends_on_date else run.data.rendering.model_copy(update={"date": None})
     return token_cache.key(
         files,
         paths.model,
         max_length=run.data.max_sequence_length,
         on_invalid=run.data.on_invalid,
-        chat_template=chat_template(paths.model, run.data.chat_template),
+        chat_template=template,
+        rendering=rendering.to_json(),
         **({"added": run.added_tokens} if run.added_tokens else {}),
     )

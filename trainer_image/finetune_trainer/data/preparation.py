@@ -36,7 +36,7 @@ COLUMNS: dict[str, Column] = {
     "ids": (np.int32, ()), "loss_mask": (np.bool_, ()), "offsets": (np.int64, ()), "line_numbers": (np.int64, ()),
     "file_index": (np.int32, ()), "sources": (np.int32, ()), "label_counts": (np.int64, ()),
     "uncut_lengths": (np.int64, ()), "characters": (np.int64, ()), "digests": (np.uint8, (16,)),
-    "prompts": (np.uint8, (16,)), "near_duplicate_digests": (np.uint8, (16,)),
+    "prompts": (np.uint8, (16,)), "near_duplicate_digests": (np.uint8, (16,)), "earlier": (np.bool_, ()),
 }  # fmt: skip
 """The arrays that are written for a split; `token_cache.Tokens` describes them."""
 
@@ -96,8 +96,9 @@ class Examples:
 
     @property
     def duplicates(self) -> int:
-        """The number of examples that repeat an earlier one."""
-        return int((dedup.first_occurrence(self.arrays["digests"]) != np.arange(len(self))).sum())
+        """The number of rows that repeat an earlier one."""
+        digests = self.arrays["digests"][~self.arrays["earlier"]]
+        return int((dedup.first_occurrence(digests) != np.arange(len(digests))).sum())
 
     @property
     def format(self) -> str:
@@ -166,7 +167,10 @@ class _Collected:
         self.writer.add("offsets", [0])
 
     def add(self, usable: Sequence[Row], examples: Sequence[Example] | None) -> None:
-        """Add rows and their examples; without a renderer there are only rows."""
+        """Add rows and their examples; without a renderer there are only rows.
+
+        A row with several examples is there as often.
+        """
         writer = self.writer
         characters = [_characters(row) for row in usable]
         if examples is None:
@@ -174,6 +178,8 @@ class _Collected:
             writer.add("sources", np.zeros(len(usable)))
             writer.add("label_counts", [_characters(row, ("assistant", "text")) for row in usable])
             writer.add("uncut_lengths", characters)
+            writer.add("earlier", np.zeros(len(usable)))
+            self.rows += len(usable)
         else:
             ends = self.tokens + np.cumsum([len(example.ids) for example in examples], dtype=np.int64)
             self.tokens = int(ends[-1]) if len(ends) else self.tokens
@@ -183,6 +189,9 @@ class _Collected:
             writer.add("sources", [example.source for example in examples])
             writer.add("label_counts", [sum(example.loss_mask) for example in examples])
             writer.add("uncut_lengths", [max(example.uncut_length, len(example.ids)) for example in examples])
+            earlier = [row is following for row, following in zip(usable, [*usable[1:], None], strict=False)]
+            writer.add("earlier", earlier)
+            self.rows += len(usable) - sum(earlier)
         writer.add("characters", characters)
         writer.add("line_numbers", [row.number for row in usable])
         writer.add("file_index", [row.file_index for row in usable])
@@ -192,7 +201,6 @@ class _Collected:
             ("near_duplicate_digests", dedup.near_duplicate_digest),
         ):
             writer.add(name, np.frombuffer(b"".join(map(digest, usable)), np.uint8))
-        self.rows += len(usable)
 
     def drop(self, problem: Problem) -> None:
         """Count an unusable row, and record its problem unless there are too many of its kind."""
@@ -226,18 +234,22 @@ def _render(batch: Sequence[Row | Problem], renderer: Renderer | None, collected
     usable: list[Row] = []
     examples: list[Example] = []
     for row in batch:
-        outcome = row if isinstance(row, Problem) else next(rendered)
+        if isinstance(row, Problem):
+            collected.drop(replace(row, file=file_name))
+            continue
+        outcome = next(rendered)
         if isinstance(outcome, Problem):
             collected.drop(replace(outcome, file=file_name))
             continue
-        if isinstance(row, Row):
-            usable.append(row)
-            if row.unread:
-                collected.findings.add(row.unread, row.number, file_name)
+        if row.unread:
+            collected.findings.add(row.unread, row.number, file_name)
         if isinstance(outcome, Example):
             if outcome.omissions:
                 collected.findings.add(outcome.omissions, outcome.number, file_name)
+            usable += [row] * len(outcome.earlier)
+            examples += outcome.earlier
             examples.append(outcome)
+        usable.append(row)
     collected.add(usable, examples if renderer else None)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +17,13 @@ from finetune_api.status import DataStatus
 from finetune_trainer.data import dedup, sources
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.reading import findings
+from finetune_trainer.data.rendering.samples import samples
 from finetune_trainer.data.splits import SplitRows
 from finetune_trainer.data.token_cache import Tokens
 
 _BINS = 20
 _PADDED_BATCH = 8  # examples
 _LINES_PER_GROUP = 10
-_SAMPLES = {"train": 3, "validation": 1, "test": 1}
-_SAMPLE_TOKENS = 512
 _NEARLY = "only in case, spaces, punctuation or numbers"
 
 
@@ -43,19 +41,18 @@ def report(
     """
     reports = tuple(_split_report(name, split) for name, split in splits.items())
     leaks = tuple(_leaks(splits))
-    rule = renderer.rule if renderer else None
     return r.DataReport(
         unit="tokens" if renderer else "characters",
         max_sequence_length=max_length,
-        template=r.Template(choice=rule[0], reason=rule[1], checks=template_checks) if rule else None,
+        template=_template(renderer, template_checks) if renderer else None,
         splits=reports,
         leaks=leaks,
-        warnings=tuple(_warnings(reports, leaks)),
+        warnings=(*_template_warnings(renderer), *_warnings(reports, leaks)),
         samples=tuple(
             sample
             for name, split in splits.items()
-            if renderer and split.rows.tokens is not None
-            for sample in samples(name, split.rows.tokens, np.unique(split.index), renderer.tokenizer)
+            if renderer
+            for sample in samples(name, split.rows, np.unique(split.index), renderer.tokenizer)
         ),
     )
 
@@ -78,39 +75,11 @@ def summary(report: r.DataReport) -> DataStatus:
     )
 
 
-def samples(name: r.SplitName, tokens: Tokens, rows: NDArray[np.int64], tokenizer: Any) -> Iterator[r.RenderedSample]:
-    """Yield the first few of `rows` as training sees them.
-
-    A sample is the text of a row, in which the tokens that count in the loss are marked.
-    """
-    for row in rows[: _SAMPLES[name]].tolist():
-        ids, loss_mask = tokens.example(row)
-        shown = min(len(ids), _SAMPLE_TOKENS)
-        file_index = int(tokens.file_index[row])
-        yield r.RenderedSample(
-            split=name,
-            row=int(tokens.line_numbers[row]),
-            file=tokens.facts.files[file_index].name if len(tokens.facts.files) > 1 else "",
-            tokens=len(ids),
-            cut=int(tokens.uncut_lengths[row]) > shown,
-            pieces=pieces(tokenizer, ids[:shown], loss_mask[:shown]),
-        )
-
-
-def pieces(tokenizer: Any, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> tuple[r.Piece, ...]:
-    """Return the text of `ids`, split where tokens begin or cease to count in the loss."""
-    borders = [0, *(np.flatnonzero(loss_mask[1:] != loss_mask[:-1]) + 1).tolist(), len(ids)]
-    return tuple(
-        r.Piece(text=str(tokenizer.decode(ids[begin:end].tolist())), learnt=bool(loss_mask[begin]))
-        for begin, end in itertools.pairwise(borders)
-        if end > begin
-    )
-
-
 def _split_report(name: r.SplitName, split: SplitRows) -> r.SplitReport:
     rows = split.rows
-    index = np.unique(split.index)
-    lengths, label_counts = rows.lengths[index], rows.label_counts[index]
+    examples = np.unique(split.index)
+    index = rows.rows_of(examples)
+    lengths, label_counts = rows.lengths[examples], rows.label_counts[examples]
     tokens = int(lengths.sum()) if rows.tokens is not None else None
     label_tokens = int(label_counts.sum()) if rows.tokens is not None else None
     lines = rows.line_numbers[index]
@@ -119,14 +88,15 @@ def _split_report(name: r.SplitName, split: SplitRows) -> r.SplitReport:
     positions = np.arange(len(index))
     first_prompts = dedup.first_occurrence(rows.prompts[index]) == positions
     similar = np.flatnonzero((first_equal == positions) & (first_similar != positions))
-    cut = index[rows.uncut_lengths[index] > lengths]
+    cut = examples[rows.uncut_lengths[examples] > lengths]
+    cut_lines = dict.fromkeys(zip(rows.file_index[cut].tolist(), rows.line_numbers[cut].tolist(), strict=True))
     return r.SplitReport(
         split=name,
         files=() if split.held_out else rows.files,
         held_out=split.held_out,
         rows=len(index),
         examples=len(split.index),
-        read=0 if split.held_out else len(rows.line_numbers) + rows.dropped,
+        read=0 if split.held_out else rows.count + rows.dropped,
         left_out=split.left_out,
         dropped=0 if split.held_out else rows.dropped,
         unlabelled=0 if split.held_out else rows.unlabelled,
@@ -146,12 +116,33 @@ def _split_report(name: r.SplitName, split: SplitRows) -> r.SplitReport:
         answer_lengths=_histogram(label_counts),
         padding_share=_padding_share(lengths) if tokens else None,
         truncated=r.TruncatedRows(
-            rows=len(cut),
+            rows=len(cut_lines),
             tokens=int((rows.uncut_lengths[cut] - rows.lengths[cut]).sum()),
-            numbers=tuple(int(line) for line in rows.line_numbers[cut][: r.LISTED]),
+            numbers=tuple(line for _, line in cut_lines)[: r.LISTED],
         ),
-        shared=_shared_prefixes(rows.tokens, index, tokens or 0),
+        shared=_shared_prefixes(rows.tokens, examples, tokens or 0),
     )  # fmt: skip
+
+
+def _template(renderer: Renderer, checks: tuple[str, ...]) -> r.Template:
+    choice, reason = renderer.rule
+    return r.Template(choice=choice, reason=reason, checks=checks, date=renderer.template.date or "")
+
+
+def _template_warnings(renderer: Renderer | None) -> Iterator[r.DataWarning]:
+    """Yield a warning if another rendering of the same row can differ."""
+    if renderer is None or not renderer.chat:
+        return
+    template = renderer.template
+    if template.date is not None:
+        message = (
+            f"the chat template writes today's date, which is {template.date} in every row of this job; requests will "
+            "have other dates, and another job is exactly the same only with dataset.rendering.date"
+        )
+        yield r.DataWarning(reason="TemplateVaries", message=message)
+    if template.picks_at_random:
+        message = "the chat template picks at random; a row is always rendered alike here, but a request isn't"
+        yield r.DataWarning(reason="TemplateVaries", message=message)
 
 
 def _groups(first: NDArray[np.int64], repeated: NDArray[np.int64], lines: NDArray[np.int64]) -> r.Duplicates:
@@ -178,7 +169,8 @@ def _leaks(splits: Mapping[r.SplitName, SplitRows]) -> list[r.Leak]:
 
 def _leak(first: r.SplitName, second: r.SplitName, splits: Mapping[r.SplitName, SplitRows]) -> r.Leak:
     first_rows, second_rows = splits[first].rows, splits[second].rows
-    first_index, second_index = np.unique(splits[first].index), np.unique(splits[second].index)
+    first_index, second_index = (rows.rows_of(np.unique(splits[name].index)) for name, rows in
+                                 ((first, first_rows), (second, second_rows)))  # fmt: skip
     equal, similar, same_prompt = (
         dedup.first_match(second_digests[second_index], first_digests[first_index])
         for second_digests, first_digests in (
@@ -211,7 +203,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
     train = splits[0]
     if train.split == "train" and train.rows < r.FEW_EXAMPLES:
         message = (
-            f"{train.rows} training rows; gains are robust from about {r.FEW_EXAMPLES:,} on, 100 to 200 "
+            f"{_counted_rows(train.rows, 'training')}; gains are robust from about {r.FEW_EXAMPLES:,} on, 100 to 200 "
             "can already show something"
         )
         warnings.append(r.DataWarning(reason="FewExamples", message=message))
@@ -241,7 +233,7 @@ def _warnings(splits: tuple[r.SplitReport, ...], leaks: tuple[r.Leak, ...]) -> l
     return warnings
 
 
-def _counted_rows(count: int, split: r.SplitName) -> str:
+def _counted_rows(count: int, split: str) -> str:
     return f"{count:,} {split} row{'s' if count != 1 else ''}"
 
 

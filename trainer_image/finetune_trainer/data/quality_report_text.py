@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from finetune_api.messages.data_report import DataReport, Histogram, Leak, RenderedSample, SplitReport
+from finetune_api.messages.data_report import DataReport, Histogram, Leak, Piece, RenderedSample, SplitReport
 
 _BAR_WIDTH = 40
 _ROWS_SHOWN = 10
@@ -35,6 +35,7 @@ def _summary_lines(report: DataReport) -> list[str]:
     if report.template:
         lines.append(f"rendering: {report.template.choice} ({report.template.reason})")
         lines += [f"  checked: {check}" for check in report.template.checks]
+        lines += [f"  today's date in the template: {report.template.date}"] if report.template.date else []
     else:
         lines.append("no tokenizer: lengths are in characters; with --model DIR they are tokens, and rows are rendered")
     lines += [f"warning: {warning.reason}: {warning.message}" for warning in report.warnings]
@@ -55,12 +56,12 @@ def _split_lines(split: SplitReport, unit: str) -> list[str]:
     lines = [_headline(split)]
     if len(split.files) > 1:
         lines += [
-            f"  {file.name}: {file.rows:,} rows of {file.format or 'no readable row'}, {file.dropped} dropped"
+            f"  {file.name}: {_counted(file.rows)} of {file.format or 'no readable row'}, {file.dropped} dropped"
             + (f", weight {file.weight:g}" if file.weight != 1 else "")
             for file in split.files
         ]
     if split.left_out:
-        lines.append(f"  left out by weight: {split.left_out:,} rows")
+        lines.append(f"  left out by weight: {_counted(split.left_out)}")
     if split.dropped:
         lines += _dropped_lines(split)
     lines += [
@@ -79,14 +80,19 @@ def _headline(split: SplitReport) -> str:
         dict.fromkeys(f"{file.format} ({_file_format(file.container, file.compression)})" for file in split.files)
     )
     origin = f" of {formats}" if formats else ", held out of the training files"
-    weighted = f"; {split.examples:,} examples per epoch by weight" if split.examples != split.rows else ""
-    return f"{split.split}: {split.rows:,} rows{origin}{weighted}"
+    by_weight = " by weight" if any(file.weight != 1 for file in split.files) else ""
+    weighted = f"; {split.examples:,} examples per epoch{by_weight}" if split.examples != split.rows else ""
+    return f"{split.split}: {_counted(split.rows)}{origin}{weighted}"
+
+
+def _counted(rows: int) -> str:
+    return f"{rows:,} row{'' if rows == 1 else 's'}"
 
 
 def _token_lines(split: SplitReport, tokens: int) -> list[str]:
     labels, shared, truncated = split.label_tokens or 0, split.shared, split.truncated
     numbers = ", ".join(map(str, truncated.numbers[:_ROWS_SHOWN]))
-    cut = f"{truncated.rows:,} rows, {truncated.tokens:,} tokens in total (rows {numbers})" if numbers else "none"
+    cut = f"{_counted(truncated.rows)}, {truncated.tokens:,} tokens in total (rows {numbers})" if numbers else "none"
     return [
         f"  tokens: {tokens:,}, of which {labels:,} are trained on ({split.label_share or 0:.1%})",
         f"  shared prefixes: {shared.tokens:,} tokens ({shared.share:.1%}) that are computed only once",
@@ -97,7 +103,7 @@ def _token_lines(split: SplitReport, tokens: int) -> list[str]:
 
 def _dropped_lines(split: SplitReport) -> list[str]:
     unlabelled = f", {split.unlabelled:,} of them without a confident label" if split.unlabelled else ""
-    lines = [f"  dropped: {split.dropped:,} of {split.read:,} rows read{unlabelled}"]
+    lines = [f"  dropped: {split.dropped:,} of {_counted(split.read)} read{unlabelled}"]
     lines += [
         f"    {f'{row.file} ' if row.file else ''}row {row.row}: {row.reason}"
         for row in split.dropped_rows[:_ROWS_SHOWN]
@@ -146,10 +152,24 @@ def _histogram_lines(lengths: Histogram, unit: str) -> list[str]:
 
 
 def _sample_lines(sample: RenderedSample) -> list[str]:
-    text = "".join(f"⟦{piece.text}⟧" if piece.learnt else piece.text for piece in sample.pieces)
+    text = "".join(_marked(piece) for piece in sample.pieces)
     name = f"{sample.file} row {sample.row}" if sample.file else f"row {sample.row}"
     return [
         f"sample of {sample.split}, {name}, {sample.tokens} tokens{', shown in part' if sample.cut else ''}; "
         "⟦trained on⟧",
-        *(f"  | {line}" for line in text.splitlines()),
+        *(f"  | {_printable(line)}" for line in text.split("\n")),
     ]
+
+
+def _marked(piece: Piece) -> str:
+    if not piece.learnt:
+        return piece.text
+    side = f"\n{piece.side}: " if piece.side else ""
+    return f"{side}⟦{piece.text}⟧"
+
+
+def _printable(line: str) -> str:
+    """Return a line in which characters that a terminal would act on, or hide, are escaped."""
+    return "".join(
+        character if character.isprintable() or character == "\t" else repr(character)[1:-1] for character in line
+    )

@@ -47,6 +47,7 @@ def input_file(path: Path, name: str, source: DataSource, data: DataConfig) -> I
         labels=data.labels,
         min_label_probability=data.min_label_probability,
         weight=source.weight,
+        rendering=data.rendering,
     )
 
 

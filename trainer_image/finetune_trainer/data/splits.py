@@ -105,7 +105,7 @@ def split_rows(
     train = rows["train"]
     indices = hold_out(train.digests, None if "validation" in rows else validation, None if "test" in rows else test)
     index = mixture(train.digests, train.file_index, indices.train, [file.weight for file in train.files])
-    left_out = len(indices.train) - len(np.unique(index))
+    left_out = len(train.rows_of(indices.train)) - len(train.rows_of(np.unique(index)))
     splits: dict[SplitName, SplitRows] = {"train": SplitRows(train, index, left_out=left_out)}
     held_out: tuple[tuple[SplitName, NDArray[np.int64] | None], ...] = (
         ("validation", indices.validation),

@@ -9,9 +9,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from finetune_trainer.data.chat_rendering import INSEPARABLE, Renderer
+from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.example import Example
 from finetune_trainer.data.reading.row import Row, Turn
+from finetune_trainer.data.rendering.answers import INSEPARABLE
 from finetune_trainer.errors import RunError
 
 _QUESTIONS = ("What is a lighthouse?", "And a buoy?")
@@ -76,7 +77,7 @@ def _probe(renderer: Renderer, row: Row, refuse: _Refusal) -> Example:
     example = renderer.render_uncut(row)
     if not isinstance(example, Example):
         if INSEPARABLE in example.message:
-            raise refuse(INSEPARABLE)
+            raise refuse(example.message.removeprefix("the chat template ").partition("; fix it")[0])
         raise refuse(f"can't render a plain question and answer ({example.message})")
     return example
 

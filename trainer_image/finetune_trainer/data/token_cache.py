@@ -27,7 +27,7 @@ from finetune_trainer.data.reading.row import Problem
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.data.shared_prefixes import SharedPrefixes
 
-_VERSION = 6
+_VERSION = 7
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",
@@ -56,6 +56,7 @@ class Tokens:
     near_duplicate_digests: NDArray[np.uint8]  # (examples, 16), see `dedup`
     uncut_lengths: NDArray[np.int64]  # tokens before truncation
     characters: NDArray[np.int64]
+    earlier: NDArray[np.bool_]  # whether another example of the same row follows
     facts: Facts
 
     def __len__(self) -> int:

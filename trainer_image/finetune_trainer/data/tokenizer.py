@@ -68,12 +68,14 @@ def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
 
 def chat_template(folder: Path, setting: str | None) -> str | None:
     """Return the template that `setting` (dataset.chatTemplate) holds or names, or None for the
-    tokenizer's own.
+    tokenizer's own. An empty text stands for no template at all.
 
     Raises RunError InvalidConfig if it names a file that is missing or isn't UTF-8.
     """
     if setting is None or "{" in setting:
         return setting
+    if setting == "none":
+        return ""
     path = folder / setting
     if path.parent != folder or not path.is_file():
         raise RunError("InvalidConfig", f"dataset.chatTemplate: the model's folder has no file {setting!r}")
@@ -81,6 +83,16 @@ def chat_template(folder: Path, setting: str | None) -> str | None:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RunError("InvalidConfig", f"dataset.chatTemplate: {setting!r} isn't UTF-8") from None
+
+
+def own_templates(folder: Path) -> list[str]:
+    """Return the texts of the files of a model's folder that may hold its chat templates."""
+    files = [
+        folder / "tokenizer_config.json",
+        *folder.glob("*.jinja"),
+        *folder.glob("additional_chat_templates/*.jinja"),
+    ]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
 
 
 def add(tokenizer: Any, tokens: Sequence[str]) -> None:

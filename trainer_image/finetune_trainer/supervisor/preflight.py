@@ -150,7 +150,7 @@ class _RowCounts:
     def __str__(self) -> str:
         unlabelled = f", {self.unlabelled} without a confident label" if self.unlabelled else ""
         formats = ", ".join(dict.fromkeys(self.formats))
-        return f"{self.rows} rows of {formats}, {self.unusable} unusable{unlabelled}, {self.duplicates} duplicates"
+        return f"{_counted(self.rows)} of {formats}, {self.unusable} unusable{unlabelled}, {self.duplicates} duplicates"
 
 
 def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
@@ -177,12 +177,16 @@ def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
     return counts
 
 
+def _counted(rows: int) -> str:
+    return f"{rows} row{'' if rows == 1 else 's'}"
+
+
 def _refusal(name: str, counts: _RowCounts, *, on_invalid: str) -> str:
     unlabelled = f"{counts.unlabelled} have no confident label" if counts.unlabelled else "it is empty"
     reasons = rows.listing(counts.problems) or unlabelled
     remedy = "" if on_invalid == "drop" else "; fix them, or set dataset.onInvalid: drop"
     none_left = "" if counts.rows else ", and no usable one is left"
-    return f"{name}: {counts.unusable} rows can't be used{none_left}: {reasons}{remedy}"
+    return f"{name}: {_counted(counts.unusable)} can't be used{none_left}: {reasons}{remedy}"
 
 
 def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, report: Report) -> tuple[str, DataStatus]:
@@ -206,8 +210,8 @@ def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, report: Repor
         report(line)
     paths.data_report.write_text(data_report.model_dump_json(by_alias=True, exclude_none=True))
     counts = "; ".join(
-        f"{split.split}: {split.rows} rows, {split.tokens} tokens of which {split.label_tokens} are trained on, "
-        f"{split.dropped} rows dropped, {split.truncated.rows} truncated, {split.duplicates.rows} duplicates"
+        f"{split.split}: {_counted(split.rows)}, {split.tokens} tokens of which {split.label_tokens} are trained on, "
+        f"{split.dropped} dropped, {split.truncated.rows} truncated, {split.duplicates.rows} duplicates"
         for split in data_report.splits
     )
     return counts, quality_report.summary(data_report)

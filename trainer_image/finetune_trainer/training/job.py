@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune_api.messages import events
 from finetune_trainer import license as model_license
 from finetune_trainer.checkpoint import local_folder
@@ -21,9 +23,11 @@ def run_job(context: RankContext) -> None:
     Reports a SavedEvent at the end, or a PreemptedEvent after a request to stop. All ranks call it
     together. Raises RunError.
     """
-    run, paths, reporter = context.run, context.paths, context.reporter
+    paths, reporter = context.paths, context.reporter
     with reporter.beating():
         saved = _read_checkpoint(context)
+        context = _of_same_date(context, saved)
+        run = context.run
         reporter.phase("tokenizing")
         data = read(run, paths, context.world, reporter)
         setup.check_same_data(saved, data)
@@ -80,6 +84,21 @@ def _write_result(t: Training, state: CheckpointState, loaded: LoadedModel, test
     if run.merge:
         merged_card = model_card.card(run, base_name, figures, license=license, merged=True)
         export.write_merged(paths.export, paths.model, card=merged_card, heartbeat=t.reporter.heartbeat)
+
+
+def _of_same_date(context: RankContext, saved: CheckpointState | None) -> RankContext:
+    """Let the chat template write the date of the checkpoint, so that the rows stay the same.
+
+    A run without a cluster is resumed on another day with another date in its configuration.
+    """
+    if saved is None or saved.date is None:
+        return context
+    data = context.run.data
+    rendering = data.rendering.model_copy(update={"date": saved.date})
+    return replace(
+        context,
+        run=context.run.model_copy(update={"data": data.model_copy(update={"rendering": rendering})}),
+    )
 
 
 def _read_checkpoint(context: RankContext) -> CheckpointState | None:

@@ -85,7 +85,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
         loss_sum=loss_sum,
         sharding=sharding,
     )
-    state = _state(resolved, saved, data.key, compiled=compiled)
+    state = _state(resolved, saved, data, compiled=compiled)
     resume.put_optimizer_state(strategy, training.best, saved, paths, keep_best=run.training.keep_best)
     _report_plan(training, data, state, wrapped, resolved)
     return PreparedRun(training, loaded, state, data)
@@ -110,10 +110,11 @@ def _checked_loss(resolved: ResolvedRun, wrapped: WrappedModel, trial: packing_s
     return loss_sum
 
 
-def _state(resolved: ResolvedRun, saved: CheckpointState | None, data_key: str, *, compiled: bool) -> CheckpointState:
+def _state(resolved: ResolvedRun, saved: CheckpointState | None, data: Data, *, compiled: bool) -> CheckpointState:
     """Where the run resumes, with what was decided since."""
     micro_tokens = resolved.micro_batch_tokens
-    state = saved or CheckpointState(data_key=data_key, dtype=resolved.dtype, micro_tokens=micro_tokens)
+    date = data.renderer.template.date
+    state = saved or CheckpointState(data_key=data.key, date=date, dtype=resolved.dtype, micro_tokens=micro_tokens)
     world = resolved.run.world
     return state.model_copy(
         update={

@@ -35,19 +35,22 @@ class PodsDigests:
 
 
 def pods_digest(job: FineTuneJob, settings: Settings) -> str:
-    """Returns the sha256 of all that shapes the pods of a job: its spec and the settings for pods.
+    """Returns the digests of the spec and of the settings that shape the pods of a job, with a dot
+    between them.
 
     Fields at their defaults are left out, so that a version with more fields computes the same.
     """
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     policy = spec.pop("runPolicy", {})
-    content = {
-        "spec": spec,
-        "stallSeconds": policy.get("stallSeconds"),
+    chart = {
         "image": trainer_image(job, settings),
         "pullPolicy": settings.image_pull_policy,
         "pods": settings.pods.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         "storage": settings.storage.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         "models": settings.models.model_dump(mode="json", by_alias=True, exclude_defaults=True),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{_digest({'spec': spec, 'stallSeconds': policy.get('stallSeconds')})}.{_digest(chart)}"
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -10,35 +10,47 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune_api.messages.data_report import DataWarning, Finding, SplitReport
-from finetune_trainer.data.reading.row import Row, Turn, Values
+from finetune_trainer.data.reading import reasoning
+from finetune_trainer.data.reading.row import Omission, Row, Turn, Values
 from finetune_trainer.data.reading.turns import FURTHER_KEYS, LOSS_KEYS
 
-Omission = tuple[str, str, int]
-"""(reason, subject, number) of what a row loses, as `Finding` has them."""
-
-_SUBJECTS = {"system": "system prompts", "user": "questions", "assistant": "earlier answers", "tool": "tool results"}
-_TURN_KEYS = frozenset(("role", "content", "function_call", *LOSS_KEYS, *FURTHER_KEYS))
-_CONVERSATION = frozenset(("system", "tools", "functions", "label"))
+SUBJECTS = {
+    "system": "system prompts", "user": "questions", "assistant": "answers", "tool": "tool results", "text": "texts",
+}  # fmt: skip
+"""What the turns of each role are called."""
+_TURN_KEYS = frozenset(("role", "content", "from", "value", "function_call", *LOSS_KEYS, *FURTHER_KEYS))
+_CONVERSATION = frozenset(("system", "tools", "functions", "label", "kto_tag"))
 _KEYS = {
-    "prompt-completion": frozenset(("prompt", "completion", "system", "label")),
+    "prompt-completion": frozenset(("prompt", "completion", "system", "label", "kto_tag")),
     "messages": frozenset(("messages", *_CONVERSATION)),
     "text": frozenset(("text",)),
     "alpaca": frozenset(("instruction", "input", "output", "history", "system")),
     "sharegpt": frozenset(("conversations", *_CONVERSATION)),
-    "preference": frozenset(("prompt", "chosen", "rejected", *_CONVERSATION)) - {"label"},
+    "preference": frozenset(("prompt", "chosen", "rejected", *_CONVERSATION)) - {"label", "kto_tag"},
 }
 _LISTS = {
     "prompt-completion": (("prompt", _TURN_KEYS), ("completion", _TURN_KEYS)),
     "messages": (("messages", _TURN_KEYS),),
-    "sharegpt": (("conversations", frozenset(("from", "role", "value", "content", *LOSS_KEYS))),),
+    "sharegpt": (("conversations", _TURN_KEYS),),
     "preference": (("prompt", _TURN_KEYS), ("chosen", _TURN_KEYS), ("rejected", _TURN_KEYS)),
 }
 
 
 _FINDINGS = {
-    "AnswersNotTrained": "the chat template renders these differently once others follow, so they aren't trained on:",
+    "AnswersNotTrained": "their prompt is too long, or the chat template doesn't separate them from it, so these "
+    "aren't trained on:",
+    "EmptyAnswers": "these have no text and aren't trained on:",
     "TemplateOmits": "the chat template leaves out",
     "KeysNotRead": "nothing reads",
+    "TurnsCut": "dataset.rendering.openTurns is cut, which removed",
+    "RenderedTwice": "these look as if they were rendered already, and the chat template renders them again (if so, "
+    "set dataset.chatTemplate: none):",
+    "ControlTokens": "texts contain control tokens, which look like the border of a turn (dataset.rendering."
+    "controlTokens: refuse makes such rows unusable):",
+    "Blanks": "the chat template keeps blanks at the beginning or the end of these, so they are trained on "
+    "(dataset.rendering.whitespace: strip removes them):",
+    "AnswersApart": "the chat template renders these differently once others follow, so each is an example of its own "
+    "(dataset.rendering.answers: last trains on the last one only):",
 }
 _NAMED = 8
 
@@ -85,10 +97,14 @@ def unread(format: str, value: Values) -> list[Omission]:
     return [("KeysNotRead", key, 1) for key in sorted(set(names))] if names else []
 
 
-def omitted(row: Row, texts: Sequence[tuple[str, str]]) -> tuple[Omission, ...]:
+def omitted(
+    row: Row, texts: Sequence[tuple[str, str]], expected: int | None = None, *, apart: int = 0
+) -> tuple[Omission, ...]:
     """Return what a chat template leaves out of a row.
 
-    `texts` are (the text before an answer, the answer) for each answer that is trained on.
+    `texts` are (the text before an answer, the answer) for each answer that is trained on, of
+    which `apart` are in earlier examples. `expected` is the number of answers that should be
+    trained on; None means all.
     """
     rendered = "".join(text for pair in texts for text in pair)
     answers = 0
@@ -97,20 +113,23 @@ def omitted(row: Row, texts: Sequence[tuple[str, str]]) -> tuple[Omission, ...]:
         if turn.role == "assistant" and turn.in_loss:
             answers += 1
         if turn.content not in rendered and not _has(rendered, turn.content):
-            omissions.append(("TemplateOmits", _SUBJECTS[turn.role], 1))
+            thought = reasoning.inline(turn.content) if turn.role == "assistant" else ""
+            if not thought or not _has(rendered, thought):
+                omissions.append(("TemplateOmits", "reasoning" if thought else SUBJECTS[turn.role], 1))
+            if thought and not _has(rendered, reasoning.without_block(turn.content)):
+                omissions.append(("TemplateOmits", SUBJECTS[turn.role], 1))
         if turn.more:
             more = json.loads(turn.more)
-            reasoning = (more.get(key) for key in ("reasoning_content", "thinking"))
-            omissions += [
-                ("TemplateOmits", "reasoning", 1)
-                for text in reasoning
-                if isinstance(text, str) and not _has(rendered, text)
-            ]
+            thoughts = {more[key] for key in reasoning.KEYS if isinstance(more.get(key), str)}
+            omissions += [("TemplateOmits", "reasoning", 1) for text in thoughts if not _has(rendered, text)]
             omissions += [("TemplateOmits", "tool calls", 1) for name in _called(more) if name not in rendered]
     if row.tools and not all(name in rendered for name in _names(json.loads(row.tools))):
         omissions.append(("TemplateOmits", "tools", 1))
-    if answers > len(texts):
-        omissions.append(("AnswersNotTrained", "answers", answers - len(texts)))
+    missing = (answers if expected is None else expected) - len(texts)
+    if missing > 0:
+        omissions.append(("AnswersNotTrained", "answers", missing))
+    if apart:
+        omissions.append(("AnswersApart", "answers", apart))
     return tuple(omissions)
 
 

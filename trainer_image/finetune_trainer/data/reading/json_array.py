@@ -1,4 +1,8 @@
-"""Reads a JSON array as numbered records, and holds one element at a time."""
+"""Reads JSON that isn't one object per line as numbered records, and holds one object at a time.
+
+It is an array, objects one after the other over any number of lines, or one object that holds all
+rows: a list of them, or columns.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,67 @@ from finetune_trainer.data.reading.compression import Readable
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
 
 READ_BYTES = 1 << 20
+_WRAPPERS = frozenset(("data", "rows", "train", "examples", "items", "records", "instances"))
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-def json_array(file: Readable) -> Iterator[Record]:
-    """Yield the elements of one array, numbered by position from 1. Raises Unreadable."""
-    decode = json.JSONDecoder().raw_decode
+def json_values(file: Readable) -> Iterator[Record]:
+    """Yield the rows of a file, numbered by position from 1. Raises Unreadable."""
     window = _Window(file)
+    if window.next_character(1) == "[":
+        yield from _array(window)
+        return
+    decode = json.JSONDecoder().raw_decode
+    first = window.element(decode, 1)
+    if not window.has_more_text():
+        yield from _rows_of(first)
+        return
+    value: tuple[Any, str | None] | None = first
+    number = 0
+    while value is not None:
+        number += 1
+        yield number, _record(*value)
+        value = window.element(decode, number + 1) if window.has_more_text() else None
+
+
+def _record(value: Any, problem: str | None) -> dict[str, Any] | str:
+    if problem or not isinstance(value, dict):
+        return problem or "isn't a JSON object"
+    return value
+
+
+def _rows_of(element: tuple[Any, str | None]) -> Iterator[Record]:
+    """Yield the rows that a file's only object holds, or the object as the only row."""
+    rows = None if element[1] else _unwrapped(element[0])
+    yield from enumerate(rows, start=1) if rows is not None else ((1, _record(*element)),)
+
+
+def _unwrapped(value: Any) -> list[dict[str, Any]] | None:
+    """Return the rows of an object that isn't a row: a list of rows under a key, or columns as
+    pandas writes them. Returns None for any other object."""
+    if not isinstance(value, dict) or not value:
+        return None
+    lists = [inner for key, inner in value.items() if key in _WRAPPERS and isinstance(inner, list)]
+    names = value.get("columns")
+    if isinstance(names, list) and lists and all(isinstance(row, list) and len(row) == len(names) for row in lists[0]):
+        return [dict(zip(names, row, strict=True)) for row in lists[0]]
+    if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
+        return list(lists[0])
+    columns = list(value.values())
+    if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        return [{name: column[key] for name, column in value.items()} for key in columns[0]]
+    return None
+
+
+def _array(window: _Window) -> Iterator[Record]:
+    decode = json.JSONDecoder().raw_decode
     window.skip("[")
     number = 0
     while True:
         number += 1
         following = window.next_character(number)
         if following == "]":
+            window.skip("]")
             if window.has_more_text():
                 raise Unreadable(number, "there is something after the end of the array")
             return
@@ -34,10 +86,7 @@ def json_array(file: Readable) -> Iterator[Record]:
             window.skip(",")
             window.next_character(number)
         value, problem = window.element(decode, number)
-        if problem or not isinstance(value, dict):
-            yield number, problem or "isn't a JSON object"
-        else:
-            yield number, value
+        yield number, _record(value, problem)
 
 
 class _Window:
@@ -89,12 +138,12 @@ class _Window:
             return (None, too_long("an element")) if is_too_long else (value, None)
 
     def has_more_text(self) -> bool:
-        """Whether anything except blanks follows the character that the window begins with."""
-        self._position += 1
+        """Whether anything except blanks follows, to which the window moves."""
         while (end := self._end_of_blanks(self._position)) == len(self._text):
             self._position = end
             if not self._read_more(0):
                 return False
+        self._position = end
         return True
 
     def _grow(self, characters: int, number: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_trainer.data.reading.row import Row, Turn, Values, short_repr, text
+from finetune_trainer.data.reading.row import Omission, Row, Turn, Values, short_repr, text
 
 _STUDIO_META = {
     "id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "file_upload",
@@ -63,12 +63,12 @@ def is_snorkel(value: Values) -> bool:
 def label_studio(number: int, value: Values, options: Options) -> Row:
     """Read a task with its annotations (JSON), or one flat record of both (JSON-MIN, CSV)."""
     if isinstance(value.get("data"), Mapping):
-        prompt, completion = _task(value, options)
+        prompt, completion, used = _task(value, options)
     else:
-        prompt, completion = _flat_record(value, options)
+        prompt, completion, used = _flat_record(value, options)
     if not completion.strip():
         raise ValueError("the annotation is empty")
-    return Row(number, (Turn("user", prompt), Turn("assistant", completion)), plain=True)
+    return Row(number, (Turn("user", prompt), Turn("assistant", completion)), plain=True, unread=_unread(value, used))
 
 
 def snorkel(number: int, value: Values, options: Options) -> Row:
@@ -76,9 +76,12 @@ def snorkel(number: int, value: Values, options: Options) -> Row:
 
     Raises Unlabelled for class -1, a tie, or a probability that is too low.
     """
-    prompt = text(value, _key_of(value, _PROMPTS, "prompt"))
+    key = _key_of(value, _PROMPTS, "prompt")
+    prompt = text(value, key)
     answer = _class_name(value, options)
-    return Row(number, (Turn("user", prompt), Turn("assistant", answer)), plain=True)
+    labels = {*_LABELS, *_PROBABILITIES, *_numbered_keys(value), "completion", key}
+    unread = tuple(("KeysNotRead", name, 1) for name in sorted(set(value) - labels) if value[name] not in (None, ""))
+    return Row(number, (Turn("user", prompt), Turn("assistant", answer)), plain=True, unread=unread)
 
 
 FORMATS: dict[str, Callable[[int, Values, Options], Row]] = {"label-studio": label_studio, "snorkel": snorkel}
@@ -87,7 +90,8 @@ FORMATS: dict[str, Callable[[int, Values, Options], Row]] = {"label-studio": lab
 # ---- Label Studio
 
 
-def _task(value: Values, options: Options) -> tuple[str, str]:
+def _task(value: Values, options: Options) -> tuple[str, str, set[str]]:
+    """Return the prompt, the answer, and what was used, as `_unread` names it."""
     annotations = [a for a in value.get("annotations") or [] if isinstance(a, Mapping) and not a.get("was_cancelled")]
     if not annotations:
         raise Unlabelled("has no annotation (not labeled yet, or skipped)")
@@ -113,10 +117,11 @@ def _task(value: Values, options: Options) -> tuple[str, str]:
     prompt = prompt or (texts[0] if len(texts) == 1 else next((name for name in _PROMPTS if name in texts), None))
     if prompt is None:
         raise ValueError(f"data has the keys {', '.join(sorted(data)[:8])}; name one in dataset.columns.prompt")
-    return text(data, prompt, "data."), "\n".join(_as_text(result["value"], str(answer)) for result in answers)
+    completion = "\n".join(_as_text(result["value"], str(answer)) for result in answers)
+    return text(data, prompt, "data."), completion, {f"data.{prompt}", f"annotations.{answer}"}
 
 
-def _flat_record(value: Values, options: Options) -> tuple[str, str]:
+def _flat_record(value: Values, options: Options) -> tuple[str, str, set[str]]:
     keys = [key for key in value if key not in _STUDIO_META]
     prompt = "prompt" if "prompt" in options.columns else next((name for name in _PROMPTS if name in keys), None)
     rest = [key for key in keys if key != prompt]
@@ -133,7 +138,19 @@ def _flat_record(value: Values, options: Options) -> tuple[str, str]:
         )
     if answer not in value or value[answer] in ("", None):
         raise Unlabelled(f"has no annotation {answer!r} (not labeled yet, or skipped)")
-    return text(value, prompt), _as_text(_parsed(value[answer]), answer)
+    return text(value, prompt), _as_text(_parsed(value[answer]), answer), {prompt, answer}
+
+
+def _unread(value: Values, used: set[str]) -> tuple[Omission, ...]:
+    """Return what people put into an export and what isn't trained on."""
+    data = value.get("data")
+    if not isinstance(data, Mapping):
+        names = {key for key in value if key not in _STUDIO_META and value[key] not in (None, "", [])}
+    else:
+        results = [r for a in value["annotations"] if isinstance(a, Mapping) for r in a.get("result") or []]
+        names = {f"data.{key}" for key in data}
+        names |= {f"annotations.{r['from_name']}" for r in results if isinstance(r, Mapping) and "from_name" in r}
+    return tuple(("KeysNotRead", name, 1) for name in sorted(names - used))
 
 
 def _as_text(value: Any, name: str) -> str:

@@ -35,11 +35,11 @@ def records(path: Path) -> Iterator[Record]:
                 is_small = batch.nbytes <= MAX_RECORD_BYTES
                 for index in range(batch.num_rows):
                     number += 1
-                    yield number, _record(batch, index, checked=is_small)
+                    yield number, record(batch, index, checked=is_small)
     except Unreadable:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise Unreadable(number + 1, f"the parquet file can't be read ({_first_line(error)})") from None
+        raise Unreadable(number + 1, f"the parquet file can't be read ({first_line(error)})") from None
 
 
 def _check_sizes(metadata: Any) -> None:
@@ -61,8 +61,12 @@ def _check_sizes(metadata: Any) -> None:
         first_row = last_row + 1
 
 
-def _record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
-    record: dict[str, Any] = {}
+def record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
+    """Return a row of a batch, or why it can't be used.
+
+    `checked` is whether all of its cells are small.
+    """
+    values: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if not checked and _cell_bytes(column, index) > MAX_RECORD_BYTES:
             return too_long(f"a cell of column {name}")
@@ -71,8 +75,8 @@ def _record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
         except UnicodeDecodeError:
             return f"column {name} isn't UTF-8"
         if value is not None:
-            record[name] = _without_nulls(value)
-    return record
+            values[name] = _without_nulls(value)
+    return values
 
 
 def _cell_bytes(column: Any, index: int) -> int:
@@ -94,5 +98,6 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -10,15 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from finetune_trainer.data.reading.row import Row, short_repr
+from finetune_trainer.data.reading.row import Row, missing, short_repr
+from finetune_trainer.data.reading.turns import role
 
 FORMAT = "preference"
 _KEYS = ("prompt", "chosen", "rejected", "label")
-
-
-def is_pair(value: Mapping[str, Any]) -> bool:
-    """Whether a record has both a chosen and a rejected answer."""
-    return "chosen" in value and "rejected" in value
 
 
 def row(number: int, value: Mapping[str, Any], texts: Callable[..., Row], messages: Callable[..., Row]) -> Row:
@@ -34,7 +30,11 @@ def _side(
     number: int, value: Mapping[str, Any], key: str, texts: Callable[..., Row], messages: Callable[..., Row]
 ) -> Row:
     if key not in value:
-        raise ValueError(f"{key} is missing")
+        if "completion" in value and ("label" in value or "kto_tag" in value):
+            raise ValueError(
+                "has one answer with a label (a row for KTO, which isn't supported); give chosen and rejected answers"
+            )
+        raise ValueError(missing(value, key))
     rest = {name: content for name, content in value.items() if name not in _KEYS}
     answer, prompt = value[key], value.get("prompt")
     try:
@@ -70,15 +70,15 @@ def _joined(prompt: Any, answer: list[Any], key: str) -> list[Any]:
 
 
 def _role(turns: list[Any]) -> Any:
-    return turns[0].get("role") if turns and isinstance(turns[0], Mapping) else None
+    return role(turns[0]) if turns and isinstance(turns[0], Mapping) else None
 
 
 def _content(turn: Any) -> Any:
     """Return what makes two turns the same."""
     if not isinstance(turn, Mapping):
         return turn
-    content = turn.get("content")
-    return turn.get("role"), content.strip() if isinstance(content, str) else content
+    content = turn.get("content", turn.get("value"))
+    return role(turn), content.strip() if isinstance(content, str) else content
 
 
 def sides(pair: Row) -> tuple[Row, ...]:

@@ -11,19 +11,23 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune_trainer.data.reading import compression, parquet
 from finetune_trainer.data.reading.compression import CorruptData, Readable
-from finetune_trainer.data.reading.json_array import READ_BYTES, json_array
+from finetune_trainer.data.reading.containers import arrow, encodings
+from finetune_trainer.data.reading.json_array import READ_BYTES, json_values
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
 
-FileFormat = Literal["jsonl", "json", "csv", "parquet"]
+FileFormat = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 _BOM = codecs.BOM_UTF8
 _DELIMITERS = ",\t;|"
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_EXCEL = re.compile(r'"?sep=(.)"?\s*$')
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 COMPRESSION_SUFFIXES = ("", ".gz", ".zst", ".bz2", ".xz")
 
 
@@ -34,8 +38,11 @@ def is_named_as_data(name: str) -> bool:
     are copies that a notebook or an operating system has left behind.
     """
     lower = name.lower()
-    if any(part.startswith(".") for part in lower.split("/")):
+    parts = lower.split("/")
+    if any(part.startswith(".") for part in parts):
         return False
+    if parts[-1] in _DESCRIPTIONS or (parts[-1].startswith("cache-") and lower.endswith(".arrow")):
+        return False  # what `datasets` saves next to rows
     return any(lower.endswith(suffix + packed) for suffix in SUFFIXES for packed in COMPRESSION_SUFFIXES)
 
 
@@ -53,14 +60,20 @@ def file_format(path: Path, name: str) -> FileFormat:
         if compression.kind(path):
             raise Unreadable(0, "is parquet inside a compressed file; unpack it (parquet is compressed already)")
         return "parquet"
+    if head.startswith((arrow.FILE_MAGIC, arrow.STREAM_MAGIC)):
+        if compression.kind(path):
+            raise Unreadable(0, "is Arrow inside a compressed file; unpack it")
+        return "arrow"
     if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
         raise Unreadable(0, "is an archive of several files; unpack it, and give a folder or a single file")
+    if encoding := encodings.of_head(head):
+        raise Unreadable(0, encodings.remedy(encoding))
     text = head.removeprefix(_BOM).lstrip()
     lower = name.lower()
     stem = next((lower.removesuffix(suffix) for suffix in COMPRESSION_SUFFIXES[1:] if lower.endswith(suffix)), lower)
     if stem.endswith((".csv", ".tsv")):
         return "csv"
-    if text.startswith(b"[") and not stem.endswith((".jsonl", ".ndjson")):
+    if _is_json(text, stem):
         return "json"
     if text.startswith((b"{", b"[")) or stem.endswith((".jsonl", ".ndjson", ".json")) or not text:
         return "jsonl"
@@ -68,16 +81,49 @@ def file_format(path: Path, name: str) -> FileFormat:
     return "csv" if any(first.count(mark.encode()) for mark in _DELIMITERS) and b"{" not in first else "jsonl"
 
 
+def _is_json(text: bytes, stem: str) -> bool:
+    """Whether the beginning of a file is an array, or an object over several lines, instead of JSON
+    lines.
+
+    A line of JSON lines is a complete object.
+    """
+    line, _, rest = text.partition(b"\n")
+    if text.startswith(b"["):
+        return not stem.endswith((".jsonl", ".ndjson")) or not rest.strip() or not _is_complete(line)
+    if not text.startswith(b"{") or _is_complete(line):
+        return text.startswith(b"{") and stem.endswith(".json") and not rest.strip()
+    is_open = line.strip() == b"{" and bool(rest.strip())
+    return is_open or _holds_several(line) or (stem.endswith(".json") and not rest)
+
+
+def _is_complete(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _holds_several(line: bytes) -> bool:
+    """Whether a line begins with two objects without a line break between them."""
+    try:
+        text = line.decode(errors="replace")
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
+
+
 def records(path: Path, format: FileFormat) -> Iterator[Record]:
     """Yield all records of a file. Raises Unreadable if the rest of it can't be read."""
-    if format == "parquet":
-        yield from parquet.records(path)
+    if format in ("parquet", "arrow"):
+        yield from (parquet if format == "parquet" else arrow).records(path)
         return
     number = 0
     try:
         with compression.opened(path) as file:
             by_line = {"jsonl": json_lines, "csv": csv_rows}
-            numbered = json_array(file) if format == "json" else by_line[format](lines(file))
+            numbered = json_values(file) if format == "json" else by_line[format](lines(file))
             for number, value in numbered:
                 yield number, value
     except CorruptData as corrupt:
@@ -127,7 +173,11 @@ def csv_rows(lines: Iterable[bytes | None]) -> Iterator[Record]:
     if head is None:
         return
     delimiter = max(_DELIMITERS, key=head.count)
-    reader = csv.reader(_chained(head, text), delimiter=delimiter if head.count(delimiter) else ",", strict=True)
+    if excel := _EXCEL.match(head):
+        head, delimiter = "\n", excel.group(1)
+    reader = csv.reader(
+        _chained(head, text), delimiter=delimiter if excel or head.count(delimiter) else ",", strict=True
+    )
     columns: list[str] | None = None
     while True:
         number = reader.line_num + 1
@@ -138,14 +188,14 @@ def csv_rows(lines: Iterable[bytes | None]) -> Iterator[Record]:
             return
         except csv.Error as error:
             raise Unreadable(number, f"isn't CSV ({error}); is a quote left open?") from None
-        if columns is None:
+        if columns is None and values:
             columns = [name.strip() for name in values]
             repeated = next((name for index, name in enumerate(columns) if name in columns[:index]), None)
             if repeated:
                 raise Unreadable(number, f"the first line names the column {repeated!r} twice")
-        elif len(values) == len(columns):
+        elif columns is not None and len(values) == len(columns):
             yield number, {name: value for name, value in zip(columns, values, strict=True) if name}
-        elif values:
+        elif columns is not None and values:
             yield number, f"has {len(values)} fields, but the first line names {len(columns)} columns"
 
 
@@ -164,7 +214,7 @@ def _csv_lines(lines: Iterable[bytes | None], record_start: _RecordStart) -> Ite
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise Unreadable(number, f"isn't UTF-8 (byte {error.start})") from None
+            raise Unreadable(number, encodings.not_utf8(line, error.start)) from None
         if "\x00" in text:
             raise Unreadable(number, "contains a NUL character; is it UTF-16? Save it as UTF-8")
         yield text
@@ -179,7 +229,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return f"isn't UTF-8 (byte {error.start})"
+        return encodings.not_utf8(line, error.start)
     except json.JSONDecodeError as error:
         return f"isn't JSON ({error.msg} at column {error.colno})"
     except RecursionError:

@@ -5,12 +5,16 @@ The module also has the checks that all formats share.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 Values = Mapping[str, Any]
+Omission = tuple[str, str, int]
+"""(reason, subject, number) of what a row loses, as `Finding` of the data report has them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Row:
     file_index: int = 0
     tools: str = ""  # JSON of a list of functions, for the chat template
     rejected: tuple[Turn, ...] = ()  # a preference pair: the turns with the rejected answer
-    unread: tuple[tuple[str, str, int], ...] = field(default=(), compare=False)  # see `findings.Omission`
+    unread: tuple[Omission, ...] = field(default=(), compare=False)  # what was lost when it was read
     plain_prompt: str = ""  # the prompt without a chat template; if empty, it is the user's turn
 
     @property
@@ -69,18 +73,30 @@ class Problem:
 def text(value: Values, key: str, prefix: str = "") -> str:
     """Return the string at `key`, which can be encoded as UTF-8.
 
+    A number, or true or false, becomes its JSON, except for a document, which can't be a number.
+
     Raises ValueError with a message that names `prefix` and the key.
     """
-    if key not in value:
-        raise ValueError(f"{prefix}{key} is missing")
+    if value.get(key) is None:
+        raise ValueError(missing(value, key, prefix))
     content = value[key]
+    is_number = isinstance(content, int) or (isinstance(content, float) and math.isfinite(content))
+    if is_number and key != "text":
+        return json.dumps(content)
     if not isinstance(content, str):
-        raise ValueError(f"{prefix}{key} isn't a string")
+        raise ValueError(f"{prefix}{key} is {short_repr(content)}, which isn't text; write it as a string")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{prefix}{key} contains half a character (a lone surrogate)") from None
     return content
+
+
+def missing(value: Values, key: str, prefix: str = "") -> str:
+    """Return the message that a record, or a part of it, has no `key`."""
+    others = ", ".join(sorted(map(str, value))[:8]) or "nothing"
+    remedy = "" if prefix else f"; map one in dataset.columns.{key}" if value else ""
+    return f"{prefix}{key} is missing (it has {others}){remedy}"
 
 
 def short_repr(value: Any) -> str:

@@ -13,15 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from finetune_trainer.data.reading import preference_rows
-from finetune_trainer.data.reading.row import Row, Turn, Values, short_repr, text
-from finetune_trainer.data.reading.turns import canonical, is_in_loss, turns
-
-_SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bard": "assistant", "bing": "assistant", "model": "assistant", "function_call": "assistant", "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ai": "assistant",
-    "tool_call": "assistant", "tool_response": "tool", "developer": "system",
-}  # fmt: skip
+from finetune_trainer.data.reading.row import Row, Turn, Values, missing, short_repr, text
+from finetune_trainer.data.reading.turns import canonical, turns
 
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -40,12 +33,12 @@ RowFormat = Callable[[int, Values], Row]
 def prompt_completion(number: int, value: Values) -> Row:
     """Read two strings, or two lists of turns, of which only the completion counts in the loss."""
     for key in ("prompt", "completion"):
-        if key not in value:
-            raise ValueError(f"{key} is missing")
+        if value.get(key) is None:
+            raise ValueError(missing(value, key))
     if isinstance(value["prompt"], list) and isinstance(value["completion"], list):
         before = tuple(replace(turn, in_loss=False) for turn in turns(value["prompt"], "prompt"))
         after = turns(value["completion"], "completion")
-        return _conversation(number, (*before, *after), value, "completion")
+        return _conversation(number, (*before, *after), value)
     _refuse_undesired(value)
     prompt, completion = text(value, "prompt"), text(value, "completion")
     if not completion.strip():
@@ -56,9 +49,9 @@ def prompt_completion(number: int, value: Values) -> Row:
 
 def messages(number: int, value: Values) -> Row:
     """Read a conversation as chat APIs have it: a list of turns with role and content."""
-    if "messages" not in value:
-        raise ValueError("messages is missing")
-    return _conversation(number, turns(value["messages"], "messages"), value, "messages")
+    if value.get("messages") is None:
+        raise ValueError(missing(value, "messages"))
+    return _conversation(number, turns(value["messages"], "messages"), value)
 
 
 def plain_text(number: int, value: Values) -> Row:
@@ -95,22 +88,9 @@ def alpaca(number: int, value: Values) -> Row:
 
 def sharegpt(number: int, value: Values) -> Row:
     """Read a conversation in ShareGPT's format: a list of turns with from and value."""
-    if "conversations" not in value:
-        raise ValueError("conversations is missing")
-    conversation = value["conversations"]
-    if not isinstance(conversation, list) or not conversation:
-        raise ValueError("conversations isn't a list with at least one turn")
-    parsed = []
-    for index, turn in enumerate(conversation):
-        path = f"conversations[{index}]"
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"{path} isn't an object with from and value")
-        role = turn.get("from", turn.get("role"))
-        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-            raise ValueError(f"{path}.from is {short_repr(role)}; it must be one of {', '.join(_SHAREGPT_ROLES)}")
-        key = "value" if "value" in turn or "content" not in turn else "content"
-        parsed.append(Turn(_SHAREGPT_ROLES[role], text(turn, key, f"{path}."), in_loss=is_in_loss(path, turn)))
-    return _conversation(number, tuple(parsed), value, "conversations")
+    if value.get("conversations") is None:
+        raise ValueError(missing(value, "conversations"))
+    return _conversation(number, turns(value["conversations"], "conversations"), value)
 
 
 FORMATS: dict[str, RowFormat] = {
@@ -123,30 +103,20 @@ FORMATS: dict[str, RowFormat] = {
 }
 
 
-def _conversation(number: int, turns: tuple[Turn, ...], value: Values, path: str) -> Row:
+def _conversation(number: int, turns: tuple[Turn, ...], value: Values) -> Row:
     _refuse_undesired(value)
     if turns[0].role != "system":
         turns = (*_system(value), *turns)
-    last = turns[-1]
-    if last.role != "assistant":
-        raise ValueError(f"the last turn's role is {last.role!r}; it must be 'assistant', the answer to train on")
-    if turns[0].role == "assistant":
-        raise ValueError("the first turn's role is 'assistant'; there is nothing to answer")
-    if not last.content.strip() and not last.more:
-        raise ValueError("the last turn's content is empty")
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise ValueError("role 'system' must be the first turn")
-    if not any(turn.in_loss for turn in turns if turn.role == "assistant"):
-        raise ValueError(f"{path}: every assistant turn has weight 0, so there is nothing to train on")
     return Row(number, turns, tools=_tools(value.get("tools")) or _functions(value.get("functions")))
 
 
 def _refuse_undesired(value: Values) -> None:
     """Refuse an answer that must not be learned. Raises ValueError."""
-    label = value.get("label", True)
-    if label is not None and (label in (False, "false", "False", "FALSE")):
+    key = next((key for key in ("label", "kto_tag") if value.get(key) is not None), None)
+    label = value[key] if key else True
+    if label in (False, "false", "False", "FALSE"):
         raise ValueError(
-            f"label is {short_repr(label)}, which marks the answer as undesired (a row for KTO, which isn't supported);"
+            f"{key} is {short_repr(label)}, which marks the answer as undesired (a row for KTO, which isn't supported);"
             " remove the row, or rename the key if it means something else"
         )
 

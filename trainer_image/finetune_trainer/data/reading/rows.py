@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.data.reading import findings, labeling_tools, preference_rows, records, row_formats
+from finetune_api.spec.rendering import RenderingSpec
+from finetune_trainer.data.reading import (
+    dialogues,
+    findings,
+    labeling_tools,
+    preference_rows,
+    preference_shapes,
+    records,
+    row_formats,
+)
 from finetune_trainer.data.reading.record import Record, Unreadable
 from finetune_trainer.data.reading.records import FileFormat
 from finetune_trainer.data.reading.row import Problem, Row, Turn, Values
@@ -31,6 +40,7 @@ class InputFile:
     `name` is what messages call the file, and `source` is the URI that it comes from. `columns`
     maps our name of a key to the file's. `labels` and `min_label_probability` are those of the
     job's dataset. `weight` is how often each row of the file comes in an epoch.
+    `rendering` is what the job wants of turns.
     """
 
     path: Path
@@ -41,6 +51,7 @@ class InputFile:
     labels: tuple[str, ...] = ()
     min_label_probability: float = 0.0
     weight: float = 1.0
+    rendering: RenderingSpec = field(default_factory=RenderingSpec)
 
 
 @dataclass(frozen=True)
@@ -74,14 +85,22 @@ class Stream:
                 yield Problem(number, value, self._name)
                 continue
             try:
-                record = renamed(value, self._input_file.columns)
+                record = self._record(value)
                 row = self._row(number, record)
                 unread = tuple(findings.unread(self.format or "", record))
-                yield replace(row, file_index=self._file_index, unread=unread)
+                row = replace(row, file_index=self._file_index, unread=(*row.unread, *unread))
+                yield dialogues.adjusted(row, self._input_file.rendering)
             except ValueError as error:
                 yield Problem(number, str(error), self._name, isinstance(error, labeling_tools.Unlabelled))
             except RecursionError:
                 yield Problem(number, "isn't a row (nested too deeply)", self._name)
+
+    def _record(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a record under the names that its format has; a null is an absent key."""
+        record = renamed(_without_nulls(value), self._input_file.columns)
+        if self.format is None:
+            self.format = detect(record)
+        return preference_shapes.normalized(record) if self.format == preference_rows.FORMAT else record
 
     def _row(self, number: int, value: Values) -> Row:
         if self.format is None:
@@ -148,7 +167,7 @@ def detect(value: Values) -> str:
         return "messages"
     if "conversations" in value:
         return "sharegpt"
-    if preference_rows.is_pair(value):
+    if preference_shapes.is_pair(value):
         return preference_rows.FORMAT
     if "prompt" in value or "completion" in value:
         return "prompt-completion"
@@ -184,6 +203,13 @@ def renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str
         if isinstance(record.get(ours), list) and ("role" in columns or "content" in columns):
             record[ours] = [_turn_renamed(turn, columns) for turn in record[ours]]
     return record
+
+
+def _without_nulls(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record without the keys that have no value: null, or the NaN that pandas writes."""
+    if not any(inner is None or inner != inner for inner in value.values()):
+        return value
+    return {key: inner for key, inner in value.items() if inner is not None and inner == inner}
 
 
 def _turn_renamed(turn: Any, columns: Mapping[str, str]) -> Any:

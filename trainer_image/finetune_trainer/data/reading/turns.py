@@ -9,13 +9,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_trainer.data.reading import reasoning
 from finetune_trainer.data.reading.row import ROLES, Turn, short_repr, text
 
-FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", *reasoning.KEYS)
 """Keys of a turn that are given to the chat template."""
 LOSS_KEYS = ("weight", "train", "loss")
 """Keys that say whether an assistant's turn is trained on."""
-_ALIASES = {"developer": "system", "function": "tool", "human": "user", "ai": "assistant"}
+_ALIASES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
+    "model": "assistant", "function_call": "assistant", "function": "tool", "observation": "tool",
+    "function_response": "tool", "ai": "assistant", "tool_call": "assistant",
+    "tool_response": "tool", "developer": "system",
+}  # fmt: skip
+"""Names of roles in ShareGPT and of other tools."""
 
 
 def turns(value: Any, path: str) -> tuple[Turn, ...]:
@@ -23,9 +30,33 @@ def turns(value: Any, path: str) -> tuple[Turn, ...]:
 
     `path` is what messages call the list. Raises ValueError.
     """
+    value = parsed_list(value)
+    if isinstance(value, str):
+        raise ValueError(
+            f"{path} is {short_repr(value)}, a text that isn't JSON; write a list of turns, or its JSON (json.dumps)"
+        )
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} isn't a list with at least one turn")
+        raise ValueError(f"{path} is {short_repr(value)}; it must be a list with at least one turn")
     return tuple(_turn(f"{path}[{index}]", turn) for index, turn in enumerate(value))
+
+
+def parsed_list(value: Any) -> Any:
+    """Return the list that a text holds as JSON, as CSV and parquet files have it, or the value
+    itself."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if all(isinstance(turn, Mapping) for turn in parsed):
+            return parsed
+    return value
+
+
+def role(turn: Mapping[str, Any]) -> Any:
+    """Return the role of a turn by our name for it, or what it has instead."""
+    name = turn.get("role", turn.get("from"))
+    return _ALIASES.get(name.lower(), name.lower()) if isinstance(name, str) else name
 
 
 def is_in_loss(path: str, turn: Mapping[str, Any]) -> bool:
@@ -43,24 +74,26 @@ def is_in_loss(path: str, turn: Mapping[str, Any]) -> bool:
 def _turn(path: str, turn: Any) -> Turn:
     if not isinstance(turn, Mapping):
         raise ValueError(f"{path} isn't an object with role and content")
-    role = turn.get("role")
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{path}.role is {short_repr(role)}; it must be one of {', '.join(ROLES)}")
+    name = role(turn)
+    if name not in ROLES:
+        key = "role" if "role" in turn or "from" not in turn else "from"
+        names = ROLES if key == "role" else (*ROLES, *_ALIASES)
+        raise ValueError(f"{path}.{key} is {short_repr(turn.get(key))}; it must be one of {', '.join(names)}")
     in_loss = is_in_loss(path, turn)
     further = {key: turn[key] for key in FURTHER_KEYS if turn.get(key)}
     if turn.get("function_call") and "tool_calls" not in further:
         further = {"tool_calls": [{"type": "function", "function": turn["function_call"]}], **further}
     if "tool_calls" in further:
         further["tool_calls"] = _calls(further["tool_calls"], f"{path}.tool_calls")
-    content = turn.get("content")
+    key = "value" if turn.get("content") is None and "value" in turn else "content"
+    content = turn.get(key)
     if content is None and "tool_calls" in further:
         content = ""
     elif isinstance(content, list):
-        content = "".join(_part(f"{path}.content[{index}]", part) for index, part in enumerate(content))
+        content = "".join(_part(f"{path}.{key}[{index}]", part) for index, part in enumerate(content))
     else:
-        content = text(turn, "content", f"{path}.")
-    return Turn(role, content, in_loss=in_loss, more=canonical(further, path) if further else "")
+        content = text(turn, key, f"{path}.")
+    return Turn(name, content, in_loss=in_loss, more=canonical(further, path) if further else "")
 
 
 def _calls(value: Any, path: str) -> list[Any]:

@@ -1,0 +1,67 @@
+"""Names the encoding of a text that isn't UTF-8, and says how to convert it. The module is pure."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
+_EAST_ASIAN = ("GB18030", "SHIFT_JIS", "EUC-JP", "EUC-KR", "BIG5")
+_HIGH_RUNS = re.compile(rb"[\x80-\xff][\x40-\xff]+")
+
+
+def of_head(head: bytes) -> str:
+    """Return UTF-16 or UTF-32 if a file begins as one of them, with or without a mark; else an
+    empty string."""
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    text = head[: len(head) // 4 * 4]
+    zeros = [text[offset::4].count(0) for offset in range(4)]
+    quarter = len(text) // 4
+    if quarter and sum(count > quarter // 2 for count in zeros) == 3:
+        return "UTF-32"
+    for offset, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+        if quarter and zeros[offset] + zeros[offset + 2] > quarter and zeros[1 - offset] + zeros[3 - offset] == 0:
+            return name
+    return ""
+
+
+def remedy(encoding: str) -> str:
+    """Return the message about a file in another encoding."""
+    return f"is {encoding}; save it as UTF-8, for example with `iconv -f {encoding} -t UTF-8`"
+
+
+def not_utf8(data: bytes, position: int) -> str:
+    """Return the message about bytes that can't be decoded, with the encoding they look like."""
+    guess = _guess(data)
+    looks = f"; it looks like {guess}: save it as UTF-8, for example with `iconv -f {guess} -t UTF-8`" if guess else ""
+    return f"isn't UTF-8 (byte {position}){looks}"
+
+
+def _guess(data: bytes) -> str:
+    """Return the encoding that bytes look like; empty if they look like none.
+
+    Letters with accents stand alone between ASCII letters, and characters of East Asia come in
+    pairs of bytes.
+    """
+    high = sum(byte >= 0x80 for byte in data)
+    alone = sum(len(run.group()) == 1 for run in re.finditer(rb"[\x80-\xff]+", data))
+    if not high or b"\x00" in data:
+        return ""
+    if alone * 2 >= high and not any(byte in data for byte in b"\x81\x8d\x8f\x90\x9d"):
+        return "WINDOWS-1252"
+    if not _HIGH_RUNS.search(data):
+        return ""
+    return next((encoding for encoding in _EAST_ASIAN if _decodes(data, encoding)), "")
+
+
+def _decodes(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True

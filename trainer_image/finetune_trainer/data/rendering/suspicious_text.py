@@ -1,0 +1,66 @@
+"""Finds texts of a row that look as if they weren't only text: control tokens, turns that were
+rendered already, and blanks that a chat template keeps.
+
+It counts them; whether a row may have them is decided by the job.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from finetune_trainer.data.reading.findings import SUBJECTS
+from finetune_trainer.data.reading.row import Omission, Row
+
+_FRAMES = (
+    "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|start|>", "[INST]",
+    "### Instruction:", "### Response:", "\n\nHuman:", "\n\nAssistant:", "<｜User｜>", "<｜Assistant｜>",
+)  # fmt: skip
+
+
+class ControlTokens:
+    """Finds control tokens of a tokenizer inside texts."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        # A word such as "unk" could be meant as a word.
+        tokens = sorted({t for t in (*tokenizer.all_special_tokens, *added) if not t.isalnum()}, key=len, reverse=True)
+        self._beginnings = tuple({token[:2] for token in tokens})
+        self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+    def within(self, text: str) -> list[str]:
+        """Return the control tokens inside a text, each of them once."""
+        if self._pattern is None or not any(beginning in text for beginning in self._beginnings):
+            return []
+        return sorted(set(self._pattern.findall(text)))
+
+    def omissions(self, row: Row) -> list[Omission]:
+        """Return the control tokens inside the texts of a row."""
+        return [
+            ("ControlTokens", f"{token} in {SUBJECTS[turn.role]}", 1)
+            for turn in row.turns
+            for token in self.within(turn.content)
+        ]
+
+
+def frames(row: Row) -> Iterator[Omission]:
+    """Yield the questions that hold turns which were rendered already."""
+    for turn in row.turns:
+        if turn.role == "user":
+            frame = next((frame for frame in _FRAMES if frame in turn.content), None)
+            if frame is not None:
+                yield "RenderedTwice", f"{SUBJECTS['user']} with {frame.strip()}", 1
+
+
+def blanks(row: Row, answers: Sequence[str]) -> list[Omission]:
+    """Return the answers whose blanks at the beginning or the end the template keeps.
+
+    `answers` are their rendered texts.
+    """
+    count = 0
+    for turn in row.turns:
+        content = turn.content
+        if turn.role == "assistant" and turn.in_loss and content and (content[0].isspace() or content[-1].isspace()):
+            count += any(content in answer for answer in answers)
+    return [("Blanks", "answers", count)] if count else []
