@@ -93,6 +93,7 @@ def test_auto_recomputes_in_parts_on_gpus_only() -> None:
     on_gpus = possible("auto", "cuda")
     assert (on_gpus[0], on_gpus[-1]) == (NOTHING, EVERYTHING)
     assert [each.layers(32) for each in on_gpus] == [0, 8, 16, 24, 32, 32]
+    assert (SELECTIVE.under("zero3"), SELECTIVE.under("fsdp")) == (EVERYTHING, SELECTIVE)
     assert [possible(option, "cuda") for option in ("never", "selective", "always")] == [
         (NOTHING,),
         (SELECTIVE,),

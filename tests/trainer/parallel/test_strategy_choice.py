@@ -60,7 +60,7 @@ def _gpu(gib: int, host: int = 2000) -> FreeMemory:
         pytest.param(_FULL, _setup(8, full=True), _gpu(80), "fsdp", id="all of 8B is sharded over eight"),
         pytest.param(
             _FULL, _setup(2, full=True), _gpu(80),
-            "zero3, optimizer offloaded, activations recomputed except attention",
+            "zero3, optimizer offloaded, activations recomputed",
             id="over two its moments are offloaded to the host",
         ),
         pytest.param(

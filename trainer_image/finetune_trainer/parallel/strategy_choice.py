@@ -193,7 +193,7 @@ def _configs(
     saved: tuple[int, int] | None,
 ) -> list[ParallelConfig]:
     return [
-        ParallelConfig(*pair, again, replicas)
+        ParallelConfig(*pair, again.under(pair[0]), replicas)
         for again in recompute
         for pair in pairs
         for replicas in mesh.replica_counts(setup, *pair, saved)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from finetune_api.spec.hardware import Strategy
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Recomputation:
         if self.share < 1:
             return f"activations of {self.share:.0%} of the layers recomputed"
         return "activations recomputed except attention" if self.keeps_attention else "activations recomputed"
+
+    def under(self, strategy: Strategy) -> Recomputation:
+        """Returns what a strategy can recompute. ZeRO-3 gathers the weights of attention again only
+        if all of a layer is computed again."""
+        return replace(self, keeps_attention=False) if strategy == "zero3" else self
 
     def layers(self, count: int) -> int:
         """Returns how many of `count` layers are recomputed."""
