@@ -62,8 +62,8 @@ def _restore(t: Training, latest: int) -> CheckpointState | None:
     Returns None if rank 0 has no such checkpoint on its disk.
     """
     newest = _newest(t, latest) if t.world.is_first else None
-    name: str | None = t.world.broadcast(newest.name if newest else None)
-    state: CheckpointState | None = t.world.broadcast(local_folder.read_state(newest) if newest else None)
+    name: str | None = t.world.broadcast(newest.name if newest else None, str | None)
+    state = t.world.broadcast(local_folder.read_state(newest) if newest else None, CheckpointState | None)
     if name is None or state is None:
         return None
     folder = t.paths.resume if name == t.paths.resume.name else t.paths.checkpoints / name
