@@ -20,7 +20,7 @@ from finetune_trainer.parallel.strategy import Extent
 from testkit.rows import pairs
 from testkit.tiny_models import tiny_llama
 from trainer.support.no_pickle import NoPickle
-from trainer.support.rank_runs import CheckedRuns, Job, finish_each, prepare
+from trainer.support.rank_runs import CheckedRuns, Job, finish_each, free_port, prepare
 
 _WAYS: dict[str, dict[str, Any]] = {
     "ddp": {},

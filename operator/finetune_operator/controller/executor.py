@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,9 +148,10 @@ class Executor:
         run = plan(observed.job, self._settings, action.number, size, memory_restarts)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
+        manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
         if run.world.nodes > 1:
             await self._create("services", manifests.service(observed.job), observed)
-        manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
+            manifest = manifests.with_rendezvous_secret(manifest, secrets.token_hex(32))
         await self._create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:

@@ -6,7 +6,6 @@ memory, and to report why.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,8 @@ from finetune_trainer.supervisor import download, exit_reason, oom_backoff, outc
 from finetune_trainer.supervisor.checkpoint_uploader import CheckpointUploader, StoredCheckpoint, ThisNode
 from finetune_trainer.supervisor.download import Inputs
 from finetune_trainer.supervisor.monitor import Monitor
-from finetune_trainer.supervisor.node import Node
+from finetune_trainer.supervisor.node import Node, reset_scratch
+from finetune_trainer.supervisor.rendezvous.nodes import rendezvous
 from finetune_trainer.supervisor.signals import StopRequest, in_thread
 
 T = TypeVar("T")
@@ -84,7 +84,8 @@ class Supervisor:
             return self._already_finished(inputs)
         self._resume(inputs)
         self._enter("loading", "starting the ranks")
-        end = Monitor(self._node, self._stop, self._log, self._handle_event, self._report).run()
+        with rendezvous(self._node, self._log) as node:
+            end = Monitor(node, self._stop, self._log, self._handle_event, self._report).run()
         if end.how == "stopped" or self._state.preempted is not None:
             raise StopRequested
         if not self._node.leads:
@@ -102,7 +103,7 @@ class Supervisor:
         """Downloads the inputs. It runs in a thread, so a request to stop is noticed meanwhile."""
         node, run = self._node, self._node.run
         self._enter("fetching", f"checking {run.output.display}")
-        _reset_scratch(node)
+        reset_scratch(node)
         storage, destination = preflight.check_destination(run, node.access, write=node.leads)
         if destination.finished is not None:
             return Inputs(storage, destination)
@@ -287,14 +288,3 @@ class Supervisor:
     def _enter(self, phase: str, message: str = "") -> None:
         self._metrics.add_phase_seconds(*self._phases.enter(phase, message))
         self._report()
-
-
-def _reset_scratch(node: Node) -> None:
-    """Deletes what an earlier attempt left on this disk, except downloads, and writes run.json."""
-    paths = node.paths
-    for folder in (paths.events, paths.checkpoints, paths.export, paths.resume):
-        shutil.rmtree(folder, ignore_errors=True)
-    paths.stop.unlink(missing_ok=True)
-    for folder in (paths.events, paths.checkpoints, paths.model):
-        folder.mkdir(parents=True, exist_ok=True)
-    paths.run_config.write_text(node.run.model_dump_json(by_alias=True, exclude_none=True))

@@ -54,9 +54,10 @@ def pod_spec(
 ) -> Manifest:
     """Returns the pod spec of a role (names.ROLE_TRAINER or names.ROLE_PREFLIGHT)."""
     network = network_profile(job, settings, role)
+    multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     mounts = (
         *_scratch(job, run, role),
-        *_run_config(),
+        *_run_config(multi_node),
         *_progress_token(settings),
         *_credentials(job),
         *_claims(job),
@@ -64,7 +65,6 @@ def pod_spec(
         *_ca_bundle(settings),
         *_model_cache(settings, role),
     )
-    multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     return _present(
         {
             "restartPolicy": "Never",
@@ -215,10 +215,17 @@ def _ephemeral_claim(storage_class: str, size: str) -> Manifest:
     return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
-def _run_config() -> tuple[_Mount, ...]:
+def _run_config(multi_node: bool) -> tuple[_Mount, ...]:
+    """Returns the mount of the RunConfig and, with several nodes, of the rendezvous' secret."""
     folder, _, file = names.RUN_CONFIG_PATH.rpartition("/")
-    field = f"metadata.annotations['{names.ANNOTATION_RUN_CONFIG}']"
-    source = {"downwardAPI": {"items": [{"path": file, "fieldRef": {"fieldPath": field}}]}}
+    annotations = {file: names.ANNOTATION_RUN_CONFIG}
+    if multi_node:
+        annotations[names.RENDEZVOUS_FILE] = names.ANNOTATION_RENDEZVOUS_SECRET
+    items = [
+        {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}}
+        for path, annotation in annotations.items()
+    ]
+    source = {"downwardAPI": {"items": items}}
     return (_Mount("run-config", source, folder),)
 
 
