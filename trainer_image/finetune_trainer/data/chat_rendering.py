@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer import limits
 from finetune_trainer.data import example
 from finetune_trainer.data import tokenizer as tokenizer_files
 from finetune_trainer.data.example import Example
@@ -23,6 +24,8 @@ INSEPARABLE = (
     "renders a prompt alone differently from the same prompt with its answer, so the answer can't be separated from "
     "the prompt"
 )
+TEMPLATE_SECONDS = 10.0
+"""How long a template, which is a program, may take for one text."""
 Texts = list[tuple[str, str]]
 """(the text before an answer, the answer) for each answer; a document has no text before it."""
 
@@ -229,13 +232,8 @@ class Renderer:
         if texts is None:
             return Problem(row.number, f"the chat template {INSEPARABLE}; fix it, or set dataset.chatTemplate")
         for index, (_, answer) in zip(answers[-len(texts) :], texts, strict=True):
-            turn = row.turns[index]
-            if turn.more and (name := findings.missing_call(turn, answer)):
-                return Problem(
-                    row.number,
-                    f"the chat template leaves out the call of {name!r} or its arguments, so an answer without it "
-                    "would be trained on; set dataset.chatTemplate to a template that writes tool_calls",
-                )
+            if problem := findings.changed_answer(row.turns[index], answer):
+                return Problem(row.number, f"the chat template {problem}")
         return texts
 
     def _texts_of_answers(self, row: Row, answers: list[int]) -> Texts | None:
@@ -263,7 +261,10 @@ class Renderer:
         tools = json.loads(row.tools) if row.tools else None
         apply = self._tokenizer.apply_chat_template
         try:
-            return str(apply(chat, tools=tools, tokenize=False, add_generation_prompt=answer))
+            with limits.seconds_at_most(TEMPLATE_SECONDS):
+                return str(apply(chat, tools=tools, tokenize=False, add_generation_prompt=answer))
+        except limits.Overrun as overrun:
+            raise TemplateRefusal(overrun) from None
         except (ValueError, KeyError) as error:  # of Transformers itself: there is no template for tools
             raise TemplateRefusal(error) from None
         except Exception as error:  # a template is a program, so it may raise anything

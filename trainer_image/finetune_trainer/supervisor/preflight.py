@@ -7,6 +7,7 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finetune_api.amounts import FEW_CORES
@@ -23,7 +24,21 @@ from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
 from finetune_trainer.supervisor import download, output_check
 from finetune_trainer.supervisor.download import ModelFacts, Report
+from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.output_check import Destination
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Receives what the checks of rows are doing.
+
+    `report` gets sentences for the log. `reading(reason, subject)` is called before something is
+    read, with the reason that stands for it. `beat` is called for each row.
+    """
+
+    report: Report
+    reading: Callable[[str, str], None] = lambda reason, subject: None
+    beat: Callable[[], None] = lambda: None
 
 
 def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
@@ -43,7 +58,7 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
             f"resources.cpu: {run.world.threads_per_process} cores for each GPU are few, so that the GPUs may wait for "
             f"the CPU; use at least {FEW_CORES}, or auto"
         )
-    counts, data = check_tokens(run, paths, report)
+    counts, data = Inspection(run, paths, access.environment, report).tokens()
     return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
 
 
@@ -89,15 +104,15 @@ def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[S
     return storage, destination
 
 
-def check_rows(run: RunConfig, paths: Paths, report: Report) -> None:
+def check_rows(run: RunConfig, paths: Paths, progress: Progress) -> None:
     """Checks without a tokenizer that the format of every row is known, and that one is usable.
 
     Raises RunError DatasetInvalid with the numbers of unusable rows if dataset.onInvalid is fail.
     """
     for split in sources.splits(run.data):
         field, files = sources.field(run.data, split), sources.of(run.data, paths, split)
-        counts = _count_rows(files, field)
-        report(f"{field}: {counts}")
+        counts = _count_rows(files, field, progress)
+        progress.report(f"{field}: {counts}")
         if not counts.rows or (counts.unusable and run.data.on_invalid == "fail"):
             raise RunError("DatasetInvalid", _refusal(field, counts, on_invalid=run.data.on_invalid))
 
@@ -119,7 +134,7 @@ class _RowCounts:
         return f"{self.rows} rows of {formats}, {self.unusable} unusable{unlabelled}, {self.duplicates} duplicates"
 
 
-def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
+def _count_rows(files: tuple[rows.InputFile, ...], name: str, progress: Progress) -> _RowCounts:
     import numpy as np
 
     from finetune_trainer.data import dedup, preparation
@@ -127,8 +142,10 @@ def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
     counts = _RowCounts()
     digests = bytearray()
     for index, file in enumerate(files):
+        progress.reading("DatasetInvalid", f"{name}: {file.name}")
         stream, _ = rows.stream(file, name, file_index=index, named=len(files) > 1)
         for row in stream:
+            progress.beat()
             if not isinstance(row, Problem):
                 counts.rows += 1
                 digests += rows.digest(row)
@@ -151,7 +168,7 @@ def _refusal(name: str, counts: _RowCounts, *, on_invalid: str) -> str:
     return f"{name}: {counts.unusable} rows can't be used{none_left}: {reasons}{remedy}"
 
 
-def check_tokens(run: RunConfig, paths: Paths, report: Report) -> tuple[str, DataStatus]:
+def check_tokens(run: RunConfig, paths: Paths, progress: Progress) -> tuple[str, DataStatus]:
     """Checks the rows as tokens, writes the data report, and reports its lines.
 
     Returns what was counted, as a sentence and for the status. Raises RunError DatasetInvalid for
@@ -160,13 +177,22 @@ def check_tokens(run: RunConfig, paths: Paths, report: Report) -> tuple[str, Dat
     from finetune_trainer.data import pipeline, quality_report, quality_report_text
 
     inputs = pipeline.Inputs.of_run(run, paths)
-    prepared = pipeline.prepare(inputs, pipeline.load_renderer(run, paths))
+    progress.reading("ModelInvalid", "model.uri: the tokenizer or its chat template")
+    renderer = pipeline.load_renderer(run, paths)
+    if run.data.chat_template is not None:
+        progress.reading("InvalidConfig", "dataset.chatTemplate")
+
+    def opened(file: str) -> None:
+        """Reports which file is read."""
+        progress.reading("DatasetInvalid", file)
+
+    prepared = pipeline.prepare(inputs, renderer, heartbeat=progress.beat, opened=opened)
     limit = _position_limit((paths.model / "config.json").read_bytes())
     for name, statistics in prepared.rows.items():
         model_folder.check_positions(limit, int(statistics.lengths.max()), inputs.fields[name])
     data_report = prepared.report()
     for line in quality_report_text.lines(data_report):
-        report(line)
+        progress.report(line)
     paths.data_report.write_text(data_report.model_dump_json(by_alias=True, exclude_none=True))
     counts = "; ".join(
         f"{split.split}: {split.rows} rows, {split.tokens} tokens of which {split.label_tokens} are trained on, "

@@ -30,6 +30,7 @@ from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import download, exit_reason, oom_backoff, outcomes, preflight, provenance, upload
 from finetune_trainer.supervisor.checkpoint_uploader import CheckpointUploader, StoredCheckpoint, ThisNode
 from finetune_trainer.supervisor.download import Inputs
+from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.monitor import Monitor
 from finetune_trainer.supervisor.node import Node, reset_scratch
 from finetune_trainer.supervisor.rendezvous.nodes import rendezvous
@@ -111,7 +112,7 @@ class Supervisor:
         data = download.data(run, node.paths, node.access, self._set_message)
         if node.leads and run.world.device == "cpu":
             self._enter("checking", "checking the rows")
-            preflight.check_rows(run, node.paths, self._set_message)
+            Inspection(run, node.paths, node.environment, self._set_message).rows()
             self._enter("fetching")
         model = download.model(run, node.paths, node.access, self._set_message)
         resume = download.checkpoint(storage, destination.checkpoints, run.job, node.paths.resume, self._set_message)

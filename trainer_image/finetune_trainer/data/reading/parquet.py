@@ -15,6 +15,7 @@ from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unrea
 
 MAX_COLUMN_BYTES = 512 << 20  # of one row group, uncompressed
 _BATCH_ROWS = 64
+_MAX_REFUSED = 1000
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -25,17 +26,21 @@ def records(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number = refused = 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             _check_sizes(file.metadata)
             texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.binary())]
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
-                is_small = batch.nbytes <= MAX_RECORD_BYTES
+                too_large = {} if batch.nbytes <= MAX_RECORD_BYTES else _large_cells(batch)
+                refused += len(too_large)
+                if refused > _MAX_REFUSED:  # each batch unpacks the column's largest values again
+                    raise Unreadable(number + 1, f"{refused} cells of the parquet file are too large; split them")
                 for index in range(batch.num_rows):
                     number += 1
-                    yield number, _record(batch, index, checked=is_small)
+                    name = too_large.get(index)
+                    yield number, too_long(f"a cell of column {name}") if name else _record(batch, index)
     except Unreadable:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -61,11 +66,23 @@ def _check_sizes(metadata: Any) -> None:
         first_row = last_row + 1
 
 
-def _record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
+def _large_cells(batch: Any) -> dict[int, str]:
+    """Return the rows of a batch that have too large a cell, each with the name of its column."""
+    from pyarrow import compute
+
+    large: dict[int, str] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if hasattr(column, "dictionary"):
+            lengths = compute.take(compute.binary_length(column.dictionary), column.indices).to_pylist()
+        else:
+            lengths = [column.slice(index, 1).nbytes for index in range(batch.num_rows)]
+        large |= {index: name for index, length in enumerate(lengths) if (length or 0) > MAX_RECORD_BYTES}
+    return large
+
+
+def _record(batch: Any, index: int) -> dict[str, Any] | str:
     record: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if not checked and _cell_bytes(column, index) > MAX_RECORD_BYTES:
-            return too_long(f"a cell of column {name}")
         try:
             value = column[index].as_py()
         except UnicodeDecodeError:
@@ -73,13 +90,6 @@ def _record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
         if value is not None:
             record[name] = _without_nulls(value)
     return record
-
-
-def _cell_bytes(column: Any, index: int) -> int:
-    if hasattr(column, "dictionary"):
-        value = column[index].value  # the dictionary's entry
-        return value.as_buffer().size if value is not None and value.is_valid else 0
-    return int(column.slice(index, 1).nbytes)
 
 
 def _without_nulls(value: Any) -> Any:
