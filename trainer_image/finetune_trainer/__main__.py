@@ -93,7 +93,7 @@ def _supervise(node: Node, log: Log) -> int:
 
 
 def _preflight(node: Node, log: Log) -> result.Result:
-    from finetune_trainer.supervisor import preflight
+    from finetune_trainer.supervisor import outcomes, preflight
     from finetune_trainer.supervisor.processes import hide_from_ranks
 
     hide_from_ranks()
@@ -114,6 +114,8 @@ def _preflight(node: Node, log: Log) -> result.Result:
                     raise
     except RunError as error:
         return _failed(error, log)
+    except Exception as error:
+        return _failed(outcomes.unexpected(error, log), log)
     finally:
         shutil.rmtree(node.paths.model, ignore_errors=True)
 

@@ -26,6 +26,11 @@ class Overrun(BaseException):
     """Reports that a call took too long. It isn't an Exception, so no library hides it."""
 
 
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked. Its exception isn't an Exception, either."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
 def memory_for(file_bytes: int, processes: int = 1) -> int:
     """Returns how many bytes one of the `processes` of this container may use to read files of this
     size.

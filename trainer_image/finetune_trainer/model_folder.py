@@ -1,16 +1,78 @@
-"""Judges whether the folder of a base model can be used for a run. The module is pure."""
+"""Judges whether the folder of a base model can be used for a run, and reads its JSON files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from finetune_trainer.errors import RunError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 64 << 20
+"""The size of config.json and its like; the index of the largest models has a few MiB."""
+_MAX_HEADER_BYTES = 100 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """Returns the object in a JSON file of a model. `name` is what messages call the file.
+
+    Raises RunError(ModelInvalid) if it isn't one, or if it is larger than any such file.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise RunError("ModelInvalid", f"model.uri: {name} has more than {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RunError("ModelInvalid", f"model.uri: {name} isn't JSON: {cause}"[:400]) from None
+    if not isinstance(body, dict):
+        raise RunError("ModelInvalid", f"model.uri: {name} isn't a JSON object")
+    return body
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of a model. Raises RunError(ModelInvalid)."""
+    try:
+        with path.open("rb") as file:
+            return parse_json(file.read(MAX_JSON_BYTES + 1), path.name)
+    except OSError as error:
+        raise RunError("ModelInvalid", f"model.uri: {path.name} can't be read ({error.strerror})") from None
+
+
+def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Returns the length of a safetensors file's header, and the entry of each tensor by its name.
+
+    Each entry has a dtype, a shape and data_offsets of the right types. Raises
+    RunError(ModelInvalid).
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise RunError(
+                    "ModelInvalid",
+                    f"model.uri: {path.name} isn't a safetensors file: its header would have {length} bytes",
+                )
+            header = json.loads(file.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        valid = all(_is_tensor(entry) for entry in entries.values())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        raise RunError("ModelInvalid", f"model.uri: {path.name} isn't a safetensors file: its header can't be read")
+    return length, entries
+
+
+def _is_tensor(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    return numbers and all(type(number) is int and 0 <= number < 2**53 for number in (*shape, *offsets))
 
 
 def can_be_mapped(formats: Collection[str], stored: str, *, trained: bool) -> bool:
@@ -62,8 +124,8 @@ def weight_files(names: Collection[str], index: bytes | None, at: str) -> tuple[
     if WEIGHTS in names:
         return (WEIGHTS,)
     try:
-        shards = {str(name) for name in json.loads(index or b"")["weight_map"].values()}
-    except (ValueError, KeyError, AttributeError, TypeError):
+        shards = {str(name) for name in parse_json(index or b"", WEIGHTS_INDEX)["weight_map"].values()}
+    except (RunError, KeyError, AttributeError, TypeError):
         raise RunError("ModelInvalid", f"model.uri: {at}/{WEIGHTS_INDEX} can't be read") from None
     missing = sorted(shards - set(names))
     if missing:

@@ -37,7 +37,9 @@ def main() -> int:
         run = parse(paths.run_config.read_bytes())
         _quiet_libraries()
         _run_job(run, paths, reporter)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a library in Rust panics with one that isn't an Exception
         run_error = run_error_from(error)
         traceback.print_exc()
         reporter.error(run_error, error)

@@ -5,11 +5,11 @@ The module uses neither torch nor the network.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer import limits, model_folder
 from finetune_trainer.errors import RunError
 
 
@@ -31,8 +31,13 @@ def _load(folder: Path) -> Any:
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, json.JSONDecodeError) as error:
-        raise RunError("ModelInvalid", f"model.uri: no tokenizer can be loaded from the folder ({error})") from None
+    except MemoryError:
+        raise
+    except BaseException as error:  # whatever a hostile file brings a library to raise
+        if not isinstance(error, Exception) and not limits.is_rust_panic(error):
+            raise
+        cause = " ".join(str(error).split())[:400] or type(error).__name__
+        raise RunError("ModelInvalid", f"model.uri: no tokenizer can be loaded from the folder ({cause})") from None
 
 
 def is_encoder_decoder(folder: Path) -> bool:
@@ -40,11 +45,7 @@ def is_encoder_decoder(folder: Path) -> bool:
 
     Raises RunError ModelInvalid if it can't be read.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError("ModelInvalid", f"model.uri: config.json can't be read ({error})") from None
-    return bool(config.get("is_encoder_decoder", False)) if isinstance(config, dict) else False
+    return bool(model_folder.read_json(folder / "config.json").get("is_encoder_decoder", False))
 
 
 def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
@@ -58,8 +59,15 @@ def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
         stops.add(int(tokenizer.eos_token_id))
     path = folder / "generation_config.json"
     if path.is_file():
-        declared = json.loads(path.read_text()).get("eos_token_id")
-        stops.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+        declared = model_folder.read_json(path).get("eos_token_id")
+        ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        if not all(isinstance(stop, int) and 0 <= stop < 2**31 for stop in ids):
+            raise RunError(
+                "ModelInvalid",
+                f"model.uri: generation_config.json: eos_token_id {str(declared)[:80]!r} isn't "
+                "a token's number or a list of them; correct it",
+            )
+        stops.update(ids)
     if not stops:
         raise RunError(
             "ModelInvalid",

@@ -5,7 +5,6 @@ It reads only safetensors files, runs no code that comes with a model, and never
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -55,6 +54,13 @@ class LoadedModel:
         return sum(_size(p) for p in self.model.parameters() if p.requires_grad)
 
 
+# What Transformers raises for a configuration or weights that don't make sense.
+_FAILURES = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, RuntimeError,
+    ImportError, SafetensorError,
+)  # fmt: skip
+
+
 def check(folder: Path) -> None:
     """Checks that a folder has a config.json and safetensors weights.
 
@@ -79,18 +85,19 @@ def load(
     stay in the number format of their files, so that nothing is copied. Raises RunError if the
     model can't be used.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     check(folder)
     packed_attention.register()
     missing: list[str] = []
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = _config(folder)
         encoder_decoder = bool(config.is_encoder_decoder)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         model_class = auto._model_mapping[type(config)]
         name = packed_attention.name_for(model_class)
         obstacle = _packing_obstacle(config, encoder_decoder, name)
+        config._attn_implementation = None  # a model could name code of somebody else's
         options: dict[str, Any] = {} if obstacle else {"attn_implementation": name}
         if outline:
             model = _outline(auto, folder, config, dtype, options)
@@ -102,7 +109,7 @@ def load(
         else:
             with _as_stored() if mapped else nullcontext():
                 model, missing = _with_weights(auto, folder, config, dtype, options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
+    except _FAILURES as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error
@@ -134,6 +141,19 @@ def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     models declare."""
     names = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _config(folder: Path) -> Any:
+    """Reads config.json. Raises RunError(ModelInvalid) whatever it brings Transformers to raise."""
+    from transformers import AutoConfig
+
+    model_folder.read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise RunError("ModelInvalid", f"model.uri: config.json can't be read: {_short(error)}") from error
 
 
 def _with_weights(

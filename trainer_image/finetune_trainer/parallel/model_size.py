@@ -5,10 +5,8 @@ This module loads no weights and doesn't import torch.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.resource import FullSpec, LoraSpec
+from finetune_trainer import model_folder
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels.sizes import supports_head_size
 from finetune_trainer.model import freezing
@@ -30,7 +29,6 @@ _NOT_ADAPTED = ("gate", "router", "shared_expert_gate", "gate_proj", "up_proj", 
 """In such a model, the last parts of the names of layers that all-linear leaves out."""
 _SHARED_EXPERT = "shared_expert"
 """Names the expert that every token uses, whose weights are linear layers."""
-_MAX_HEADER_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -88,26 +86,13 @@ def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> M
     formats: set[str] = set()
     try:
         for path in sorted(folder.glob("*.safetensors")):
-            for name, (format_name, shape) in _tensors(path).items():
-                shapes[name] = shape
-                formats.add(format_name)
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}") from None
-    return replace(size_of(config, shapes, lora, full), formats=frozenset(formats))
-
-
-def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns number formats and shapes by name from the header of a safetensors file.
-
-    Raises ValueError if the header is too large to be one.
-    """
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name} isn't a safetensors file: its header would have {length} bytes")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return {n: (entry["dtype"], tuple(entry["shape"])) for n, entry in header.items() if n != "__metadata__"}
+            for name, entry in model_folder.read_header(path)[1].items():
+                shapes[name] = tuple(entry["shape"])
+                formats.add(entry["dtype"])
+        config = model_folder.read_json(folder / "config.json")
+        return replace(size_of(config, shapes, lora, full), formats=frozenset(formats))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}"[:400]) from None
 
 
 def size_of(

@@ -5,14 +5,12 @@ It never looks into rows and never writes to a storage.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
@@ -39,6 +37,8 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "vocab.txt",
 )
+_ADAPTER = "adapter_"  # Transformers would load it on top of the base
+_MAX_OTHER_BYTES = 1 << 30  # tokenizers have some MiB
 _OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 Report = Callable[[str], None]
@@ -112,17 +112,21 @@ def model_files(
         )
     weights = tuple(top[name] for name in model_folder.weight_files(top, index, at))
     # The README names the license.
-    others = [e for e in top.values() if e.path.endswith(_OTHER_SUFFIXES) or e.path == model_license.README]
+    others = [
+        e
+        for e in top.values()
+        if (e.path.endswith(_OTHER_SUFFIXES) and not e.path.startswith(_ADAPTER)) or e.path == model_license.README
+    ]
+    for entry in others:
+        if entry.size > _MAX_OTHER_BYTES:
+            raise RunError("ModelInvalid", f"model.uri: {at}/{entry.path} has {entry.size >> 20} MiB; remove it")
     return weights, tuple(others)
 
 
 def check_config(config: bytes, at: str) -> None:
     """Raises RunError(ModelInvalid) unless `config`, a config.json, names a model type."""
-    try:
-        body: Any = json.loads(config)
-    except ValueError as error:
-        raise RunError("ModelInvalid", f"model.uri: {at}/config.json isn't JSON: {error}") from None
-    if not isinstance(body, dict) or not isinstance(body.get("model_type"), str):
+    body = model_folder.parse_json(config, f"{at}/config.json")
+    if not isinstance(body.get("model_type"), str):
         raise RunError(
             "ModelInvalid", f"model.uri: {at}/config.json has no model_type; use the folder of a Transformers model"
         )

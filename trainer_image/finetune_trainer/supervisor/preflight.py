@@ -6,7 +6,6 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -204,6 +203,6 @@ def check_tokens(run: RunConfig, paths: Paths, progress: Progress) -> tuple[str,
 
 def _position_limit(config: bytes) -> int | None:
     """Returns the number of positions that a config.json lists; None if there is no limit."""
-    body = json.loads(config)
+    body = model_folder.parse_json(config, "config.json")
     limit = body.get("max_position_embeddings")
     return limit if isinstance(limit, int) and not body.get("is_encoder_decoder") else None

@@ -15,6 +15,8 @@ from finetune_trainer.data.reading.turns import FURTHER_KEYS, LOSS_KEYS
 
 Omission = tuple[str, str, int]
 """(reason, subject, number) of what a row loses, as `Finding` has them."""
+CHANGED = "changes an answer"
+"""What a message about a template that does so contains."""
 
 _SUBJECTS = {"system": "system prompts", "user": "questions", "assistant": "earlier answers", "tool": "tool results"}
 _TURN_KEYS = frozenset(("role", "content", "function_call", *LOSS_KEYS, *FURTHER_KEYS))
@@ -126,9 +128,6 @@ def warnings(split: SplitReport) -> Iterator[DataWarning]:
             more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
             message = f"{split.split}: {description} {', '.join(listed[:_NAMED])}{more}"
             yield DataWarning(reason=reason, message=message)
-
-
-CHANGED = "changes an answer"
 
 
 def changed_answer(turn: Turn, rendered: str) -> str:
