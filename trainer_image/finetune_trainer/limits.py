@@ -57,6 +57,13 @@ def more_memory_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+def limit_memory(size: int) -> None:
+    """Makes allocations fail that would add more than `size` bytes to this process, until its
+    end."""
+    limit = _data_bytes() + size
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 @contextmanager
 def seconds_at_most(seconds: float) -> Iterator[None]:
     """Raises Overrun inside after some seconds.

@@ -121,6 +121,7 @@ def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) 
         {"name": names.ENV_RUN_CONFIG, "value": names.RUN_CONFIG_PATH},
         {"name": names.ENV_TERMINATION_LOG, "value": names.TERMINATION_LOG_PATH},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 (a volume of the pod)
+        {"name": "PYTHONSAFEPATH", "value": "1"},  # no module from the working directory, in own images either
         *_ca_variables(settings),
         *([{"name": "HF_ENDPOINT", "value": hub}] if hub else []),
     ]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
+from finetune_trainer.opened_file import opened_download
 
 MAX_COLUMN_BYTES = 512 << 20  # of one row group, uncompressed
 _BATCH_ROWS = 64
+_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}
 _MAX_REFUSED = 1000
 
 
@@ -28,10 +30,13 @@ def records(path: Path) -> Iterator[Record]:
 
     number = refused = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with opened_download(path) as source, parquet.ParquetFile(source, **_OPTIONS) as file:
             _check_sizes(file.metadata)
             texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.binary())]
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts) as file:
+        with (
+            opened_download(path) as source,
+            parquet.ParquetFile(source, read_dictionary=texts, **_OPTIONS) as file,
+        ):
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
                 too_large = {} if batch.nbytes <= MAX_RECORD_BYTES else _large_cells(batch)
                 refused += len(too_large)

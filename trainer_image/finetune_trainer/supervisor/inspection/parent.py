@@ -24,6 +24,7 @@ from finetune_api.status import DataStatus
 from finetune_trainer import limits
 from finetune_trainer.errors import RunError
 from finetune_trainer.paths import Paths
+from finetune_trainer.reporting.event_reader import last_lines
 from finetune_trainer.supervisor.download import Report
 from finetune_trainer.supervisor.inspection.messages import End, Order, Step, Task
 from finetune_trainer.supervisor.processes import die_with_parent
@@ -106,7 +107,7 @@ class Inspection:
         with suppress(BrokenPipeError):
             process.stdin.write(order.model_dump_json(by_alias=True, exclude_none=True).encode())
             process.stdin.close()
-        reason, subject = "TrainingError", "the inputs"
+        reason, subject = "TrainingError", ""
         lines = _Lines(process.stdout.fileno(), patience)
         for line in lines:
             message = _parsed(line)
@@ -117,9 +118,16 @@ class Inspection:
             if message.reason:
                 reason, subject = message.reason, message.subject
         if lines.overdue:
-            return End(reason=reason, message=f"{subject} {lines.overdue}; check its content, or use less of it")
+            return End(
+                reason=reason,
+                message=f"{subject or 'reading the inputs'} {lines.overdue}; check its content, or use less of it",
+            )
         code = process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if not subject:
+            log = self.paths.scratch / "logs" / "inspection.log"
+            message = f"the process that reads the inputs ended before it began ({how}): {last_lines(log)[-400:]}"
+            return End(reason="TrainingError", message=message)
         limit = f"{order.memory_bytes / 2**30:.1f} GiB"
         return End(
             reason=reason,
