@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_api import untrusted
-from finetune_api.scalars import MODEL_URI_PATTERN
 
 Target = Literal["vllm", "tgi", "kserve", "sagemaker", "vertex"]
 TARGETS: tuple[Target, ...] = ("vllm", "tgi", "kserve", "sagemaker", "vertex")
 MERGED = "merged"
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank accepts
+_REPOSITORY = re.compile(r"hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _EMBEDDING_LAYERS = ("embed_tokens", "lm_head", "wte", "shared")
 
@@ -64,7 +64,7 @@ def served(uri: str, manifest: Mapping[str, Any], adapter: Mapping[str, Any] | N
         raise ValueError("it has no adapter_config.json")
     origin = manifest.get("provenance", {}).get("model", {})
     base, revision = str(origin.get("uri", "")), origin.get("revision")
-    if base.startswith("hf://") and not re.fullmatch(MODEL_URI_PATTERN, base):
+    if base.startswith("hf://") and not _REPOSITORY.fullmatch(base):
         raise ValueError(f"its base model {untrusted.line(base, 100)!r} isn't the name of a repository")
     if revision is not None and not _REVISION.fullmatch(str(revision)):
         raise ValueError(f"the revision {untrusted.line(str(revision), 100)!r} of its base model isn't one")

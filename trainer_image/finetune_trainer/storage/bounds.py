@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from functools import lru_cache
 
+from finetune_api import untrusted
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, Role
 
 MAX_FILES = 100_000
 MAX_READ_BYTES = 64 << 20  # of what is read into memory, such as a manifest or an index
+_INVALID_KEY = re.compile(r"path contained|illegal (character|sequence)|empty path segment", re.IGNORECASE)
 INVALID: dict[Role, str] = {"model": "ModelInvalid", "dataset": "DatasetInvalid", "output": "InvalidConfig"}
 
 
@@ -29,6 +32,20 @@ def check_read(size: int, role: Role, display: str) -> None:
             INVALID[role], f"{FIELD[role]}: {display} has more than {MAX_READ_BYTES >> 20} MiB, which is too much for "
             "a file of its kind; replace it"
         )  # fmt: skip
+
+
+def is_invalid_key(error: Exception) -> bool:
+    """Whether a storage client refuses a key that it got in a listing."""
+    return _INVALID_KEY.search(str(error)) is not None
+
+
+def invalid_key(role: Role, display: str, cause: str) -> RunError:
+    """Returns the error for a folder that has a key which is no path."""
+    return RunError(
+        INVALID[role],
+        f"{FIELD[role]}: {display} has a key with an empty, . or .. part, which can't be a file's path; delete it, or "
+        f"name another folder ({untrusted.line(cause, 300)})",
+    )
 
 
 def is_link_local(host: str) -> bool:

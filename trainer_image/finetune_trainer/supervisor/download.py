@@ -5,6 +5,7 @@ It never looks into rows and never writes to a storage.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,9 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "vocab.txt",
 )
-_ADAPTER = "adapter_"  # Transformers would load it on top of the base
 _MAX_OTHER_BYTES = 1 << 30  # tokenizers have some MiB
-_OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+# Transformers would load adapter_* on top of the base.
+_OTHERS = re.compile(rf"(?!adapter_).*\.(json|jinja|txt|model)|{re.escape(model_license.README)}", re.DOTALL)
 
 Report = Callable[[str], None]
 """A function that receives a sentence about the progress."""
@@ -112,11 +113,7 @@ def model_files(
         )
     weights = tuple(top[name] for name in model_folder.weight_files(top, index, at))
     # The README names the license.
-    others = [
-        e
-        for e in top.values()
-        if (e.path.endswith(_OTHER_SUFFIXES) and not e.path.startswith(_ADAPTER)) or e.path == model_license.README
-    ]
+    others = [e for e in top.values() if _OTHERS.fullmatch(e.path)]
     for entry in others:
         if entry.size > _MAX_OTHER_BYTES:
             raise RunError("ModelInvalid", f"model.uri: {at}/{entry.path} has {entry.size >> 20} MiB; remove it")

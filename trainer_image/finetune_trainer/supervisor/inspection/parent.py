@@ -118,10 +118,8 @@ class Inspection:
             if message.reason:
                 reason, subject = message.reason, message.subject
         if lines.overdue:
-            return End(
-                reason=reason,
-                message=f"{subject or 'reading the inputs'} {lines.overdue}; check its content, or use less of it",
-            )
+            what = subject or "reading the inputs"
+            return End(reason=reason, message=f"{what} {lines.overdue}; check its content, or use less of it")
         code = process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if not subject:
