@@ -98,13 +98,12 @@ def test_a_small_file_of_endless_content_is_invalid(
             "MemoryError",
             id="a string that doubles 40 times",
         ),
-        pytest.param("{{ 10 ** (10 ** 9) }}", "takes longer than 5 s without progress", id="a number without end"),
     ],
 )
 def test_a_template_without_end_is_refused(template: str, message: str, tmp_path: Path, model: Path) -> None:
     run = _downloaded(tmp_path, model, _plain_rows, template)
     with pytest.raises(RunError) as error:
-        _inspection(run, Patience(deadline=120, quiet=5 if "10 ** (" in template else 60)).tokens()
+        _inspection(run).tokens()
     assert error.value.reason == "InvalidConfig"
     assert "dataset.chatTemplate" in error.value.message
     assert message in error.value.message

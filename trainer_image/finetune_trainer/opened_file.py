@@ -6,6 +6,7 @@ which it is opened. So the path of what was opened is checked, and everything is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -26,7 +27,12 @@ class Moved(OSError):
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file at a path that has no link. Raises Moved if that isn't what it opened,
     and OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Moved(f"{path} is a link") from None
+        raise
     with os.fdopen(descriptor, "rb") as file:
         if _path_of(descriptor, path) != str(path) or not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Moved(f"{path} is a link, or was replaced while it was opened")

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # from its HTTP client
-from huggingface_hub.utils import default_client_factory  # type: ignore[attr-defined]
+from huggingface_hub.utils._http import default_client_factory
 
 from finetune_api.names import SECRET_HF_TOKEN
 from finetune_trainer import manifest
@@ -40,16 +40,16 @@ T = TypeVar("T")
 _LFS_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class _InternalRedirect(Exception):
+class InternalRedirect(Exception):
     """Reports that a hub redirects to a server that only this pod can reach."""
 
 
 def _check_target(request: Any) -> None:
-    """Raises _InternalRedirect for a request to a server in a private network, unless that has the
+    """Raises InternalRedirect for a request to a server in a private network, unless that has the
     hub itself."""
     host, hub = str(request.url.host), urlsplit(constants.ENDPOINT).hostname or ""
     if host != hub and (is_link_local(host) or (is_internal(host) and not is_internal(hub))):
-        raise _InternalRedirect(host)
+        raise InternalRedirect(host)
 
 
 def _client() -> Any:
@@ -191,7 +191,7 @@ class HubStorage:
         at = f"{FIELD[self._role]}: {self._display}"
         try:
             yield
-        except _InternalRedirect as error:
+        except InternalRedirect as error:
             raise RunError(
                 INVALID[self._role],
                 f"{at}: the hub redirects to {error}, which is in a private network; check HF_ENDPOINT",

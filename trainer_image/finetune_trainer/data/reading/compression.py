@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from finetune_trainer.opened_file import opened_download
+from finetune_trainer.opened_file import Moved, opened_download
 
 MAX_EXPANSION = 300  # texts shrink 3 to 20 times, a log of one repeated line up to 200 times
 FREE_BYTES = 256 << 20  # a small file may always expand to this size
@@ -37,8 +37,17 @@ class Readable(Protocol):
 
 def kind(path: Path) -> str:
     """Return gzip, zstd, bz2 or xz, or an empty string for a file that isn't compressed."""
-    with opened_download(path) as file:
+    with _opened_file(path) as file:
         return _kind(file)
+
+
+@contextmanager
+def _opened_file(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with opened_download(path) as file:
+            yield file
+    except Moved:
+        raise CorruptData("was replaced by a link after it was downloaded") from None
 
 
 def _kind(file: BinaryIO) -> str:
@@ -53,7 +62,7 @@ def opened(path: Path) -> Iterator[Readable]:
 
     Reading raises CorruptData if it can't be unpacked.
     """
-    with opened_download(path) as file:
+    with _opened_file(path) as file:
         codec = _kind(file)
         if not codec:
             yield file
