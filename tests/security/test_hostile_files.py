@@ -270,7 +270,7 @@ def test_a_license_is_a_plain_name(front_matter: str, expected: str) -> None:
     assert license.of(f"---\n{front_matter}\n---\n", {}) == expected
 
 
-# A root of a test machine may look into everything, so the processes become the user of a pod first.
+# Root may look into everything, so the processes become the user of a pod first.
 # Changing the user hides a process as well, which the start of a program undoes.
 _WATCHED = """
 import ctypes, os, sys

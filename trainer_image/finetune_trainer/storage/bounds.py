@@ -64,8 +64,8 @@ def is_internal(host: str) -> bool:
 @lru_cache(maxsize=256)
 def _addresses(host: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, ...]:
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)}
+        resolved = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
         return ()
-    addresses = (ipaddress.ip_address(str(address).partition("%")[0]) for address in found)
+    addresses = (ipaddress.ip_address(str(address).partition("%")[0]) for address in resolved)
     return tuple(getattr(address, "ipv4_mapped", None) or address for address in addresses)
