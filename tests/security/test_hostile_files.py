@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.example import Example
 from finetune_trainer.data.reading.row import Problem, Row, Turn
 from finetune_trainer.errors import RunError
+from finetune_trainer.log import Log
 from finetune_trainer.model import loading
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import FileInfo
@@ -297,3 +299,14 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))
 @pytest.mark.parametrize(("how", "code"), [("hidden", 13), ("as usual", 0)])
 def test_a_rank_cant_look_into_the_supervisor(how: str, code: int) -> None:
     assert subprocess.run([sys.executable, "-c", _WATCHED, how], check=False).returncode == code
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_rank_prints_nothing_that_acts_on_a_terminal(text: bool) -> None:
+    stream = io.StringIO()
+    log = Log(stream, text=text)
+    log.relay(0, "\x1b[2J\x1b[31mroot@prod # \x07\r\u202e\u2028 done 😀")
+    log.info("checked \x1b[2J", detail="\u202e")
+    assert not set(stream.getvalue()) & set("\x1b\x07\r\u202e\u2028")
+    assert "done 😀" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 2

@@ -8,6 +8,8 @@ have proved that they know the secret of the attempt. From then on, bytes are co
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 import threading
 from asyncio import StreamReader, StreamWriter
 from collections import Counter
@@ -28,11 +30,11 @@ _FAILURES = (OSError, EOFError, TimeoutError, Rejected)
 class _Relay:
     """Accepts connections in a thread of its own, until it is closed."""
 
-    def __init__(self, host: str | None, port: int) -> None:
+    def __init__(self, listener: socket.socket) -> None:
+        self.port: int = listener.getsockname()[1]
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, host, port))
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._accept, sock=listener))
         self._thread = threading.Thread(target=self._loop.run_forever, name="rendezvous", daemon=True)
         self._thread.start()
 
@@ -77,7 +79,7 @@ class Gate(_Relay):
         self._log = log
         self._strangers: Counter[str] = Counter()
         self._rejected = 0
-        super().__init__(None, port)
+        super().__init__(_listener(port))
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         address = str((writer.get_extra_info("peername") or ("unknown",))[0])
@@ -114,7 +116,7 @@ class Tunnel(_Relay):
     def __init__(self, host: str, port: int, secret: bytes) -> None:
         self._gate = (host, port)
         self._secret = secret
-        super().__init__(LOOPBACK, 0)
+        super().__init__(socket.create_server((LOOPBACK, 0)))
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         while True:
@@ -127,6 +129,16 @@ class Tunnel(_Relay):
                 gate_writer.close()
                 await asyncio.sleep(_RETRY_SECONDS)
         await _copy_both(reader, writer, gate_reader, gate_writer)
+
+
+def _listener(port: int) -> socket.socket:
+    """Returns a socket that listens on all addresses. A node may have IPv6 switched off."""
+    try:
+        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise
+        return socket.create_server(("", port))
 
 
 async def _connected(host: str, port: int) -> tuple[StreamReader, StreamWriter]:
