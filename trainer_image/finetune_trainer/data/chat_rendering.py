@@ -24,7 +24,7 @@ INSEPARABLE = (
     "renders a prompt alone differently from the same prompt with its answer, so the answer can't be separated from "
     "the prompt"
 )
-TEMPLATE_SECONDS = 10.0
+TEMPLATE_SECONDS = 5.0
 """How long a template, which is a program, may take for one text."""
 Texts = list[tuple[str, str]]
 """(the text before an answer, the answer) for each answer; a document has no text before it."""
