@@ -88,7 +88,7 @@ class _WithoutAliases(yaml.SafeLoader):
         """Returns the next node. Raises YAMLError for an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 def _identifier(value: Any) -> str:

@@ -71,8 +71,9 @@ def _is_tensor(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    return numbers and all(type(number) is int and 0 <= number < 2**53 for number in (*shape, *offsets))
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < 2**53 for number in (*shape, *offsets))
 
 
 def can_be_mapped(formats: Collection[str], stored: str, *, trained: bool) -> bool:

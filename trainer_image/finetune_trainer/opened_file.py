@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -58,14 +58,18 @@ def _path_of(descriptor: int, path: Path) -> str:
 
 def copy(source: BinaryIO, target: Path) -> str:
     """Copies a file, and returns the sha256 of what was copied."""
-    digest = hashlib.sha256()
     with target.open("wb") as copied:
-        while data := source.read(_CHUNK_BYTES):
-            digest.update(data)
-            copied.write(data)
-    return digest.hexdigest()
+        return _read(source, copied.write)
 
 
 def digest_of(source: BinaryIO) -> str:
     """Returns the sha256 of a file."""
-    return hashlib.file_digest(source, "sha256").hexdigest()
+    return _read(source, len)
+
+
+def _read(source: BinaryIO, use: Callable[[bytes], object]) -> str:
+    digest = hashlib.sha256()
+    while data := source.read(_CHUNK_BYTES):
+        digest.update(data)
+        use(data)
+    return digest.hexdigest()

@@ -61,8 +61,8 @@ def empty(tensor_format: TensorFormat, device: torch.device | str) -> torch.Tens
 
 def refuse_pickles() -> None:
     """Makes PyTorch's object collectives fail in this process, whichever library calls them."""
-    distributed_c10d._object_to_tensor = _refuse  # type: ignore[assignment]
-    distributed_c10d._tensor_to_object = _refuse  # type: ignore[assignment]
+    distributed_c10d._object_to_tensor = _refuse
+    distributed_c10d._tensor_to_object = _refuse
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

@@ -46,7 +46,7 @@ def choose(
                 f"the first micro-batch can't be compiled, so layers run uncompiled: {failures[0]}",
             )
     reporter.decision("compile", "on" if compiled else "off", reason)
-    return compiled
+    return bool(compiled)
 
 
 def report_programs(t: Training, state: CheckpointState, first: int) -> None:

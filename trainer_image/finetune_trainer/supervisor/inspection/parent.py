@@ -124,8 +124,8 @@ class Inspection:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if not subject:
             log = self.paths.scratch / "logs" / "inspection.log"
-            message = f"the process that reads the inputs ended before it began ({how}): {last_lines(log)[-400:]}"
-            return End(reason="TrainingError", message=message)
+            why = f"the process that reads the inputs ended before it began ({how}): {last_lines(log)[-400:]}"
+            return End(reason="TrainingError", message=why)
         limit = f"{order.memory_bytes / 2**30:.1f} GiB"
         return End(
             reason=reason,
