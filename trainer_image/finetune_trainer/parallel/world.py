@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch._C._distributed_c10d import Store, TCPStore
 
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import gpu_access, messages
@@ -129,7 +129,7 @@ def join(world: World, *, expected: int, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout, store=own_store, rank=world.rank, world_size=world.size)
 
 
-def store(world: World, timeout: timedelta) -> distributed_c10d.Store | None:
+def store(world: World, timeout: timedelta) -> Store | None:
     """Returns the store of the rendezvous if MASTER_ADDR is the loopback address, and None if it is
     another one, or if torchrun has the store.
 
@@ -139,9 +139,9 @@ def store(world: World, timeout: timedelta) -> distributed_c10d.Store | None:
         return None
     port = int(os.environ["MASTER_PORT"])
     if not world.is_first:
-        return distributed_c10d.TCPStore(LOOPBACK, port, world.size, is_master=False, timeout=timeout)
+        return TCPStore(LOOPBACK, port, world.size, is_master=False, timeout=timeout)
     listener = socket.create_server((LOOPBACK, port), backlog=socket.SOMAXCONN)
-    return distributed_c10d.TCPStore(
+    return TCPStore(
         LOOPBACK, port, world.size, is_master=True, timeout=timeout, wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )  # fmt: skip
