@@ -153,7 +153,7 @@ def _config(folder: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        raise RunError("ModelInvalid", f"model.uri: config.json can't be read: {_short(error)}") from error
+        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error
 
 
 def _with_weights(
