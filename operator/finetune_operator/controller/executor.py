@@ -279,9 +279,8 @@ class Executor:
         except Conflict as error:
             await self._refresh_job(namespace, action)
             raise OutOfDate from error
-        log.info(
-            "%s Job %s", "suspended" if suspend else "resumed", action.name, extra={"job": observed.job.metadata.name}
-        )
+        what = "suspended" if suspend else "resumed"
+        log.info("%s Job %s", what, action.name, extra={"job": observed.job.metadata.name})
         self._cache.put_job(job)
 
     async def _refresh_job(self, namespace: str, action: DeleteJob | ReleaseGroup | ResumeGroup) -> None:
