@@ -184,6 +184,16 @@ def test_a_template_that_keeps_the_answer_is_accepted(answer: str, filter: str, 
     assert isinstance(_rendered(model, honest, answer), Example)
 
 
+def test_a_tokenizer_that_gives_up_is_invalid(model: Path, tmp_path: Path) -> None:
+    """Its library in Rust panics, with an exception that isn't an Exception."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$b"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": endless}))
+    with pytest.raises(RunError, match="ModelInvalid: model.uri: the tokenizer can't read"):
+        Renderer.load(folder, 64).render(Row(1, (Turn("user", "a" * 60), Turn("assistant", "b"))))
+
+
 _NESTED = b"[" * 200_000
 
 

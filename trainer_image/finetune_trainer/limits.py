@@ -16,7 +16,7 @@ from types import FrameType
 
 from finetune_trainer import host_memory
 
-_LEAST_BYTES = 1 << 30
+_LEAST_BYTES = 512 << 20
 _MOST_BYTES = 4 << 30  # and as much as `_PER_FILE_BYTE` of the files adds
 _PER_FILE_BYTE = 16
 _USABLE = 0.75  # of free memory

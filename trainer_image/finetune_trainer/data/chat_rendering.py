@@ -173,7 +173,7 @@ class Renderer:
         for before, answer in pairs:
             texts |= dict.fromkeys((answer,) if self._encoder_decoder else (before, before + answer))
         texts.pop("", None)
-        ids = self._tokenizer(list(texts), add_special_tokens=False).input_ids if texts else ()
+        ids = tokenizer_files.encode(self._tokenizer, list(texts)) if texts else []
         return {"": [], **dict(zip(texts, ids, strict=True))}
 
     def _example(self, row: Row, texts: Texts, token_ids: dict[str, list[int]], max_length: int) -> Example | Problem:

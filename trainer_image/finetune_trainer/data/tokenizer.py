@@ -40,6 +40,18 @@ def _load(folder: Path) -> Any:
         raise RunError("ModelInvalid", f"model.uri: no tokenizer can be loaded from the folder ({cause})") from None
 
 
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text, without special tokens. Raises RunError ModelInvalid if the
+    tokenizer gives up."""
+    try:
+        return list(tokenizer(texts, add_special_tokens=False).input_ids)
+    except BaseException as error:
+        if not limits.is_rust_panic(error):
+            raise
+        cause = " ".join(str(error).split())[:200]
+        raise RunError("ModelInvalid", f"model.uri: the tokenizer can't read one of the rows ({cause})") from None
+
+
 def is_encoder_decoder(folder: Path) -> bool:
     """Whether config.json declares an encoder-decoder model.
 
