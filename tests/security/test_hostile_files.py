@@ -190,7 +190,7 @@ def test_a_tokenizer_that_gives_up_is_invalid(model: Path, tmp_path: Path) -> No
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     endless = {"type": "Split", "pattern": {"Regex": "(a+)+$b"}, "behavior": "Isolated", "invert": False}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": endless}))
-    with pytest.raises(RunError, match="ModelInvalid: model.uri: the tokenizer can't read"):
+    with pytest.raises(RunError, match=r"ModelInvalid: model.uri: the tokenizer can't read"):
         Renderer.load(folder, 64).render(Row(1, (Turn("user", "a" * 60), Turn("assistant", "b"))))
 
 
