@@ -74,7 +74,7 @@ def _plain_rows(path: Path) -> None:
             lambda path: hostile_files.list_of_one_value(path, 8000, 1 << 20), "can't be read", id="8 GB in a list"
         ),
         pytest.param(
-            lambda path: hostile_files.rows_of_one_value(path, 4000, 20 << 20), "too large", id="80 GB of cells"
+            lambda path: hostile_files.rows_of_one_value(path, 4000, 20 << 20), "too large", id="400 GB of cells"
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_memory_is_limited_only_for_a_while() -> None:
 
 def test_a_supervisor_reports_hostile_rows_and_lives(tmp_path: Path) -> None:
     setup = JobSetup(tmp_path).write_inputs()
-    hostile_files.rows_of_one_value(setup.train, rows=4000)
+    hostile_files.rows_of_one_value(setup.train, rows=20_000)
     ended = supervisor_process.supervise(setup.run(), setup.folder)
     assert (ended.code, ended.last.reason) == (65, "DatasetInvalid"), ended.output
     assert "dataset.uri" in ended.last.message

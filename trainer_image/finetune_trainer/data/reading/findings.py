@@ -146,7 +146,7 @@ def changed_answer(turn: Turn, rendered: str) -> str:
             "dataset.chatTemplate to a template that writes tool_calls"
         )
     answer = turn.content.rpartition("</think>")[2].strip()
-    if answer in rendered or _has(_squeezed(rendered), _squeezed(answer)):
+    if not rendered or answer in rendered or _has(_squeezed(rendered), _squeezed(answer)):
         return ""
     return f"{CHANGED}: {answer[:80]!r} is trained as {rendered.strip()[:80]!r}; set dataset.chatTemplate"
 

@@ -17,7 +17,7 @@ from finetune_trainer.opened_file import opened_download
 MAX_COLUMN_BYTES = 512 << 20  # of one row group, uncompressed
 _BATCH_ROWS = 64
 _OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}
-_MAX_REFUSED = 1000
+_MAX_UNPACKED_BYTES = 4 << 30  # for rows that are refused anyway
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -28,7 +28,7 @@ def records(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
-    number = refused = 0
+    number = unpacked = 0
     try:
         with opened_download(path) as source, parquet.ParquetFile(source, **_OPTIONS) as file:
             _check_sizes(file.metadata)
@@ -39,9 +39,9 @@ def records(path: Path) -> Iterator[Record]:
         ):
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
                 too_large = {} if batch.nbytes <= MAX_RECORD_BYTES else _large_cells(batch)
-                refused += len(too_large)
-                if refused > _MAX_REFUSED:  # each batch unpacks the column's largest values again
-                    raise Unreadable(number + 1, f"{refused} cells of the parquet file are too large; split them")
+                unpacked += batch.nbytes if too_large else 0
+                if unpacked > _MAX_UNPACKED_BYTES:  # each batch unpacks the column's largest values again
+                    raise Unreadable(number + 1, "too many cells of the parquet file are too large; split them")
                 for index in range(batch.num_rows):
                     number += 1
                     name = too_large.get(index)
