@@ -74,7 +74,7 @@ def _plain_rows(path: Path) -> None:
             lambda path: hostile_files.list_of_one_value(path, 8000, 1 << 20), "can't be read", id="8 GB in a list"
         ),
         pytest.param(
-            lambda path: hostile_files.rows_of_one_value(path, 4000, 20 << 20), "too large", id="400 GB of cells"
+            lambda path: hostile_files.rows_of_one_value(path, 20_000), "too large", id="400 GB of cells"
         ),
     ],
 )
