@@ -73,9 +73,7 @@ def _plain_rows(path: Path) -> None:
         pytest.param(
             lambda path: hostile_files.list_of_one_value(path, 8000, 1 << 20), "can't be read", id="8 GB in a list"
         ),
-        pytest.param(
-            lambda path: hostile_files.rows_of_one_value(path, 20_000), "too large", id="400 GB of cells"
-        ),
+        pytest.param(lambda path: hostile_files.rows_of_one_value(path, 20_000), "too large", id="400 GB of cells"),
     ],
 )
 def test_a_small_file_of_endless_content_is_invalid(
