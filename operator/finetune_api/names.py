@@ -117,6 +117,7 @@ SECRET_TRACKER_KEYS = (
 # Inside an output folder.
 FINETUNE_DIR = "finetune"
 MANIFEST_PATH = f"{FINETUNE_DIR}/manifest.json"
+OWNER_PATH = f"{FINETUNE_DIR}/owner.json"  # while a job claims the folder
 HISTORY_PATH = f"{FINETUNE_DIR}/history.jsonl"
 DATA_REPORT_PATH = f"{FINETUNE_DIR}/data-report.json"
 SAMPLES_PATH = f"{FINETUNE_DIR}/samples.jsonl"

@@ -40,21 +40,24 @@ _ALL = (
     Reason("ModelNotFound", "user", 66, "The base model doesn't exist.",
            "Check whether the model exists and the credentials allow reading it, then raise runPolicy.retry; for "
            "another model.uri or model.revision, create a new job."),
-    Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely.",
-           "Complete the folder and raise runPolicy.retry, or create a job with another model.uri. It needs "
-           "config.json, a tokenizer and *.safetensors weights; pickle files are never loaded."),
+    Reason("ModelInvalid", "user", 66, "The folder contains no model that can be loaded safely and trained.",
+           "Correct the file that the message names and raise runPolicy.retry, or create a job with another model.uri. "
+           "A folder needs config.json, a tokenizer and *.safetensors weights that belong together; pickle files are "
+           "never loaded."),
     Reason("LicenceRefused", "user", 66, "The license of the base model isn't allowed.",
            "Have the license added to the list that the message names, the job's model.allowedLicenses or the "
            "operator's models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),
     Reason("OutputNotFound", "user", 67, "The bucket of the output doesn't exist.",
            "Create the bucket and raise runPolicy.retry, or create a job with another output.uri."),
-    Reason("OutputOccupied", "user", 67, "The output folder contains the result or a checkpoint of another job.",
-           "Choose another output.uri, or delete the files in the folder."),
+    Reason("OutputOccupied", "user", 67, "Another job has claimed the output folder, or has left files in it.",
+           "Delete what the message names and raise runPolicy.retry, or create a job with another output.uri. If a "
+           "deleted job of the same name has left it, output.existing: discard deletes it."),
     Reason("AccessDenied", "user", 68, "The storage rejected the credentials.",
            "Check the keys in the Secret that credentialsRef names, and their permissions, then raise "
            "runPolicy.retry."),
-    Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key.",
-           "Add the key that the message names to the Secret, then raise runPolicy.retry."),
+    Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key, or the pod has no identity.",
+           "Add the key that the message names to the Secret; without a Secret, give the ServiceAccount that "
+           "pod.serviceAccountName names an identity in the cloud. Then raise runPolicy.retry."),
     # The training program.
     Reason("OutOfMemory", "memory", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
            "Each restart halves the micro-batches, at most runPolicy.maxRestarts.memory times. If that isn't enough, "
@@ -72,6 +75,9 @@ _ALL = (
            "training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
            "Read failure.logTail. If the same error occurs again after a restart, it has a permanent cause."),
+    Reason("ResultNotStored", "application", 82, "The storage didn't accept the result within output.holdSeconds.",
+           "The message has the words of the storage. Correct the permissions or make room; the restart trains the "
+           "steps since the last stored checkpoint again."),
     Reason("ResultMismatch", "application", 78, "The written result, loaded again, differs from the trained model.",
            "Nothing was uploaded; a restart writes the result again from the last checkpoint. If that fails too, this "
            "is a bug with this model family and method: report it with the message. output.merge: false leaves the "

@@ -16,17 +16,20 @@ from finetune_api.base import LenientModel
 Phase = Literal["Pending", "Queued", "Starting", "Running", "Restarting", "Suspended", "Succeeded", "Failed"]
 TERMINAL_PHASES = ("Succeeded", "Failed")
 
+MAX_SIGNERS = 64
+
 CONDITION_COMPLETE = "Complete"
 CONDITION_FAILED = "Failed"
 CONDITION_SUSPENDED = "Suspended"
 CONDITION_RECONCILING = "Reconciling"
 CONDITION_STALLED = "Stalled"
+CONDITION_CHECKPOINTS_STORED = "CheckpointsStored"  # only once the trainer has tried to store one
 
 
 class Condition(LenientModel):
     """Describes a condition, by the Kubernetes API conventions."""
 
-    type: u.ShortLine = Field(description="Complete, Failed, Suspended, Reconciling or Stalled.")
+    type: u.ShortLine = Field(description="Complete, Failed, Suspended, Reconciling, Stalled or CheckpointsStored.")
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
     observed_generation: u.Count = Field(default=0, description="The generation that this condition refers to.")
     last_transition_time: u.Time = Field(description="When status last changed, RFC 3339 in UTC.")
@@ -237,7 +240,7 @@ class Status(LenientModel):
         "of the condition that is True, or else that of Reconciling, has all of it.",
     )
     conditions: Annotated[tuple[Condition, ...], u.at_most(16)] = Field(
-        default=(), description="Complete, Failed, Suspended, Reconciling, Stalled."
+        default=(), description="Complete, Failed, Suspended, Reconciling, Stalled, CheckpointsStored."
     )
     start_time: u.Time | None = Field(default=None, description="When the first attempt was created, RFC 3339 in UTC.")
     completion_time: u.Time | None = Field(
@@ -259,6 +262,11 @@ class Status(LenientModel):
     model: ModelStatus | None = Field(default=None, description="Facts about the base model.")
     data: DataStatus | None = Field(default=None, description="Statistics of the rows.")
     artifact: ArtifactStatus | None = Field(default=None, description="The result.")
+    signers: Annotated[tuple[u.ShortLine, ...], u.at_most(MAX_SIGNERS)] = Field(
+        default=(),
+        description="Public keys by which the pods of this job have signed their manifests. Checkpoints and results "
+        "that none of them has signed are not used.",
+    )
     evaluation: EvaluationStatus | None = Field(
         default=None, description="Losses per supervised token, and scores of generated answers."
     )

@@ -1,23 +1,36 @@
 """`finetune validate --data`: shows the data report of files on this machine.
 
-The files are read as the trainer reads them, so its Python packages are needed, but no GPU.
+The files are read as the trainer reads them, so its Python packages are needed, but no GPU. With a
+model's folder, its configuration, the headers of its weights and the method are checked too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from finetune_api.messages.data_report import DataReport, SplitName
-from finetune_api.messages.run import DataConfig, DataSource, Location
+from finetune_api.messages.run import DataConfig, DataSource, Location, RunConfig
 from finetune_api.resource import FineTuneJob
 from finetune_operator.core.plan import plan
 from finetune_operator.settings import Settings
+from finetune_trainer import model_folder
 from finetune_trainer.data.reading.rows import InputFile
+from finetune_trainer.model.check import process
+from finetune_trainer.paths import Paths
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.pipeline import PreparedRows  # imports packages that may be missing
+
+_SECONDS_BETWEEN_LINES = 5.0
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 
 class CannotRead(ValueError):
@@ -35,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--model",
         metavar="DIR",
-        help="the model's folder (its tokenizer is enough); shows lengths in tokens, and rendered rows",
+        help="the model's folder; shows lengths in tokens, and rendered rows, and checks the model and the method as "
+        "the preflight does (with the tokenizer alone, only the rows are checked)",
     )
     data.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="format of the report; default text"
@@ -45,24 +59,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def show(job: FineTuneJob, options: argparse.Namespace) -> int:
     """Prints the report. Returns 0, or 1 if the run would be refused.
 
-    Raises CannotRead, RunError for rows that can't be read, PlanError for a spec that can't be run,
-    or ModuleNotFoundError if a package is missing.
+    Raises CannotRead, RunError for rows that can't be read, or a model or method that the run would
+    refuse, PlanError for a spec that can't be run, or ModuleNotFoundError if a package is missing.
     """
+    run = plan(job, Settings())
+    config, model = run.data, Path(options.model) if options.model else None
+    inputs = _files_of_splits(config, options)
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+        prepared = _prepared(run, inputs, model, Path(folder))
+        report = prepared.report()
+        _print(report, options)
+        dropped = sum(split.dropped - split.unlabelled for split in report.splits)
+        if dropped and config.on_invalid == "fail":
+            if options.output == "text":
+                print(f"refused: {dropped} rows can't be used; fix them, or set dataset.onInvalid: drop")
+            return 1
+        prepared.check_objective(run.training.objective)
+        if model is not None:
+            _check_model(run, model, prepared, Path(folder))
+    return 0
+
+
+def _check_model(run: RunConfig, model: Path, rows: PreparedRows, scratch: Path) -> None:
+    """Checks the model, the method, and whether the rows fit them, with files in `scratch`.
+
+    A folder with the tokenizer alone isn't checked, and nothing is without torch. Raises RunError.
+    """
+    if importlib.util.find_spec("torch") is None:
+        print("torch isn't installed, so the model and the method aren't checked", file=sys.stderr)
+        return
+    names = [path.name for path in model.iterdir() if path.is_file()]
+    if model_folder.CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
+        print(f"{model} has no weights, so the model and the method aren't checked", file=sys.stderr)
+        return
+    paths = Paths(scratch)
+    paths.model.symlink_to(model.resolve())
+    capacity = process.check(run, paths, lambda line: print(line, file=sys.stderr))
+    for needs in rows.needs():
+        model_folder.check_rows(capacity, needs)
+
+
+def _print(report: DataReport, options: argparse.Namespace) -> None:
     from finetune_trainer.data import quality_report_text
 
-    config = plan(job, Settings()).data
-    report = _report(config, _files_of_splits(config, options), Path(options.model) if options.model else None)
     if options.output == "json":
         print(report.model_dump_json(by_alias=True, exclude_none=True, indent=1))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n".join(quality_report_text.lines(report, width=width)))
-    dropped = sum(split.dropped - split.unlabelled for split in report.splits)
-    if dropped and config.on_invalid == "fail":
-        if options.output == "text":
-            print(f"refused: {dropped} rows can't be used; fix them, or set dataset.onInvalid: drop")
-        return 1
-    return 0
 
 
 def _files_of_splits(config: DataConfig, options: argparse.Namespace) -> dict[SplitName, tuple[InputFile, ...]]:
@@ -105,14 +149,31 @@ def _files(option: str, value: str) -> Sequence[Path]:
     return (path,)
 
 
-def _report(config: DataConfig, files: dict[SplitName, tuple[InputFile, ...]], model: Path | None) -> DataReport:
-    """Returns the data report. Every unusable row is counted, even if dataset.onInvalid is fail."""
+def _prepared(
+    run: RunConfig, files: dict[SplitName, tuple[InputFile, ...]], model: Path | None, folder: Path
+) -> PreparedRows:
+    """Returns the rows. Every unusable one is counted, even if dataset.onInvalid is fail."""
     from finetune_trainer.data import pipeline
-    from finetune_trainer.data.chat_rendering import Renderer
 
-    config = config.model_copy(update={"on_invalid": "drop"})
-    renderer = Renderer.load(model, config.max_sequence_length, config.chat_template) if model else None
+    config = run.data.model_copy(update={"on_invalid": "drop"})
+    renderer = pipeline.load_renderer(model, config, run.added_tokens) if model else None
     options = {name: "--data" if name == "train" else f"--{name}" for name in files}
-    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-        inputs = pipeline.Inputs(config, files, options, Path(folder), {name: name for name in files})
-        return pipeline.prepare(inputs, renderer).report()
+    inputs = pipeline.Inputs(config, files, options, folder, {name: name for name in files})
+    return pipeline.prepare(inputs, renderer, heartbeat=Progress(sys.stderr, time.monotonic))
+
+
+class Progress:
+    """Reports on long files: how many rows were read, every few seconds."""
+
+    def __init__(self, out: TextIO, clock: Callable[[], float]) -> None:
+        self._out = out
+        self._clock = clock
+        self._rows = 0
+        self._next = clock() + _SECONDS_BETWEEN_LINES
+
+    def __call__(self) -> None:
+        """Counts a row."""
+        self._rows += 1
+        if self._clock() >= self._next:
+            print(f"{self._rows} rows read", file=self._out, flush=True)
+            self._next = self._clock() + _SECONDS_BETWEEN_LINES

@@ -154,7 +154,10 @@ FIRES: dict[str, dict[str, str]] = {
         f"finetune_job_start_timestamp_seconds{{{JOB}}}": "-7200x90",
         f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
     },
-    "FineTuneJobUploadFailing": {f'finetune_checkpoint_upload_failures_total{{{JOB}, attempt="1"}}': "0x80 1x9"},
+    "FineTuneJobNotStored": {
+        f'finetune_job_status_condition{{{JOB}, condition="CheckpointsStored"}}': "1x80 0x9",
+        f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
+    },
     "FineTuneJobGPUIdle": {f'finetune_gpu_utilization_ratio{{{JOB}, attempt="1", gpu="0"}}': "0.01x90"},
     "FineTuneJobGPUFault": {f'finetune_gpu_lost{{{JOB}, gpu="0", uuid="GPU-a"}}': "1x90"},
     "FineTuneJobGPUThrottled": {
@@ -178,6 +181,7 @@ FIRES: dict[str, dict[str, str]] = {
 # The same series on a good day: nothing fires.
 CALM = {
     f'finetune_job_status_condition{{{JOB}, condition="Failed"}}': "0x90",
+    f'finetune_job_status_condition{{{JOB}, condition="CheckpointsStored"}}': "1x90",
     f"finetune_job_step{{{JOB}}}": "0+5x90",
     f'finetune_job_phase{{{JOB}, phase="Running"}}': "1x90",
     f'finetune_job_trainer_phase{{{JOB}, phase="training"}}': "1x90",

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from finetune_api.messages.run import DataConfig, RunConfig
-from finetune_trainer import license, limits, model_folder
+from finetune_trainer import license, limits, model_config, safetensors_header
 from finetune_trainer.data import template_checks
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.example import Example
@@ -26,6 +26,7 @@ from finetune_trainer.data.reading.row import Problem, Row, Turn
 from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.model import loading
+from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import FileInfo
 from finetune_trainer.supervisor import download
@@ -36,6 +37,7 @@ from trainer.support import supervisor_process
 from trainer.support.supervisor_process import ROWS, JobSetup
 
 _MEMORY = 1 << 30
+_CAPACITY = Capacity(10**6, None, None)
 _CHAT = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}ANSWER<|im_end|>\n{% endfor %}" + (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -103,7 +105,7 @@ def test_a_small_file_of_endless_content_is_invalid(
 def test_a_template_without_end_is_refused(template: str, message: str, tmp_path: Path, model: Path) -> None:
     run = _downloaded(tmp_path, model, _plain_rows, template)
     with pytest.raises(RunError) as error:
-        _inspection(run).tokens()
+        _inspection(run).tokens(_CAPACITY)
     assert error.value.reason == "InvalidConfig"
     assert "dataset.chatTemplate" in error.value.message
     assert message in error.value.message
@@ -145,7 +147,7 @@ def test_a_process_that_is_killed_leaves_a_reason(tmp_path: Path, model: Path) -
     rows = "".join(json.dumps({"prompt": "p", "completion": "c"}) + "\n" for _ in range(300_000))
     run = _downloaded(tmp_path, model, lambda path: path.write_text(rows))
     with pytest.raises(RunError) as error:
-        _inspection(run, Patience(deadline=0.2, quiet=60)).tokens()
+        _inspection(run, Patience(deadline=0.2, quiet=60)).tokens(_CAPACITY)
     assert "takes longer than 0 s" in error.value.message
 
 
@@ -198,10 +200,9 @@ _NESTED = b"[" * 200_000
 @pytest.mark.parametrize(
     "content", [_NESTED, b'{"a": ' * 200_000, b"[]", b"7", b"\xff", b"", b'{"a": 1'], ids=lambda c: repr(c[:8])
 )
-def test_a_hostile_json_file_of_a_model_is_invalid(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(content)
+def test_a_hostile_json_file_of_a_model_is_invalid(content: bytes) -> None:
     with pytest.raises(RunError, match="ModelInvalid"):
-        model_folder.read_json(tmp_path / "config.json")
+        model_config.read("config.json", content, "the folder")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_a_hostile_json_file_of_a_model_is_invalid(content: bytes, tmp_path: Pat
 def test_a_hostile_header_of_weights_is_invalid(header: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(RunError, match="ModelInvalid"):
-        model_folder.read_header(tmp_path / "model.safetensors")
+        safetensors_header.read(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -252,10 +253,10 @@ def test_a_configuration_names_no_attention_kernel_of_somebody_else(tmp_path: Pa
     assert loaded.base.config._attn_implementation in ("eager", "sdpa")
 
 
-def test_an_adapter_in_the_folder_of_a_base_is_left_there() -> None:
+def test_an_adapter_in_the_folder_of_a_base_is_refused() -> None:
     names = ("config.json", "tokenizer.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
-    weights, others = download.model_files(tuple(FileInfo(name, 10) for name in names), "hf://org/base")
-    assert {entry.path for entry in (*weights, *others)} == set(names[:3])
+    with pytest.raises(RunError, match="ModelInvalid"):
+        download.model_files(tuple(FileInfo(name, 10) for name in names), "hf://org/base")
 
 
 _ALIASES = "a: &a [mit, mit]\n" + "\n".join(

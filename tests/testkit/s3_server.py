@@ -1,8 +1,9 @@
 """A real S3 server (versitygw) on a loopback port with its own folder, for tests that need object
-storage and no cluster. Its only user is root."""
+storage and no cluster. Its only user is root, unless others are added."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,26 @@ class S3:
             client_options={"allow_http": True},
         )
 
+    def add_user(self, key: str, secret: str) -> None:
+        """Create a user who may do everything; needs a server with `users`."""
+        self._admin("create-user", "--access", key, "--secret", secret, "--role", "admin")
+
+    def remove_user(self, key: str) -> None:
+        """Delete a user, so that its key is refused from now on."""
+        self._admin("delete-user", "--access", key)
+
+    def _admin(self, *arguments: str) -> None:
+        program = str(programs.program("versitygw"))
+        command = [program, "admin", "--access", self.access_key, "--secret", self.secret_key]
+        done = subprocess.run(
+            [*command, "--region", self.region, "--endpoint-url", self.endpoint, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        if done.returncode:
+            raise RuntimeError(f"versitygw admin {arguments[0]}: {done.stderr or done.stdout}")
+
     def environment(self) -> dict[str, str]:
         """Return what a Secret named by `credentialsRef` contains for this server."""
         return {
@@ -53,8 +74,9 @@ class S3:
 
 
 @contextmanager
-def running_s3(folder: Path, buckets: tuple[str, ...] = ()) -> Iterator[S3]:
-    """Serve `folder` (created if needed) until the block ends, even if it raises an error.
+def running_s3(folder: Path, buckets: tuple[str, ...] = (), *, users: bool = False) -> Iterator[S3]:
+    """Serve `folder` (created if needed) until the block ends, even if it raises an error. With
+    `users`, more users can be added and removed.
 
     >>> with running_s3(tmp_path / "s3", ("models", "outputs")) as s3:
     ...     obstore.put(s3.store("models"), "a", b"1")
@@ -68,15 +90,12 @@ def running_s3(folder: Path, buckets: tuple[str, ...] = ()) -> Iterator[S3]:
         (data / bucket).mkdir(exist_ok=True)
     # A sidecar folder stores what versitygw would otherwise put into extended attributes, which
     # tmpfs may lack.
-    command = [
-        str(programs.program("versitygw")),
-        "--port",
-        f"127.0.0.1:{port}",
-        "--region",
-        REGION,
-        "--quiet",
-        "posix",
-    ]
+    program = str(programs.program("versitygw"))
+    command = [program, "--port", f"127.0.0.1:{port}", "--region", REGION, "--quiet"]
+    if users:
+        (folder / "users").mkdir(exist_ok=True)
+        command += ["--iam-dir", str(folder / "users"), "--iam-cache-disable"]
+    command += ["posix", "--sidecar", str(metadata), str(data)]
     keys = {"ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
-    with programs.running([*command, "--sidecar", str(metadata), str(data)], s3.endpoint, folder / "server.log", keys):
+    with programs.running(command, s3.endpoint, folder / "server.log", keys):
         yield s3

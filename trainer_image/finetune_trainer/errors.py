@@ -100,6 +100,19 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+# Errors of these types are raised by what a program was given, wherever it runs. Their texts may
+# quote a setting, so they aren't searched for reasons.
+_DETERMINISTIC = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
+    RecursionError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def is_deterministic(error: BaseException) -> bool:
+    """Whether an exception is of a type that another attempt with the same input raises again."""
+    return isinstance(error, _DETERMINISTIC)
+
+
 def reason_in(text: str) -> str | None:
     """Returns the strongest reason that the text of an exception or a log stands for, or None."""
     return next((reason for reason, pattern in _PATTERNS if pattern.search(text)), None)
@@ -108,8 +121,8 @@ def reason_in(text: str) -> str | None:
 def run_error_from(error: BaseException) -> RunError:
     """Returns the error itself if it is a RunError, otherwise a RunError for it.
 
-    The reason is chosen by the exception's type and then by its text; it is TrainingError if
-    neither is recognized.
+    The reason is chosen by the exception's type and then, unless the type already says that the
+    input is to blame, by its text; it is TrainingError if neither is recognized.
     """
     if isinstance(error, RunError):
         return error
@@ -119,7 +132,7 @@ def run_error_from(error: BaseException) -> RunError:
         return RunError("OutOfMemory", short)
     if is_disk_full(error):
         return RunError("DiskFull", f"{short}; raise resources.scratch")
-    reason = reason_in(text)
+    reason = None if is_deterministic(error) else reason_in(text)
     if reason is None and type(error).__name__ in ("DistNetworkError", "DistBackendError", "DistStoreError"):
         reason = "PeerLost"
     if reason == "DiskFull":

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from finetune_trainer import model_folder
+from finetune_trainer import model_config
 from finetune_trainer.errors import RunError
 
 UNKNOWN = "unknown"
@@ -32,7 +32,7 @@ def of_folder(model: Path) -> str:
         with readme.open("rb") as file:
             text = file.read(_README_LIMIT).decode(errors="replace")
     try:
-        body = model_folder.read_json(config) if config.is_file() else {}
+        body = model_config.read(config.name, config.read_bytes(), "the folder") if config.is_file() else {}
     except RunError:
         body = {}
     return of(text, body)

@@ -1,79 +1,41 @@
-"""Judges whether the folder of a base model can be used for a run, and reads its JSON files."""
+"""Judges whether the folder of a base model can be used for a run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from finetune_trainer import model_config
 from finetune_trainer.errors import RunError
 
+CONFIG = model_config.CONFIG
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-MAX_JSON_BYTES = 64 << 20
-"""The size of config.json and its like; the index of the largest models has a few MiB."""
-_MAX_HEADER_BYTES = 100 << 20
+ADAPTER_CONFIG = "adapter_config.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
-def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """Returns the object in a JSON file of a model. `name` is what messages call the file.
+@dataclass(frozen=True)
+class Capacity:
+    """Holds how many token ids a model has embeddings for, and how many positions it has, for the
+    source of an encoder-decoder and for anything else; None means any number."""
 
-    Raises RunError(ModelInvalid) if it isn't one, or if it is larger than any such file.
-    """
-    if len(data) > MAX_JSON_BYTES:
-        raise RunError("ModelInvalid", f"model.uri: {name} has more than {MAX_JSON_BYTES >> 20} MiB")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise RunError("ModelInvalid", f"model.uri: {name} isn't JSON: {cause}"[:400]) from None
-    if not isinstance(body, dict):
-        raise RunError("ModelInvalid", f"model.uri: {name} isn't a JSON object")
-    return body
+    embeddings: int
+    source_positions: int | None
+    positions: int | None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of a model. Raises RunError(ModelInvalid)."""
-    try:
-        with path.open("rb") as file:
-            return parse_json(file.read(MAX_JSON_BYTES + 1), path.name)
-    except OSError as error:
-        raise RunError("ModelInvalid", f"model.uri: {path.name} can't be read ({error.strerror})") from None
+@dataclass(frozen=True)
+class RowNeeds:
+    """Holds what the rows need of a model: the largest token id, and the number of tokens of the
+    longest source (0 unless it is an encoder-decoder) and of the longest rest. `field` is what
+    messages call the rows."""
 
-
-def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Returns the length of a safetensors file's header, and the entry of each tensor by its name.
-
-    Each entry has a dtype, a shape and data_offsets of the right types. Raises
-    RunError(ModelInvalid).
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise RunError(
-                    "ModelInvalid",
-                    f"model.uri: {path.name} isn't a safetensors file: its header would have {length} bytes",
-                )
-            header = json.loads(file.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        valid = all(_is_tensor(entry) for entry in entries.values())
-    except (OSError, ValueError, AttributeError, RecursionError):
-        valid = False
-    if not valid:
-        raise RunError("ModelInvalid", f"model.uri: {path.name} isn't a safetensors file: its header can't be read")
-    return length, entries
-
-
-def _is_tensor(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        return False
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        return False
-    return all(type(number) is int and 0 <= number < 2**53 for number in (*shape, *offsets))
+    highest: int = 0
+    longest_source: int = 0
+    longest_rest: int = 0
+    field: str = "dataset"
 
 
 def can_be_mapped(formats: Collection[str], stored: str, *, trained: bool) -> bool:
@@ -96,6 +58,12 @@ def check_files(names: Collection[str], at: str) -> None:
     """
     if "config.json" not in names:
         raise RunError("ModelInvalid", f"model.uri: {at} has no config.json; use the folder of a Transformers model")
+    if ADAPTER_CONFIG in names:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: {at} has {ADAPTER_CONFIG}, so Transformers would load an adapter with the model; merge the "
+            "adapter into its base and use the result, or use the base, in a folder without that file",
+        )
     if WEIGHTS in names or WEIGHTS_INDEX in names:
         return
     others = sorted(name for name in names if name.endswith(".safetensors"))
@@ -124,25 +92,64 @@ def weight_files(names: Collection[str], index: bytes | None, at: str) -> tuple[
     """
     if WEIGHTS in names:
         return (WEIGHTS,)
-    try:
-        shards = {str(name) for name in parse_json(index or b"", WEIGHTS_INDEX)["weight_map"].values()}
-    except (RunError, KeyError, AttributeError, TypeError):
-        raise RunError("ModelInvalid", f"model.uri: {at}/{WEIGHTS_INDEX} can't be read") from None
+    weight_map = model_config.read(WEIGHTS_INDEX, index or b"", at).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RunError(
+            "ModelInvalid", f"model.uri: {at}/{WEIGHTS_INDEX} has no weight_map; use the file of the model's publisher"
+        )
+    shards = {str(name) for name in weight_map.values()}
     missing = sorted(shards - set(names))
     if missing:
         raise RunError("ModelInvalid", f"model.uri: {at} lacks {missing[0]}, one of {len(shards)} weight files")
     return tuple(sorted(shards))
 
 
-def check_positions(limit: int | None, longest: int, field: str) -> None:
+def check_contents(folder: Path, at: str) -> None:
+    """Checks the JSON files of a folder on this machine, and that none of its small files is a
+    pointer of Git LFS.
+
+    Raises RunError(ModelInvalid).
+    """
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            if model_config.is_git_lfs_pointer(file.read(64)):
+                raise model_config.git_lfs_error(path.name, at)
+    model_config.check(model_config.read(model_config.CONFIG, (folder / model_config.CONFIG).read_bytes(), at), at)
+    generation = folder / model_config.GENERATION_CONFIG
+    if generation.is_file():
+        model_config.check_generation(generation.read_bytes(), at)
+
+
+def check_tokens(rows: int, highest: int) -> None:
+    """Checks that `highest`, the largest token id of all rows, is one of the model's `rows`
+    embeddings.
+
+    Raises RunError(ModelInvalid) if it isn't.
+    """
+    if highest >= rows:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: the dataset contains token {highest} of the folder's tokenizer, but the model has only {rows} "
+            "embeddings; use the tokenizer that belongs to the model, or resize the embeddings and save both",
+        )
+
+
+def check_rows(has: Capacity, rows: RowNeeds) -> None:
+    """Raises RunError if a row has a token without an embedding, or more tokens than positions."""
+    check_tokens(has.embeddings, rows.highest)
+    check_positions(has.source_positions, rows.longest_source, rows.field, "a prompt")
+    check_positions(has.positions, rows.longest_rest, rows.field)
+
+
+def check_positions(limit: int | None, longest: int, field: str, part: str = "a row") -> None:
     """Checks that a model has as many positions as the longest row has tokens.
 
     `limit` is the number of positions, or None if the model has no limit. `field` is the field that
-    the rows come from. Raises RunError(InvalidConfig).
+    the rows come from, and `part` what has that many tokens. Raises RunError(InvalidConfig).
     """
     if limit is not None and longest > limit:
         raise RunError(
             "InvalidConfig",
-            f"{field} has a row of {longest} tokens, but the model has {limit} positions; lower "
+            f"{field} has {part} of {longest} tokens, but the model has {limit} positions; lower "
             f"dataset.maxSequenceLength to {limit}",
         )

@@ -7,7 +7,6 @@ through its events file. It downloads nothing, uploads nothing and serves nothin
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from types import FrameType
 from finetune_api.messages.run import RunConfig, parse
 from finetune_api.names import SCRATCH_ROOT
 from finetune_api.reasons import REASONS
+from finetune_trainer import libraries
 from finetune_trainer.errors import run_error_from
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporting.event_writer import EventWriter
@@ -35,11 +35,9 @@ def main() -> int:
     reporter = EventWriter(paths.rank_events(int(os.environ.get("RANK", "0"))), int(os.environ.get("RANK", "0")))
     try:
         run = parse(paths.run_config.read_bytes())
-        _quiet_libraries()
+        libraries.quiet()
         _run_job(run, paths, reporter)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a library in Rust panics with one that isn't an Exception
+    except BaseException as error:  # libraries in Rust raise some that aren't of the type Exception
         run_error = run_error_from(error)
         traceback.print_exc()
         reporter.error(run_error, error)
@@ -70,26 +68,6 @@ def _set_stop_flag(number: int, frame: FrameType | None) -> None:
     """Asks all ranks to stop, because this one was asked. They agree after a step and save it."""
     with suppress(OSError):
         _paths().stop.touch()
-
-
-def _quiet_libraries() -> None:
-    """Turns off network access, advice and progress bars: people read the log to find an error."""
-    without_trackers()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-def without_trackers() -> None:
-    """Makes the libraries of trackers count as not installed for the life of this process.
-
-    Accelerate imports MLflow and W&B if they are installed, which takes seconds and starts threads.
-    A rank has no use for them, as the supervisor's tracker process records what ranks report.
-    """
-    for name in ("mlflow", "wandb", "tensorboard", "tensorboardX"):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _exit(code: int) -> None:

@@ -49,6 +49,8 @@ WHILE_STOPPED = {
     ("model", "allowedLicenses"),
     ("dataset", "credentialsRef"),
     ("output", "credentialsRef"),
+    ("output", "existing"),
+    ("output", "holdSeconds"),
     ("training", "microBatchSize"),
     ("training", "activationCheckpointing"),
     ("training", "compile"),

@@ -45,6 +45,16 @@ class Manifest(LenientModel):
         "library versions and seed.",
     )
     metrics: dict[str, float] = Field(default_factory=dict)
+    signature: str | None = Field(
+        default=None,
+        description="Ed25519 signature of everything else, by the key of the pod that wrote it. Absent if no operator "
+        "vouches for the key.",
+    )
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What the signature covers: the manifest without it, as JSON."""
+        return self.model_copy(update={"signature": None}).model_dump_json(by_alias=True, exclude_none=True).encode()
 
     @property
     def size_bytes(self) -> int:

@@ -15,7 +15,15 @@ from pydantic import BeforeValidator, Field
 
 from finetune_api import untrusted as u
 from finetune_api.base import LenientModel
-from finetune_api.status import CheckpointStatus, DataStatus, ModelStatus, OverfittingStatus, StragglerStatus
+from finetune_api.status import (
+    MAX_SIGNERS,
+    ArtifactStatus,
+    CheckpointStatus,
+    DataStatus,
+    ModelStatus,
+    OverfittingStatus,
+    StragglerStatus,
+)
 
 MAX_BODY_BYTES = 16384
 MAX_GPUS = 16  # of one pod
@@ -40,6 +48,16 @@ class GpuSample(LenientModel):
     utilization_ratio: u.Ratio | None = Field(default=None, description="0 to 1.")
     memory_used_bytes: u.Count | None = None
     memory_total_bytes: u.Count | None = None
+
+
+class Storing(LenientModel):
+    """Says whether the output accepts checkpoints and the result."""
+
+    reason: u.ReasonName = Field(default="", description="A name in reasons.REASONS; empty if it does.")
+    message: u.Line = Field(default="", description="The words of the storage, and what follows from them.")
+    since: u.Time | None = Field(default=None, description="When the first of these failures occurred.")
+    failures: u.Count = Field(default=0, description="Uploads that have failed since then.")
+    steps_at_risk: u.Count = Field(default=0, description="Steps that a failure of the pod would lose now.")
 
 
 class Progress(LenientModel):
@@ -71,9 +89,20 @@ class Progress(LenientModel):
     straggler: StragglerStatus | None = None
     overfitting: OverfittingStatus | None = None
     checkpoint: CheckpointStatus | None = None
+    storing: Storing | None = None
+    artifact: ArtifactStatus | None = Field(default=None, description="The result, once it is complete in the output.")
+    signer: u.ShortLine | None = Field(default=None, description="Public key by which the pod signs manifests.")
     model: ModelStatus | None = None
     data: DataStatus | None = None
     gpus: Annotated[tuple[GpuSample, ...], u.at_most(MAX_GPUS)] = ()
+
+
+class PostAnswer(LenientModel):
+    """Is the body of a 200 response."""
+
+    signers: Annotated[tuple[u.ShortLine, ...], u.at_most(MAX_SIGNERS)] = Field(
+        default=(), description="Public keys by which the pods of this job have signed their manifests."
+    )
 
 
 def decode(body: bytes) -> Progress:

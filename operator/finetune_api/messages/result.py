@@ -29,6 +29,7 @@ class Result(LenientModel):
     checkpoint: CheckpointStatus | None = None
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
+    signer: u.ShortLine | None = Field(default=None, description="Public key by which the pod signed manifests.")
     model: ModelStatus | None = None
     data: DataStatus | None = None
 
@@ -50,9 +51,8 @@ def encode(result: Result) -> str:
         text = shortened.model_dump_json(by_alias=True, exclude_none=True)
         if len(text.encode()) <= LIMIT_BYTES:
             return text
-    return Result(outcome=result.outcome, reason=result.reason, message=result.message[:200]).model_dump_json(
-        by_alias=True, exclude_none=True
-    )
+    least = Result(outcome=result.outcome, reason=result.reason, message=result.message[:200], signer=result.signer)
+    return least.model_dump_json(by_alias=True, exclude_none=True)
 
 
 def _last_lines(text: str, chars: int) -> str:

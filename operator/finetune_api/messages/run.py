@@ -204,6 +204,20 @@ class RunConfig(Model):
     world: WorldConfig = Field(default_factory=WorldConfig)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     output: Location
+    existing: Literal["resume", "discard"] = "resume"
+    inherits: bool = Field(
+        default=True,
+        description="Whether checkpoints of a deleted job of the same name may be taken over: only until this job has "
+        "stored one.",
+    )
+    hold_seconds: float = Field(
+        default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
+    )
+    recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
+    signers: tuple[str, ...] | None = Field(
+        default=None,
+        description="Public keys of the pods of earlier attempts. None if no operator vouches for them.",
+    )
     merge: bool = Field(default=False, description="Also write base and adapter as one model.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

@@ -42,6 +42,19 @@ class OutputSpec(Model):
         "another job's result is rejected."
     )
     credentials_ref: SecretRef | None = Field(default=None, description="Secret with the credentials for uri.")
+    existing: Literal["resume", "discard"] = Field(
+        default="resume",
+        description="What a job does with what a deleted FineTuneJob of the same namespace and name has left in uri. "
+        "resume continues from its checkpoints if model, dataset, method and training are the same, and fails if they "
+        "aren't. discard deletes its checkpoints and its result, and starts from the beginning. What another job has "
+        "left is never touched.",
+    )
+    hold_seconds: int = Field(
+        default=14400, ge=0, le=604800,
+        description="Seconds for which a pod holds a finished result that the storage doesn't accept, because it "
+        "refuses the credentials, is full or doesn't respond. The upload is tried again every 30 s with the "
+        "credentials that the Secret has by then. After that the attempt fails with ResultNotStored.",
+    )  # fmt: skip
     merge: bool = Field(
         default=False,
         description="Also write base and adapter merged into one model, to the folder merged/ next to the adapter. "

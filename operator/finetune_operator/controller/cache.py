@@ -34,6 +34,7 @@ class Cache:
         self._jobs_of: dict[Owner, set[str]] = defaultdict(set)  # FineTuneJob → Job uids
         self._pods_of: dict[Owner, set[str]] = defaultdict(set)  # Job → pod uids
         self._pods_labeled: dict[Owner, set[str]] = defaultdict(set)  # FineTuneJob → pod uids
+        self._pods_named: dict[Owner, set[str]] = defaultdict(set)  # namespace and name of it → pod uids
         self._keys: dict[str, Key] = {}  # FineTuneJob uid → key
         self._deleted: dict[str, int] = {}  # uid → its last version, for late responses; see forget_deletions
         self._deleted_earlier: dict[str, int] = {}
@@ -51,7 +52,7 @@ class Cache:
             body=body,
             attempts=objects.attempts((job for job in jobs if job.role == names.ROLE_TRAINER), pods),
             preflight=checks[0] if checks else None,
-            orphaned_pods=tuple(self._orphaned_pods(owner, {job.uid for job in jobs}, strangers)),
+            orphaned_pods=tuple(self._orphaned_pods(owner, key, {job.uid for job in jobs}, strangers)),
         )
 
     def bodies(self) -> Iterator[Raw]:
@@ -222,11 +223,13 @@ class Cache:
         proven = [job for job in jobs if job.owner_name == name and job.attempt <= newest]
         return proven, {job.uid for job in jobs} - {job.uid for job in proven}
 
-    def _orphaned_pods(self, owner: Owner, proven: set[str], strangers: set[str]) -> Iterator[Pod]:
+    def _orphaned_pods(self, owner: Owner, key: Key, proven: set[str], strangers: set[str]) -> Iterator[Pod]:
         """Yields live pods that no proven Job controls, but that may be the job's: by their label,
-        since they may no longer have an owner, or by a Job that claims to be a child."""
+        since they may no longer have an owner, by a Job that claims to be a child, or by their
+        name, if their FineTuneJob is gone: it may have been the job's predecessor."""
         controlled = {pod for job in strangers for pod in self._pods_of.get((owner[0], job), ())}
-        for pod_uid in sorted(controlled | self._pods_labeled.get(owner, set())):
+        named = {pod for pod in self._pods_named.get(key, ()) if not self._key(key[0], self._pods[pod].owner_uid)}
+        for pod_uid in sorted(controlled | self._pods_labeled.get(owner, set()) | named):
             pod = self._pods[pod_uid]
             if pod.is_live and pod.job_uid not in proven:
                 yield pod
@@ -237,8 +240,9 @@ class Cache:
         return key if key and key[0] == namespace else None
 
     def _key_of_pod(self, pod: Pod) -> Key | None:
-        owner = self.owner_of(pod)
-        return owner[0] if owner else self._key(pod.namespace, pod.owner_uid)
+        owner, named = self.owner_of(pod), (pod.namespace, pod.job_name)
+        key = owner[0] if owner else self._key(pod.namespace, pod.owner_uid)
+        return key or (named if named in self._bodies else None)
 
     def _record_deletion(self, uid: str, version: int) -> None:
         """Remembers the newest version at which an object is known to be deleted."""
@@ -257,23 +261,19 @@ class Cache:
         self._pods[pod.uid] = pod
         self._pods_of[pod.namespace, pod.job_uid].add(pod.uid)
         self._pods_labeled[pod.namespace, pod.owner_uid].add(pod.uid)
+        self._pods_named[pod.namespace, pod.job_name].add(pod.uid)
 
     def _remove_pod(self, uid: str) -> None:
         pod = self._pods.pop(uid, None)
         if pod is not None:
             _discard(self._pods_of, (pod.namespace, pod.job_uid), uid)
             _discard(self._pods_labeled, (pod.namespace, pod.owner_uid), uid)
+            _discard(self._pods_named, (pod.namespace, pod.job_name), uid)
 
 
 def _without_managed_fields(body: Raw) -> Raw:
     """Returns a body without the record of who set which field, which is as large as its spec."""
     return {**body, "metadata": {key: value for key, value in body["metadata"].items() if key != "managedFields"}}
-
-
-def is_unwatched(raw: Raw) -> bool:
-    """Whether an object lacks the label that watches select, which anybody can remove."""
-    labels = raw["metadata"].get("labels") or {}
-    return any(labels.get(key) != value for key, value in names.WATCHED_LABELS.items())
 
 
 def _parsed(parse: Callable[[Raw], _T], raw: Raw) -> _T | None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from finetune_api import names
 from finetune_api.resource import FineTuneJob
-from finetune_api.status import OverfittingStatus, ProgressStatus, Status
+from finetune_api.status import CONDITION_CHECKPOINTS_STORED, OverfittingStatus, ProgressStatus, Status
 from finetune_api.untrusted import shortened
 from finetune_operator.core import restart_policy
 from finetune_operator.core.actions import CHECKING, NODE_SILENT
@@ -94,6 +94,9 @@ def _problems(before: Status, after: Status) -> Iterator[tuple[str, str]]:
         yield stalled, full_message(after)
     if after.reason == NODE_SILENT and before.reason != NODE_SILENT:
         yield NODE_SILENT, full_message(after)
+    refused = _unstored(after)
+    if refused and not _unstored(before):
+        yield "CheckpointsNotStored", refused
     yield from _findings(before, after)
     reason = _true_reason(after, "Reconciling")
     is_stuck = after.phase == "Pending" and reason not in ("", CHECKING, STARTING)
@@ -213,6 +216,12 @@ def _skipped(status: Status) -> int:
 
 def _overfitting(status: Status) -> OverfittingStatus | None:
     return status.evaluation.overfitting if status.evaluation else None
+
+
+def _unstored(status: Status) -> str:
+    """Returns why checkpoints or the result can't be stored; empty if they can."""
+    stored = (c for c in status.conditions if c.type == CONDITION_CHECKPOINTS_STORED and c.status == "False")
+    return next((f"{c.reason}: {c.message}" for c in stored), "")
 
 
 def _true_reason(status: Status, kind: str) -> str:

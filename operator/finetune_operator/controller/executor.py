@@ -14,8 +14,9 @@ from typing import Any
 
 from finetune_api import names
 from finetune_operator.controller import ownership
-from finetune_operator.controller.cache import Cache, is_unwatched
+from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.snapshot import JobSnapshot
+from finetune_operator.core import output
 from finetune_operator.core.actions import Action, CreateAttempt, CreatePreflight, DeleteJob, ReleaseGroup, ResumeGroup
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.plan import check_offered, model_bytes, plan
@@ -145,7 +146,7 @@ class Executor:
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
         check_offered(observed.job, self._settings)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
-        run = plan(observed.job, self._settings, action.number, size, memory_restarts)
+        run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
@@ -156,7 +157,7 @@ class Executor:
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
         check_offered(observed.job, self._settings)
-        run = plan(observed.job, self._settings)
+        run = output.with_origin(plan(observed.job, self._settings), observed)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
         await self._create("jobs", manifests.preflight_job(observed.job, run, self._settings), observed)
@@ -188,7 +189,7 @@ class Executor:
         for job in jobs:
             self._cache.put_job(job)
         for pod in pods:
-            if is_unwatched(pod):
+            if ownership.is_unwatched(pod):
                 self._cache.put_unwatched_pod(pod, snapshot.uid)
             else:
                 self._cache.put_pod(pod)

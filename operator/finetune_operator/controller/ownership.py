@@ -33,3 +33,9 @@ def controller_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the controller of a raw object; empty if it has none."""
     owners = body["metadata"].get("ownerReferences") or ()
     return next((owner for owner in owners if owner.get("controller")), {})
+
+
+def is_unwatched(raw: Mapping[str, Any]) -> bool:
+    """Whether an object lacks the label that watches select, which anybody can remove."""
+    labels = raw["metadata"].get("labels") or {}
+    return any(labels.get(key) != value for key, value in names.WATCHED_LABELS.items())

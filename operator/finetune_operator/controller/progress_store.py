@@ -23,16 +23,20 @@ class ProgressStore:
     def put(self, uid: str, progress: Progress, time: str) -> bool:
         """Stores a report unless the last one is of a later attempt; `time` is when it came in.
 
-        Returns whether it is news: another phase, or the first step.
+        Returns whether it is news: another phase, the first step, the key or the result, or whether
+        the output accepts checkpoints.
         """
         last = self._reports.get(uid)
         if last and last.progress.attempt > progress.attempt:
             return False
         self._reports[uid] = Report(progress, time)
-        if last is None or last.progress.attempt != progress.attempt:
-            return True
-        return last.progress.phase != progress.phase or (last.progress.step == 0) != (progress.step == 0)
+        return last is None or _headline(last.progress) != _headline(progress)
 
     def forget(self, uid: str) -> None:
         """Removes the report of a job that is gone."""
         self._reports.pop(uid, None)
+
+
+def _headline(progress: Progress) -> tuple[object, ...]:
+    refusal = progress.storing.reason if progress.storing else None
+    return progress.attempt, progress.phase, progress.step == 0, progress.signer, progress.artifact, refusal

@@ -57,7 +57,7 @@ def case_of(observed: Observed, now: datetime) -> Case:
     number, restarts = newest_attempt(observed)
     current = observed.current
     current_verdict = verdict(current, observed.warning_events) if current and current.number == number else None
-    return Case(observed, now, number, restarts, current_verdict)
+    return Case(observed, now, number, restarts, output.corrected(current_verdict, observed, number))
 
 
 def newest_attempt(observed: Observed) -> tuple[int, Restarts]:

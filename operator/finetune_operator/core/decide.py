@@ -199,7 +199,9 @@ def _create(case: Case, restarts: Restarts, phase: Phase, message: str, after: V
 
 def _wait_for_orphaned_pods(case: Case) -> Decision:
     pods = ", ".join(pod.name for pod in case.observed.orphaned_pods[:3])
-    message = f"waiting for pods of an earlier attempt to stop: {pods}"
+    own = all(pod.owner_uid == case.observed.job.metadata.uid for pod in case.observed.orphaned_pods)
+    former = "an earlier attempt" if own else "a deleted FineTuneJob of the same name"
+    message = f"waiting for pods of {former} to stop: {pods}"
     return Decision(case.desired("Running" if case.number else "Pending", "PodsEnding", message))
 
 

@@ -4,6 +4,7 @@ objects. It does no I/O.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +20,7 @@ RUNNING = "Running"
 SUCCEEDED = "Succeeded"
 FAILED = "Failed"
 
+_POD_NAME = re.compile(r"([a-z0-9.-]+?)-(?:[0-9]+-[0-9]+|check)-[a-z0-9]+")
 MAX_PODS = 1024  # of one attempt, as spec.distribution.nodes has it
 
 
@@ -65,6 +67,12 @@ class Pod:
     status_message: str = ""
     termination: Termination | None = None
     result: Result | None = None  # from its termination message
+
+    @property
+    def job_name(self) -> str:
+        """The name of the FineTuneJob whose child it is called like; empty if of none."""
+        match = _POD_NAME.fullmatch(self.name)
+        return match[1] if match else ""
 
     @property
     def is_live(self) -> bool:

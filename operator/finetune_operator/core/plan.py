@@ -124,6 +124,8 @@ def plan(
         world=_world(job, attempt, pod),
         checkpoint=spec.checkpoint,
         output=_output_location(spec.output),
+        existing=spec.output.existing,
+        hold_seconds=spec.output.hold_seconds,
         merge=spec.output.merge,
         evaluation=spec.evaluation,
         tracking=_tracking(spec),

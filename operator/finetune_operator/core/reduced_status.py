@@ -80,4 +80,6 @@ def refused(after: Status, error: str) -> Status:
         restarts=after.restarts,
         restarts_total=after.restarts_total,
         failure=failure,
+        artifact=after.artifact,
+        signers=after.signers,
     )

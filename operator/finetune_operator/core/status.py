@@ -13,6 +13,7 @@ from finetune_api import untrusted as u
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.result import Result
 from finetune_api.status import (
+    CONDITION_CHECKPOINTS_STORED,
     CONDITION_COMPLETE,
     CONDITION_FAILED,
     CONDITION_RECONCILING,
@@ -47,6 +48,15 @@ class _DesiredCondition:
 
 def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     """Returns the complete status that has to be written in this reconcile."""
+    after = _status(observed, desired, now)
+    report = _current_report(observed, desired)
+    storing = report.progress.storing if report else None
+    condition = output.stored_condition(observed.job.status, after, storing, timestamp(now))
+    others = (c for c in after.conditions if c.type != CONDITION_CHECKPOINTS_STORED)
+    return after.model_copy(update={"conditions": (*others, *condition)})
+
+
+def _status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
     before = observed.job.status
     time = timestamp(now)
     result = desired.verdict.result if desired.verdict else None
@@ -69,7 +79,8 @@ def status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status:
         checkpoint=None if desired.phase == "Succeeded" else _checkpoint(observed),
         model=_model(before.model, report, result),
         data=_data(observed, report, result),
-        artifact=output.artifact(result, observed.job) or before.artifact,
+        artifact=output.artifact(result, observed.job) or output.stored_artifact(observed, desired.attempt),
+        signers=output.signers(observed),
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )
@@ -114,7 +125,10 @@ def _start_time(observed: Observed, desired: DesiredStatus, time: str) -> str | 
 
 
 def conditions(before: Status, generation: int, desired: DesiredStatus, time: str) -> tuple[Condition, ...]:
-    """Returns the conditions by which a status reports what is desired."""
+    """Returns the conditions by which a status reports what is desired.
+
+    Whether checkpoints are stored is none of these, and stays as it is.
+    """
     failed = desired.phase == "Failed"
     working = desired.phase in ("Pending", "Queued", "Starting", "Restarting") or desired.suspension == SUSPENDING
     working = working and not desired.stalled
@@ -134,8 +148,10 @@ def conditions(before: Status, generation: int, desired: DesiredStatus, time: st
         CONDITION_STALLED: met if failed or desired.stalled else _DesiredCondition(False, "Healthy"),
     }
     earlier = {condition.type: condition for condition in before.conditions}
-    return tuple(
-        _condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in by_type.items()
+    stored = (earlier[kind] for kind in (CONDITION_CHECKPOINTS_STORED,) if kind in earlier)
+    return (
+        *(_condition(kind, condition, earlier.get(kind), generation, time) for kind, condition in by_type.items()),
+        *stored,
     )
 
 

@@ -20,7 +20,8 @@ ACKNOWLEDGE_SECONDS = 0.2
 # A new message about the same condition waits this long: a kubelet repeats itself with different
 # port numbers.
 MESSAGE_SETTLE_SECONDS = 60.0
-# News is written this soon after the last progress: another phase of the trainer, the first step.
+# News is written this soon after the last progress: another phase of the trainer, the first step,
+# the key of a pod, which the next one needs.
 NEWS_SECONDS = 3.0
 
 _URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
@@ -64,7 +65,7 @@ def _until_progress_is_due(before: Status, after: Status, write_every: float, no
     if before.progress is None or before.progress.update_time is None:
         return 0.0
     age = seconds_between(before.progress.update_time, now)
-    if _is_news(before.progress, after.progress):
+    if _is_news(before.progress, after.progress) or before.signers != after.signers:
         return max(0.0, NEWS_SECONDS - age)
     run = seconds_between(before.start_time, now) if before.start_time else 0.0
     interval = min(max(run / 6, shortest_interval(write_every)), 2 * write_every)
@@ -101,7 +102,7 @@ def _suspension_reason(status: Status) -> str:
 def _without_progress(status: Status) -> Status:
     """Returns a status without all that a progress report changes."""
     return status.model_copy(
-        update={"progress": None, "checkpoint": None, "evaluation": None, "model": None, "data": None}
+        update={"progress": None, "checkpoint": None, "evaluation": None, "model": None, "data": None, "signers": ()}
     )
 
 

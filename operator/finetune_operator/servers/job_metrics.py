@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from finetune_api.messages.progress import Progress
 from finetune_api.status import (
+    CONDITION_CHECKPOINTS_STORED,
     CONDITION_COMPLETE,
     CONDITION_FAILED,
     CONDITION_RECONCILING,
@@ -36,7 +37,10 @@ log = logging.getLogger(__name__)
 
 _JOB = ["namespace", "job"]
 _MAX_LABEL_CHARACTERS = 80
-_CONDITIONS = (CONDITION_COMPLETE, CONDITION_FAILED, CONDITION_SUSPENDED, CONDITION_RECONCILING, CONDITION_STALLED)
+_CONDITIONS = (
+    CONDITION_COMPLETE, CONDITION_FAILED, CONDITION_SUSPENDED, CONDITION_RECONCILING, CONDITION_STALLED,
+    CONDITION_CHECKPOINTS_STORED,
+)  # fmt: skip
 _SCORES = ("rouge1", "rouge2", "rougeL", "bleu", "exactMatch", "f1", "perplexity")
 
 _Value = Callable[[ProgressStatus, Progress | None], float | None]
@@ -127,6 +131,11 @@ class _Families:
         self._checkpoint_step = gauge(
             "finetune_job_checkpoint_step", "Optimizer step of the newest checkpoint.", labels=_JOB
         )
+        self._steps_at_risk = gauge(
+            "finetune_job_steps_at_risk",
+            "Steps that would be lost if the pods ended now, while checkpoints can't be stored; else 0.",
+            labels=_JOB,
+        )
         self._score = gauge("finetune_job_eval_score", "Score on the test rows.", labels=[*_JOB, "metric", "model"])
         self._tokens = counter("finetune_job_tokens", "Tokens trained on.", labels=[*_JOB, "attempt"])
         self._samples = counter("finetune_job_samples", "Examples trained on.", labels=[*_JOB, "attempt"])
@@ -154,6 +163,8 @@ class _Families:
         if checkpoint and status.phase != "Succeeded":
             _add_if_set(self._checkpoint, job, _epoch(checkpoint.time))
             _add_if_set(self._checkpoint_step, job, checkpoint.step)
+        if progress and progress.storing and status.phase not in TERMINAL_PHASES:
+            self._steps_at_risk.add_metric(job, progress.storing.steps_at_risk)
         scores = {score.name: score for score in (status.evaluation.scores if status.evaluation else ())}
         for score in (scores[name] for name in _SCORES if name in scores):
             self._score.add_metric([*job, score.name, "base"], score.base)

@@ -18,7 +18,8 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_api import names
-from finetune_api.messages.progress import MAX_BODY_BYTES, Progress, decode
+from finetune_api.messages.progress import MAX_BODY_BYTES, PostAnswer, Progress, decode
+from finetune_api.status import read
 from finetune_api.untrusted import line
 from finetune_operator.controller.snapshot import Key
 from finetune_operator.controller.state import ControllerState
@@ -80,7 +81,7 @@ class ProgressServer:
 
     async def _post(self, request: web.Request) -> web.Response:
         try:
-            await self._receive(request)
+            answer = await self._receive(request)
         except Refusal as refusal:
             self._count(refusal.code)
             return web.json_response({"message": refusal.message}, status=refusal.code)
@@ -88,10 +89,13 @@ class ProgressServer:
             self._count(response.status)
             raise
         self._count(200)
-        return web.json_response({})
+        return web.json_response(answer.to_json())
 
-    async def _receive(self, request: web.Request) -> None:
-        """Stores the progress of a post. Raises Refusal or a redirect to the leader."""
+    async def _receive(self, request: web.Request) -> PostAnswer:
+        """Stores the progress of a post, and says whose signatures the operator knows.
+
+        Raises Refusal or a redirect to the leader.
+        """
         if not self._leadership.is_leader:
             self._redirect_to_leader()
         caller = await self._caller(request)
@@ -104,6 +108,8 @@ class ProgressServer:
             )
         is_news = self._progress.put(uid, progress, timestamp(datetime.now(UTC)))
         self._enqueue(key, uid, is_news)
+        snapshot = self._cache.snapshot(key)
+        return PostAnswer(signers=read(snapshot.body.get("status")).signers if snapshot else ())
 
     def _redirect_to_leader(self) -> None:
         holder = self._leadership.holder

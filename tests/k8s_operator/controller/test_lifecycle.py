@@ -303,6 +303,23 @@ def test_a_recreated_job_waits_until_its_predecessors_children_are_gone(world: W
     world.wait(ours, 30)
 
 
+def test_a_recreated_job_waits_for_pods_whose_job_is_gone_already(world: World, operator: Operator) -> None:
+    first = world.submit("heir")
+    world.run_pods("heir-1")
+    world.wait_phase("heir", "Running")
+    world.delete("finetunejobs", "heir", propagationPolicy="Background")
+    world.wait(lambda: world.get("jobs", "heir-1") is None, 30)  # its pod is still saving a checkpoint
+    second = world.submit("heir")
+    assert first["metadata"]["uid"] != second["metadata"]["uid"]
+    waiting = world.wait_phase("heir", "Pending")
+    assert "waiting for pods of a deleted FineTuneJob of the same name to stop: heir-1-0" in waiting["message"]
+    assert world.get("jobs", "heir-1") is None
+    for pod in world.all("pods", **{names.LABEL_JOB_NAME: "heir"}):
+        world.end_pod(pod, 143)
+    job = world.wait_job("heir-1")
+    assert job["metadata"]["ownerReferences"][0]["uid"] == second["metadata"]["uid"]
+
+
 def test_the_run_configuration_contains_no_secret_and_names_the_mounted_files(world: World, operator: Operator) -> None:
     body: Any = job_body("keys")
     body["spec"]["model"]["credentialsRef"] = {"name": "hf"}

@@ -168,6 +168,25 @@ def test_a_late_deletion_of_a_predecessor_leaves_its_successor_alone() -> None:
     assert snapshot.attempts == ()
 
 
+def test_a_live_pod_of_a_predecessor_is_orphaned_until_it_is_gone() -> None:
+    cache = Cache()
+    pod = _pod(3)
+    pod["metadata"]["name"] = "a-1-0-x7k2p"
+    cache.put_pod(pod)
+    stranger = _pod(3, job="j9")
+    stranger["metadata"] |= {"name": "a-b-1-0-x7k2p", "uid": "p2"}
+    cache.put_pod(stranger)
+    cache.put_body(_body(7, uid="u2"))
+    snapshot = cache.snapshot(_A)
+    assert snapshot is not None
+    assert [pod.name for pod in snapshot.orphaned_pods] == ["a-1-0-x7k2p"]
+    pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert cache.drop_pod("p1", pod) == _A  # so that the job is reconciled
+    snapshot = cache.snapshot(_A)
+    assert snapshot is not None
+    assert snapshot.orphaned_pods == ()
+
+
 def test_a_resync_drops_what_no_longer_exists() -> None:
     cache = _filled()
     known = cache.uids()

@@ -41,6 +41,15 @@ def test_the_page_lists_every_family_and_method_and_no_failure() -> None:
     assert "✓" in page
 
 
+def test_the_page_lists_what_all_linear_adapts(tmp_path: Path) -> None:
+    layers = family_matrix.adapted(tmp_path)
+    assert layers["qwen2-moe"][1] == "down_proj, gate_up_proj, shared_expert_gate"
+    assert layers["gemma3-images"] == layers["gemma3"]
+    page = _PAGE.read_text()
+    for key, (names, left_out) in layers.items():
+        assert f"| {FAMILIES[key].title} | {names} | {left_out} |" in page
+
+
 def test_a_cell_that_fails_or_is_rejected_isnt_shown_as_run() -> None:
     outcomes = {
         Cell(family, method, strategy): Outcome(failure="losses differ")

@@ -97,6 +97,14 @@ def test_azures_credentials_account_and_endpoint_are_used_in_order_of_precedence
     assert {key: options.get(key) for key in expected} == expected
 
 
+@pytest.mark.parametrize("name", ["GOOGLE_BEARER_TOKEN", "GOOGLE_SERVICE_ACCOUNT", "SERVICE_ACCOUNT"])
+def test_a_variable_that_obstore_would_prefer_to_the_secret_is_named(name: str) -> None:
+    with pytest.raises(RunError, match=f"the pod's {name} would be used instead of the Secret") as refused:
+        gcs.access_options(GcsConfig(), KEY, {name: "PRIVATE"})
+    assert refused.value.reason == "InvalidConfig"
+    assert "PRIVATE" not in refused.value.message
+
+
 def _account(**changes: object) -> dict[str, str]:
     return {"GOOGLE_APPLICATION_CREDENTIALS": json.dumps({**ACCOUNT, **changes})}
 

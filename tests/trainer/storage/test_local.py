@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from finetune_api.messages.run import JobRef
+from finetune_trainer.destination import output_check
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.local import LocalStorage
-from finetune_trainer.supervisor import output_check
 
 
 def test_a_link_that_leads_out_of_its_volume_is_refused(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_another_jobs_result_and_another_jobs_checkpoint_are_refused(remote: Rem
     (step / "manifest.json").write_text(json.dumps({**text, "kind": "checkpoint"}))
     ended = supervisor_process.supervise(remote.setup.run(uid="uid-2"), remote.setup.folder)
     assert (ended.code, ended.last.reason) == (67, "OutputOccupied")
-    assert "checkpoint of ns/job" in ended.last.message
+    assert "checkpoint after step 2 of ns/job, a deleted FineTuneJob" in ended.last.message
 
 
 def test_a_result_that_cannot_be_uploaded_is_tried_again_without_training_again(remote: Remote) -> None:

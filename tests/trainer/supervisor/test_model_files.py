@@ -71,9 +71,9 @@ def test_no_weights_are_downloaded_twice(
     ("files", "index", "message"),
     [
         ((_SHARDS[0], "model.safetensors.index.json"), _INDEX, f"lacks {_SHARDS[1]}, one of 2 weight files"),
-        ((*_SHARDS, "model.safetensors.index.json"), None, "model.safetensors.index.json can't be read"),
-        ((*_SHARDS, "model.safetensors.index.json"), b"{}", "model.safetensors.index.json can't be read"),
-        ((*_SHARDS, "model.safetensors.index.json"), b"[1", "model.safetensors.index.json can't be read"),
+        ((*_SHARDS, "model.safetensors.index.json"), None, "model.safetensors.index.json isn't JSON"),
+        ((*_SHARDS, "model.safetensors.index.json"), b"{}", "model.safetensors.index.json has no weight_map"),
+        ((*_SHARDS, "model.safetensors.index.json"), b"[1", "model.safetensors.index.json isn't JSON"),
         (("consolidated.safetensors",), None, "has consolidated.safetensors, but Transformers reads model.safetensors"),
     ],
 )

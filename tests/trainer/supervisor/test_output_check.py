@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from finetune_api.messages.run import JobRef
+from finetune_trainer.destination import output_check
 from finetune_trainer.errors import RunError
 from finetune_trainer.manifest import write_checkpoint_manifest
 from finetune_trainer.storage.local import LocalStorage
-from finetune_trainer.supervisor import download, output_check
+from finetune_trainer.supervisor import download
 from trainer.support import supervisor_process
 from trainer.support.supervisor_process import JobSetup
 

@@ -13,9 +13,9 @@ import pytest
 from finetune_api.messages.manifest import FileEntry, Manifest
 from finetune_api.messages.run import JobRef, S3Config, WorldConfig
 from finetune_api.resource import CheckpointSpec
+from finetune_trainer.destination import shard_markers
 from finetune_trainer.manifest import of_file
 from finetune_trainer.storage.local import LocalStorage
-from finetune_trainer.supervisor import shard_markers
 from testkit.s3_server import S3, running_s3
 from trainer.support import supervisor_process
 from trainer.support.network_outage import Relay

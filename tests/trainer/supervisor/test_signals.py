@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from finetune_api.messages.run import DataConfig, S3Config, WorldConfig
-from finetune_api.resource import CheckpointSpec, TrainingSpec
+from finetune_api.resource import CheckpointSpec, LoraSpec, TrainingSpec
+from finetune_trainer.errors import RunError
+from finetune_trainer.model_folder import Capacity
+from finetune_trainer.paths import Paths
+from finetune_trainer.storage.schemes import Access
+from finetune_trainer.supervisor import download, preflight
 from testkit.tiny_models import tiny_llama
 from trainer.support import supervisor_process
 from trainer.support.supervisor_process import JobSetup
@@ -88,29 +93,53 @@ def test_preflight_never_imports_torch(setup: JobSetup) -> None:
     assert done.stdout.splitlines()[-1] == "0 False"
 
 
-def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: JobSetup) -> None:
+def _check_tokens(setup: JobSetup) -> str:
+    """What preflight counts once the model was built: 512 positions, and an embedding for each
+    token."""
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
+    run = setup.run()
+    paths = Paths(Path(run.scratch))
+    paths.scratch.mkdir()
+    paths.model.symlink_to(setup.model)
+    download.data(run, paths, Access(run.s3, {}), lambda _: None)
+    return preflight.check_tokens(run, paths, Capacity(300, None, 512), preflight.Progress(lambda _: None))[0]
+
+
+def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: JobSetup) -> None:
     setup.train.write_text(json.dumps({"prompt": "Count: ", "completion": "one two three " * 2000}) + "\n")
-    ended = supervisor_process.supervise(setup.run(), setup.folder, command="preflight")
-    assert (ended.code, ended.last.reason) == (64, "InvalidConfig")
-    assert "dataset.uri has a row of 2048 tokens" in ended.last.message
+    with pytest.raises(RunError, match=r"dataset\.uri has a row of 2048 tokens") as refused:
+        _check_tokens(setup)
+    assert refused.value.reason == "InvalidConfig"
 
 
 def test_preflight_accepts_short_rows_under_a_long_limit(setup: JobSetup) -> None:
-    shutil.rmtree(setup.model)
-    tiny_llama(setup.model)
-    ended = supervisor_process.supervise(setup.run(), setup.folder, command="preflight")
-    assert ended.code == 0, ended.output
+    assert _check_tokens(setup).startswith("train: 8 rows, ")
 
 
 def test_preflight_refuses_rows_that_leave_nothing_to_train_on(setup: JobSetup) -> None:
+    data = DataConfig(train=supervisor_process.location(f"file://{setup.train}"), max_sequence_length=8)
+    with pytest.raises(RunError, match="maxSequenceLength") as refused:
+        _check_tokens(setup.with_changes(data=data))
+    assert refused.value.reason == "DatasetInvalid"
+
+
+def test_preflight_refuses_rows_that_dont_fit_the_objective(setup: JobSetup) -> None:
+    training = TrainingSpec(objective="dpo", max_steps=4, global_batch_size=2)
+    with pytest.raises(RunError, match="objective dpo needs rows with prompt, chosen and rejected") as refused:
+        _check_tokens(setup.with_changes(training=training))
+    assert refused.value.reason == "DatasetInvalid"
+
+
+def test_preflight_ends_with_the_reason_for_a_model_that_cant_be_trained(setup: JobSetup) -> None:
+    """Nothing but the header of the weights is read."""
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
-    data = DataConfig(train=supervisor_process.location(f"file://{setup.train}"), max_sequence_length=8)
-    ended = supervisor_process.supervise(setup.with_changes(data=data).run(), setup.folder, command="preflight")
-    assert (ended.code, ended.last.reason) == (65, "DatasetInvalid")
-    assert "maxSequenceLength" in ended.last.message
+    run = setup.with_changes(lora=LoraSpec(target_modules=("qkv_proj",))).run()
+    ended = supervisor_process.supervise(run, setup.folder, command="preflight")
+    assert (ended.code, ended.last.reason) == (64, "InvalidConfig")
+    assert "the model has no linear layer called qkv_proj; it has down_proj" in ended.last.message
+    assert "Traceback" not in ended.output
 
 
 def test_two_nodes_stop_together_when_one_is_terminated_and_resume_together(setup: JobSetup) -> None:

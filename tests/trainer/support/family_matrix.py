@@ -23,12 +23,14 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from finetune_api import errors
 from finetune_api.messages import events
-from finetune_api.resource import FullSpec, parse
-from testkit import tiny_models
+from finetune_api.resource import FullSpec, LoraSpec, parse
+from finetune_trainer.model import experts, loading, lora
+from testkit import tiny_families, tiny_models
 from testkit.rows import pairs
 from trainer.support import result_loading, run_sequence
 from trainer.support.rank_runs import FinishedRun, Job, RunningRanks, prepare
@@ -37,7 +39,7 @@ _ROOT = Path(__file__).parents[3]
 _PAGE = _ROOT / "docs" / "families.md"
 _SOURCES = (
     "uv.lock", "operator/finetune_api/**/*.py", "trainer_image/finetune_trainer/**/*.py",
-    "tests/testkit/tiny_models.py",
+    "tests/testkit/tiny_families.py", "tests/testkit/tiny_models.py",
     "tests/trainer/support/family_matrix.py", "tests/trainer/support/run_sequence.py",
     "tests/trainer/support/rank_runs.py", "tests/trainer/support/result_loading.py",
 )  # fmt: skip
@@ -66,6 +68,14 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("Gemma", tiny_models.tiny_gemma),
     "gemma2": Family("Gemma 2", tiny_models.tiny_gemma2),
     "gemma3": Family("Gemma 3", tiny_models.tiny_gemma3),
+    "gemma3-images": Family("Gemma 3 with images (its text part)", tiny_families.tiny_gemma3_multimodal),
+    "falcon": Family("Falcon", tiny_families.tiny_falcon, ("query_key_value",), "word_embeddings", "*h.1.*"),
+    "mixtral": Family("Mixtral", tiny_models.tiny_mixtral),
+    "qwen2-moe": Family("Qwen 2 MoE", tiny_models.tiny_qwen2_moe),
+    "qwen3-moe": Family("Qwen 3 MoE", tiny_models.tiny_qwen3_moe),
+    "olmoe": Family("OLMoE", tiny_families.tiny_olmoe),
+    "gpt-oss": Family("gpt-oss", tiny_models.tiny_gpt_oss),
+    "deepseek-v3": Family("DeepSeek-V3", tiny_families.tiny_deepseek_v3, ("q_b_proj", "kv_b_proj")),
     "gpt2": Family("GPT-2", tiny_models.tiny_gpt2, ("c_attn",), "wte", "*h.1.*"),
     "t5": Family("T5", tiny_models.tiny_t5, ("q", "v"), "shared", "*block.1.*"),
     "flan-t5": Family("Flan-T5, T5 1.1", tiny_models.tiny_flan_t5, ("q", "v"), "shared", "*block.1.*"),
@@ -302,8 +312,21 @@ def _loss_failure(objective: str, first: float, before: float, after: float) -> 
     return ""
 
 
-def page(outcomes: Mapping[Cell, Outcome]) -> str:
-    """Returns the text of docs/families.md."""
+def adapted(root: Path) -> dict[str, tuple[str, str]]:
+    """Returns (the layers that all-linear adapts, what it leaves out of the experts) by family."""
+    layers = {}
+    for key, family in FAMILIES.items():
+        loaded = loading.load(family.build(root / key), dtype=torch.bfloat16, longest=0, headers_only=True)
+        mixture = experts.find(loaded.base)
+        model = lora.adapt(loaded, LoraSpec(target_modules=("all-linear",)), 1).model
+        names = lora.adapted_layers(model)
+        left_out = [*mixture.parameters, *(name for name in mixture.routers if name not in names)]
+        layers[key] = (", ".join(names), ", ".join(left_out))
+    return layers
+
+
+def page(outcomes: Mapping[Cell, Outcome], layers: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """Returns the text of docs/families.md. `layers` are what `adapted` returns."""
     notes: list[str] = []
     holding = sum(outcome.holds for outcome in outcomes.values())
     lines = [
@@ -331,8 +354,23 @@ def page(outcomes: Mapping[Cell, Outcome]) -> str:
             _cell({s: outcomes.get(Cell(key, method, s), _UNKNOWN) for s in STRATEGIES}, notes) for method in METHODS
         ]
         lines.append(f"| {family.title} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""]
+    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "", *_layers_table(layers or {})]
     return "\n".join(lines)
+
+
+def _layers_table(layers: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [
+        "## What all-linear adapts",
+        "",
+        "Of a mixture of experts, it leaves out the weights of the experts and the router that is a linear layer;",
+        "naming the router in `targetModules` adapts it, and `method.type: full` trains everything. Of a model that",
+        "also reads images, only the part that reads text is adapted.",
+        "",
+        "| family | adapted | left out |",
+        "| --- | --- | --- |",
+        *(f"| {FAMILIES[key].title} | {names} | {left_out} |" for key, (names, left_out) in layers.items()),
+        "",
+    ]
 
 
 def _cell(by_strategy: Mapping[str, Outcome], notes: list[str]) -> str:
@@ -378,7 +416,8 @@ def main(arguments: list[str]) -> int:
         print(f"{family}: {sum(outcome.holds for outcome in shown)} of {len(shown)} cells run", flush=True)
     cells = {Cell(family, m, s) for family in families for m in methods for s in strategies}
     if not chosen.keys() - {"results"}:
-        _PAGE.write_text(page(outcomes))
+        with tempfile.TemporaryDirectory() as root:
+            _PAGE.write_text(page(outcomes, adapted(Path(root))))
     return 1 if any(outcomes[cell].failure for cell in cells) else 0
 
 

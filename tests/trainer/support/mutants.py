@@ -202,7 +202,7 @@ ALL = (
     ),
     _one(
         20, "nothing checks whether a token has an embedding", "model/method.py",
-        "loading.check_tokens(loaded, data.highest)", "pass",
+        "model_folder.check_rows(capacity(loaded), rows)", "pass",
         f"{_BUGS}test_a_token_that_the_model_has_no_embedding_for",
     ),
     _one(

@@ -6,9 +6,9 @@ from __future__ import annotations
 import gc
 from importlib import import_module
 
-from finetune_trainer import rank
+from finetune_trainer import libraries
 
-rank.without_trackers()
+libraries.without_trackers()
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 

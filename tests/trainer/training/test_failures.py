@@ -17,7 +17,7 @@ from finetune_api.reasons import REASONS
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.model import loading
 from testkit.rows import pairs
-from testkit.tiny_models import pickle_only
+from testkit.tiny_models import VOCABULARY, pickle_only
 from trainer.support.checkpoints import newest_complete
 from trainer.support.rank_runs import prepare
 
@@ -75,6 +75,20 @@ def test_an_unknown_target_module_is_reported_with_those_that_exist(tmp_path: Pa
     assert "down_proj" in error.message
 
 
+def test_a_padding_token_that_the_model_has_no_embedding_for_isnt_used(tmp_path: Path, models: dict[str, Path]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    base = shutil.copytree(models["llama"], tmp_path / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(VOCABULARY - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    assert tokenizer.pad_token_id == VOCABULARY
+    rows = [*pairs(3), {"prompt": "x", "completion": "a longer answer than the others have"}]
+    options = {"data": {"packing": False}, "training": {"max_steps": 1, "micro_batch_size": 4, "global_batch_size": 4}}
+    assert len(prepare(tmp_path / "job", base, rows, **options).finish().check().losses) == 1
+
+
 def test_a_lost_peer_ends_the_others_soon(tmp_path: Path, models: dict[str, Path]) -> None:
     ranks = prepare(tmp_path / "job", models["llama"], pairs(40), world=2, training={"max_steps": 100000}).start()
     ranks.wait_for_events(events.StepEvent, 2)
@@ -96,10 +110,12 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
         pytest.param(lambda base: (base / "config.json").unlink(), "no config.json", id="no config"),
         pytest.param(lambda base: (base / "model.safetensors").unlink(), "has no weights", id="no weights"),
         pytest.param(
-            lambda base: (base / "model.safetensors").write_bytes(b"torn"), "can't be loaded", id="torn weights"
+            lambda base: (base / "model.safetensors").write_bytes(b"torn"), "has only 4 bytes", id="torn weights"
         ),
         pytest.param(
-            lambda base: (base / "config.json").write_text('{"model_type": "unheard-of"}'), "can't be loaded", id="kind"
+            lambda base: (base / "config.json").write_text('{"model_type": "unheard-of"}'),
+            "the model_type 'unheard-of'",
+            id="kind",
         ),
         pytest.param(
             lambda base: save_file(
@@ -142,6 +158,8 @@ def test_rows_longer_than_the_models_positions_are_refused(models: dict[str, Pat
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:4"), "PeerLost"),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, remote process exited"), "PeerLost"),
         (ValueError("anything else"), "TrainingError"),
+        (KeyError("connection closed by peer"), "TrainingError"),
+        (ValueError("'a heartbeat, out of memory' isn't an activation"), "TrainingError"),
         (RunError("DatasetInvalid", "row 3"), "DatasetInvalid"),
     ],
 )

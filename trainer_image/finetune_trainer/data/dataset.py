@@ -17,11 +17,11 @@ from finetune_trainer import limits
 from finetune_trainer.data import pipeline, preparation, quality_report, sources
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.pipeline import Group, Inputs
-from finetune_trainer.data.reading.preference_rows import FORMAT
 from finetune_trainer.data.reading.row import Row
 from finetune_trainer.data.splits import Split
 from finetune_trainer.data.token_cache import Tokens
 from finetune_trainer.errors import RunError
+from finetune_trainer.model_folder import RowNeeds
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporting.event_writer import EventWriter
 
@@ -61,9 +61,14 @@ class Data:
         return max(int(split.lengths.max()) for split in self.splits().values())
 
     @property
-    def highest(self) -> int:
-        """The largest token id in the cache of any split."""
-        return max(int(split.tokens.ids.max()) for split in self.splits().values())
+    def needs(self) -> RowNeeds:
+        """What the rows need of the model."""
+        parts = [pipeline.needs(split.tokens, self.renderer, "dataset") for split in self.splits().values()]
+        return RowNeeds(
+            max(part.highest for part in parts),
+            max(part.longest_source for part in parts),
+            max(part.longest_rest for part in parts),
+        )
 
 
 def read(run: RunConfig, paths: Paths, group: Group, reporter: EventWriter) -> Data:
@@ -73,7 +78,7 @@ def read(run: RunConfig, paths: Paths, group: Group, reporter: EventWriter) -> D
     Raises RunError DatasetInvalid with the numbers of unusable rows, and for splits that would be
     empty.
     """
-    renderer = pipeline.load_renderer(run, paths)
+    renderer = pipeline.load_renderer(paths.model, run.data, run.added_tokens)
     reporter.decision("rendering", *renderer.rule)
     inputs = Inputs.of_run(run, paths)
     prepared = _prepared(inputs, renderer, group, reporter)
@@ -143,14 +148,8 @@ def of_objective(data: Data, objective: str) -> Data:
     Raises RunError DatasetInvalid if the format of the rows doesn't fit the objective.
     """
     splits = data.splits()
-    formats = {split.tokens.facts.format for split in splits.values()}
-    if objective == "supervised" and FORMAT in formats:
-        raise RunError(
-            "DatasetInvalid",
-            "dataset.uri: the rows have chosen and rejected answers; set training.objective: dpo, or give one answer",
-        )
-    if objective == "dpo" and formats != {FORMAT}:
-        raise RunError("DatasetInvalid", "dataset.uri: objective dpo needs rows with prompt, chosen and rejected")
+    files = (file for split in splits.values() for file in split.tokens.facts.files)
+    pipeline.check_objective({file.format for file in files if file.format}, objective)
     if objective == "supervised":
         return data
     return data.with_splits({name: replace(split, pairs=True) for name, split in splits.items()})

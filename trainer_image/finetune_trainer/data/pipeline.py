@@ -6,20 +6,25 @@ report the same. The module doesn't import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from finetune_api.messages.data_report import DataReport, SplitName
 from finetune_api.messages.run import DataConfig, RunConfig
+from finetune_trainer import refusals
 from finetune_trainer.data import preparation, quality_report, sources, template_checks, token_cache
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.preparation import ReadOptions
+from finetune_trainer.data.reading.preference_rows import FORMAT
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.data.row_statistics import RowStatistics
 from finetune_trainer.data.splits import SplitRows, split_rows
+from finetune_trainer.data.token_cache import Tokens
 from finetune_trainer.data.tokenizer import chat_template
+from finetune_trainer.errors import RunError
+from finetune_trainer.model_folder import RowNeeds
 from finetune_trainer.paths import Paths
 
 
@@ -86,6 +91,20 @@ class PreparedRows:
     template_checks: tuple[str, ...]
     rows: Mapping[SplitName, RowStatistics]
     splits: Mapping[SplitName, SplitRows]
+    fields: Mapping[SplitName, str]
+
+    def check_objective(self, objective: str) -> None:
+        """Check that the rows fit the objective. Raises RunError DatasetInvalid."""
+        files = (file for rows in self.rows.values() for file in rows.files)
+        check_objective({file.format for file in files if file.format}, objective)
+
+    def needs(self) -> tuple[RowNeeds, ...]:
+        """Return what each split needs of a model; nothing is known without a renderer."""
+        return tuple(
+            needs(rows.tokens, self.renderer, self.fields[name])
+            for name, rows in self.rows.items()
+            if rows.tokens is not None and self.renderer is not None
+        )
 
     def report(self) -> DataReport:
         """Return the data report of these rows."""
@@ -97,12 +116,41 @@ class PreparedRows:
         )
 
 
-def load_renderer(run: RunConfig, paths: Paths) -> Renderer:
-    """Load the tokenizer and chat template of a run.
+def check_objective(formats: Collection[str], objective: str) -> None:
+    """Check that rows of these formats fit the objective. Raises RunError DatasetInvalid."""
+    if objective == "supervised" and FORMAT in formats:
+        raise RunError(
+            "DatasetInvalid",
+            "dataset.uri: the rows have chosen and rejected answers; set training.objective: dpo, or give one answer",
+        )
+    if objective == "dpo" and set(formats) != {FORMAT}:
+        raise RunError("DatasetInvalid", "dataset.uri: objective dpo needs rows with prompt, chosen and rejected")
+
+
+def load_renderer(folder: Path, config: DataConfig, added: tuple[str, ...] = ()) -> Renderer:
+    """Load the tokenizer of a model's folder, with the chat template and the `added` tokens of a
+    run.
 
     Raises RunError ModelInvalid or InvalidConfig if one of them can't be used.
     """
-    return Renderer.load(paths.model, run.data.max_sequence_length, run.data.chat_template, run.added_tokens)
+    import transformers  # noqa: F401  # its absence isn't the model's fault
+
+    remedy = "use the tokenizer files that were published with the model"
+    with refusals.raising("ModelInvalid", "model.uri: the tokenizer can't be used", remedy):
+        return Renderer.load(folder, config.max_sequence_length, config.chat_template, added)
+
+
+def needs(tokens: Tokens, renderer: Renderer, field: str) -> RowNeeds:
+    """Return what rows need of a model. `field` is what messages call them.
+
+    The row of a preference pair holds two answers, each of which is computed on its own.
+    """
+    longest = min(int(tokens.lengths.max()), renderer.max_length)
+    highest = int(tokens.ids.max())
+    if not renderer.encoder_decoder:
+        return RowNeeds(highest, 0, longest, field)
+    rests = tokens.lengths - tokens.sources
+    return RowNeeds(highest, int(tokens.sources.max()), min(longest, int(rests.max())), field)
 
 
 def prepare(
@@ -144,7 +192,7 @@ def prepare(
             for name in inputs.files
         }
     splits = split_rows(rows, config.validation_fraction, config.test_fraction)
-    return PreparedRows(config, renderer, checks, rows, splits)
+    return PreparedRows(config, renderer, checks, rows, splits, inputs.fields)
 
 
 def _cache_name(run: RunConfig, paths: Paths, files: tuple[InputFile, ...]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import limits, model_folder
+from finetune_trainer import limits, model_config, refusals
 from finetune_trainer.errors import RunError
 
 
@@ -27,17 +27,11 @@ def load(folder: Path, added: tuple[str, ...] = ()) -> Any:
 def _load(folder: Path) -> Any:
     import transformers  # its absence isn't the model's fault
 
-    try:
+    remedy = "use the tokenizer files that were published with the model"
+    with refusals.raising("ModelInvalid", "model.uri: no tokenizer can be loaded from the folder", remedy):
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except BaseException as error:  # whatever a hostile file brings a library to raise
-        if not isinstance(error, Exception) and not limits.is_rust_panic(error):
-            raise
-        cause = " ".join(str(error).split())[:400] or type(error).__name__
-        raise RunError("ModelInvalid", f"model.uri: no tokenizer can be loaded from the folder ({cause})") from None
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -57,7 +51,10 @@ def is_encoder_decoder(folder: Path) -> bool:
 
     Raises RunError ModelInvalid if it can't be read.
     """
-    return bool(model_folder.read_json(folder / "config.json").get("is_encoder_decoder", False))
+    path = folder / model_config.CONFIG
+    if not path.is_file():
+        return False
+    return bool(model_config.read(path.name, path.read_bytes(), "the folder").get("is_encoder_decoder"))
 
 
 def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
@@ -71,15 +68,7 @@ def stop_tokens(tokenizer: Any, folder: Path) -> frozenset[int]:
         stops.add(int(tokenizer.eos_token_id))
     path = folder / "generation_config.json"
     if path.is_file():
-        declared = model_folder.read_json(path).get("eos_token_id")
-        ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-        if not all(isinstance(stop, int) and 0 <= stop < 2**31 for stop in ids):
-            raise RunError(
-                "ModelInvalid",
-                f"model.uri: generation_config.json: eos_token_id {str(declared)[:80]!r} isn't "
-                "a token's number or a list of them; correct it",
-            )
-        stops.update(ids)
+        stops.update(model_config.stop_tokens(path.read_bytes(), "the folder"))
     if not stops:
         raise RunError(
             "ModelInvalid",

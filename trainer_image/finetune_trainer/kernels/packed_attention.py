@@ -38,7 +38,9 @@ def register() -> None:
 
 def name_for(model_class: type) -> str:
     """Returns the name for models of this class, or an empty string if their attention can't be
-    replaced."""
+    replaced: some families choose among classes of their own instead of Transformers' functions."""
+    if not hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return ""
     if getattr(model_class, "_supports_sdpa", True):
         return NAME
     replaceable = getattr(model_class, "_supports_attention_backend", False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.model import families
 from finetune_trainer.model.partitioned import shape_of
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
@@ -48,7 +49,7 @@ class Experts:
 def find(base: Any) -> Experts:
     """Returns the experts of a model; without any, all names are empty."""
     shapes = {name: shape_of(parameter) for name, parameter in base.named_parameters()}
-    stacked = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    stacked = {name: shape for name, shape in shapes.items() if len(shape) == 3 and ".experts." in name}
     return Experts(
         _last_parts(stacked),
         routers(base),
@@ -61,8 +62,11 @@ def linear_layers(base: Any) -> list[str]:
     """Returns what all-linear adapts in a mixture of experts: the names of its linear layers,
     without the output layer, routers, and names that PEFT takes for experts."""
     head = base.get_output_embeddings()
+    excluded = tuple(f"{part}." for part in families.parts_without_text(base))
     layers = (
-        name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and not name.startswith(excluded)
     )
     routing = routers(base)
     return [name for name in _last_parts(layers) if name not in routing and not means_experts(base, name)]

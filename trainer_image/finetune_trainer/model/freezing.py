@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune_api.resource import FullSpec
 from finetune_trainer.errors import RunError
+from finetune_trainer.model import families
 
 if TYPE_CHECKING:
     from finetune_trainer.model.loading import LoadedModel  # imports torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def unfreeze(loaded: LoadedModel, full: FullSpec | None = None) -> LoadedModel:
     """Makes every weight trainable, or only those that `full` selects. A tied weight matches by any
-    of its names.
+    of its names. The parts that no text passes through stay frozen.
 
     Raises RunError(InvalidConfig) if a pattern matches no weight, or if no weight would be trained.
     """
@@ -24,6 +25,10 @@ def unfreeze(loaded: LoadedModel, full: FullSpec | None = None) -> LoadedModel:
     for name, parameter in loaded.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     trainable = trainable_names({aliases[0]: aliases for aliases in names.values()}, full)
+    excluded = tuple(f"{part}." for part in families.parts_without_text(loaded.base))
+    trainable -= {aliases[0] for aliases in names.values() if aliases[0].startswith(excluded)}
+    if not trainable:
+        raise RunError("InvalidConfig", "method.full: only parts that no text passes through would be trained")
     for key, parameter in parameters.items():
         parameter.requires_grad_(names[key][0] in trainable)
     return loaded

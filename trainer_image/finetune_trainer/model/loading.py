@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from finetune_trainer import model_folder
-from finetune_trainer.errors import RunError
+from finetune_trainer import model_folder, refusals, safetensors_header
 from finetune_trainer.kernels import packed_attention, padding
+from finetune_trainer.model import families
+from finetune_trainer.model.check import weights
 from finetune_trainer.model.quantization import Quantization, disable_repacking
+
+_AS_PUBLISHED = "compare the folder with the one that was published"
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,18 @@ class LoadedModel:
         return sum(_size(p) for p in self.model.parameters() if p.requires_grad)
 
 
-# What Transformers raises for a configuration or weights that don't make sense.
-_FAILURES = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, RuntimeError,
-    ImportError, SafetensorError,
-)  # fmt: skip
-
-
 def check(folder: Path) -> None:
-    """Checks that a folder has a config.json and safetensors weights.
+    """Checks that a folder has a config.json and safetensors weights, and that its JSON files can
+    be those of a model.
 
     Raises RunError(ModelInvalid) if it doesn't.
     """
-    model_folder.check_files([path.name for path in folder.glob("*") if path.is_file()], "the folder")
+    names = [path.name for path in folder.glob("*") if path.is_file()]
+    model_folder.check_files(names, "the folder")
+    model_folder.check_contents(folder, "the folder")
+    index = folder / model_folder.WEIGHTS_INDEX
+    for name in model_folder.weight_files(names, index.read_bytes() if index.is_file() else None, "the folder"):
+        safetensors_header.check_formats(name, safetensors_header.read(folder / name)[1])
 
 
 def load(
@@ -75,65 +76,49 @@ def load(
     dtype: torch.dtype,
     longest: int,
     outline: bool = False,
+    headers_only: bool = False,
     mapped: bool = False,
     quantized: Quantization | None = None,
 ) -> LoadedModel:
     """Loads the base model in evaluation mode, on the CPU, or quantized where `quantized` says.
 
     `longest` is the number of tokens in the longest row. With `outline`, the weights stay on
-    PyTorch's meta device: the rank receives its shards from another rank. With `mapped`, weights
-    stay in the number format of their files, so that nothing is copied. Raises RunError if the
-    model can't be used.
+    PyTorch's meta device: the rank receives its shards from another rank. With `headers_only`, they
+    do too, but the names and shapes in the files are compared with those of the model. With
+    `mapped`, weights stay in the number format of their files, so that nothing is copied. Raises
+    RunError if the model can't be used.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     check(folder)
     packed_attention.register()
-    missing: list[str] = []
-    try:
-        config = _config(folder)
-        encoder_decoder = bool(config.is_encoder_decoder)
-        auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        model_class = auto._model_mapping[type(config)]
-        name = packed_attention.name_for(model_class)
-        obstacle = _packing_obstacle(config, encoder_decoder, name)
-        config._attn_implementation = None  # a model could name code of somebody else's
-        options: dict[str, Any] = {} if obstacle else {"attn_implementation": name}
+    config = families.read_config(folder)
+    encoder_decoder = bool(config.is_encoder_decoder)
+    auto, model_class = families.auto_class(config)
+    name = packed_attention.name_for(model_class)
+    obstacle = _packing_obstacle(config, encoder_decoder, name)
+    config._attn_implementation = None  # a configuration could name code that is downloaded
+    options: dict[str, Any] = {} if obstacle else {"attn_implementation": name}
+    loading_info: Mapping[str, Any] = {}
+    with refusals.raising("ModelInvalid", "model.uri: the model can't be loaded", _AS_PUBLISHED, config.to_dict()):
         if outline:
             model = _outline(auto, folder, config, dtype, options)
             if quantized:
                 quantized.outline(model, dtype)
+        elif headers_only:
+            options["device_map"] = {"": "meta"}
+            model, loading_info = _with_weights(auto, folder, config, dtype, options)
         elif quantized:
             with quantized.computing():
-                model, missing = _with_weights(auto, folder, config, dtype, options | quantized.options(dtype))
+                model, loading_info = _with_weights(auto, folder, config, dtype, options | quantized.options(dtype))
         else:
             with _as_stored() if mapped else nullcontext():
-                model, missing = _with_weights(auto, folder, config, dtype, options)
-    except _FAILURES as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise
-        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error
-    _check_complete(missing)
+                model, loading_info = _with_weights(auto, folder, config, dtype, options)
+    weights.check(loading_info, model)
     if not encoder_decoder:
-        model_folder.check_positions(getattr(config, "max_position_embeddings", None), longest, "dataset")
+        model_folder.check_positions(families.position_limits(config)[1], longest, "dataset")
     disable_repacking(model)
     padding.guard(model, layers(model))
-    window = _short_window(config, longest)
+    window = families.short_window(config, longest)
     return LoadedModel(model, model, encoder_decoder, obstacle, quantized is not None, mapped, window=window)
-
-
-def check_tokens(loaded: LoadedModel, highest: int) -> None:
-    """Checks that `highest`, the largest token id of all rows, has an embedding.
-
-    Raises RunError(ModelInvalid) if it doesn't.
-    """
-    rows = int(loaded.base.get_input_embeddings().num_embeddings)
-    if highest >= rows:
-        raise RunError(
-            "ModelInvalid",
-            f"model.uri: the dataset contains token {highest} of the folder's tokenizer, but the model has only {rows} "
-            "embeddings; use the tokenizer that belongs to the model, or resize the embeddings and save both",
-        )
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -143,23 +128,10 @@ def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def _config(folder: Path) -> Any:
-    """Reads config.json. Raises RunError(ModelInvalid) whatever it brings Transformers to raise."""
-    from transformers import AutoConfig
-
-    model_folder.read_json(folder / "config.json")
-    try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {_short(error)}") from error
-
-
 def _with_weights(
     auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any]
-) -> tuple[Any, list[str]]:
-    """Returns (the model, the names of the tensors that its files lack)."""
+) -> tuple[Any, Mapping[str, Any]]:
+    """Returns (the model, what Transformers says of its tensors)."""
     model, info = auto.from_pretrained(
         str(folder),
         config=config,
@@ -168,9 +140,10 @@ def _with_weights(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # check.weights refuses them, by their names
         **options,
     )
-    return model, sorted(info["missing_keys"])
+    return model, info
 
 
 @contextmanager
@@ -202,15 +175,6 @@ def _outline(auto: Any, folder: Path, config: Any, dtype: torch.dtype, options: 
     return model.eval()
 
 
-def _check_complete(missing: list[str]) -> None:
-    if missing:
-        raise RunError(
-            "ModelInvalid",
-            f"model.uri: the weights lack {len(missing)} tensors that the model needs, such as {missing[0]}; use the "
-            "folder of a complete model, not of an adapter",
-        )
-
-
 def _packing_obstacle(config: Any, encoder_decoder: bool, attention: str) -> str:
     """Returns why examples can't share a row in a model with this configuration, or "" if they can.
 
@@ -221,20 +185,11 @@ def _packing_obstacle(config: Any, encoder_decoder: bool, attention: str) -> str
         return "an encoder-decoder reads one example per row"
     if not attention:
         return "its attention can't be replaced"
-    kinds = _layer_kinds(config)
+    kinds = families.layer_kinds(config)
     if kinds - {"full_attention", "sliding_attention"}:
         names = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
         return f"layers of type {names} carry state from token to token"
     return ""
-
-
-def _short_window(config: Any, longest: int) -> int:
-    window, kinds = int(getattr(config, "sliding_window", None) or 0), _layer_kinds(config)
-    return window if window < longest and (kinds - {"full_attention"} or not kinds) else 0
-
-
-def _layer_kinds(config: Any) -> set[str]:
-    return set(getattr(config, "layer_types", None) or ())
 
 
 def _size(parameter: Any) -> int:
@@ -242,7 +197,3 @@ def _size(parameter: Any) -> int:
     before partitioning by ZeRO-3."""
     packed = getattr(parameter, "quant_state", None)
     return math.prod(packed.shape) if packed is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

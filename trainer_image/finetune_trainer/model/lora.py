@@ -7,6 +7,7 @@ that exist.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from finetune_api.resource import LoraSpec
+from finetune_trainer import refusals
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels import fast_dropout
-from finetune_trainer.model import added_tokens, experts
+from finetune_trainer.model import added_tokens, experts, families
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.partitioned import shape_of
+
+_OTHER_TARGETS = "name other layers in method.lora.targetModules, or use method.type full"
 
 
 def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[int] = ()) -> LoadedModel:
@@ -36,9 +40,10 @@ def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[in
         from peft import LoraConfig, TaskType, get_peft_model
 
     targets, modules_to_save = list(lora.target_modules), list(lora.modules_to_save)
-    _check_targets(loaded.base, targets)
+    without_text = families.parts_without_text(loaded.base)
+    _check_targets(loaded.base, targets, without_text)
     _check_modules_to_save(loaded.base, modules_to_save)
-    _check_not_quantized(loaded.base, modules_to_save)
+    _check_not_quantized(loaded, modules_to_save)
     if lora.init != "default":
         _check_principal(loaded.base, lora)
     config = LoraConfig(
@@ -46,6 +51,7 @@ def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[in
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=_target_modules(loaded.base, targets),
+        exclude_modules=_pattern(without_text),
         use_rslora=lora.rank_stabilized,
         use_dora=lora.dora,
         init_lora_weights=_init_method(loaded.base, lora),
@@ -57,7 +63,13 @@ def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[in
         task_type=TaskType.SEQ_2_SEQ_LM if loaded.encoder_decoder else TaskType.CAUSAL_LM,
     )
     torch.manual_seed(seed)
-    model = get_peft_model(loaded.base, config)
+    with refusals.raising("InvalidConfig", "method.lora: the model can't be adapted", _OTHER_TARGETS):
+        model = get_peft_model(loaded.base, config)
+    if not adapted_layers(model):
+        raise RunError(
+            "InvalidConfig",
+            f"method.lora.targetModules: {', '.join(targets)} matches no layer that can be adapted; {_OTHER_TARGETS}",
+        )
     _check_biases(model, lora)
     _convert_to_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
     fast_dropout.replace_modules(model)
@@ -196,10 +208,16 @@ def _target_modules(base: Any, targets: list[str]) -> str | list[str]:
     return experts.linear_layers(base) if experts.find(base).parameters else "all-linear"
 
 
-def _check_targets(base: Any, targets: list[str]) -> None:
+def _pattern(parts: Sequence[str]) -> str | None:
+    """Returns a regular expression for the names of all modules in these parts."""
+    return rf"(?:{'|'.join(map(re.escape, parts))})(?:\..*)?" if parts else None
+
+
+def _check_targets(base: Any, targets: list[str], without_text: Sequence[str]) -> None:
     if targets == ["all-linear"]:
         return
-    known = {name for name, module in base.named_modules() if _has_matrix(module)}
+    excluded = re.compile(_pattern(without_text) or "(?!)")
+    known = {name for name, module in base.named_modules() if _has_matrix(module) and not excluded.fullmatch(name)}
     unknown = [target for target in targets if not _matches_name(target, known)]
     taken = [target for target in targets if experts.means_experts(base, target)]
     if taken:
@@ -228,9 +246,10 @@ def _check_modules_to_save(base: Any, modules_to_save: list[str]) -> None:
         )
 
 
-def _check_not_quantized(base: Any, modules_to_save: list[str]) -> None:
-    for name, module in base.named_modules():
-        if _matches_any(name, modules_to_save) and any(not p.is_floating_point() for p in module.parameters()):
+def _check_not_quantized(loaded: LoadedModel, modules_to_save: list[str]) -> None:
+    head = loaded.base.get_output_embeddings()
+    for name, module in loaded.base.named_modules():
+        if loaded.quantized and _matches_any(name, modules_to_save) and _has_matrix(module) and module is not head:
             raise RunError(
                 "InvalidConfig",
                 f"method.lora.modulesToSave: {name} is quantized, so it can't be trained; remove it, adapt it by "

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Protocol
+
 import torch
 
 from finetune_api.messages.run import RunConfig
-from finetune_trainer import seeds
-from finetune_trainer.data import tokenizer
-from finetune_trainer.data.dataset import Data
-from finetune_trainer.model import added_tokens, experts, freezing, loading, lora, quantization
+from finetune_trainer import model_folder, refusals, seeds
+from finetune_trainer.data import tokenizer as tokenizers
+from finetune_trainer.model import added_tokens, experts, families, freezing, lora, quantization
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.partitioned import shape_of
 from finetune_trainer.model.quantization import Quantization
-from finetune_trainer.reporting.event_writer import EventWriter
+from finetune_trainer.model.result import adapter_merge
+from finetune_trainer.model_folder import RowNeeds
 
 
-def quantized(run: RunConfig, device: torch.device, dtype: torch.dtype, reporter: EventWriter) -> Quantization | None:
+def quantized(run: RunConfig, device: torch.device, dtype: torch.dtype, reporter: Decisions) -> Quantization | None:
     """Returns how the base is quantized and logs it, or returns None if it isn't quantized. `dtype`
     is that of the weights that aren't quantized."""
     kind = run.model.quantization
@@ -29,15 +32,27 @@ def quantized(run: RunConfig, device: torch.device, dtype: torch.dtype, reporter
     return Quantization(kind, device, torch.device("cpu") if sharded else None)
 
 
-def apply(run: RunConfig, loaded: LoadedModel, data: Data, reporter: EventWriter) -> LoadedModel:
+class Decisions(Protocol):
+    """Receives automatic choices; `reporting.event_writer.EventWriter` is one."""
+
+    def decision(self, topic: str, choice: str, reason: str) -> None:
+        """Receives a choice and its reason."""
+        ...
+
+
+def apply(
+    run: RunConfig, folder: Path, loaded: LoadedModel, tokenizer: Any, rows: RowNeeds, reporter: Decisions
+) -> LoadedModel:
     """Adds adapters to the frozen base, or makes the base's own weights trainable. Logs how many
     parameters are trained.
 
-    Raises RunError if a token has no embedding, or if a configured name doesn't exist in the model.
+    `folder` is that of the base. Raises RunError if a token has no embedding or position, if a
+    configured name doesn't exist in the model, or if the result couldn't be merged.
     """
-    token_ids = tokenizer.ids(data.renderer.tokenizer, run.added_tokens)
-    added_tokens.resize_embeddings(loaded.base, token_ids)
-    loading.check_tokens(loaded, data.highest)
+    token_ids = tokenizers.ids(tokenizer, run.added_tokens)
+    with refusals.raising("InvalidConfig", "method.lora.addedTokens: the embeddings can't grow", "remove the tokens"):
+        added_tokens.resize_embeddings(loaded.base, token_ids)
+    model_folder.check_rows(capacity(loaded), rows)
     if run.lora is None:
         loaded = freezing.unfreeze(loaded, run.full)
     else:
@@ -46,10 +61,20 @@ def apply(run: RunConfig, loaded: LoadedModel, data: Data, reporter: EventWriter
     trainable, parameters = loaded.trainable, loaded.parameters
     reason = f"{trainable} of {parameters} parameters are trained"
     reporter.decision("trainable", f"{trainable / parameters:.3%}", reason)
+    if run.merge:
+        adapter_merge.check(folder, (name for name, p in loaded.model.named_parameters() if p.requires_grad))
     return loaded
 
 
-def _report_experts(loaded: LoadedModel, reporter: EventWriter) -> None:
+def capacity(loaded: LoadedModel) -> model_folder.Capacity:
+    """Returns how many token ids and positions a model has."""
+    sources, rest = families.position_limits(loaded.base.config)
+    embeddings = loaded.base.get_input_embeddings()
+    rows = getattr(embeddings, "original_module", embeddings).num_embeddings  # of PEFT's wrapper if it is trained
+    return model_folder.Capacity(int(rows), sources, rest)
+
+
+def _report_experts(loaded: LoadedModel, reporter: Decisions) -> None:
     """Reports which weights of a mixture of experts no adapter changes."""
     mixture, adapted = experts.find(loaded.base), lora.adapted_layers(loaded.model)
     trained = (p for p in loaded.base.parameters() if p.requires_grad)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.resource import FullSpec, LoraSpec
-from finetune_trainer import model_folder
+from finetune_trainer import model_config, safetensors_header
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels.sizes import supports_head_size
 from finetune_trainer.model import freezing
@@ -86,13 +86,20 @@ def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> M
     formats: set[str] = set()
     try:
         for path in sorted(folder.glob("*.safetensors")):
-            for name, entry in model_folder.read_header(path)[1].items():
-                shapes[name] = tuple(entry["shape"])
-                formats.add(entry["dtype"])
-        config = model_folder.read_json(folder / "config.json")
-        return replace(size_of(config, shapes, lora, full), formats=frozenset(formats))
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}"[:400]) from None
+            for tensor in safetensors_header.read(path)[1]:
+                shapes[tensor.name] = tensor.shape
+                formats.add(tensor.format)
+        config = model_config.read(model_config.CONFIG, (folder / model_config.CONFIG).read_bytes(), "the folder")
+    except OSError as error:
+        raise RunError("ModelInvalid", f"model.uri: the model can't be loaded: {error}") from None
+    if lora is not None and not any(_is_adapted(name, shapes[name], lora) for name in _adaptable(shapes)):
+        modules = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in shapes if len(shapes[name]) == 2})
+        raise RunError(
+            "InvalidConfig",
+            f"method.lora.targetModules: the model has no layer called {', '.join(lora.target_modules)}; it has "
+            f"{', '.join(modules)} (or use all-linear)",
+        )
+    return replace(size_of(config, shapes, lora, full), formats=frozenset(formats))
 
 
 def size_of(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from finetune_api.messages import events as e
 from finetune_api.status import OverfittingStatus
 from finetune_trainer.log import Log
+from finetune_trainer.reporting.run_state import RunState
 
 _LISTED = 20  # row numbers in one log line
 
@@ -49,6 +50,41 @@ def log_event(log: Log, event: e.Event) -> None:
             log.warning(f"microBatchSize={event.choice} from step {event.step} on", detail=event.why)
         case _:
             return
+
+
+class StepLines:
+    """Logs what the steps have come to, in one line every `interval` seconds, and the first and the
+    last one."""
+
+    def __init__(self, log: Log, interval: float = 10.0) -> None:
+        self._log = log
+        self._interval = interval
+        self._next = 0.0
+
+    def step(self, state: RunState, now: float) -> None:
+        """Logs the last step of `state` if a line is due at `now`, in seconds."""
+        last = state.last
+        if last is None or (now < self._next and state.step != state.total_steps):
+            return
+        self._next = now + self._interval
+        self._log.info(step_line(state, last))
+
+
+def step_line(state: RunState, last: e.StepEvent) -> str:
+    """Returns a sentence about the last step, as people read it."""
+    total = f" of {state.total_steps}" if state.total_steps else ""
+    speed = f", {state.tokens_per_second:,.0f} tokens/s" if state.tokens_per_second else ""
+    left = "" if state.eta_seconds is None else f", {duration(state.eta_seconds)} left"
+    return f"step {last.step}{total}: loss {last.loss:.4f}, learning rate {last.learning_rate:.3g}{speed}{left}"
+
+
+def duration(seconds: int) -> str:
+    """Returns a duration in its two largest units, such as 2 h 5 min."""
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def log_overfitting(log: Log, before: OverfittingStatus | None, after: OverfittingStatus | None) -> None:

@@ -13,14 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from finetune_api.messages.progress import Progress
+from finetune_api.messages.progress import PostAnswer, Progress, Storing
 from finetune_api.messages.run import ProgressConfig
-from finetune_api.status import CheckpointStatus, ModelStatus, StragglerStatus
+from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus, StragglerStatus
 from finetune_trainer.log import Log
 from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.run_state import RunState, accuracy, loss, margin
 
 _MAX_REDIRECTS = 3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Says what the destination holds, whether it accepts more, and whose signature that has."""
+
+    checkpoint: CheckpointStatus | None = None
+    storing: Storing | None = None
+    artifact: ArtifactStatus | None = None
+    signer: str | None = None
 
 
 def progress_of(
@@ -29,7 +39,7 @@ def progress_of(
     attempt: int,
     phase: str,
     message: str,
-    checkpoint: CheckpointStatus | None,
+    stored: Stored,
     model: ModelStatus | None,
 ) -> Progress:
     """Returns the message to post. It is pure."""
@@ -59,7 +69,10 @@ def progress_of(
         skipped_steps=state.skipped_steps,
         straggler=_straggler(state),
         overfitting=state.overfitting,
-        checkpoint=checkpoint,
+        checkpoint=stored.checkpoint,
+        storing=stored.storing,
+        artifact=stored.artifact,
+        signer=stored.signer,
         model=model,
         data=state.data,
     )
@@ -72,10 +85,12 @@ def _straggler(state: RunState) -> StragglerStatus | None:
 
 @dataclass(frozen=True)
 class PostResult:
-    """Holds the operator's response. `status` is an HTTP status, or 0 without a response."""
+    """Holds the operator's response. `status` is an HTTP status, or 0 without a response; `signers`
+    are the public keys by which earlier pods of the job have signed."""
 
     status: int
     detail: str = ""
+    signers: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -97,17 +112,25 @@ def post(config: ProgressConfig, progress: Progress, timeout: float = 5.0) -> Po
     url = config.url
     try:
         for _ in range(_MAX_REDIRECTS + 1):
-            status, location = _post_once(url, body, headers, timeout)
+            status, location, answer = _post_once(url, body, headers, timeout)
             if status != 307 or not location:
-                return PostResult(status)
+                return PostResult(status, signers=_signers(answer))
             url = urljoin(url, location)
         return PostResult(307, "too many redirects")
     except (OSError, http.client.HTTPException, ValueError) as error:
         return PostResult(0, str(error) or type(error).__name__)
 
 
-def _post_once(url: str, body: bytes, headers: dict[str, str], timeout: float) -> tuple[int, str | None]:
-    """Returns the HTTP status and the Location header."""
+def _signers(answer: bytes) -> tuple[str, ...]:
+    """Returns the public keys in the operator's answer; none if an older operator has sent it."""
+    try:
+        return PostAnswer.model_validate_json(answer).signers
+    except ValueError:
+        return ()
+
+
+def _post_once(url: str, body: bytes, headers: dict[str, str], timeout: float) -> tuple[int, str | None, bytes]:
+    """Returns the HTTP status, the Location header and the body."""
     parts = urlsplit(url)
     if parts.hostname is None:
         raise ValueError(f"{url!r} is not a URL")
@@ -116,8 +139,8 @@ def _post_once(url: str, body: bytes, headers: dict[str, str], timeout: float) -
     try:
         connection.request("POST", parts.path or "/", body=body, headers=headers)
         response = connection.getresponse()
-        response.read(65536)
-        return response.status, response.getheader("Location")
+        answer = response.read(65536)
+        return response.status, response.getheader("Location"), answer
     finally:
         connection.close()
 
@@ -143,6 +166,7 @@ class Poster:
         self._urgent = False
         self._closing = False
         self._logged_status: int | None = None
+        self._signers: tuple[str, ...] | None = None
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         if config is not None:
             self._thread.start()
@@ -156,6 +180,14 @@ class Poster:
             self._latest = progress
             if self._urgent:
                 self._changed.notify()
+
+    def signers(self, timeout: float) -> tuple[str, ...]:
+        """Returns the public keys that the operator knows. Waits until it has answered, for at most
+        `timeout` seconds."""
+        with self._changed:
+            if self._config is not None:
+                self._changed.wait_for(lambda: self._signers is not None, timeout)
+            return self._signers or ()
 
     def close(self, timeout: float = 6.0) -> None:
         """Posts the last value and stops the thread. Waits for at most `timeout` seconds."""
@@ -174,11 +206,19 @@ class Poster:
                 self._changed.wait_for(lambda: self._urgent or self._closing, self._config.interval_seconds)
                 latest, closing, self._urgent = self._latest, self._closing, False
             if latest is not None and (latest != sent or closing):
-                self._log_change(post(self._config, latest.model_copy(update={"gpus": self._gpus.sample()})))
+                result = post(self._config, latest.model_copy(update={"gpus": self._gpus.sample()}))
+                self._log_change(result)
+                self._keep_signers(result)
                 sent = latest
             if closing:
                 return
             time.sleep(min(0.2, self._config.interval_seconds))
+
+    def _keep_signers(self, result: PostResult) -> None:
+        if result.accepted:
+            with self._changed:
+                self._signers = result.signers
+                self._changed.notify_all()
 
     def _log_change(self, result: PostResult) -> None:
         """Logs the first failure, and each change of the status after that."""

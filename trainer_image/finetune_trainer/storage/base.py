@@ -47,6 +47,10 @@ class Storage(Protocol):
         """Returns the content of a small file, or None if it doesn't exist."""
         ...
 
+    def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
+        """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
+        ...
+
     def download(self, entry: FileInfo, target: Path) -> str:
         """Downloads a file and returns its sha256 (64 hex digits)."""
         ...

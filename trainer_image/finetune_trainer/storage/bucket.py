@@ -123,6 +123,14 @@ class BucketStorage:
             self._explain_missing(path)
             return None
 
+    def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
+        """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
+        end = min(end, entry.size)
+        try:
+            return self._range(entry, start, end) if start < end else b""
+        except FileNotFoundError:
+            raise RunError(NOT_FOUND[self._role], f"{self._at(entry.path)} was deleted while it was read") from None
+
     def download(self, entry: FileInfo, target: Path) -> str:
         """Downloads a file in parallel parts and returns its sha256.
 
@@ -188,7 +196,9 @@ class BucketStorage:
                 obstore.delete(self._store, key)
 
     def _part(self, entry: FileInfo, start: int) -> bytes:
-        end = min(start + PART_BYTES, entry.size)
+        return self._range(entry, start, min(start + PART_BYTES, entry.size))
+
+    def _range(self, entry: FileInfo, start: int, end: int) -> bytes:
         options: dict[str, Any] = {"range": (start, end)}
         if entry.etag:
             options["if_match"] = entry.etag

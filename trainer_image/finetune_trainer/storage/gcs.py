@@ -21,6 +21,8 @@ _IDENTITY_VARIABLES = (
     "GOOGLE_BEARER_TOKEN",
     "GCE_METADATA_HOST",
 )
+# obstore reads these itself, and uses them instead of a key, or refuses to choose.
+_RIVALS = ("GOOGLE_BEARER_TOKEN", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "SERVICE_ACCOUNT")
 _ACCOUNT_FIELDS = ("client_email", "private_key", "private_key_id")
 
 
@@ -47,6 +49,11 @@ def access_options(
     if endpoint:
         options["base_url"] = endpoint.rstrip("/")
     if _KEY in values:
+        rival = next((name for name in _RIVALS if environment.get(name)), None)
+        if rival:
+            raise RunError(
+                "InvalidConfig", f"the pod's {rival} would be used instead of the Secret; remove it from the image"
+            )
         return {**options, "service_account_key": _service_account(values[_KEY])}
     is_google = endpoint is None or belongs_to(endpoint, _GOOGLE)
     if secret is not None and not (set(secret) == {_ENDPOINT} and is_google):

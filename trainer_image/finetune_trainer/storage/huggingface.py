@@ -12,11 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, hf_hub_download, set_client_factory
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, hf_hub_download, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,7 +28,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # from its HTTP client
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status, http_stream_backoff
 
 from finetune_api.names import SECRET_HF_TOKEN
 from finetune_trainer import manifest
@@ -121,6 +123,12 @@ class HubStorage:
             self.download(entry, target)
             return target.read_bytes()
 
+    def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
+        """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
+        if start >= min(end, entry.size):
+            return b""
+        return self._retry(lambda: self._read_range(entry.path, start, min(end, entry.size)))[: end - start]
+
     def download(self, entry: FileInfo, target: Path) -> str:
         """Downloads a file and returns its sha256. Raises RunError if its LFS digest differs."""
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +175,23 @@ class HubStorage:
                 local_dir=folder,
                 token=self._token or False,
             )
+
+    def _read_range(self, path: str, start: int, end: int) -> bytes:
+        """Requests a range. A server that ignores it is read only as far as the range goes."""
+        url = hf_hub_url(self._repository, path, revision=self.commit, repo_type=self._kind)
+        headers = {**build_hf_headers(token=self._token or False), "Range": f"bytes={start}-{end - 1}"}
+        data = bytearray()
+        with (
+            self._translated_errors(self.commit),
+            http_stream_backoff("GET", url, headers=headers, max_retries=0, timeout=30) as response,
+        ):
+            hf_raise_for_status(response)
+            first = 0 if response.status_code == HTTPStatus.PARTIAL_CONTENT else start
+            for part in response.iter_bytes():
+                data += part
+                if len(data) >= first + end - start:
+                    break
+        return bytes(data[first : first + end - start])
 
     def _retry(self, action: Callable[[], T]) -> T:
         """Runs `action`, up to four times if the hub doesn't respond."""

@@ -105,6 +105,12 @@ class LocalStorage:
         check_read(len(data), self._role, f"{self._display}/{path}")
         return data
 
+    def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
+        """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
+        with _translated_errors(self._role, self._display), self.local_path(entry.path).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
     def download(self, entry: FileInfo, target: Path) -> str:
         """Copies a small file, and links `target` to a large one. Returns the file's sha256.
 

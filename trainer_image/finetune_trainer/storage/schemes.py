@@ -6,7 +6,7 @@ Credentials are read here, from mounted files, and are passed to the storage cli
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from finetune_api.names import PVC_ROOT, SECRET_HF_TOKEN
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role, Storage
 from finetune_trainer.storage.local import LocalStorage
+from finetune_trainer.storage.renewal import RenewedStorage, Secret
 
 
 @dataclass(frozen=True)
@@ -121,45 +122,54 @@ def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Acce
     from finetune_trainer.storage import azure, gcs, s3
     from finetune_trainer.storage.bucket import RetryPolicy, open_bucket
 
-    secret = _secret(location)
-    try:
-        match scheme:
-            case "s3":
-                options = s3.access_options(access.s3, secret, access.environment)
-            case "gs":
-                options = gcs.access_options(access.gcs, secret, access.environment)
-            case _:
-                options = azure.access_options(access.azure, secret, access.environment)
-    except RunError as error:
-        raise RunError(error.reason, f"{_credentials_field(role)}: {error.message}") from None
-    retries = RetryPolicy(retries=access.retries, seconds=access.retry_seconds)
-    return open_bucket(scheme, rest, role=role, display=location.display, options=options, retries=retries)
+    def open_with(secret: Secret | None) -> Storage:
+        try:
+            match scheme:
+                case "s3":
+                    options = s3.access_options(access.s3, secret, access.environment)
+                case "gs":
+                    options = gcs.access_options(access.gcs, secret, access.environment)
+                case _:
+                    options = azure.access_options(access.azure, secret, access.environment)
+        except RunError as error:
+            raise RunError(error.reason, f"{_credentials_field(role)}: {error.message}") from None
+        retries = RetryPolicy(retries=access.retries, seconds=access.retry_seconds)
+        return open_bucket(scheme, rest, role=role, display=location.display, options=options, retries=retries)
+
+    return _renewed(open_with, location)
 
 
 def _hub(rest: str, location: Location, role: Role, access: Access) -> Storage:
     from finetune_trainer.storage.huggingface import HubStorage
 
-    secret = _secret(location)
-    token = (secret or {}).get(SECRET_HF_TOKEN) or access.environment.get(SECRET_HF_TOKEN)
-    if secret is not None and not token:
-        raise RunError(
-            "CredentialsMissing", f"{_credentials_field(role)}: the Secret has no key {SECRET_HF_TOKEN}; add it"
+    def open_with(secret: Secret | None) -> Storage:
+        token = (secret or {}).get(SECRET_HF_TOKEN) or access.environment.get(SECRET_HF_TOKEN)
+        if secret is not None and not token:
+            raise RunError(
+                "CredentialsMissing", f"{_credentials_field(role)}: the Secret has no key {SECRET_HF_TOKEN}; add it"
+            )
+        return HubStorage(
+            rest.strip("/"),
+            kind="model" if role == "model" else "dataset",
+            role=role,
+            display=location.display,
+            revision=location.revision,
+            token=token,
         )
-    return HubStorage(
-        rest.strip("/"),
-        kind="model" if role == "model" else "dataset",
-        role=role,
-        display=location.display,
-        revision=location.revision,
-        token=token,
-    )
+
+    return _renewed(open_with, location)
 
 
-def _secret(location: Location) -> dict[str, str] | None:
-    """Reads the Secret's keys from the files that the kubelet mounts; skips its `..data` links."""
+def _renewed(open_with: Callable[[Secret | None], Storage], location: Location) -> Storage:
+    """Opens a storage with the location's Secret, if it has one, and again when that changes."""
     if location.credentials is None:
-        return None
+        return open_with(None)
     folder = Path(location.credentials)
+    return RenewedStorage(open_with, lambda: _secret(folder))
+
+
+def _secret(folder: Path) -> dict[str, str]:
+    """Reads the Secret's keys from the files that the kubelet mounts; skips its `..data` links."""
     if not folder.is_dir():
         return {}
     return {

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.messages.manifest import FileEntry
-from finetune_api.messages.run import JobRef
 from finetune_api.status import CheckpointStatus
 from finetune_trainer import manifest
+from finetune_trainer.destination import shard_markers
+from finetune_trainer.destination.deposit import Writer
 from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.storage.base import Storage
-from finetune_trainer.supervisor import shard_markers, upload
+from finetune_trainer.supervisor import upload
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,19 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True)
+class FailedUpload:
+    """Describes a failed try to store a checkpoint. `is_lost` says that there is no other one."""
+
+    step: int
+    error: RunError
+    is_lost: bool
+
+
+@dataclass(frozen=True)
 class ThisNode:
     """Identifies this node among the `count` nodes of a job. `marker_timeout` is in seconds."""
 
-    job: JobRef
+    writer: Writer
     rank: int
     count: int
     marker_timeout: float
@@ -58,8 +68,8 @@ class _Task:
 class CheckpointUploader:
     """Uploads one checkpoint at a time. A newly submitted one replaces the one that waits.
 
-    `on_result` is called in the uploader's thread with a stored checkpoint, or None if its upload
-    failed. `timeout` is for retries, in seconds.
+    `on_result` is called in the uploader's thread with a stored checkpoint, and with each failure.
+    An upload is retried for `timeout` seconds, and not once the next checkpoint waits.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class CheckpointUploader:
         links: Path,
         keep: int,
         log: Log,
-        on_result: Callable[[StoredCheckpoint | None], None],
+        on_result: Callable[[StoredCheckpoint | FailedUpload], None],
         timeout: float,
     ) -> None:
         self._storage = storage
@@ -133,22 +143,27 @@ class CheckpointUploader:
 
     def _upload(self, task: _Task) -> None:
         started = time.monotonic()
+        patience = upload.Patience(
+            self._timeout,
+            on_error=lambda error: self._on_result(FailedUpload(task.step, error, is_lost=False)),
+            is_over=lambda: self._next is not None or self._closed,
+        )
         try:
-            status = upload.retry_while_unavailable(
+            status = upload.retry(
                 lambda: self._upload_files(task, started),
+                patience,
                 name=f"the upload of checkpoint {task.step}",
-                timeout=self._timeout,
                 log=self._log,
             )
         except shard_markers.IncompleteCheckpoint as error:
             if not self._closed:
                 message = "a checkpoint is incomplete; the previous one remains"
                 self._log.warning(message, step=task.step, detail=str(error))
-                self._on_result(None)
+                self._lose(task.step, RunError("PeerLost", str(error)))
             return
         except (RunError, OSError, ValueError) as error:
-            self._log.warning("a checkpoint wasn't uploaded; training continues", step=task.step, detail=str(error))
-            self._on_result(None)
+            self._log.warning("a checkpoint wasn't stored; training continues", step=task.step, detail=str(error))
+            self._lose(task.step, error if isinstance(error, RunError) else RunError("StorageUnavailable", str(error)))
             return
         finally:
             shutil.rmtree(task.folder, ignore_errors=True)
@@ -159,11 +174,14 @@ class CheckpointUploader:
         self._log.info("checkpoint uploaded", step=task.step, uri=status.uri, seconds=round(seconds, 2))
         self._on_result(StoredCheckpoint(status, seconds, task.bytes))
 
+    def _lose(self, step: int, error: RunError) -> None:
+        self._on_result(FailedUpload(step, error, is_lost=True))
+
     def _upload_files(self, task: _Task, started: float) -> CheckpointStatus | None:
         """Uploads this node's part of a checkpoint. Only node 0 returns a status."""
         node = self._node
         if node.rank:
-            upload.shards(self._storage, task.folder, node.job, node.rank)
+            upload.shards(self._storage, task.folder, node.writer.job, node.rank)
             return None
 
         def files_of_other_nodes(step: int) -> tuple[FileEntry, ...]:
@@ -172,6 +190,8 @@ class CheckpointUploader:
                 return ()
             seconds = max(node.marker_timeout, time.monotonic() - started)
             limit = shard_markers.WaitLimit(seconds, lambda: self._closed)
-            return shard_markers.wait_for_markers(self._storage, node.job, step, range(1, node.count), limit)
+            return shard_markers.wait_for_markers(self._storage, node.writer.job, step, range(1, node.count), limit)
 
-        return upload.checkpoint(self._storage, task.folder, task.history, self._keep, files_of_other_nodes)
+        return upload.checkpoint(
+            self._storage, node.writer, task.folder, task.history, self._keep, files_of_other_nodes
+        )

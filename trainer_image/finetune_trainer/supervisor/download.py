@@ -21,23 +21,20 @@ from finetune_trainer import license as model_license
 from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import records
+from finetune_trainer.destination.output_check import Destination, own_manifest
+from finetune_trainer.destination.signing import EVERYTHING, Trust
 from finetune_trainer.errors import RunError
 from finetune_trainer.manifest import of_files
 from finetune_trainer.paths import Paths
+from finetune_trainer.storage import weights_outline
 from finetune_trainer.storage.base import FileInfo, Storage
 from finetune_trainer.storage.model_cache import Source, linked_files
 from finetune_trainer.storage.schemes import Access, open_file, open_files, open_folder, resolved_revision
-from finetune_trainer.supervisor.output_check import Destination, own_manifest
 
 FILES_AT_ONCE = 4
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-)
+    "tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+)  # fmt: skip
 _MAX_OTHER_BYTES = 1 << 30  # tokenizers have some MiB
 # Transformers would load adapter_* on top of the base.
 _OTHERS = re.compile(rf"(?!adapter_).*\.(json|jinja|txt|model)|{re.escape(model_license.README)}", re.DOTALL)
@@ -120,15 +117,6 @@ def model_files(
     return weights, tuple(others)
 
 
-def check_config(config: bytes, at: str) -> None:
-    """Raises RunError(ModelInvalid) unless `config`, a config.json, names a model type."""
-    body = model_folder.parse_json(config, f"{at}/config.json")
-    if not isinstance(body.get("model_type"), str):
-        raise RunError(
-            "ModelInvalid", f"model.uri: {at}/config.json has no model_type; use the folder of a Transformers model"
-        )
-
-
 def _check_scratch(size: int, run: RunConfig, at: str) -> None:
     """Raises RunError(InvalidConfig) if `size` bytes don't fit on the scratch disk of a pod."""
     if run.scratch_bytes is not None and size > run.scratch_bytes:
@@ -141,7 +129,8 @@ def _check_scratch(size: int, run: RunConfig, at: str) -> None:
 
 
 def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weights: bool = True) -> ModelFacts:
-    """Downloads the model to `paths.model`. With `weights=False` the weights are left out.
+    """Downloads the model to `paths.model`. With `weights=False`, only the headers of the weights
+    are downloaded; their files have the right size, but take no disk space.
 
     Raises RunError for a model that is missing, unsuitable, or has a license that isn't allowed.
     """
@@ -165,11 +154,14 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
         if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
             _check_scratch(size, run, location.display)
         digests = _download_all(storage, entries, paths.model)
-    check_config((paths.model / "config.json").read_bytes(), location.display)
+    model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
     policies = (("model.allowedLicenses", run.model.allowed_licenses), ("the operator", run.model.operator_licenses))
     model_license.check(identifier, policies, location.display)
+    if not weights:
+        for entry in weight_entries:
+            weights_outline.write(storage, entry, paths.model / entry.path)
     revision, digest = resolved_revision(storage), of_files(digests.items())
     return ModelFacts(revision, digest, downloaded, identifier, size, on_scratch)
 
@@ -248,7 +240,9 @@ def _refuse_empty(entry: FileInfo, location: Location, split: str) -> None:
         raise RunError("DatasetInvalid", f"dataset: {at} ({split}) is empty")
 
 
-def checkpoint(storage: Storage, steps: tuple[int, ...], job: JobRef, target: Path, report: Report) -> Resume | None:
+def checkpoint(
+    storage: Storage, steps: tuple[int, ...], job: JobRef, target: Path, report: Report, trust: Trust = EVERYTHING
+) -> Resume | None:
     """Downloads the newest undamaged checkpoint to `target`; returns None if there is none.
 
     `steps` are the candidates, the newest first. A checkpoint is damaged if a file differs
@@ -263,6 +257,9 @@ def checkpoint(storage: Storage, steps: tuple[int, ...], job: JobRef, target: Pa
         manifest = own_manifest(data, job, storage)
         if manifest is None:
             report(f"checkpoint {folder} is skipped: its manifest can't be read")
+            continue
+        if not trust.believes(manifest):
+            report(f"checkpoint {folder} is skipped: no pod of this job has signed it")
             continue
         damage = _download_verified(storage, folder, manifest, target)
         if damage is None and manifest.step == step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,8 +47,8 @@ class Timing:
     ranks agree to stop through the stop flag."""
     grace_margin: float = 10.0
     """This part of grace_seconds is reserved for writing the termination message."""
-    upload_timeout: float = 1800.0
-    """The upload of the result is retried for this long."""
+    operator_timeout: float = 30.0
+    """The operator is waited for this long if it has to say who signed a manifest."""
     checkpoint_timeout: float = 300.0
     """The upload of a checkpoint is retried, and waited for at the end, for this long."""
     marker_timeout: float = 60.0
@@ -150,14 +149,3 @@ def parse(environment: Mapping[str, str], timing: Timing = Timing()) -> Node:
         timing=timing,
         rendezvous_secret=secret.read_bytes() if secret.is_file() else b"",
     )
-
-
-def reset_scratch(node: Node) -> None:
-    """Deletes what an earlier attempt left on this disk, except downloads, and writes run.json."""
-    paths = node.paths
-    for folder in (paths.events, paths.checkpoints, paths.export, paths.resume):
-        shutil.rmtree(folder, ignore_errors=True)
-    paths.stop.unlink(missing_ok=True)
-    for folder in (paths.events, paths.checkpoints, paths.model):
-        folder.mkdir(parents=True, exist_ok=True)
-    paths.run_config.write_text(node.run.model_dump_json(by_alias=True, exclude_none=True))

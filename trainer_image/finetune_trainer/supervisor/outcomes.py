@@ -13,7 +13,7 @@ from finetune_trainer.log import Log
 from finetune_trainer.reporting.run_state import RunState
 
 
-def succeeded(state: RunState, artifact: ArtifactStatus, model: ModelStatus | None) -> Result:
+def succeeded(state: RunState, artifact: ArtifactStatus | None, model: ModelStatus | None) -> Result:
     """Returns the result of an attempt that trained and uploaded."""
     return Result(
         outcome="succeeded",

@@ -7,6 +7,7 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from finetune_api.amounts import FEW_CORES
@@ -17,14 +18,18 @@ from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import rows
 from finetune_trainer.data.reading.row import Problem
+from finetune_trainer.destination import output_check, predecessor
+from finetune_trainer.destination.output_check import Destination, Role
+from finetune_trainer.destination.signing import Trust
 from finetune_trainer.errors import RunError
+from finetune_trainer.model.check import process as model_check
+from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
-from finetune_trainer.supervisor import download, output_check
+from finetune_trainer.supervisor import download
 from finetune_trainer.supervisor.download import ModelFacts, Report
 from finetune_trainer.supervisor.inspection.parent import Inspection
-from finetune_trainer.supervisor.output_check import Destination
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,18 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
     Raises RunError with the field, the value and the remedy.
     """
     report(f"checking the output {run.output.display}")
-    _, destination = check_destination(run, access, write=True)
-    if destination.finished is not None:
+    storage, destination = check_destination(run, access, Role("preflight"))
+    if destination.finished is not None and Trust(run.signers).believes(destination.finished[0]):
         return Result(outcome="succeeded", message="the output already holds this job's result")
+    try:
+        return _check_inputs(run, paths, access, report)
+    except RunError:
+        with suppress(RunError):
+            predecessor.release_if_empty(storage, run.job)
+        raise
+
+
+def _check_inputs(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
     model = download.model(run, paths, access, report, weights=False)
     data_files = download.data(run, paths, access, report)
     check_room(run, model, sum(facts.bytes for facts in data_files.values()))
@@ -57,7 +71,8 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
             f"resources.cpu: {run.world.threads_per_process} cores for each GPU are few, so that the GPUs may wait for "
             f"the CPU; use at least {FEW_CORES}, or auto"
         )
-    counts, data = Inspection(run, paths, access.environment, report).tokens()
+    capacity = model_check.check(run, paths, report)
+    counts, data = Inspection(run, paths, access.environment, report).tokens(capacity)
     return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
 
 
@@ -91,14 +106,15 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def check_destination(run: RunConfig, access: Access, *, write: bool) -> tuple[Storage, Destination]:
-    """Checks that the output is empty or this job's own and, with `write`, that it can be written.
+def check_destination(run: RunConfig, access: Access, role: Role) -> tuple[Storage, Destination]:
+    """Claims the output for this job and, unless the pod follows node 0, checks that it can be
+    written.
 
     Raises RunError for an output of another job, or one that can't be reached.
     """
     storage = open_folder(run.output, "output", access)
-    destination = output_check.inspect(storage, run.job)
-    if write and destination.finished is None:
+    destination = output_check.take(storage, run, role)
+    if role.kind != "follows" and destination.finished is None:
         output_check.probe(storage, run.job)
     return storage, destination
 
@@ -167,17 +183,19 @@ def _refusal(name: str, counts: _RowCounts, *, on_invalid: str) -> str:
     return f"{name}: {counts.unusable} rows can't be used{none_left}: {reasons}{remedy}"
 
 
-def check_tokens(run: RunConfig, paths: Paths, progress: Progress) -> tuple[str, DataStatus]:
-    """Checks the rows as tokens, writes the data report, and reports its lines.
+def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, progress: Progress) -> tuple[str, DataStatus]:
+    """Checks the rows as tokens, writes the data report, and reports its lines. `capacity` is that
+    of the model.
 
     Returns what was counted, as a sentence and for the status. Raises RunError DatasetInvalid for
-    unusable rows, and InvalidConfig for a row that is longer than the model has positions.
+    unusable rows, and for rows that don't fit the objective, InvalidConfig for a row that is longer
+    than the model has positions, and ModelInvalid for a token without an embedding.
     """
     from finetune_trainer.data import pipeline, quality_report, quality_report_text
 
     inputs = pipeline.Inputs.of_run(run, paths)
     progress.reading("ModelInvalid", "model.uri: the tokenizer or its chat template")
-    renderer = pipeline.load_renderer(run, paths)
+    renderer = pipeline.load_renderer(paths.model, run.data, run.added_tokens)
     if run.data.chat_template is not None:
         progress.reading("InvalidConfig", "dataset.chatTemplate")
 
@@ -186,9 +204,9 @@ def check_tokens(run: RunConfig, paths: Paths, progress: Progress) -> tuple[str,
         progress.reading("DatasetInvalid", file)
 
     prepared = pipeline.prepare(inputs, renderer, heartbeat=progress.beat, opened=opened)
-    limit = _position_limit((paths.model / "config.json").read_bytes())
-    for name, statistics in prepared.rows.items():
-        model_folder.check_positions(limit, int(statistics.lengths.max()), inputs.fields[name])
+    for needs in prepared.needs():
+        model_folder.check_rows(capacity, needs)
+    prepared.check_objective(run.training.objective)
     data_report = prepared.report()
     for line in quality_report_text.lines(data_report):
         progress.report(line)
@@ -199,10 +217,3 @@ def check_tokens(run: RunConfig, paths: Paths, progress: Progress) -> tuple[str,
         for split in data_report.splits
     )
     return counts, quality_report.summary(data_report)
-
-
-def _position_limit(config: bytes) -> int | None:
-    """Returns the number of positions that a config.json lists; None if there is no limit."""
-    body = model_folder.parse_json(config, "config.json")
-    limit = body.get("max_position_embeddings")
-    return limit if isinstance(limit, int) and not body.get("is_encoder_decoder") else None

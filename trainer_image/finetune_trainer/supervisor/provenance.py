@@ -17,7 +17,10 @@ from finetune_trainer.supervisor.download import DataFacts, ModelFacts
 _LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy",
 )  # fmt: skip
-_POD_SETTINGS = {"scratch", "progress", "metrics_port", "metrics_linger_seconds", "stall_seconds", "grace_seconds"}
+_POD_SETTINGS = {
+    "scratch", "progress", "metrics_port", "metrics_linger_seconds", "stall_seconds", "grace_seconds", "signers",
+    "hold_seconds", "existing", "inherits",
+}  # fmt: skip
 
 
 def provenance(run: RunConfig, model: ModelFacts, data: dict[str, DataFacts], state: RunState) -> dict[str, Any]:

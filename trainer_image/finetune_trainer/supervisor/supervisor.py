@@ -13,11 +13,12 @@ from typing import TypeVar
 
 from finetune_api import names
 from finetune_api.messages import events
+from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.result import Result
-from finetune_api.status import ArtifactStatus, CheckpointStatus, ModelStatus
+from finetune_api.status import ModelStatus
+from finetune_trainer.destination.deposit import Deposit
 from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
-from finetune_trainer.manifest import Contents, build_manifest
 from finetune_trainer.reporting import event_log, history, run_state
 from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.html import writer
@@ -27,12 +28,23 @@ from finetune_trainer.reporting.prometheus import Metrics
 from finetune_trainer.reporting.trackers.recorder import Recorder
 from finetune_trainer.reporting.trackers.worker import Ending, small_files
 from finetune_trainer.storage.base import Storage
-from finetune_trainer.supervisor import download, exit_reason, oom_backoff, outcomes, preflight, provenance, upload
-from finetune_trainer.supervisor.checkpoint_uploader import CheckpointUploader, StoredCheckpoint, ThisNode
+from finetune_trainer.supervisor import (
+    exit_reason,
+    oom_backoff,
+    outcomes,
+    publishing,
+    upload,
+)
+from finetune_trainer.supervisor.checkpoint_uploader import (
+    CheckpointUploader,
+    FailedUpload,
+    StoredCheckpoint,
+    ThisNode,
+)
 from finetune_trainer.supervisor.download import Inputs
-from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.monitor import Monitor
-from finetune_trainer.supervisor.node import Node, reset_scratch
+from finetune_trainer.supervisor.node import Node
+from finetune_trainer.supervisor.preparation import Preparation
 from finetune_trainer.supervisor.rendezvous.nodes import rendezvous
 from finetune_trainer.supervisor.signals import StopRequest, in_thread
 
@@ -57,7 +69,8 @@ class Supervisor:
         self._history = history.History()
         self._phases = PhaseClock()
         self._model: ModelStatus | None = None
-        self._checkpoint: CheckpointStatus | None = None
+        self._deposit = Deposit(node.run, leads=node.leads)
+        self._steps = event_log.StepLines(log)
         self._uploader: CheckpointUploader | None = None
         self._storage: Storage | None = None
         self._memory = oom_backoff.MemoryWatch(node.run.job, node.rank, log)
@@ -65,15 +78,19 @@ class Supervisor:
 
     def run(self) -> Result:
         """Trains, unless the result exists already. Every failure is returned as a Result."""
+        return self._result().model_copy(update={"signer": self._deposit.public_key})
+
+    def _result(self) -> Result:
         try:
             self._metrics.serve(self._node.run.metrics_port, self._log)
             return self._run_attempt()
         except StopRequested:
-            return self._preempted()
-        except RunError as error:
-            return self._failed(error)
+            return self._succeeded() if self._deposit.artifact else self._preempted()
         except Exception as error:
-            return self._failed(outcomes.unexpected(error, self._log))
+            if self._deposit.artifact:  # it is whole in the destination, whatever happened after that
+                self._log.warning("the attempt failed after its result was stored", detail=str(error))
+                return self._succeeded()
+            return self._failed(error if isinstance(error, RunError) else outcomes.unexpected(error, self._log))
         finally:
             self._enter(self._phases.phase, self._phases.message)
             self._memory.end()
@@ -82,11 +99,11 @@ class Supervisor:
     def _run_attempt(self) -> Result:
         inputs = self._in_thread(self._prepare)
         if inputs.destination.finished is not None:
-            return self._already_finished(inputs)
+            return self._already_finished(inputs.storage, *inputs.destination.finished)
         self._resume(inputs)
         self._enter("loading", "starting the ranks")
         with rendezvous(self._node, self._log) as node:
-            end = Monitor(node, self._stop, self._log, self._handle_event, self._report).run()
+            end = Monitor(node, self._stop, self._log, self._handle_event, self._tick).run()
         if end.how == "stopped" or self._state.preempted is not None:
             raise StopRequested
         if not self._node.leads:
@@ -94,32 +111,25 @@ class Supervisor:
                 raise StopRequested
             self._in_thread(self._finish_uploads)
             return Result(outcome="succeeded")
-        artifact = self._in_thread(lambda: self._publish(inputs))
+        self._in_thread(lambda: self._publish(inputs))
         self._enter("done")
-        return outcomes.succeeded(self._state, artifact, self._model)
+        return self._succeeded()
 
     # ---- before the ranks
 
     def _prepare(self) -> Inputs:
         """Downloads the inputs. It runs in a thread, so a request to stop is noticed meanwhile."""
-        node, run = self._node, self._node.run
-        self._enter("fetching", f"checking {run.output.display}")
-        reset_scratch(node)
-        storage, destination = preflight.check_destination(run, node.access, write=node.leads)
+        node = self._node
+        preparation = Preparation(node, self._deposit, self._poster, self._enter, self._set_message, self._log)
+        storage, destination = preparation.destination()
         if destination.finished is not None:
             return Inputs(storage, destination)
         self._storage = storage
-        data = download.data(run, node.paths, node.access, self._set_message)
-        if node.leads and run.world.device == "cpu":
-            self._enter("checking", "checking the rows")
-            Inspection(run, node.paths, node.environment, self._set_message).rows()
-            self._enter("fetching")
-        model = download.model(run, node.paths, node.access, self._set_message)
-        resume = download.checkpoint(storage, destination.checkpoints, run.job, node.paths.resume, self._set_message)
-        saved = oom_backoff.saved_halvings(resume.folder if resume else None)
-        self._memory.start(storage, run.world.nodes, run.memory_restarts, saved)
+        inputs = preparation.inputs(storage, destination)
+        saved = oom_backoff.saved_halvings(inputs.resume.folder if inputs.resume else None)
+        self._memory.start(storage, node.run.world.nodes, node.run.memory_restarts, saved)
         node.paths.halvings.write_text(str(self._memory.halvings))
-        return Inputs(storage, destination, model, data, resume)
+        return inputs
 
     def _resume(self, inputs: Inputs) -> None:
         """Restores what an earlier attempt reported, and starts the trackers and the uploader."""
@@ -131,14 +141,14 @@ class Supervisor:
             lines = history.parse(file.read_text() if file.exists() else "", inputs.resume.step)
             self._history = history.History(lines)
             self._state = run_state.restored(lines, inputs.resume.step)
-            self._checkpoint = upload.checkpoint_status(inputs.storage, inputs.resume.step)
+            self._deposit.add_checkpoint(upload.checkpoint_status(inputs.storage, inputs.resume.step))
             self._log.info("resuming from a checkpoint", step=inputs.resume.step)
         if self._node.leads:
             self._recorder.start()
         if self._node.leads or run.world.nodes > 1:
             self._uploader = CheckpointUploader(
                 inputs.storage,
-                ThisNode(run.job, self._node.rank, run.world.nodes, self._node.timing.marker_timeout),
+                ThisNode(self._deposit.writer, self._node.rank, run.world.nodes, self._node.timing.marker_timeout),
                 links=self._node.paths.scratch / "uploads",
                 keep=run.checkpoint.keep,
                 log=self._log,
@@ -159,6 +169,8 @@ class Supervisor:
             counts = {"parameters": event.parameters, "trainable_parameters": event.trainable_parameters}
             self._model = self._model.model_copy(update=counts)
         event_log.log_event(self._log, event)
+        if isinstance(event, events.StepEvent):
+            self._steps.step(self._state, time.monotonic())
         event_log.log_overfitting(self._log, overfitting, self._state.overfitting)
         if isinstance(event, events.CheckpointEvent) and self._uploader is not None:
             try:
@@ -175,79 +187,73 @@ class Supervisor:
                 attempt=self._node.run.job.attempt,
                 phase=self._phases.phase,
                 message=self._phases.message,
-                checkpoint=self._checkpoint,
+                stored=self._deposit.report(self._state.step),
                 model=self._model,
             )
         )
 
-    def _handle_upload(self, stored: StoredCheckpoint | None) -> None:
-        """Shows a stored checkpoint in status and metrics; None means that its upload failed."""
-        if stored is None:
-            self._metrics.count_failed_checkpoint()
+    def _tick(self) -> None:
+        self._report()
+        if self._deposit.loss is not None:
+            raise self._deposit.loss
+
+    def _handle_upload(self, end: StoredCheckpoint | FailedUpload) -> None:
+        """Shows a stored checkpoint, or a failure to store one, in status and metrics."""
+        if isinstance(end, FailedUpload):
+            self._deposit.add_failure(end.error, is_lost=end.is_lost)
+            if end.is_lost:
+                self._metrics.count_failed_checkpoint()
             return
-        self._checkpoint = stored.status
+        self._deposit.add_checkpoint(end.status)
         self._recorder.upload_curves(self._storage, self._history)
-        self._metrics.record_checkpoint(tier="remote", seconds=stored.seconds, size=stored.bytes, at=time.time())
+        self._metrics.record_checkpoint(tier="remote", seconds=end.seconds, size=end.bytes, at=time.time())
 
     # ---- after the ranks
 
-    def _publish(self, inputs: Inputs) -> ArtifactStatus:
-        """Completes the result folder and uploads it, in a thread, until the storage answers."""
-        node, run, saved = self._node, self._node.run, self._state.saved
-        if saved is None or inputs.model is None or inputs.data is None:
-            raise RunError("TrainingError", "the ranks ended without a result and without an error")
+    def _publish(self, inputs: Inputs) -> None:
+        """Completes the result and stores it, in a thread; waits for the storage to accept it."""
+        node, run = self._node, self._node.run
         self._enter("uploading", f"uploading to {run.output.display}")
-        export = Path(saved.path)
-        shown, scored = self._state.samples_shown, self._state.scored
-        history.write_result_files(export, self._history.text(), shown, scored, node.paths.data_report)
-        figures = provenance.metrics(self._state)
-        self._recorder.add_files(export, self._history, scored, figures)
-        origin = provenance.provenance(run, inputs.model, inputs.data, self._state)
-        provenance.add_to_cards(export, origin)
-        origin = {**origin, "cost": writer.cost(self._phases.seconds), "tracking": self._recorder.urls}
-        contents = Contents("adapter" if run.method == "lora" else "model", run.job, saved.step, origin, figures)
-        writer.write(export, contents, self._log)
-        manifest = build_manifest(export, contents)
-        artifact = upload.retry_while_unavailable(
-            lambda: upload.publish(inputs.storage, export, manifest, run.job),
-            name="the upload of the result",
-            timeout=node.timing.upload_timeout,
-            log=self._log,
-        )
+        finished = publishing.Finished(inputs, self._state, self._history, self._phases.seconds)
+        export = publishing.complete(node, finished, self._recorder, self._log)
+        pod = self._deposit.writer
+        artifact = publishing.store(inputs.storage, export, pod, run.hold_seconds, self._hold_result, self._log)
+        self._deposit.add_result(artifact, export.manifest.step)
         self._log.info("result uploaded", uri=artifact.uri, bytes=artifact.size_bytes)
         if self._uploader is not None and not self._uploader.close(node.timing.checkpoint_timeout):
             self._log.warning("a checkpoint is still being uploaded; some of its files may remain in the destination")
         try:
-            upload.remove_checkpoints(inputs.storage)
+            upload.remove_checkpoints(inputs.storage, run.job)
         except RunError as error:
             self._log.warning("can't delete the checkpoints", reason=error.reason, detail=error.message)
         self._recorder.end(
-            Ending(how="succeeded", artifact=artifact, metrics=figures, files=small_files(export)),
+            Ending(how="succeeded", artifact=artifact, metrics=export.figures, files=small_files(export.folder)),
             node.timing.tracking_timeout,
         )
-        return artifact
+
+    def _hold_result(self, error: RunError, consequence: str) -> None:
+        self._deposit.hold(error, consequence)
+        self._phases.message = f"{consequence}: {error.message}"
 
     def _finish_uploads(self) -> None:
         """Waits for this node's shards: the next attempt needs them if node 0 can't upload."""
         if self._uploader is not None and not self._uploader.wait(self._node.timing.checkpoint_timeout):
             self._log.warning("time is up before this node's shards of the last checkpoint were uploaded")
 
-    def _already_finished(self, inputs: Inputs) -> Result:
+    def _already_finished(self, storage: Storage, manifest: Manifest, data: bytes) -> Result:
         """Handles a destination that has an earlier attempt's result, whose message was lost."""
-        if inputs.destination.finished is None:
-            raise ValueError("only for a finished destination")
-        manifest, data = inputs.destination.finished
-        self._log.info("the result exists already; nothing is trained", uri=inputs.storage.display)
+        self._log.info("the result exists already; nothing is trained", uri=storage.display)
         self._enter("done")
-        scored = history.read_scores(inputs.storage)
-        return outcomes.already_finished(manifest, upload.artifact(inputs.storage, manifest, data), scored)
+        scored = history.read_scores(storage)
+        return outcomes.already_finished(manifest, upload.artifact(storage, manifest, data), scored)
 
     def _preempted(self) -> Result:
         """Handles a request to stop: the checkpoint's upload has the time that is left."""
         if self._uploader is not None and not self._uploader.wait(self._stop.seconds_left):
             self._log.warning("time is up before the checkpoint was uploaded")
         self._recorder.end(Ending(how="preempted"), min(5.0, self._stop.seconds_left))
-        return outcomes.preempted(self._state, self._checkpoint, self._model)
+        self._deposit.release_if_empty(self._storage, self._log)
+        return outcomes.preempted(self._state, self._deposit.checkpoint, self._model)
 
     def _failed(self, error: RunError) -> Result:
         """Handles a failure, after a checkpoint's upload: the next attempt resumes from it."""
@@ -258,15 +264,20 @@ class Supervisor:
         if error.reason == "OutOfMemory" and error.rank is not None:
             halvings, run = max(self._memory.halvings, self._state.halvings) + 1, self._node.run
             oom_backoff.write(self._storage, run.job, halvings, run.memory_restarts + 1, self._log)
-        if self._uploader is not None:
-            self._uploader.wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))
+        if self._uploader is not None:  # a storage that has refused the result for long isn't waited for again
+            wait = self._uploader.close if error.reason == "ResultNotStored" else self._uploader.wait
+            wait(min(self._node.timing.checkpoint_timeout, self._stop.seconds_left))
+        self._deposit.release_if_empty(self._storage, self._log)
         ending = Ending(how="failed", message=f"{error.reason}: {error.message}")
         self._recorder.end(ending, min(10.0, self._stop.seconds_left))
-        result = outcomes.failed(error, self._state, self._checkpoint, self._model)
+        result = outcomes.failed(error, self._state, self._deposit.checkpoint, self._model)
         if self._node.leads:
             failed = writer.FailedRun(result, self._state, self._history.lines, self._phases.seconds)
             writer.write_failure(self._storage, self._node.run, failed, self._log)
         return result
+
+    def _succeeded(self) -> Result:
+        return outcomes.succeeded(self._state, self._deposit.artifact, self._model)
 
     # ---- throughout
 

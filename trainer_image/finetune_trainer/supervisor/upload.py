@@ -1,7 +1,7 @@
 """Writes checkpoints and the result into the destination: first the files, then the manifest.
 
-The result is verified after that. A storage that doesn't answer is retried, because otherwise the
-training would have to be repeated.
+The result is verified after that. A storage that doesn't accept it is asked again, because
+otherwise the training would have to be repeated.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,39 +23,63 @@ from finetune_api.names import (
     checkpoint_dir,
 )
 from finetune_api.status import ArtifactStatus, CheckpointStatus
+from finetune_trainer.destination import claim, output_check, shard_markers
+from finetune_trainer.destination.deposit import MENDABLE, Writer
 from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.manifest import now_rfc3339, of_bytes
 from finetune_trainer.paths import split_checkpoint_path
 from finetune_trainer.storage.base import Storage
-from finetune_trainer.supervisor import oom_backoff, shard_markers
-from finetune_trainer.supervisor.output_check import require_own_manifest
+from finetune_trainer.supervisor import oom_backoff
 
 FILES_AT_ONCE = 4
 _RETRY_DELAYS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)  # seconds; the last one repeats
 T = TypeVar("T")
 
 
-def retry_while_unavailable(action: Callable[[], T], *, name: str, timeout: float, log: Log) -> T:
-    """Returns the result of `action`, after retries for `timeout` seconds.
+@dataclass(frozen=True)
+class Patience:
+    """Limits how long a storage is asked again, in seconds.
 
-    It is retried while the storage doesn't answer; other failures are raised immediately.
+    `on_error` receives each failure. It also ends once `is_over` returns true.
     """
-    deadline = time.monotonic() + timeout
+
+    timeout: float
+    on_error: Callable[[RunError], None] = lambda error: None
+    is_over: Callable[[], bool] = lambda: False
+
+
+def retry(action: Callable[[], T], patience: Patience, *, name: str, log: Log) -> T:
+    """Returns the result of `action`, which is retried while the storage doesn't accept it.
+
+    That is if it doesn't answer, refuses the credentials or is full, since a person can mend all of
+    these meanwhile. Other failures are raised immediately.
+    """
+    deadline = time.monotonic() + patience.timeout
     delays = iter(_RETRY_DELAYS)
     while True:
         try:
             return action()
         except RunError as error:
+            if error.reason not in MENDABLE:
+                raise
+            patience.on_error(error)
             delay = next(delays, _RETRY_DELAYS[-1])
-            if error.reason != "StorageUnavailable" or time.monotonic() + delay > deadline:
+            if time.monotonic() + delay > deadline or patience.is_over():
                 raise
             log.warning(f"{name} is tried again in {delay:.0f} s", reason=error.reason, detail=error.message)
-            time.sleep(delay)
+            _sleep(delay, patience.is_over)
+
+
+def _sleep(seconds: float, is_over: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not is_over():
+        time.sleep(min(left, 0.5))
 
 
 def checkpoint(
     storage: Storage,
+    writer: Writer,
     folder: Path,
     history: str,
     keep: int,
@@ -64,8 +89,10 @@ def checkpoint(
 
     `folder` has manifest.json, which lists the other files. The uploaded manifest also lists the
     history, and the files that other nodes have uploaded; `files_of_other_nodes` is called with the
-    step after this node's own files are there.
+    step after this node's own files are there. Raises RunError(OutputOccupied) if another job has
+    taken over the destination.
     """
+    claim.require(storage, writer.job)
     manifest = Manifest.model_validate_json((folder / CHECKPOINT_MANIFEST).read_bytes())
     remote = checkpoint_dir(manifest.step)
     history_bytes = history.encode()
@@ -75,7 +102,7 @@ def checkpoint(
     _upload_all(storage, {f"{remote}/{f.path}": folder / f.path for f in own})
     complete = manifest.model_copy(update={"files": (*own, *files_of_other_nodes(manifest.step), history_entry)})
     storage.write(f"{remote}/{CHECKPOINT_HISTORY}", history_bytes)
-    storage.write(f"{remote}/{CHECKPOINT_MANIFEST}", _as_bytes(complete))
+    storage.write(f"{remote}/{CHECKPOINT_MANIFEST}", _as_bytes(writer.sign(complete)))
     prune(storage, keep)
     return checkpoint_status(storage, manifest.step)
 
@@ -92,6 +119,7 @@ def shards(storage: Storage, folder: Path, job: JobRef, node: int) -> None:
     Files that are the same on all nodes are uploaded by node 0. If the result has been published in
     the meantime, the shards aren't needed any more and are deleted.
     """
+    claim.require(storage, job)
     manifest = Manifest.model_validate_json((folder / CHECKPOINT_MANIFEST).read_bytes())
     remote = checkpoint_dir(manifest.step)
     own = tuple(file for file in manifest.files if file.path.endswith(".safetensors"))
@@ -126,10 +154,11 @@ def publish(storage: Storage, export: Path, manifest: Manifest, job: JobRef) -> 
     published its result in the meantime.
     """
     data = _as_bytes(manifest)
-    _require_own(storage, job)  # before a file of another job's result would be overwritten
+    claim.require(storage, job)  # before a file of another job's result would be overwritten
+    output_check.require_own_result(storage, job)
     _upload_all(storage, {file.path: export / file.path for file in manifest.files})
     if not storage.create(MANIFEST_PATH, data):
-        _require_own(storage, job)
+        output_check.require_own_result(storage, job)
         storage.write(MANIFEST_PATH, data)
     _verify(storage, manifest, data)
     return artifact(storage, manifest, data)
@@ -141,17 +170,12 @@ def artifact(storage: Storage, manifest: Manifest, data: bytes) -> ArtifactStatu
     return ArtifactStatus(uri=storage.display, manifest_digest=digest, size_bytes=manifest.size_bytes)
 
 
-def remove_checkpoints(storage: Storage) -> None:
-    """Deletes all checkpoints and the memory record. It is called after success."""
+def remove_checkpoints(storage: Storage, job: JobRef) -> None:
+    """Deletes all checkpoints, the memory record and the claim. It is called after success: from
+    then on, the manifest says whose the destination is."""
     prune(storage, keep=0)
     oom_backoff.remove(storage)
-
-
-def _require_own(storage: Storage, job: JobRef) -> None:
-    """Raises RunError(OutputOccupied) if the destination has another job's result."""
-    data = storage.read(MANIFEST_PATH)
-    if data is not None:
-        require_own_manifest(data, job, storage, MANIFEST_PATH)
+    claim.release(storage, job)
 
 
 def _verify(storage: Storage, manifest: Manifest, data: bytes) -> None:

@@ -9,7 +9,7 @@ from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.data.dataset import read
 from finetune_trainer.errors import RunError
 from finetune_trainer.model.loading import LoadedModel
-from finetune_trainer.model.result import adapter_merge, export, export_check
+from finetune_trainer.model.result import export, export_check
 from finetune_trainer.reporting import model_card
 from finetune_trainer.training import final_evaluation, loop, setup
 from finetune_trainer.training.context import RankContext, Training
@@ -30,8 +30,6 @@ def run_job(context: RankContext) -> None:
         reporter.phase("loading")
         prepared = setup.build(context, data, saved)
     loaded, data = prepared.loaded, prepared.data
-    if run.merge:
-        adapter_merge.check(paths.model, (name for name, p in loaded.model.named_parameters() if p.requires_grad))
     state = final_evaluation.evaluate_base(prepared.training, data, prepared.state)
     if state is None:
         reporter.report(events.PreemptedEvent, step=prepared.state.step)

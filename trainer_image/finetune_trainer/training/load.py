@@ -70,12 +70,12 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
             context.paths.model,
             dtype=dtype,
             # What one token attends to at most: the row of a preference pair holds two answers.
-            longest=min(data.longest, run.data.max_sequence_length),
+            longest=0 if data.renderer.encoder_decoder else min(data.longest, run.data.max_sequence_length),
             outline=run.world.strategy == "fsdp" and not mapped and not world.is_first,
             mapped=mapped,
             quantized=method.quantized(run, world.device, dtype, context.reporter),
         )
-    loaded = method.apply(run, loaded, data, context.reporter)
+    loaded = method.apply(run, context.paths.model, loaded, data.renderer.tokenizer, data.needs, context.reporter)
     if resolved.recompute:
         activation_checkpointing.enable(loaded)
     parameters, trainable = loaded.parameters, loaded.trainable
@@ -126,8 +126,9 @@ def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -
 
 
 def _collator(context: RankContext, loaded: LoadedModel, data: Data) -> Collator:
-    tokenizer = data.renderer.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(data.renderer.stops)
+    pad = data.renderer.tokenizer.pad_token_id
+    if pad is None or pad >= method.capacity(loaded).embeddings:  # some tokenizers have one more token than the model
+        pad = min(data.renderer.stops)
     start = getattr(loaded.base.config, "decoder_start_token_id", None)
     return Collator(
         packed=False,

@@ -24,21 +24,27 @@ from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.strategy import ParallelStrategy
 from finetune_trainer.reporting.event_writer import EventWriter
+from finetune_trainer.training import rounding_noise
 from finetune_trainer.training.context import RankContext
 from finetune_trainer.training.load import WrappedModel
 from finetune_trainer.training.resolve import ResolvedRun
 
 _MIN_SAVED_SHARE = 0.05  # of the tokens that shared prefixes must save
+_TOLERANCE = 1e-4  # of the loss
+_MOST = 2e-2  # of the loss, however much rounding matters
+_SPREAD = 4.0  # standard deviations of what rounding changes
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the comparisons need; the same on every rank. `padded` collates without any shortcut."""
+    """What the comparisons need; the same on every rank. `padded` collates without any shortcut.
+    `layers` are those of the model."""
 
     strategy: ParallelStrategy
     train: Split
     reporter: EventWriter
     padded: Collator
+    layers: tuple[torch.nn.Module, ...] = ()
 
     def loss(self, micro_batch: MicroBatch, collate: Collator, loss_sum: LossSum) -> float:
         """The summed loss of these examples in one batch, without dropout or gradients."""
@@ -52,6 +58,29 @@ class Trial:
     def one_by_one_loss(self, micro_batch: MicroBatch, loss_sum: LossSum) -> float:
         """The summed loss of these examples, each in a padded batch of its own."""
         return sum(self.loss((index,), self.padded, loss_sum) for index in micro_batch)
+
+    def differ(self, loss: float, reference: float, micro_batch: MicroBatch, loss_sum: LossSum) -> bool:
+        """Whether the losses of these examples differ by more than rounding; NaN differs.
+
+        That is 1e-4 of the loss. In bfloat16 the kernels of one model may differ by more, which
+        depends on the model, so that is measured.
+        """
+        difference, scale = abs(loss - reference), max(1.0, abs(reference))
+        if loss_sum.autocast is None or difference <= _TOLERANCE * scale:
+            return not difference <= _TOLERANCE * scale
+        rounding = _SPREAD * rounding_noise.measure(self.layers, lambda: self._losses(micro_batch, loss_sum))
+        return not difference <= min(rounding, _MOST * scale)
+
+    def _losses(self, micro_batch: MicroBatch, loss_sum: LossSum) -> torch.Tensor:
+        """The loss of each target of these examples, computed one by one."""
+        losses = []
+        self.strategy.model.eval()
+        for index in micro_batch:
+            batch = self.padded(self.train, (index,))
+            with loss_sum.packed_context(batch), torch.no_grad():
+                losses.append(loss_sum.per_token(self.strategy.model, batch).flatten().double())
+        self.strategy.model.train()
+        return torch.cat(losses)
 
 
 @dataclass(frozen=True)
@@ -73,7 +102,7 @@ def choose_head(trial: Trial, loss_sum: LossSum) -> LossSum:
     chunked = trial.one_by_one_loss(micro_batch, loss_sum)
     full = trial.one_by_one_loss(micro_batch, loss_sum.unchunked)
     figures = f"loss {chunked:.6f}, with whole logits {full:.6f}"
-    if _differ(chunked, full, loss_sum):
+    if trial.differ(chunked, full, micro_batch, loss_sum):
         report("head", "whole logits", f"the model changes them after its output layer ({figures})")
         return loss_sum.unchunked
     fused = softmax.supports(trial.padded.device, loss_sum.autocast or torch.float32)
@@ -166,7 +195,8 @@ def _compare(trial: Trial, micro_batch: MicroBatch, loss_sum: LossSum, *, shared
     """Whether the loss in a packed row differs from the one by one, and both losses."""
     collate = replace(trial.padded, packed=True, shared=shared)
     packed, one_by_one = trial.loss(micro_batch, collate, loss_sum), trial.one_by_one_loss(micro_batch, loss_sum)
-    return _differ(packed, one_by_one, loss_sum), f"loss {packed:.6f} together, {one_by_one:.6f} one by one"
+    differs = trial.differ(packed, one_by_one, micro_batch, loss_sum)
+    return differs, f"loss {packed:.6f} together, {one_by_one:.6f} one by one"
 
 
 def _most_similar(plan: BatchPlan, split: Split) -> MicroBatch:
@@ -188,12 +218,6 @@ def _shortest(split: Split, window: int = 0) -> MicroBatch:
     order = sorted(range(len(split)), key=lambda index: (split.lengths[index] <= window, split.lengths[index], index))
     shortest = order[:2]
     return tuple(shortest if len(shortest) == 2 else shortest * 2)
-
-
-def _differ(loss: float, reference: float, loss_sum: LossSum) -> bool:
-    """Whether they differ by more than rounding: 1e-4 in float32, 2 % in bfloat16. NaN differs."""
-    tolerance = 1e-4 if loss_sum.autocast is None else 2e-2
-    return not abs(loss - reference) <= tolerance * max(1.0, abs(reference))
 
 
 def _report_order(plan: BatchPlan, reporter: EventWriter) -> None:

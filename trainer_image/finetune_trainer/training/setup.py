@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from finetune_api.messages import events
+from finetune_trainer import refusals
 from finetune_trainer.checkpoint import resume
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.data.dataset import Data, of_objective
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import precision
+from finetune_trainer.model import loading, precision
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.network import bandwidth
@@ -25,6 +26,8 @@ from finetune_trainer.training import dpo_reference, facts, layer_kernels, packi
 from finetune_trainer.training.context import RankContext, Training
 from finetune_trainer.training.load import WrappedModel, half, load_and_wrap, stored
 from finetune_trainer.training.resolve import ResolvedRun, resolve
+
+_AS_PUBLISHED = "compare config.json with the one that was published"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def check_same_data(saved: CheckpointState | None, data: Data) -> None:
         raise RunError(
             "DatasetInvalid",
             "dataset.uri: the rows, or the model's tokenizer, changed since the checkpoint was taken, so the run "
-            "can't resume from it; restore the old file, or start a new FineTuneJob",
+            "can't resume from it; restore the old file, or start a new FineTuneJob with output.existing: discard",
         )
 
 
@@ -62,7 +65,8 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     wrapped = load_and_wrap(context, resolved, data)
     strategy, loaded = wrapped.strategy, wrapped.loaded
     sharding = resume.sharding(run, strategy, world, reporter, wrapped.trainable)
-    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate)
+    layers = tuple(loading.layers(loaded.base))
+    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers)
     loss_sum = _checked_loss(resolved, wrapped, trial)
     batches = packing_setup.plan_micro_batches(context, resolved, wrapped, trial, loss_sum)
     if run.training.objective == "dpo":
@@ -91,12 +95,14 @@ def _checked_loss(resolved: ResolvedRun, wrapped: WrappedModel, trial: packing_s
     """The loss, after the model's first forward passes have shown that it computes in the decided
     format.
 
-    These passes choose the output layer. Raises RunError(TrainingError) for another format.
+    These passes choose the output layer. Raises RunError(TrainingError) for another format, and
+    RunError(ModelInvalid) for a model that can't compute a row.
     """
     base, strategy = wrapped.loaded.base, wrapped.strategy
     loss_sum = LossSum.of(base, half(resolved), trial.padded.device.type)
     loss_sum = replace(loss_sum, context=strategy.autocast)
-    with precision.observing(base) as layers:
+    computing = refusals.raising("ModelInvalid", "model.uri: the model can't compute a row", _AS_PUBLISHED)
+    with computing, precision.observing(base) as layers:
         loss_sum = packing_setup.choose_head(trial, loss_sum)
         if not layers.called:
             trial.one_by_one_loss((0,), loss_sum)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from finetune_trainer import model_folder
+from finetune_trainer import safetensors_header
 from finetune_trainer.errors import RunError
 
 FOLDER = "merged"
@@ -123,14 +123,14 @@ def stored_tensors(folder: Path) -> tuple[StoredTensor, ...]:
     """Returns all tensors in a model's folder, in the order of its files."""
     names = {path.name for path in folder.glob("*.safetensors")}
     if (folder / _INDEX).is_file():
-        names &= set(model_folder.weight_files(names, (folder / _INDEX).read_bytes(), "the folder"))
+        names &= set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
     tensors = []
     for path in sorted(folder / name for name in names):
-        length, header = model_folder.read_header(path)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            tensors.append(StoredTensor(name, entry["dtype"], shape, path, 8 + length + begin, end - begin))
+        first, entries = safetensors_header.read(path)
+        tensors += [
+            StoredTensor(entry.name, entry.format, entry.shape, path, first + entry.begin, entry.end - entry.begin)
+            for entry in entries
+        ]
     return tuple(tensors)
 
 

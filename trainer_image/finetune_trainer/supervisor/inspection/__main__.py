@@ -71,10 +71,10 @@ def main() -> int:
 
 def _run(task: str, order: Order, paths: Paths, reporter: Reporter) -> End:
     checks = preflight.Progress(reporter.report, reporter.reading, reporter.beat)
-    if task == "rows":
+    if task == "rows" or order.capacity is None:
         preflight.check_rows(order.run, paths, checks)
         return End()
-    counts, data = preflight.check_tokens(order.run, paths, checks)
+    counts, data = preflight.check_tokens(order.run, paths, order.capacity, checks)
     return End(counts=counts, data=data)
 
 

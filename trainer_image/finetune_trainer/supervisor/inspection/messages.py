@@ -7,6 +7,7 @@ from typing import Literal
 from finetune_api.base import Model
 from finetune_api.messages.run import RunConfig
 from finetune_api.status import DataStatus
+from finetune_trainer.model_folder import Capacity
 
 Task = Literal["rows", "tokens"]
 
@@ -16,6 +17,7 @@ class Order(Model):
 
     run: RunConfig
     memory_bytes: int
+    capacity: Capacity | None = None
 
 
 class Step(Model):

@@ -23,6 +23,7 @@ from finetune_api.spec.environment import is_credential
 from finetune_api.status import DataStatus
 from finetune_trainer import limits
 from finetune_trainer.errors import RunError
+from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporting.event_reader import last_lines
 from finetune_trainer.supervisor.download import Report
@@ -66,14 +67,18 @@ class Inspection:
         """Checks the rows without a tokenizer. Raises RunError, as `preflight.check_rows` does."""
         self._end_of("rows")
 
-    def tokens(self) -> tuple[str, DataStatus]:
-        """Checks the rows as tokens. Raises RunError, as `preflight.check_tokens` does."""
-        end = self._end_of("tokens")
+    def tokens(self, capacity: Capacity) -> tuple[str, DataStatus]:
+        """Checks the rows as tokens, for a model with this capacity.
+
+        Raises RunError, as `preflight.check_tokens` does.
+        """
+        end = self._end_of("tokens", capacity)
         return end.counts, end.data or DataStatus()
 
-    def _end_of(self, task: Task) -> End:
+    def _end_of(self, task: Task, capacity: Capacity | None = None) -> End:
         size = sum(path.stat().st_size for path in self.paths.data("train").parent.rglob("*") if path.is_file())
-        order = Order(run=self.run, memory_bytes=self.memory_bytes or limits.memory_for(size))
+        memory = self.memory_bytes or limits.memory_for(size)
+        order = Order(run=self.run, memory_bytes=memory, capacity=capacity)
         log = self.paths.scratch / "logs" / "inspection.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:

@@ -1,0 +1,226 @@
+"""Whose the destination is: tables of what a job meets there, on a real folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune_api.messages.run import JobRef, RunConfig
+from finetune_trainer.destination import claim, output_check, predecessor
+from finetune_trainer.destination.output_check import Role
+from finetune_trainer.destination.signing import Signer, is_signed
+from finetune_trainer.errors import RunError
+from finetune_trainer.manifest import Contents, build_manifest, write_checkpoint_manifest
+from finetune_trainer.storage.local import LocalStorage
+from trainer.support import supervisor_process
+from trainer.support.supervisor_process import JobSetup
+
+RECIPE = {"model": "m1", "dataset": "d1", "method": "h1", "training": "t1"}
+OWN = JobRef(namespace="ns", name="job", uid="uid-2", attempt=1)
+FORMER = JobRef(namespace="ns", name="job", uid="uid-1", attempt=3)
+STRANGER = JobRef(namespace="ns", name="other", uid="uid-3", attempt=1)
+NEIGHBOR = JobRef(namespace="elsewhere", name="job", uid="uid-4", attempt=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """An output folder, and the job that is about to use it."""
+
+    storage: LocalStorage
+    folder: Path
+    run: RunConfig
+
+    def with_checkpoint(self, step: int, job: JobRef) -> None:
+        folder = self.folder / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_text(f"weights {step}")
+        write_checkpoint_manifest(folder, job, step)
+
+    def with_result(self, job: JobRef) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "adapter_model.safetensors").write_text("adapter")
+        manifest = build_manifest(self.folder, Contents("adapter", job, 4))
+        (self.folder / "finetune").mkdir(exist_ok=True)
+        (self.folder / "finetune/manifest.json").write_text(manifest.model_dump_json(by_alias=True))
+
+    def with_claim(self, job: JobRef, recipe: dict[str, str]) -> None:
+        claim.create(self.storage, job, recipe)
+
+    @property
+    def owner(self) -> str | None:
+        owner = claim.read(self.storage)
+        return owner.uid if owner else None
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+
+
+def place(tmp_path: Path, **changes: object) -> Place:
+    run = JobSetup(tmp_path).run().model_copy(update={"job": OWN, "recipe": RECIPE, **changes})
+    return Place(LocalStorage(tmp_path / "out", role="output", display="s3://models/v1"), tmp_path / "out", run)
+
+
+REFUSALS = {
+    "another job's claim": ("claim", STRANGER, RECIPE, "is claimed by ns/other since"),
+    "the claim of a job of the same name elsewhere": ("claim", NEIGHBOR, RECIPE, "is claimed by elsewhere/job since"),
+    "another job's checkpoint": ("checkpoint", STRANGER, RECIPE, "has the checkpoint of ns/other"),
+    "another job's result": ("result", STRANGER, RECIPE, "has the result of ns/other"),
+    "a predecessor's result": ("result", FORMER, RECIPE, "has the result of ns/job, a deleted FineTuneJob"),
+    "a predecessor with other data": (
+        "claimed checkpoint", FORMER, {**RECIPE, "dataset": "d2", "training": "t2"},
+        "its recipe differs in spec.dataset, spec.training; choose another output.uri, or set output.existing: discard",
+    ),
+    "a predecessor whose recipe isn't known": ("checkpoint", FORMER, RECIPE, "whose recipe isn't known"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["preflight", "leads"])
+@pytest.mark.parametrize(("content", "job", "recipe", "text"), REFUSALS.values(), ids=REFUSALS)
+def test_what_belongs_to_another_job_is_refused_and_stays_as_it_is(
+    content: str, job: JobRef, recipe: dict[str, str], text: str, kind: str, tmp_path: Path
+) -> None:
+    here = place(tmp_path)
+    if "claim" in content:
+        here.with_claim(job, recipe)
+    if "checkpoint" in content:
+        here.with_checkpoint(4, job)
+    if content == "result":
+        here.with_result(job)
+    before = here.files
+    with pytest.raises(RunError, match="OutputOccupied") as error:
+        output_check.take(here.storage, here.run, Role(kind))  # type: ignore[arg-type]
+    assert text in error.value.message
+    assert job.uid not in error.value.message
+    assert here.files == before
+
+
+def test_a_job_with_checkpoints_of_its_own_takes_over_no_others(tmp_path: Path) -> None:
+    here = place(tmp_path, inherits=False)
+    here.with_checkpoint(2, OWN)
+    here.with_checkpoint(9, FORMER)
+    here.with_claim(FORMER, RECIPE)  # whoever writes to the bucket can do so while the job is suspended
+    with pytest.raises(RunError, match=r"has the checkpoint after step 9 of ns/job.* although this job has stored"):
+        output_check.take(here.storage, here.run, Role("leads"))
+
+
+class Forgetful(LocalStorage):
+    """A store that ignores the condition of a conditional write."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        self.write(path, data)
+        return True
+
+
+def test_on_a_store_without_conditional_writes_the_last_claim_counts(tmp_path: Path) -> None:
+    storage = Forgetful(tmp_path / "out", role="output", display="s3://models/v1")
+    assert claim.create(storage, OWN, RECIPE).uid == OWN.uid
+    claim.require(storage, OWN)
+    assert claim.create(storage, STRANGER, RECIPE).uid == STRANGER.uid  # it had looked before
+    with pytest.raises(RunError, match="is claimed by ns/other"):
+        claim.require(storage, OWN)
+
+
+def test_an_empty_destination_is_claimed_and_given_back(tmp_path: Path) -> None:
+    here = place(tmp_path)
+    assert output_check.take(here.storage, here.run, Role("preflight")).checkpoints == ()
+    assert here.owner == OWN.uid
+    assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == ()
+    predecessor.release_if_empty(here.storage, OWN)
+    assert here.owner is None
+
+
+def test_of_many_jobs_that_claim_at_once_one_succeeds(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    here = place(tmp_path)
+    jobs = [JobRef(namespace="ns", name=f"job-{n}", uid=f"uid-{n}", attempt=1) for n in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        owners = {owner.uid for owner in pool.map(lambda job: claim.create(here.storage, job, RECIPE), jobs)}
+    assert owners == {here.owner}
+
+
+def test_a_predecessors_checkpoints_become_the_jobs_own(tmp_path: Path) -> None:
+    here, signer = place(tmp_path), Signer()
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(2, FORMER)
+    here.with_checkpoint(4, FORMER)
+    partial = here.folder / "checkpoints/step-6/node-1-attempt-1.json"
+    partial.parent.mkdir()
+    partial.write_text("{}")
+    assert output_check.take(here.storage, here.run, Role("preflight")).checkpoints == ()
+    assert here.owner == FORMER.uid  # only a pod that trains takes over
+    destination = output_check.take(here.storage, here.run, Role("leads", signer.sign))
+    assert destination.checkpoints == (4, 2)
+    assert here.owner == OWN.uid
+    assert not partial.exists()
+    for manifest in predecessor.manifests(here.storage).values():
+        assert manifest is not None
+        assert manifest.job.uid == OWN.uid
+        assert is_signed(manifest, [signer.public])
+    assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == (4, 2)
+
+
+def test_a_takeover_that_was_interrupted_is_completed(tmp_path: Path) -> None:
+    here = place(tmp_path)
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(2, FORMER)
+    here.with_checkpoint(4, OWN)  # the newest is written first
+    assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == (4, 2)
+    assert here.owner == OWN.uid
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "result", "both"])
+def test_what_a_predecessor_left_is_deleted_on_request(left: str, tmp_path: Path) -> None:
+    here = place(tmp_path, existing="discard")
+    if left != "result":
+        here.with_claim(FORMER, {})
+        here.with_checkpoint(4, FORMER)
+    if left != "checkpoint":
+        here.with_result(FORMER)
+    (here.folder / "notes.txt").write_text("the user's own")
+    assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == ()
+    assert here.files == ["finetune/owner.json", "notes.txt"]
+
+
+def test_files_outside_of_the_destination_are_never_deleted(tmp_path: Path) -> None:
+    here, outside = place(tmp_path, existing="discard"), tmp_path / "precious"
+    outside.write_text("precious")
+    here.with_result(FORMER)
+    file = here.folder / "finetune/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["files"] += [{"path": path, "size": 8, "sha256": ""} for path in (str(outside), "../precious")]
+    file.write_text(json.dumps(manifest))
+    output_check.take(here.storage, here.run, Role("leads"))
+    assert outside.read_text() == "precious"
+
+
+def test_another_node_waits_until_node_0_has_taken_over(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    here = place(tmp_path)
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(4, FORMER)
+    with ThreadPoolExecutor(1) as pool:
+        follower = pool.submit(output_check.take, here.storage, here.run, Role("follows"))
+        assert not follower.done()
+        output_check.take(here.storage, here.run, Role("leads"))
+        assert follower.result(timeout=60).checkpoints == (4,)
+
+
+def test_a_job_whose_destination_was_taken_over_stops_and_overwrites_nothing(tmp_path: Path) -> None:
+    setup = JobSetup(tmp_path).write_inputs()
+    behavior = {"steps": 8, "checkpoint_every": 2, "hold": str(tmp_path / "go"), "hold_at": 3}
+    running = supervisor_process.start(setup.run(), tmp_path, behavior=behavior)
+    supervisor_process.wait_until(lambda: (setup.output / "checkpoints/step-2/manifest.json").exists(), 60)
+    storage = LocalStorage(setup.output, role="output", display="out")
+    claim.take_over(storage, JobRef(namespace="ns", name="job", uid="uid-9", attempt=1), RECIPE)
+    (tmp_path / "go").touch()
+    ended = running.wait(120)
+    assert (ended.code, ended.last.reason) == (67, "OutputOccupied"), ended.output
+    assert "was taken over by another FineTuneJob ns/job" in ended.last.message
+    assert not (setup.output / "finetune/manifest.json").exists()
+    assert claim.read(storage) is not None

@@ -1,0 +1,84 @@
+"""The comparison of packed rows with rows one by one is as sharp as rounding allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_trainer.data import pipeline
+from finetune_trainer.data.batching.collator import Collator
+from finetune_trainer.data.dataset import Data, read
+from finetune_trainer.model import loading
+from finetune_trainer.model.loss import LossSum
+from finetune_trainer.training import packing_setup, rounding_noise
+from testkit import tiny_models
+from testkit.rows import pairs
+from trainer.support.rank_runs import prepare
+
+
+class _NoReporter:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: None
+
+
+@dataclass
+class _Strategy:
+    model: torch.nn.Module
+
+
+def _trial(folder: Path, build: Any, dtype: torch.dtype) -> tuple[packing_setup.Trial, LossSum, loading.LoadedModel]:
+    job = prepare(folder / "job", build(folder / "base"), pairs(4))
+    data: Data = read(job.run, job.paths, pipeline._OneProcess(), _NoReporter())  # type: ignore[arg-type]
+    loaded = loading.load(job.paths.model, dtype=dtype, longest=data.longest)
+    collate = Collator(
+        packed=False, shared=False, encoder_decoder=False, pad_token=0, decoder_start_token=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    loss_sum = LossSum.of(loaded.base, torch.bfloat16 if dtype == torch.bfloat16 else None, "cpu")
+    strategy: Any = _Strategy(loaded.model)
+    reporter: Any = _NoReporter()
+    layers = tuple(loading.layers(loaded.base))
+    return packing_setup.Trial(strategy, data.train, reporter, collate, layers), loss_sum, loaded
+
+
+_FORMATS = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", _FORMATS, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("build", [tiny_models.tiny_llama, tiny_models.tiny_gemma3], ids=["llama", "gemma3"])
+def test_rows_that_are_packed_right_are_packed(build: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    trial, loss_sum, loaded = _trial(tmp_path, build, dtype)
+    micro_batch = packing_setup._shortest(trial.train, loaded.window)
+    assert packing_setup._compare(trial, micro_batch, loss_sum, shared=False)[0] is False
+
+
+@pytest.mark.parametrize("dtype", _FORMATS, ids=["float32", "bfloat16"])
+def test_a_window_that_is_overlooked_keeps_rows_apart(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The difference is far below 2 % of the loss."""
+    trial, loss_sum, loaded = _trial(tmp_path, tiny_models.tiny_gemma3, dtype)
+    micro_batch = packing_setup._shortest(trial.train, loaded.window)
+    reference = trial.one_by_one_loss(micro_batch, loss_sum)
+    for layer in trial.layers:  # what the packed kernel is called with; padded rows have a mask
+        layer.self_attn.sliding_window = None
+    differs, figures = packing_setup._compare(trial, micro_batch, loss_sum, shared=False)
+    loss = trial.loss(micro_batch, replace(trial.padded, packed=True), loss_sum)
+    assert 1e-4 < abs(loss - reference) / reference < 2e-2, figures
+    assert differs
+
+
+def test_the_noise_of_rounding_is_measured_and_repeats(tmp_path: Path) -> None:
+    trial, loss_sum, _ = _trial(tmp_path, tiny_models.tiny_llama, torch.bfloat16)
+
+    def measure(layers: Iterable[torch.nn.Module]) -> float:
+        return rounding_noise.measure(tuple(layers), lambda: trial._losses((0, 1), loss_sum))
+
+    assert measure(()) == 0
+    assert measure(trial.layers[:1]) > 0
+    assert measure(trial.layers) == measure(trial.layers)
+    assert measure(trial.layers) < 1e-3 * trial.one_by_one_loss((0, 1), loss_sum)
+    assert not any(layer._forward_hooks and "move" in str(layer._forward_hooks) for layer in trial.layers)

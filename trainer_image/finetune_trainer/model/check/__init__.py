@@ -1,0 +1,1 @@
+"""The check of a model before hardware is allocated, as a program."""
