@@ -123,9 +123,8 @@ class Executor:
             return
         children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
         for job in (child.job for child in children if not child.job.deleting):
-            preconditions = {"uid": job.uid}
             try:
-                await self._client.delete("jobs", job.namespace, job.name, preconditions, wait=True)
+                await self._client.delete("jobs", job.namespace, job.name, {"uid": job.uid}, wait=True)
                 log.info("deleted Job %s of a deleted FineTuneJob", job.name)
             except (NotFound, Conflict):
                 self._cache.drop_job(job.uid)

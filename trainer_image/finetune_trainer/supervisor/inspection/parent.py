@@ -110,7 +110,7 @@ class Inspection:
         assert process.stdin is not None  # noqa: S101 (both are pipes)
         assert process.stdout is not None  # noqa: S101
         with suppress(BrokenPipeError):
-            process.stdin.write(order.model_dump_json(by_alias=True, exclude_none=True).encode())
+            process.stdin.write(order.model_dump_json(by_alias=True).encode())
             process.stdin.close()
         reason, subject = "TrainingError", ""
         lines = _Lines(process.stdout.fileno(), patience)
