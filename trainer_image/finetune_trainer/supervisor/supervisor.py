@@ -126,7 +126,7 @@ class Supervisor:
         inputs = preparation.inputs(storage, destination)
         saved = oom_backoff.saved_halvings(inputs.resume.folder if inputs.resume else None)
         self._memory.start(storage, self._node.run.world.nodes, self._node.run.memory_restarts, saved)
-        node.paths.halvings.write_text(str(self._memory.halvings))
+        self._node.paths.halvings.write_text(str(self._memory.halvings))
         return inputs
 
     def _resume(self, inputs: Inputs) -> None:
