@@ -223,7 +223,7 @@ REPAIRS = (
     Repair(
         "G33", "The preflight pod stores its tokens next to the checkpoints, and the pods of every attempt download "
         "them. Without a preflight (runPolicy.preflight: never), ranks still render the rows.", _D0052,
-        ("trainer/storage/test_token_store.py::test_an_attempt_computes_no_tokens_that_the_preflight_has_stored",),
+        ("trainer/destination/test_token_store.py::test_an_attempt_computes_no_tokens_that_the_preflight_has_stored",),
     ),
     Repair(
         "G34", "A job can set its own grace period.", _D0034,

@@ -44,6 +44,7 @@ COMMON_LABELS = {
 WATCHED_LABELS = {"app.kubernetes.io/managed-by": COMMON_LABELS["app.kubernetes.io/managed-by"]}
 
 ANNOTATION_RUN_CONFIG = f"{GROUP}/run-config"  # the RunConfig as JSON, on the pod template
+ANNOTATION_RENDEZVOUS_SECRET = f"{GROUP}/rendezvous-secret"  # on the pod template, if there are several nodes
 ANNOTATION_SPEC_DIGEST = f"{GROUP}/spec-digest"
 ANNOTATION_PODS_DIGEST = f"{GROUP}/pods-digest"  # of the fields that shape pods, on a Job
 ANNOTATION_AVOIDED_NODES = f"{GROUP}/avoided-nodes"  # nodes with failed GPUs, as JSON, on a Job
@@ -70,6 +71,7 @@ PROGRESS_PATH = "/v1/progress"
 
 # Paths inside a trainer pod.
 RUN_CONFIG_PATH = "/etc/finetune/run/run.json"
+RENDEZVOUS_FILE = "rendezvous-secret"  # next to run.json
 CREDENTIALS_ROOT = "/etc/finetune/credentials"  # + /<role>/<key of the Secret>
 CA_BUNDLE_PATH = "/etc/finetune/ca/ca.crt"
 PROGRESS_TOKEN_PATH = "/var/run/secrets/finetune-operator.io/progress/token"  # noqa: S105 (a path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from finetune_api import untrusted
 from finetune_api.names import MANIFEST_PATH
 from finetune_cli import serving, serving_cloud, serving_kubernetes
 from finetune_cli.local import azure_config, gcs_config, s3_config
@@ -50,14 +51,17 @@ def run(options: argparse.Namespace) -> int:
     try:
         result = _served(options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"finetune serve-manifest: {options.result} is not a finished result: {error}", file=sys.stderr)
+        print(
+            f"finetune serve-manifest: {options.result} is not a finished result: {untrusted.line(str(error))}",
+            file=sys.stderr,
+        )
         return 2
     obstacle = serving.refusal(result, options.target) or _unreachable(result, options.target)
     if obstacle:
-        print(f"finetune serve-manifest: {obstacle}", file=sys.stderr)
+        print(f"finetune serve-manifest: {untrusted.line(obstacle)}", file=sys.stderr)
         return 1
     for note in serving.notes(result, options.target):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {untrusted.line(note)}", file=sys.stderr)
     print(_text(result, options), end="")
     return 0
 

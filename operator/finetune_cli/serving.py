@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune_api import untrusted
+
 Target = Literal["vllm", "tgi", "kserve", "sagemaker", "vertex"]
 TARGETS: tuple[Target, ...] = ("vllm", "tgi", "kserve", "sagemaker", "vertex")
 MERGED = "merged"
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank accepts
+_REPOSITORY = re.compile(r"hf://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _EMBEDDING_LAYERS = ("embed_tokens", "lm_head", "wte", "shared")
 
 
@@ -59,12 +63,17 @@ def served(uri: str, manifest: Mapping[str, Any], adapter: Mapping[str, Any] | N
     if kind == "adapter" and adapter is None:
         raise ValueError("it has no adapter_config.json")
     origin = manifest.get("provenance", {}).get("model", {})
+    base, revision = str(origin.get("uri", "")), origin.get("revision")
+    if base.startswith("hf://") and not _REPOSITORY.fullmatch(base):
+        raise ValueError(f"its base model {untrusted.line(base, 100)!r} isn't the name of a repository")
+    if revision is not None and not _REVISION.fullmatch(str(revision)):
+        raise ValueError(f"the revision {untrusted.line(str(revision), 100)!r} of its base model isn't one")
     return Served(
         name=manifest["job"]["name"],
         uri=uri,
         kind=kind,
-        base=str(origin.get("uri", "")),
-        revision=origin.get("revision"),
+        base=base,
+        revision=revision,
         merged=any(path.startswith(f"{MERGED}/") for path in files),
         adapter=adapter or {},
         files=files,

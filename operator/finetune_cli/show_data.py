@@ -129,14 +129,16 @@ def _files_of_splits(config: DataConfig, options: argparse.Namespace) -> dict[Sp
     train: list[InputFile] = []
     for index, path in enumerate(options.data):
         source = locations[index] if config.sources else locations[0]
-        train += [input_file(file, str(file), source, config) for file in _files("--data", path)]
+        train += [input_file(file.resolve(), str(file), source, config) for file in _files("--data", path)]
     files: dict[SplitName, tuple[InputFile, ...]] = {"train": tuple(train)}
     own_files: tuple[tuple[SplitName, str | None], ...] = (("validation", options.validation), ("test", options.test))
     for name, path in own_files:
         if path:
             location = Location(uri=path, display=path)
             source = DataSource(location=location, format=config.format, columns=config.columns)
-            files[name] = tuple(input_file(file, str(file), source, config) for file in _files(f"--{name}", path))
+            files[name] = tuple(
+                input_file(file.resolve(), str(file), source, config) for file in _files(f"--{name}", path)
+            )
     return files
 
 

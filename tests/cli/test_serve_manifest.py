@@ -248,3 +248,23 @@ def test_every_server_has_its_part_in_the_documentation() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     for target in serving.TARGETS:
         assert f"--for {target}" in text
+
+
+@pytest.mark.parametrize(
+    "base", ["hf://--trust-remote-code", "hf://org/base --x", "hf://org/../base", "hf://a\x1b[31m"]
+)
+def test_a_manifest_names_no_options_of_the_server(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = result(tmp_path, base=base)
+    out, err = served(capsys, folder, "--uri", "s3://models/v1", "--for", "vllm", code=2)
+    assert out == ""
+    assert "isn't the name of a repository" in err
+    assert "\x1b" not in err
+
+
+def test_a_result_writes_no_escape_codes_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = result(tmp_path, peft_type="\x1b[31mLORA")
+    _, err = served(capsys, folder, "--uri", "s3://models/v1", "--for", "vllm", code=1)
+    assert "it loads LoRA adapters only" in err
+    assert "\x1b" not in err

@@ -78,12 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _supervise(node: Node, log: Log) -> int:
-    from finetune_trainer.supervisor.processes import become_subreaper
+    from finetune_trainer.supervisor.processes import become_subreaper, hide_from_ranks
     from finetune_trainer.supervisor.supervisor import Supervisor
 
     stop = StopRequest(max(1.0, node.run.grace_seconds - node.timing.grace_margin))
     stop.install()
     become_subreaper()
+    hide_from_ranks()
     code = _finish(Supervisor(node, stop, log).run(), node.termination_log, log)
     deadline = time.monotonic() + (node.run.metrics_linger_seconds if node.run.metrics_port else 0)
     while time.monotonic() < deadline and not stop.requested:
@@ -93,6 +94,9 @@ def _supervise(node: Node, log: Log) -> int:
 
 def _preflight(node: Node, log: Log) -> result.Result:
     from finetune_trainer.supervisor import outcomes, preflight
+    from finetune_trainer.supervisor.processes import hide_from_ranks
+
+    hide_from_ranks()
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
     # period.

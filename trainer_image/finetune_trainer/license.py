@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +9,17 @@ from typing import Any
 
 import yaml
 
+from finetune_trainer import model_config
 from finetune_trainer.errors import RunError
 
 UNKNOWN = "unknown"
 README = "README.md"
+_NAME = re.compile(r"[a-z0-9][a-z0-9.+_ -]{0,63}")
+_MAX_LISTED = 8
+_FIELD = re.compile(
+    r"^license(?:_name)?[ \t]*:.*\n(?:(?:[ \t-].*)?\n)*", re.M
+)  # one key, with the lines that belong to it
+_FIELD_LIMIT = 4096  # characters
 _README_LIMIT = 2**20  # bytes; the front matter is at the start
 _FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.S)
 
@@ -21,12 +27,15 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.S)
 def of_folder(model: Path) -> str:
     """Returns the license of the model in a folder, as `of` does."""
     readme, config = model / README, model / "config.json"
-    text = readme.read_bytes()[:_README_LIMIT].decode(errors="replace") if readme.is_file() else ""
+    text = ""
+    if readme.is_file():
+        with readme.open("rb") as file:
+            text = file.read(_README_LIMIT).decode(errors="replace")
     try:
-        body = json.loads(config.read_bytes()) if config.is_file() else {}
-    except ValueError:
+        body = model_config.read(config.name, config.read_bytes(), "the folder") if config.is_file() else {}
+    except RunError:
         body = {}
-    return of(text, body if isinstance(body, dict) else {})
+    return of(text, body)
 
 
 def of(readme: str, config: dict[str, Any]) -> str:
@@ -62,15 +71,35 @@ def _front_matter(readme: str) -> dict[str, Any]:
     match = _FRONT_MATTER.match(readme.replace("\r\n", "\n"))
     if match is None:
         return {}
-    try:
-        body = yaml.safe_load(match.group(1))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
+    front_matter: dict[str, Any] = {}
+    for field in _FIELD.finditer(match.group(1) + "\n"):
+        try:
+            body = yaml.load(field.group(0)[:_FIELD_LIMIT], _WithoutAliases)  # noqa: S506 (a SafeLoader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            continue
+        front_matter |= body if isinstance(body, dict) else {}
+    return front_matter
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Refuses aliases, by which a few bytes stand for any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Returns the next node. Raises YAMLError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 def _identifier(value: Any) -> str:
-    """Returns the identifier in a field, or "". All licenses of a list hold: they are joined."""
+    """Returns the identifier in a field, or "". All licenses of a list hold: they are joined.
+
+    Whatever isn't a plain name is UNKNOWN: the identifier is shown in the model card and in status.
+    """
     if isinstance(value, list):
-        return " and ".join(identifier for identifier in map(_identifier, value) if identifier)
-    return " ".join(value.lower().split())[:100] if isinstance(value, str) else ""
+        names = [_identifier(name) for name in value[:_MAX_LISTED] if isinstance(name, str)]
+        return " and ".join(name for name in names if name)
+    if not isinstance(value, str):
+        return ""
+    name = " ".join(value.lower().split())
+    return name if not name or _NAME.fullmatch(name) else UNKNOWN

@@ -11,6 +11,9 @@ import threading
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
+from finetune_api import untrusted
+
+_MAX_LINE_CHARACTERS = 1 << 16
 Level = Literal["info", "warning", "error"]
 
 
@@ -49,6 +52,7 @@ class Log:
             self._write(json.dumps(entry, default=str, ensure_ascii=False))
 
     def _write(self, line: str) -> None:
+        line = untrusted.line(line, _MAX_LINE_CHARACTERS)  # a rank or a file may have put anything into it
         with self._lock:
             try:
                 self._stream.write(line + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,9 +112,8 @@ class Executor:
             return
         children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
         for job in (child.job for child in children if not child.job.deleting):
-            preconditions = {"uid": job.uid}
             try:
-                await self._client.delete("jobs", job.namespace, job.name, preconditions, wait=True)
+                await self._client.delete("jobs", job.namespace, job.name, {"uid": job.uid}, wait=True)
                 log.info("deleted Job %s of a deleted FineTuneJob", job.name)
             except (NotFound, Conflict):
                 self._cache.drop_job(job.uid)
@@ -139,9 +139,10 @@ class Executor:
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         await self._creator.close_pods(observed, first=_is_new(observed))
+        manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
         if run.world.nodes > 1:
             await self._creator.create("services", manifests.service(observed.job), observed)
-        manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
+            manifest = manifests.with_rendezvous_secret(manifest, secrets.token_hex(32))
         await self._creator.create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
@@ -227,9 +228,8 @@ class Executor:
         except Conflict as error:
             await self._refresh_job(namespace, action)
             raise OutOfDate from error
-        log.info(
-            "%s Job %s", "suspended" if suspend else "resumed", action.name, extra={"job": observed.job.metadata.name}
-        )
+        what = "suspended" if suspend else "resumed"
+        log.info("%s Job %s", what, action.name, extra={"job": observed.job.metadata.name})
         self._cache.put_job(job)
 
     async def _refresh_job(self, namespace: str, action: DeleteJob | ReleaseGroup | ResumeGroup) -> None:

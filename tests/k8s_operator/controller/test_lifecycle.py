@@ -51,6 +51,10 @@ def test_a_job_of_two_nodes_gets_a_service_and_starts_both_pods_together(world: 
     assert run.world.size == 4
     assert run.world.master_address == "two-1-0.two-ranks"
     assert [pod["spec"]["hostname"] for pod in pods] == ["two-1-0", "two-1-1"]
+    secrets = {pod["metadata"]["annotations"][names.ANNOTATION_RENDEZVOUS_SECRET] for pod in pods}
+    assert [len(secret) for secret in secrets] == [64]
+    (volume,) = [volume for volume in pods[1]["spec"]["volumes"] if volume["name"] == "run-config"]
+    assert names.RENDEZVOUS_FILE in [item["path"] for item in volume["downwardAPI"]["items"]]
     service = world.get("services", "two-ranks")
     assert service is not None
     assert service["spec"]["clusterIP"] == "None"

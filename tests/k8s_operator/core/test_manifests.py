@@ -73,7 +73,8 @@ def test_a_pod_meets_pod_security_restricted() -> None:
 def test_environment_comes_from_a_fixed_list() -> None:
     (container,) = _pod()["containers"]
     assert [entry["name"] for entry in container["env"]] == [
-        "POD_NAME", "FINETUNE_RUN_CONFIG", "FINETUNE_TERMINATION_LOG", "HOME", "HF_ENDPOINT",
+        "POD_NAME", "FINETUNE_RUN_CONFIG", "FINETUNE_TERMINATION_LOG", "HOME", "PYTHONSAFEPATH",
+        "HF_ENDPOINT",
     ]  # fmt: skip
     assert "envFrom" not in container
 

@@ -103,7 +103,7 @@ def _check_tokens(setup: JobSetup) -> str:
     paths.scratch.mkdir()
     paths.model.symlink_to(setup.model)
     download.data(run, paths, Access(run.s3, {}), lambda _: None)
-    return preflight.check_tokens(run, paths, Capacity(300, None, 512), lambda _: None)[0]
+    return preflight.check_tokens(run, paths, Capacity(300, None, 512), preflight.Progress(lambda _: None))[0]
 
 
 def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: JobSetup) -> None:

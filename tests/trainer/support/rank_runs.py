@@ -243,7 +243,7 @@ class RunningRanks:
         """
         self._job = job
         size, per_node = job.run.world.size, job.run.world.processes_per_node
-        port = _free_port()
+        port = free_port()
         job.paths.rank_log(0).parent.mkdir(exist_ok=True)
         self._logs = [job.paths.rank_log(rank) for rank in range(size)]
         self.processes: list[ForkedRank] = []
@@ -305,7 +305,7 @@ class RunningRanks:
         return FinishedRun(self._job.paths, codes, logs)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

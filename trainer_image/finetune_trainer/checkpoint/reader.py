@@ -22,6 +22,7 @@ from torch import Tensor
 from finetune_trainer import manifest
 from finetune_trainer.checkpoint import sharded
 from finetune_trainer.errors import RunError
+from finetune_trainer.parallel import messages
 from finetune_trainer.parallel.strategy import MOMENTS, TensorSource
 from finetune_trainer.parallel.world import World
 
@@ -92,15 +93,12 @@ class BroadcastReader(TensorSource):
     def __init__(self, tensors: Mapping[str, Tensor], world: World) -> None:
         self._tensors = tensors
         self._world = world
-        formats = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        self._formats: dict[str, tuple[torch.Size, torch.dtype]] = world.broadcast(formats)
+        formats = {name: messages.format_of(tensor) for name, tensor in tensors.items()}
+        self._formats = world.broadcast(formats, dict[str, messages.TensorFormat])
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, dtype = self._formats[name]
         device = self._world.device
-        value = (
-            self._tensors[name].to(device) if self._world.is_first else torch.empty(shape, dtype=dtype, device=device)
-        )
+        value = self._tensors[name].to(device) if self._world.is_first else messages.empty(self._formats[name], device)
         dist.broadcast(value, src=0)
         return value
 
@@ -156,11 +154,11 @@ def open_everywhere(folder: Path, kind: str, world: World) -> TensorSource | Non
     it reads. Returns None if there are no such tensors.
     """
     world.barrier()  # afterwards, everything written to the folder is complete
-    exists = world.all_gather(folder.is_dir())
+    exists = world.all_gather(folder.is_dir(), bool)
     if all(exists):
         return open_kind(folder, kind)
     tensors = open_kind(folder, kind) if world.is_first else None
-    return BroadcastReader(tensors or {}, world) if world.broadcast(tensors is not None) else None
+    return BroadcastReader(tensors or {}, world) if world.broadcast(tensors is not None, bool) else None
 
 
 def _open(path: Path) -> Any:

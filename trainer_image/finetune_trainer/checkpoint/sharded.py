@@ -92,7 +92,7 @@ def sharding(strategy: ShardedStrategy, world: World) -> Sharding:
 
     Raises RuntimeError if the parts don't add up to the full weights.
     """
-    extents: list[dict[str, Extent]] = world.all_gather(strategy.extents())
+    extents = world.all_gather(strategy.extents(), dict[str, Extent])
     tensors = {
         name: ShardedTensor(
             shape=extent.shape,

@@ -196,7 +196,7 @@ class Renderer:
         for before, answer in pairs:
             texts |= dict.fromkeys((answer,) if self._encoder_decoder else (before, before + answer))
         texts.pop("", None)
-        ids = self._tokenizer(list(texts), add_special_tokens=False).input_ids if texts else ()
+        ids = tokenizer_files.encode(self._tokenizer, list(texts)) if texts else []
         return {"": [], **dict(zip(texts, ids, strict=True))}
 
     def _joined(
@@ -273,13 +273,8 @@ class Renderer:
         trained = indices[-1:] if self._rendering.answers == "last" else indices
         parts = answers.examples(self._chat_template, row, trained, self._stop_texts)
         for piece in (piece for part in parts for piece in part):
-            turn = row.turns[piece.turn]
-            if turn.more and (name := findings.missing_call(turn, piece.answer)):
-                return Problem(
-                    row.number,
-                    f"the chat template leaves out the call of {name!r} or its arguments, so an answer without it "
-                    "would be trained on; set dataset.chatTemplate to a template that writes tool_calls",
-                )
+            if problem := findings.changed_answer(row.turns[piece.turn], piece.answer):
+                return Problem(row.number, f"the chat template {problem}")
         parts = parts[-1:] if is_pair else parts
         return [answers.texts(part, row, masked=self._rendering.reasoning == "mask") for part in parts]
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from finetune_api.messages import events
 from finetune_api.messages.data_report import SplitName
 from finetune_api.messages.run import RunConfig
+from finetune_trainer import limits
 from finetune_trainer.data import pipeline, preparation, quality_report, sources
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.pipeline import Group, Inputs
 from finetune_trainer.data.reading.row import Row
 from finetune_trainer.data.splits import Split
 from finetune_trainer.data.token_cache import Tokens
+from finetune_trainer.errors import RunError
 from finetune_trainer.model_folder import RowNeeds
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporting.event_writer import EventWriter
@@ -82,7 +84,7 @@ def read(run: RunConfig, paths: Paths, group: Group, reporter: EventWriter) -> D
         reason = "the chat template writes today's date, which stays that of the job's creation"
         reporter.decision("templateDate", renderer.template.date, reason)
     inputs = Inputs.of_run(run, paths)
-    prepared = pipeline.prepare(inputs, renderer, group, reporter.heartbeat)
+    prepared = _prepared(inputs, renderer, group, reporter)
     tokens = {name: rows.tokens for name, rows in prepared.rows.items() if rows.tokens is not None}
     _report_rows(tokens["train"], inputs.fields["train"], reporter)
     splits = {name: Split(tokens.get(name, tokens["train"]), part.index) for name, part in prepared.splits.items()}
@@ -100,6 +102,23 @@ def read(run: RunConfig, paths: Paths, group: Group, reporter: EventWriter) -> D
         key=hashlib.sha256(names.encode()).hexdigest()[:32],
         dropped=tokens["train"].facts.dropped,
     )
+
+
+def _prepared(inputs: Inputs, renderer: Renderer, group: Group, reporter: EventWriter) -> pipeline.PreparedRows:
+    """Read the rows with a limit of memory, so that hostile ones cost this rank and not the pod."""
+    size = sum(file.path.stat().st_size for files in inputs.files.values() for file in files)
+    reading = "the rows"
+
+    def opened(file: str) -> None:
+        """Remember what is read."""
+        nonlocal reading
+        reading = file
+
+    with limits.more_memory_at_most(limits.memory_for(size)):
+        try:
+            return pipeline.prepare(inputs, renderer, group, reporter.heartbeat, opened)
+        except MemoryError:
+            raise RunError("DatasetInvalid", f"{reading} needs too much memory to be read; check its content") from None
 
 
 def _samples(run: RunConfig, inputs: Inputs, test: Split | None) -> tuple[Row, ...]:

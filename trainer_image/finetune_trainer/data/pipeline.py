@@ -159,19 +159,24 @@ def prepare(
     renderer: Renderer | None,
     group: Group | None = None,
     heartbeat: Callable[[], None] = lambda: None,
+    opened: Callable[[str], None] = lambda file: None,
 ) -> PreparedRows:
     """Check the chat template, render the rows, cache their tokens, and split them.
 
     All processes of `group` call it together. The first process of a node fills the cache, and the
     others map it into memory. Without a renderer nothing is cached, and lengths are characters.
 
-    Raises RunError DatasetInvalid with the numbers of unusable rows if dataset.onInvalid
-    is fail, and ModelInvalid or InvalidConfig for a template.
+    `heartbeat` and `opened` are as in ReadOptions.
+
+    Raises RunError DatasetInvalid with the numbers of unusable rows if dataset.onInvalid is fail,
+    and ModelInvalid or InvalidConfig for a template.
     """
     group = group or _OneProcess()
     config = inputs.config
     checks: tuple[str, ...] = ()
-    options = {name: ReadOptions(inputs.fields[name], renderer, config.on_invalid, heartbeat) for name in inputs.files}
+    options = {
+        name: ReadOptions(inputs.fields[name], renderer, config.on_invalid, heartbeat, opened) for name in inputs.files
+    }
     if renderer is None:
         rows = {
             name: RowStatistics.of_examples(preparation.prepare(files, options[name]))

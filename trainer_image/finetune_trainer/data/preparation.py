@@ -47,13 +47,14 @@ class ReadOptions:
 
     `field` is the field of the job that messages name (dataset.uri, ...). Without a renderer rows
     are only parsed, and lengths are characters. `on_invalid` is fail or drop. `heartbeat` is called
-    regularly.
+    regularly, and `opened` with each file, as messages name it, before it is read.
     """
 
     field: str
     renderer: Renderer | None
     on_invalid: str
     heartbeat: Callable[[], None] = lambda: None
+    opened: Callable[[str], None] = lambda file: None
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class _Collected:
 
 
 def _read_file(file: InputFile, index: int, named: bool, options: ReadOptions, collected: _Collected) -> None:
+    options.opened(f"{options.field}: {file.name}")
     stream, file_format = rows.stream(file, options.field, file_index=index, named=named)
     rows_before, dropped_before = collected.rows, collected.dropped
     for batch in _batches(stream, options.heartbeat):

@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune_trainer.data.chat_rendering import Renderer
 from finetune_trainer.data.example import Example
+from finetune_trainer.data.reading.findings import CHANGED
 from finetune_trainer.data.reading.row import Row, Turn
 from finetune_trainer.data.rendering.answers import INSEPARABLE
 from finetune_trainer.errors import RunError
@@ -78,6 +79,8 @@ def _probe(renderer: Renderer, row: Row, refuse: _Refusal) -> Example:
     if not isinstance(example, Example):
         if INSEPARABLE in example.message:
             raise refuse(example.message.removeprefix("the chat template ").partition("; fix it")[0])
+        if CHANGED in example.message:
+            raise refuse(example.message.removeprefix("the chat template ").rpartition(";")[0])
         raise refuse(f"can't render a plain question and answer ({example.message})")
     return example
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import model_config, refusals
+from finetune_trainer import limits, model_config, refusals
 from finetune_trainer.errors import RunError
 
 
@@ -32,6 +32,18 @@ def _load(folder: Path) -> Any:
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text, without special tokens. Raises RunError ModelInvalid if the
+    tokenizer gives up."""
+    try:
+        return list(tokenizer(texts, add_special_tokens=False).input_ids)
+    except BaseException as error:
+        if not limits.is_rust_panic(error):
+            raise
+        cause = " ".join(str(error).split())[:200]
+        raise RunError("ModelInvalid", f"model.uri: the tokenizer can't read one of the rows ({cause})") from None
 
 
 def is_encoder_decoder(folder: Path) -> bool:

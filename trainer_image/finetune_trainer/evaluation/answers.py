@@ -56,7 +56,7 @@ def answer(job: AnswerJob, prompts: Sequence[Sequence[int]]) -> tuple[Answer, ..
     """
     names = [_name(job, prompt) for prompt in prompts]
     cache = _AnswerCache(job.folder / f"{job.key}.jsonl")
-    known: dict[str, Answer] = job.world.broadcast(cache.read() if job.world.is_first else None)
+    known: dict[str, Answer] = job.world.broadcast(cache.read() if job.world.is_first else {}, dict[str, Answer])
     planned = generation.batches([len(prompt) for prompt in prompts], job.settings.max_new_tokens, job.tokens)
     batches = [batch for batch in planned if any(names[index] not in known for index in batch)]
     with job.strategy.gathered() if batches else nullcontext():
@@ -79,7 +79,8 @@ def _answer_all(
         own_by_name = {names[index]: generated for index, generated in own.items()}
         new: dict[str, Answer] = {}
         stop = False
-        for answers, stop_requested in job.world.all_gather((own_by_name, job.should_stop())):
+        message = (own_by_name, job.should_stop())
+        for answers, stop_requested in job.world.all_gather(message, tuple[dict[str, Answer], bool]):
             new.update(answers)
             stop |= stop_requested
         known.update(new)
@@ -102,7 +103,7 @@ def weights_digest(strategy: ParallelStrategy, world: World) -> str:
         # This is a copy, since FSDP can't free a storage of which numpy() has made a view.
         copied = part.detach().to("cpu", copy=True).contiguous()
         digest.update(copied.view(torch.uint8).numpy().tobytes())
-    return hashlib.sha256("".join(world.all_gather(digest.hexdigest())).encode()).hexdigest()[:32]
+    return hashlib.sha256("".join(world.all_gather(digest.hexdigest(), str)).encode()).hexdigest()[:32]
 
 
 def _answer_own_batch(job: AnswerJob, batches: list[Batch], prompts: Sequence[Sequence[int]]) -> dict[int, Answer]:

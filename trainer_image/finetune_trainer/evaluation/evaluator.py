@@ -96,7 +96,7 @@ class Evaluator:
     def _gathered(self, own: dict[int, float], count: int) -> NDArray[np.float64]:
         """Returns the losses of all ranks' rows, ordered by row, (count,)."""
         rows = np.zeros(count)
-        for part in self.world.all_gather(own):
+        for part in self.world.all_gather(own, dict[int, float]):
             rows[list(part)] = list(part.values())
         return rows
 

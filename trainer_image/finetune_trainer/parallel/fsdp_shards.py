@@ -22,6 +22,7 @@ from torch import Tensor
 
 from finetune_trainer.model import quantization
 from finetune_trainer.model.loading import layers
+from finetune_trainer.parallel import messages
 from finetune_trainer.parallel.world import COLLECTIVE_TIMEOUT, World
 
 
@@ -194,9 +195,9 @@ def _packed(module: torch.nn.Module, parameter: Any, world: World) -> torch.nn.P
     """Gives a layer with a 4-bit weight rank 0's constants. Returns its packed weight, which is an
     outline on the other ranks."""
     tensors = {"": parameter.data, **quantization.constants(module)} if world.is_first else {}
-    outlines = world.broadcast({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
-    for key, (shape, dtype) in outlines.items():
-        outline = tensors.get(key, torch.empty(shape, dtype=dtype, device="meta"))
+    formats = {key: messages.format_of(tensor) for key, tensor in tensors.items()}
+    for key, tensor_format in world.broadcast(formats, dict[str, messages.TensorFormat]).items():
+        outline = tensors.get(key, messages.empty(tensor_format, "meta"))
         tensors[key] = _broadcast(outline, world) if key else outline
     return quantization.with_constants(module, tensors.pop(""), tensors, world.device)
 

@@ -23,6 +23,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage import refusals
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
+from finetune_trainer.storage.bounds import MAX_FILES, check_count, check_read, invalid_key, is_invalid_key
 
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 8
@@ -94,7 +95,9 @@ class BucketStorage:
         """Returns all files below a sub-folder, at any depth, sorted by path."""
         prefix = self._key(under)
         with self._translated_errors(if_missing=self._no_bucket):
-            items = [item for page in obstore.list(self._store, prefix=prefix or None) for item in page]
+            pages = obstore.list(self._store, prefix=prefix or None)
+            items = list(itertools.islice((item for page in pages for item in page), MAX_FILES + 1))
+        check_count(len(items), self._role, self._display)
         skip = len(self._prefix) + 1 if self._prefix else 0
         entries = [FileInfo(item["path"][skip:], int(item["size"]), _quoted(item["e_tag"])) for item in items]
         return tuple(sorted((entry for entry in entries if entry.path), key=lambda entry: entry.path))
@@ -113,7 +116,9 @@ class BucketStorage:
         """Returns the content of a small file, or None if it doesn't exist."""
         try:
             with self._translated_errors():
-                return bytes(obstore.get(self._store, self._key(path)).bytes())
+                response = obstore.get(self._store, self._key(path))
+                check_read(int(response.meta["size"]), self._role, f"{self._display}/{path}")
+                return bytes(response.bytes())
         except FileNotFoundError:
             self._explain_missing(path)
             return None
@@ -243,6 +248,8 @@ class BucketStorage:
                 raise RunError(NOT_FOUND[self._role], f"{self._at()}: {if_missing or self._no_bucket}") from None
             if conditional and isinstance(error, _CONDITIONAL):
                 raise
+            if is_invalid_key(error):
+                raise invalid_key(self._role, self._display, refusals.explanation(error)) from None
             if cause == "no identity":
                 message = "there are no keys; name a Secret in credentialsRef, or give the pod an identity"
                 raise RunError("CredentialsMissing", f"{self._at()}: {message}") from None

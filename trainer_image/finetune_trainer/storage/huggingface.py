@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download, hf_hub_url
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, hf_hub_download, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,16 +29,39 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # from its HTTP client
 from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status, http_stream_backoff
 
 from finetune_api.names import SECRET_HF_TOKEN
 from finetune_trainer import manifest
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
+from finetune_trainer.storage.bounds import INVALID, check_count, check_read, is_internal, is_link_local
 
 _RETRY_SECONDS = (0.5, 1.0, 2.0)
 T = TypeVar("T")
 _LFS_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class InternalRedirect(Exception):
+    """Reports that a hub redirects to a server that only this pod can reach."""
+
+
+def _check_target(request: Any) -> None:
+    """Raises InternalRedirect for a request to a server in a private network, unless that has the
+    hub itself."""
+    host, hub = str(request.url.host), urlsplit(constants.ENDPOINT).hostname or ""
+    if host != hub and (is_link_local(host) or (is_internal(host) and not is_internal(hub))):
+        raise InternalRedirect(host)
+
+
+def _client() -> Any:
+    client = default_client_factory()
+    hooks = client.event_hooks
+    client.event_hooks = {**hooks, "request": [*hooks["request"], _check_target]}
+    return client
+
+
+set_client_factory(_client)
 
 
 class HubStorage:
@@ -63,6 +87,7 @@ class HubStorage:
         self._api = HfApi(token=token or False)
         info = self._retry(lambda: self._info(revision))
         self.commit = info.sha or ""
+        check_count(len(info.siblings or ()), role, display)
         self._entries = tuple(
             sorted(
                 (
@@ -92,6 +117,7 @@ class HubStorage:
         entry = self.head(path)
         if entry is None:
             return None
+        check_read(entry.size, self._role, f"{self._display}/{path}")
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder, "file")
             self.download(entry, target)
@@ -190,6 +216,11 @@ class HubStorage:
         at = f"{FIELD[self._role]}: {self._display}"
         try:
             yield
+        except InternalRedirect as error:
+            raise RunError(
+                INVALID[self._role],
+                f"{at}: the hub redirects to {error}, which is in a private network; check HF_ENDPOINT",
+            ) from None
         except GatedRepoError:
             message = f"{at} is gated: accept its license on the hub, and set {SECRET_HF_TOKEN}"
             raise RunError("AccessDenied", message) from None

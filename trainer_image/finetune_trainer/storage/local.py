@@ -16,10 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
-from finetune_trainer import manifest
+from finetune_trainer import opened_file
 from finetune_trainer.errors import RunError, is_disk_full
 from finetune_trainer.storage import no_replace
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
+from finetune_trainer.storage.bounds import MAX_READ_BYTES, check_count, check_read
+
+_COPIED_BYTES = 64 << 20
 
 
 @contextmanager
@@ -69,7 +72,7 @@ class LocalStorage:
 
     def list(self, under: str = "") -> tuple[FileInfo, ...]:
         """Returns all files below a sub-folder, sorted by path; none if it doesn't exist."""
-        base = self._root / under if under else self._root
+        base = self._own_path(f"{under}/file").parent if under else self._root
         with _translated_errors(self._role, self._display):
             if not base.is_dir():
                 return ()
@@ -81,6 +84,7 @@ class LocalStorage:
                     with suppress(FileNotFoundError):  # another node may be deleting files
                         if self.local_path(path).is_file():
                             entries.append(FileInfo(path, file.stat().st_size))
+                check_count(len(entries), self._role, self._display)
             return tuple(sorted(entries, key=lambda entry: entry.path))
 
     def head(self, path: str) -> FileInfo | None:
@@ -96,8 +100,10 @@ class LocalStorage:
         """Returns the content of a small file, or None if it doesn't exist."""
         if self.head(path) is None:
             return None
-        with _translated_errors(self._role, self._display):
-            return self.local_path(path).read_bytes()
+        with _translated_errors(self._role, self._display), opened_file.opened(self.local_path(path)) as file:
+            data = file.read(MAX_READ_BYTES + 1)
+        check_read(len(data), self._role, f"{self._display}/{path}")
+        return data
 
     def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
         """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
@@ -106,14 +112,19 @@ class LocalStorage:
             return file.read(end - start)
 
     def download(self, entry: FileInfo, target: Path) -> str:
-        """Links `target` to the file instead of copying it. Returns the file's sha256."""
+        """Copies a small file, and links `target` to a large one. Returns the file's sha256.
+
+        What is copied can't be replaced later. Whoever opens a link again checks what it opened.
+        """
         with _translated_errors(self._role, self._display):
-            source = self.local_path(entry.path)
-            digest = manifest.of_file(source)
+            path = self.local_path(entry.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            target.symlink_to(source)
-            return digest
+            with opened_file.opened(path) as source:
+                if os.fstat(source.fileno()).st_size <= _COPIED_BYTES:
+                    return opened_file.copy(source, target)
+                target.symlink_to(path)
+                return opened_file.digest_of(source)
 
     def upload(self, source: Path, path: str) -> None:
         """Copies a file here, replacing an existing one. Never leaves a half-written file."""
@@ -148,7 +159,7 @@ class LocalStorage:
         """Deletes files, and then folders that are empty; ignores files that don't exist."""
         with _translated_errors(self._role, self._display):
             for path in paths:
-                full = self._root / path
+                full = self._own_path(path)
                 with suppress(FileNotFoundError, NotADirectoryError):
                     full.unlink()
                     self._remove_empty_folders(full.parent)
@@ -161,11 +172,25 @@ class LocalStorage:
                 return
             folder = folder.parent
 
+    def _own_path(self, path: str) -> Path:
+        """Returns the path of what is written, deleted or listed, which never leads through a link.
+
+        Raises RunError(AccessDenied) if a folder on the way from `root` is one.
+        """
+        folder = (self._root / path).parent
+        if folder.resolve() != self._root.resolve() / Path(path).parent:
+            raise RunError(
+                "AccessDenied",
+                f"{FIELD[self._role]}: {self._display}/{Path(path).parent} is or contains a link to another folder; "
+                "replace it by a folder",
+            )
+        return self._root / path
+
     @contextmanager
     def _partial_file(self, path: str) -> Iterator[Path]:
         """Yields a temporary path next to `path`, creates its folders, and deletes it at the
         end."""
-        full = self._root / path
+        full = self._own_path(path)
         if self._bounds:
             self.local_path(path)
         full.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ It never looks into rows and never writes to a storage.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,9 @@ FILES_AT_ONCE = 4
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
 )  # fmt: skip
-_OTHER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_MAX_OTHER_BYTES = 1 << 30  # tokenizers have some MiB
+# Transformers would load adapter_* on top of the base.
+_OTHERS = re.compile(rf"(?!adapter_).*\.(json|jinja|txt|model)|{re.escape(model_license.README)}", re.DOTALL)
 
 Report = Callable[[str], None]
 """A function that receives a sentence about the progress."""
@@ -107,7 +110,10 @@ def model_files(
         )
     weights = tuple(top[name] for name in model_folder.weight_files(top, index, at))
     # The README names the license.
-    others = [e for e in top.values() if e.path.endswith(_OTHER_SUFFIXES) or e.path == model_license.README]
+    others = [e for e in top.values() if _OTHERS.fullmatch(e.path)]
+    for entry in others:
+        if entry.size > _MAX_OTHER_BYTES:
+            raise RunError("ModelInvalid", f"model.uri: {at}/{entry.path} has {entry.size >> 20} MiB; remove it")
     return weights, tuple(others)
 
 

@@ -11,6 +11,7 @@ from finetune_api.names import (
     ENV_NODE_RANK,
     ENV_RUN_CONFIG,
     ENV_TERMINATION_LOG,
+    RENDEZVOUS_FILE,
     RUN_CONFIG_PATH,
     TERMINATION_LOG_PATH,
 )
@@ -70,6 +71,8 @@ class Node:
     environment: Mapping[str, str] = field(repr=False)
     rank_command: tuple[str, ...] = RANK_COMMAND
     timing: Timing = Timing()
+    rendezvous_secret: bytes = field(default=b"", repr=False)
+    """What the pods of an attempt know and nobody else; empty if there is one node only."""
 
     @property
     def paths(self) -> Paths:
@@ -137,4 +140,12 @@ def parse(environment: Mapping[str, str], timing: Timing = Timing()) -> Node:
     tracking_timeout = environment.get(ENV_TRACKING_PATIENCE, "")
     if tracking_timeout.isdecimal():
         timing = replace(timing, tracking_timeout=float(tracking_timeout))
-    return Node(config, int(rank), termination_log(environment), environment, timing=timing)
+    secret = path.with_name(RENDEZVOUS_FILE)
+    return Node(
+        config,
+        int(rank),
+        termination_log(environment),
+        environment,
+        timing=timing,
+        rendezvous_secret=secret.read_bytes() if secret.is_file() else b"",
+    )

@@ -6,6 +6,7 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +19,31 @@ from finetune_trainer import model_folder
 from finetune_trainer.data import sources
 from finetune_trainer.data.reading import rows
 from finetune_trainer.data.reading.row import Problem
-from finetune_trainer.destination import output_check, predecessor
+from finetune_trainer.destination import output_check, predecessor, token_store
 from finetune_trainer.destination.output_check import Destination, Role
 from finetune_trainer.destination.signing import Trust
 from finetune_trainer.errors import RunError
 from finetune_trainer.model.check import process as model_check
 from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
-from finetune_trainer.storage import token_store
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access, open_folder
 from finetune_trainer.supervisor import download
 from finetune_trainer.supervisor.download import ModelFacts, Report
+from finetune_trainer.supervisor.inspection.parent import Inspection
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Receives what the checks of rows are doing.
+
+    `report` gets sentences for the log. `reading(reason, subject)` is called before something is
+    read, with the reason that stands for it. `beat` is called for each row.
+    """
+
+    report: Report
+    reading: Callable[[str, str], None] = lambda reason, subject: None
+    beat: Callable[[], None] = lambda: None
 
 
 def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Result:
@@ -59,7 +73,7 @@ def _check_inputs(run: RunConfig, paths: Paths, access: Access, storage: Storage
             f"the CPU; use at least {FEW_CORES}, or auto"
         )
     capacity = model_check.check(run, paths, report)
-    counts, data = check_tokens(run, paths, capacity, report)
+    counts, data = Inspection(run, paths, access.environment, report).tokens(capacity)
     for folder in _token_folders(run, paths):
         token_store.upload(storage, folder, run.job.uid, report)
     return Result(outcome="succeeded", message=counts, model=model.status(complete=False), data=data)
@@ -123,15 +137,15 @@ def check_destination(run: RunConfig, access: Access, role: Role) -> tuple[Stora
     return storage, destination
 
 
-def check_rows(run: RunConfig, paths: Paths, report: Report) -> None:
+def check_rows(run: RunConfig, paths: Paths, progress: Progress) -> None:
     """Checks without a tokenizer that the format of every row is known, and that one is usable.
 
     Raises RunError DatasetInvalid with the numbers of unusable rows if dataset.onInvalid is fail.
     """
     for split in sources.splits(run.data):
         field, files = sources.field(run.data, split), sources.of(run.data, paths, split)
-        counts = _count_rows(files, field)
-        report(f"{field}: {counts}")
+        counts = _count_rows(files, field, progress)
+        progress.report(f"{field}: {counts}")
         if not counts.rows or (counts.unusable and run.data.on_invalid == "fail"):
             raise RunError("DatasetInvalid", _refusal(field, counts, on_invalid=run.data.on_invalid))
 
@@ -153,7 +167,7 @@ class _RowCounts:
         return f"{_counted(self.rows)} of {formats}, {self.unusable} unusable{unlabelled}, {self.duplicates} duplicates"
 
 
-def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
+def _count_rows(files: tuple[rows.InputFile, ...], name: str, progress: Progress) -> _RowCounts:
     import numpy as np
 
     from finetune_trainer.data import dedup, preparation
@@ -161,8 +175,10 @@ def _count_rows(files: tuple[rows.InputFile, ...], name: str) -> _RowCounts:
     counts = _RowCounts()
     digests = bytearray()
     for index, file in enumerate(files):
+        progress.reading("DatasetInvalid", f"{name}: {file.name}")
         stream, _ = rows.stream(file, name, file_index=index, named=len(files) > 1)
         for row in stream:
+            progress.beat()
             if not isinstance(row, Problem):
                 counts.rows += 1
                 digests += rows.digest(row)
@@ -189,7 +205,7 @@ def _refusal(name: str, counts: _RowCounts, *, on_invalid: str) -> str:
     return f"{name}: {_counted(counts.unusable)} can't be used{none_left}: {reasons}{remedy}"
 
 
-def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, report: Report) -> tuple[str, DataStatus]:
+def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, progress: Progress) -> tuple[str, DataStatus]:
     """Checks the rows as tokens, writes the data report, and reports its lines. `capacity` is that
     of the model.
 
@@ -200,14 +216,22 @@ def check_tokens(run: RunConfig, paths: Paths, capacity: Capacity, report: Repor
     from finetune_trainer.data import pipeline, quality_report, quality_report_text
 
     inputs = pipeline.Inputs.of_run(run, paths)
+    progress.reading("ModelInvalid", "model.uri: the tokenizer or its chat template")
     renderer = pipeline.load_renderer(paths.model, run.data, run.added_tokens)
-    prepared = pipeline.prepare(inputs, renderer)
+    if run.data.chat_template is not None:
+        progress.reading("InvalidConfig", "dataset.chatTemplate")
+
+    def opened(file: str) -> None:
+        """Reports which file is read."""
+        progress.reading("DatasetInvalid", file)
+
+    prepared = pipeline.prepare(inputs, renderer, heartbeat=progress.beat, opened=opened)
     for needs in prepared.needs():
         model_folder.check_rows(capacity, needs)
     prepared.check_objective(run.training.objective)
     data_report = prepared.report()
     for line in quality_report_text.lines(data_report):
-        report(line)
+        progress.report(line)
     paths.data_report.write_text(data_report.model_dump_json(by_alias=True, exclude_none=True))
     counts = "; ".join(
         f"{split.split}: {_counted(split.rows)}, {split.tokens} tokens of which {split.label_tokens} are trained on, "

@@ -17,6 +17,7 @@ from finetune_trainer.reporting.progress import Poster
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import download, preflight
 from finetune_trainer.supervisor.download import Inputs
+from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.node import Node
 
 
@@ -51,7 +52,7 @@ class Preparation:
         data = download.data(run, node.paths, node.access, self.report)
         if node.leads and run.world.device == "cpu":
             self.enter("checking", "checking the rows")
-            preflight.check_rows(run, node.paths, self.report)
+            Inspection(run, node.paths, node.environment, self.report).rows()
             self.enter("fetching", "")
         model = download.model(run, node.paths, node.access, self.report)
         preflight.fetch_tokens(run, node.paths, storage, self.report)

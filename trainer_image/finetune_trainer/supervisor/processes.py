@@ -24,7 +24,7 @@ from finetune_trainer.paths import Paths
 
 RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
 ENV_SCRATCH = "FINETUNE_SCRATCH"
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _GPU_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first name wins
@@ -83,6 +83,7 @@ def rank_specs(
         ENV_SCRATCH: str(paths.scratch),
         ENV_RUN_CONFIG: str(paths.run_config),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # no module from the working directory
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         **allocator_environment(world.device, environment),
@@ -121,6 +122,12 @@ def become_subreaper() -> None:
     """Makes orphans of the ranks (data loader workers, compilers) children of this process, so that
     they can be reaped."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def hide_from_ranks() -> None:
+    """Keeps processes of the same user from tracing this one, and from reading its memory, its
+    environment and its open files. It doesn't extend to programs that this process starts."""
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class RankProcesses:
@@ -186,7 +193,7 @@ class RankProcesses:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # safe after a fork: one system call, by a loaded library
+            preexec_fn=die_with_parent,  # safe after a fork: one system call, by a loaded library
         )
         self._processes[spec.rank] = process
         try:
@@ -228,7 +235,8 @@ class RankProcesses:
                     return
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Makes this process end with the thread that started it. It is for a child, before exec."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 

@@ -45,6 +45,7 @@ from finetune_trainer.supervisor.download import Inputs
 from finetune_trainer.supervisor.monitor import Monitor
 from finetune_trainer.supervisor.node import Node
 from finetune_trainer.supervisor.preparation import Preparation
+from finetune_trainer.supervisor.rendezvous.nodes import rendezvous
 from finetune_trainer.supervisor.signals import StopRequest, in_thread
 
 T = TypeVar("T")
@@ -101,12 +102,12 @@ class Supervisor:
             return self._already_finished(inputs.storage, *inputs.destination.finished)
         self._resume(inputs)
         self._enter("loading", "starting the ranks")
-        end = Monitor(self._node, self._stop, self._log, self._handle_event, self._tick).run()
-        if end.how == "stopped" or self._state.preempted is not None:
+        with rendezvous(self._node, self._log) as node:
+            end = Monitor(node, self._stop, self._log, self._handle_event, self._tick).run()
+        leads = self._node.leads
+        if end.how == "stopped" or self._state.preempted is not None or (self._stop.requested and not leads):
             raise StopRequested
-        if not self._node.leads:
-            if self._stop.requested:
-                raise StopRequested
+        if not leads:
             self._in_thread(self._finish_uploads)
             return Result(outcome="succeeded")
         self._in_thread(lambda: self._publish(inputs))
@@ -117,16 +118,15 @@ class Supervisor:
 
     def _prepare(self) -> Inputs:
         """Downloads the inputs. It runs in a thread, so a request to stop is noticed meanwhile."""
-        node = self._node
-        preparation = Preparation(node, self._deposit, self._poster, self._enter, self._set_message, self._log)
+        preparation = Preparation(self._node, self._deposit, self._poster, self._enter, self._set_message, self._log)
         storage, destination = preparation.destination()
         if destination.finished is not None:
             return Inputs(storage, destination)
         self._storage = storage
         inputs = preparation.inputs(storage, destination)
         saved = oom_backoff.saved_halvings(inputs.resume.folder if inputs.resume else None)
-        self._memory.start(storage, node.run.world.nodes, node.run.memory_restarts, saved)
-        node.paths.halvings.write_text(str(self._memory.halvings))
+        self._memory.start(storage, self._node.run.world.nodes, self._node.run.memory_restarts, saved)
+        self._node.paths.halvings.write_text(str(self._memory.halvings))
         return inputs
 
     def _resume(self, inputs: Inputs) -> None:

@@ -23,13 +23,12 @@ from finetune_api.names import (
     checkpoint_dir,
 )
 from finetune_api.status import ArtifactStatus, CheckpointStatus
-from finetune_trainer.destination import claim, output_check, shard_markers
+from finetune_trainer.destination import claim, output_check, shard_markers, token_store
 from finetune_trainer.destination.deposit import MENDABLE, Writer
 from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.manifest import now_rfc3339, of_bytes
 from finetune_trainer.paths import split_checkpoint_path
-from finetune_trainer.storage import token_store
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import oom_backoff
 

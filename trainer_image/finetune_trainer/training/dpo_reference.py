@@ -56,7 +56,7 @@ class Reference:
     def _cached(self, split: Split, cache: Path, key: str) -> NDArray[np.float64]:
         """(examples, 2), read from this node's cache if every node has it."""
         path = cache / f"reference-{_digest(key, split)}.npy"
-        if all(self.evaluator.world.all_gather(path.is_file())):
+        if all(self.evaluator.world.all_gather(path.is_file(), bool)):
             stored: NDArray[np.float64] = np.load(path, mmap_mode="r")
             return stored
         log_p = self._compute(split)

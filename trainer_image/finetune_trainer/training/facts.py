@@ -22,16 +22,15 @@ def gather(context: RankContext, data: Data, saved: CheckpointState | None) -> F
     """All ranks call it together and get the same. Raises RunError for a model folder that can't be
     used."""
     run, world = context.run, context.world
-    dtype: tuple[str, str] = world.broadcast(
-        precision.choose(run.model.dtype, world.device) if world.is_first and not (saved and saved.dtype) else ("", "")
-    )
+    chooses = world.is_first and not (saved and saved.dtype)
+    dtype = world.broadcast(precision.choose(run.model.dtype, world.device) if chooses else ("", ""), tuple[str, str])
     loading.check(context.paths.model)
     return Facts(
         dtype=dtype,
         longest=data.longest,
         size=model_size.read(context.paths.model, run.lora if run.method == "lora" else None, run.full),
         free_memory=_free_memory(world),
-        halvings=world.broadcast(_earlier_halvings(context.paths)),
+        halvings=world.broadcast(_earlier_halvings(context.paths), int),
         saved=saved,
     )
 
@@ -69,7 +68,7 @@ def _free_memory(world: World) -> FreeMemory:
     """The least that any rank has, so that all decide the same."""
     host = host_memory.free_bytes(world.local_size)
     device = device_memory.free_bytes(world.device, world.local_size)
-    everywhere = world.all_gather((device, host))
+    everywhere = world.all_gather((device, host), tuple[int, int])
     return FreeMemory(
         "cuda" if world.device.type == "cuda" else "cpu",
         min(device for device, _ in everywhere),

@@ -175,7 +175,7 @@ def _gathers(t: Training) -> bool:
         return True
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    free = min(world.all_gather(device_memory.free_bytes(device, world.local_size)))
+    free = min(world.all_gather(device_memory.free_bytes(device, world.local_size), int))
     reason = skip_reason(needed, free, t.run.world.strategy)
     if reason:
         t.reporter.decision("answers", "skipped", reason)

@@ -105,7 +105,7 @@ def _read_checkpoint(context: RankContext) -> CheckpointState | None:
     """The state of the checkpoint on this node, or None. Raises RunError if nodes have different
     ones."""
     state = local_folder.read_state(context.paths.resume, verify=context.world.is_first_of_node)
-    steps = context.world.all_gather(state.step if state else None)
+    steps = context.world.all_gather(state.step if state else None, int | None)
     if len(set(steps)) > 1:
         raise RunError(
             "StorageUnavailable", f"the nodes downloaded different checkpoints to resume from (steps {steps})"

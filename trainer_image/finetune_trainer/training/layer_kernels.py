@@ -27,8 +27,8 @@ def choose(
     """Replace and compile what is worth it. Returns whether layers are compiled. All ranks call it
     together."""
     world, reporter = context.world, context.reporter
-    decision = _decision(context, resolved, wrapped, batches, saved) if world.is_first else None
-    compiled, reason = world.broadcast(decision)
+    decision = _decision(context, resolved, wrapped, batches, saved) if world.is_first else (False, "")
+    compiled, reason = world.broadcast(decision, tuple[bool, str])
     if world.device.type == "cuda":
         _fuse_on_gpu(context, wrapped)
     elif not compiled:
@@ -36,7 +36,9 @@ def choose(
     if compiled:
         layers = loading.layers(wrapped.loaded.base)
         compilation.compile_layers(layers, context.paths.compiled)
-        failures = [failure for failure in world.all_gather(_failure(context, trial, batches, loss_sum)) if failure]
+        failures = [
+            failure for failure in world.all_gather(_failure(context, trial, batches, loss_sum), str) if failure
+        ]
         if failures:
             compilation.stop_compiling(layers)
             compiled, reason = (

@@ -62,11 +62,13 @@ def _restore(t: Training, latest: int) -> CheckpointState | None:
     Returns None if rank 0 has no such checkpoint on its disk.
     """
     newest = _newest(t, latest) if t.world.is_first else None
-    name: str | None = t.world.broadcast(newest.name if newest else None)
-    state: CheckpointState | None = t.world.broadcast(local_folder.read_state(newest) if newest else None)
+    name: str | None = t.world.broadcast(newest.name if newest else None, str | None)
+    state: CheckpointState | None = t.world.broadcast(
+        local_folder.read_state(newest) if newest else None, CheckpointState | None
+    )
     if name is None or state is None:
         return None
-    folder = t.paths.resume if name == t.paths.resume.name else t.paths.checkpoints / name
+    folder = t.paths.resume if name == t.paths.resume.name else t.paths.checkpoints / Path(name).name
     weights = reader.open_everywhere(folder, "weights", t.world)
     optimizer_state = reader.open_everywhere(folder, "optimizer", t.world)
     if weights is None or (optimizer_state is None and state.updates):

@@ -98,6 +98,16 @@ def attempt_job(
     }
 
 
+def with_rendezvous_secret(attempt: Manifest, secret: str) -> Manifest:
+    """Returns the Job of an attempt whose pods know a secret that those of other Jobs don't."""
+    spec = attempt["spec"]
+    template = spec["template"]
+    metadata = template["metadata"]
+    annotations = {**metadata["annotations"], names.ANNOTATION_RENDEZVOUS_SECRET: secret}
+    metadata = {**metadata, "annotations": annotations}
+    return {**attempt, "spec": {**spec, "template": {**template, "metadata": metadata}}}
+
+
 def preflight_job(job: FineTuneJob, run: RunConfig, settings: Settings) -> Manifest:
     """Returns the Job that checks inputs and output; it retries transient errors."""
     labels = _child_labels(job, names.ROLE_PREFLIGHT)

@@ -31,9 +31,10 @@ def pod_spec(
 ) -> Manifest:
     """Returns the pod spec of a role (names.ROLE_TRAINER or names.ROLE_PREFLIGHT)."""
     network = network_profile(job, settings, role)
+    multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     mounts = (
         *_scratch(job, run, role),
-        *_run_config(),
+        *_run_config(multi_node),
         *_progress_token(settings),
         *_credentials(job),
         *claims(job),
@@ -42,7 +43,6 @@ def pod_spec(
         *_ca_bundle(settings),
         *_model_cache(settings, role),
     )
-    multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     return _present(
         {
             "restartPolicy": "Never",
@@ -105,6 +105,7 @@ def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) 
         {"name": names.ENV_RUN_CONFIG, "value": names.RUN_CONFIG_PATH},
         {"name": names.ENV_TERMINATION_LOG, "value": names.TERMINATION_LOG_PATH},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 (a volume of the pod)
+        {"name": "PYTHONSAFEPATH", "value": "1"},  # no module from the working directory, in own images either
         *_ca_variables(settings),
         *([{"name": "HF_ENDPOINT", "value": hub}] if hub else []),
     ]
@@ -199,10 +200,17 @@ def _ephemeral_claim(storage_class: str, size: str) -> Manifest:
     return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
-def _run_config() -> tuple[Mount, ...]:
+def _run_config(multi_node: bool) -> tuple[Mount, ...]:
+    """Returns the mount of the RunConfig and, with several nodes, of the rendezvous' secret."""
     folder, _, file = names.RUN_CONFIG_PATH.rpartition("/")
-    field = f"metadata.annotations['{names.ANNOTATION_RUN_CONFIG}']"
-    source = {"downwardAPI": {"items": [{"path": file, "fieldRef": {"fieldPath": field}}]}}
+    annotations = {file: names.ANNOTATION_RUN_CONFIG}
+    if multi_node:
+        annotations[names.RENDEZVOUS_FILE] = names.ANNOTATION_RENDEZVOUS_SECRET
+    items = [
+        {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}}
+        for path, annotation in annotations.items()
+    ]
+    source = {"downwardAPI": {"items": items}}
     return (Mount("run-config", source, folder),)
 
 

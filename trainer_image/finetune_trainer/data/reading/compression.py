@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
+
+from finetune_trainer.opened_file import Moved, opened_download
 
 MAX_EXPANSION = 300  # texts shrink 3 to 20 times, a log of one repeated line up to 200 times
 FREE_BYTES = 256 << 20  # a small file may always expand to this size
@@ -35,8 +37,22 @@ class Readable(Protocol):
 
 def kind(path: Path) -> str:
     """Return gzip, zstd, bz2 or xz, or an empty string for a file that isn't compressed."""
-    with path.open("rb") as file:
-        head = file.read(6)
+    with _opened_file(path) as file:
+        return _kind(file)
+
+
+@contextmanager
+def _opened_file(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with opened_download(path) as file:
+            yield file
+    except Moved:
+        raise CorruptData("was replaced by a link after it was downloaded") from None
+
+
+def _kind(file: BinaryIO) -> str:
+    head = file.read(6)
+    file.seek(0)
     return next((name for magic, name in _MAGIC if head.startswith(magic)), "")
 
 
@@ -46,15 +62,15 @@ def opened(path: Path) -> Iterator[Readable]:
 
     Reading raises CorruptData if it can't be unpacked.
     """
-    codec = kind(path)
-    with path.open("rb") as file:
+    with _opened_file(path) as file:
+        codec = _kind(file)
         if not codec:
             yield file
             return
-        yield _ExpansionGuard(_unpacked(file, codec), codec, path.stat().st_size)
+        yield _ExpansionGuard(_unpacked(file, codec), codec, os.fstat(file.fileno()).st_size)
 
 
-def _unpacked(file: io.BufferedReader, codec: str) -> Readable:
+def _unpacked(file: BinaryIO, codec: str) -> Readable:
     if codec == "gzip":
         return gzip.GzipFile(fileobj=file)
     if codec == "bz2":
@@ -70,7 +86,7 @@ def _unpacked(file: io.BufferedReader, codec: str) -> Readable:
 class _Xz:
     """Like lzma.LZMAFile, except that it refuses a dictionary of more than _XZ_MEMORY bytes."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._decoder: Any = None
 

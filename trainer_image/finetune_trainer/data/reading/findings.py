@@ -14,6 +14,8 @@ from finetune_trainer.data.reading import reasoning
 from finetune_trainer.data.reading.row import Omission, Row, Turn, Values
 from finetune_trainer.data.reading.turns import FURTHER_KEYS, LOSS_KEYS
 
+CHANGED = "changes an answer"
+"""What a message about a template that does so contains."""
 SUBJECTS = {
     "system": "system prompts", "user": "questions", "assistant": "answers", "tool": "tool results", "text": "texts",
 }  # fmt: skip
@@ -145,6 +147,31 @@ def warnings(split: SplitReport) -> Iterator[DataWarning]:
             more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
             message = f"{split.split}: {description} {', '.join(listed[:_NAMED])}{more}"
             yield DataWarning(reason=reason, message=message)
+
+
+def changed_answer(turn: Turn, rendered: str) -> str:
+    """Return what a template does to an answer, in words that follow "the template"; empty if it
+    has the answer as it is.
+
+    `rendered` is the text that would be trained on. Spaces may differ, and a template may move or
+    leave out the thoughts at the beginning.
+    """
+    if turn.more:
+        name = missing_call(turn, rendered)
+        if not name:
+            return ""
+        return (
+            f"leaves out the call of {name!r} or its arguments, so an answer without it would be trained on; set "
+            "dataset.chatTemplate to a template that writes tool_calls"
+        )
+    answer = turn.content.rpartition("</think>")[2].strip()
+    if not rendered or answer in rendered or _has(_squeezed(rendered), _squeezed(answer)):
+        return ""
+    return f"{CHANGED}: {answer[:80]!r} is trained as {rendered.strip()[:80]!r}; set dataset.chatTemplate"
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
 
 
 def missing_call(turn: Turn, answer: str) -> str:

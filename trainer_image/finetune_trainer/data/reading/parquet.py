@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
+from finetune_trainer.opened_file import opened_download
 
 MAX_COLUMN_BYTES = 512 << 20  # of one row group, uncompressed
 _BATCH_ROWS = 64
+_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}
+_MAX_UNPACKED_BYTES = 4 << 30  # for rows that are refused anyway
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -25,17 +28,24 @@ def records(path: Path) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number = unpacked = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with opened_download(path) as source, parquet.ParquetFile(source, **_OPTIONS) as file:
             _check_sizes(file.metadata)
             texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.binary())]
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=texts) as file:
+        with (
+            opened_download(path) as source,
+            parquet.ParquetFile(source, read_dictionary=texts, **_OPTIONS) as file,
+        ):
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
-                is_small = batch.nbytes <= MAX_RECORD_BYTES
+                too_large = {} if batch.nbytes <= MAX_RECORD_BYTES else large_cells(batch)
+                unpacked += batch.nbytes if too_large else 0
+                if unpacked > _MAX_UNPACKED_BYTES:  # each batch unpacks the column's largest values again
+                    raise Unreadable(number + 1, "too many cells of the parquet file are too large; split them")
                 for index in range(batch.num_rows):
                     number += 1
-                    yield number, record(batch, index, checked=is_small)
+                    name = too_large.get(index)
+                    yield number, too_long(f"a cell of column {name}") if name else record(batch, index)
     except Unreadable:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -61,15 +71,24 @@ def _check_sizes(metadata: Any) -> None:
         first_row = last_row + 1
 
 
-def record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
-    """Return a row of a batch, or why it can't be used.
+def large_cells(batch: Any) -> dict[int, str]:
+    """Return the rows of a batch that have too large a cell, each with the name of its column."""
+    from pyarrow import compute
 
-    `checked` is whether all of its cells are small.
-    """
+    large: dict[int, str] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if hasattr(column, "dictionary"):
+            lengths = compute.take(compute.binary_length(column.dictionary), column.indices).to_pylist()
+        else:
+            lengths = [column.slice(index, 1).nbytes for index in range(batch.num_rows)]
+        large |= {index: name for index, length in enumerate(lengths) if (length or 0) > MAX_RECORD_BYTES}
+    return large
+
+
+def record(batch: Any, index: int) -> dict[str, Any] | str:
+    """Return a row of a batch, or why it can't be used."""
     values: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if not checked and _cell_bytes(column, index) > MAX_RECORD_BYTES:
-            return too_long(f"a cell of column {name}")
         try:
             value = column[index].as_py()
         except UnicodeDecodeError:
@@ -77,13 +96,6 @@ def record(batch: Any, index: int, *, checked: bool) -> dict[str, Any] | str:
         if value is not None:
             values[name] = _without_nulls(value)
     return values
-
-
-def _cell_bytes(column: Any, index: int) -> int:
-    if hasattr(column, "dictionary"):
-        value = column[index].value  # the dictionary's entry
-        return value.as_buffer().size if value is not None and value.is_valid else 0
-    return int(column.slice(index, 1).nbytes)
 
 
 def _without_nulls(value: Any) -> Any:

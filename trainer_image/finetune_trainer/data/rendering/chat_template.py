@@ -14,8 +14,11 @@ from datetime import date as Date
 from datetime import datetime, time
 from typing import Any
 
+from finetune_trainer import limits
 from finetune_trainer.data.reading.row import Row, Turn
 
+TEMPLATE_SECONDS = 5.0
+"""How long a template, which is a program, may take for one text."""
 _DATE = "strftime_now"
 _RANDOM = re.compile(r"\|\s*random\b")
 
@@ -67,7 +70,10 @@ class ChatTemplate:
         if self._is_pinned:
             self._pin(row.number)
         try:
-            return str(self._apply(chat, tools=tools, tokenize=False, add_generation_prompt=answer))
+            with limits.seconds_at_most(TEMPLATE_SECONDS):
+                return str(self._apply(chat, tools=tools, tokenize=False, add_generation_prompt=answer))
+        except limits.Overrun as overrun:
+            raise TemplateRefusal(overrun) from None
         except (ValueError, KeyError) as error:  # of Transformers itself: there is no template for tools
             raise TemplateRefusal(error) from None
         except Exception as error:  # a template is a program, so it may raise anything

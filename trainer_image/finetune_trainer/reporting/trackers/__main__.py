@@ -17,9 +17,12 @@ from pydantic import ValidationError
 
 from finetune_api.messages import events, run
 from finetune_api.names import CHECKPOINT_HISTORY, SECRET_TRACKER_KEYS
+from finetune_trainer import limits
 from finetune_trainer.paths import Paths
 from finetune_trainer.reporting.trackers import servers
 from finetune_trainer.reporting.trackers.worker import Ending, State, Subject, Tracker, Worker, WorkerContext
+
+_MEMORY_BYTES = 2 << 30  # the clients' libraries take less than half of it
 
 
 def main() -> int:
@@ -56,6 +59,8 @@ def main() -> int:
         report=report,
         redact=redact,
     )
+    # From here on, as what a server answers may have any size.
+    limits.limit_memory(_MEMORY_BYTES)
     workers = [Worker(make, name, context) for name, make in _makers(config.tracking, subject).items()]
     for worker in workers:
         worker.start()

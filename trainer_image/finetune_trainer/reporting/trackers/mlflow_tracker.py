@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from finetune_api.messages.run import MlflowConfig, RunConfig
 from finetune_trainer.reporting.trackers.scalars import Point
-from finetune_trainer.reporting.trackers.worker import Ending, Subject
+from finetune_trainer.reporting.trackers.worker import Ending, Subject, described
 
 _UID = "finetune.job_uid"
 _PARAMETERS = "finetune.parameters"
@@ -17,6 +18,7 @@ _KIND = "mlflow.experimentKind"
 _MAX_METRICS = 1000  # per request, a limit of the REST API
 _MAX_PARAMETERS = 100
 _MAX_VALUE_LENGTH = 500
+_ARTIFACT_SCHEMES = ("mlflow-artifacts", "http", "https")
 _HIDDEN = re.compile(r"credentials|\.display$")
 
 
@@ -117,13 +119,18 @@ class Mlflow:
         A server that doesn't serve artifacts refuses them. That is no error: the result is complete
         in the job's output anyway.
         """
+        scheme = urlsplit(str(self._client.get_run(self._run).info.artifact_uri)).scheme
+        if scheme not in _ARTIFACT_SCHEMES:  # the client would write it itself, even into this pod
+            return [
+                f"files aren't logged, as the server doesn't take them itself (its artifacts are at {scheme[:20]}:)"
+            ]
         try:
             for file in ending.files:
                 self._client.log_artifact(self._run, file, artifact_path="finetune")
         except Exception as error:
             if _is_transient(error):
                 raise
-            return [f"the server refused the files ({type(error).__name__}: {str(error)[:150]})"]
+            return [f"the server refused the files ({described(error)})"]
         return []
 
     def _register(self, uri: str, digest: str, note: str) -> list[str]:
@@ -147,7 +154,7 @@ class Mlflow:
         except MlflowException as error:
             if _is_transient(error):
                 raise
-            return [f"the registry refused {uri} as {name} ({str(error)[:150]})"]
+            return [f"the registry refused {uri} as {name} ({described(error)})"]
         return [f"version {created.version} of {name}"]
 
 

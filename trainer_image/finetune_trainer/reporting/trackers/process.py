@@ -62,7 +62,12 @@ class TrackerProcess:
         self._paths.tracking.mkdir(parents=True)
         self._process = subprocess.Popen(
             _COMMAND,
-            env={**attempt.environment, "FINETUNE_SCRATCH": str(self._paths.scratch), "PYTHONUNBUFFERED": "1"},
+            env={
+                **attempt.environment,
+                "FINETUNE_SCRATCH": str(self._paths.scratch),
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONSAFEPATH": "1",
+            },
             cwd=self._paths.tracking,
             stdin=subprocess.DEVNULL,
             stdout=(self._paths.tracking / "log").open("wb"),

@@ -6,6 +6,7 @@ as the server: nothing waits for it except, for a limited time, the supervisor a
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
+from finetune_api import untrusted
 from finetune_api.base import LenientModel
 from finetune_api.messages.run import RunConfig
 from finetune_api.status import ArtifactStatus
@@ -25,6 +27,8 @@ from finetune_trainer.reporting.trackers.scalars import Point, points
 State = Literal["recording", "failing", "done"]
 _RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _BATCH_POINTS = 200
+_STATUS = re.compile(r"error code (\d{3})\b")
+_ANSWER = re.compile(r"\.?\s*response(?: body)?:", re.IGNORECASE)
 
 
 class Ending(LenientModel):
@@ -130,7 +134,7 @@ class Worker(threading.Thread):
             except Exception as error:
                 if not self._failing:
                     self._failing = True
-                    self._report("failing", self._context.redact(_summary(error)))
+                    self._report("failing", self._context.redact(described(error)))
                 wait = _RETRY_SECONDS[min(retries, len(_RETRY_SECONDS) - 1)]
                 retries += 1
                 self._sleep(min(wait, 2.0) if ending is not None else wait, ending)
@@ -160,5 +164,12 @@ class Worker(threading.Thread):
             time.sleep(0.1)
 
 
-def _summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def described(error: Exception) -> str:
+    """Returns what went wrong, without what the server wrote: its address is the user's choice, and
+    its answer could be a page that only this pod may read."""
+    text = " ".join(str(error).split())
+    is_answer = hasattr(error, "error_code") and "failed with exception" not in text
+    if is_answer or _ANSWER.search(text):
+        number = _STATUS.search(text)
+        text = f"{getattr(error, 'error_code', '')}{f', HTTP status {number.group(1)}' if number else ''}".lstrip(", ")
+    return untrusted.line(f"{type(error).__name__}: {text}", 300)

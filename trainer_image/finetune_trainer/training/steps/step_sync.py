@@ -86,7 +86,7 @@ def agree(
 
 
 def _first_out_of_memory(world: World, own: str) -> str:
-    messages = world.all_gather(own)
+    messages = world.all_gather(own, str)
     return next(f"rank {rank}: {message}" for rank, message in enumerate(messages) if message)
 
 
@@ -100,4 +100,4 @@ def _bad_rows(
         if not math.isfinite(loss)
         for example in micro_batch
     ]
-    return tuple(sorted({line for lines in world.all_gather(own) for line in lines}))
+    return tuple(sorted({line for lines in world.all_gather(own, list[int]) for line in lines}))

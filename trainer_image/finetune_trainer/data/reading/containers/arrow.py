@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.data.reading import parquet
-from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable
+from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
+from finetune_trainer.opened_file import opened_download
 
 FILE_MAGIC = b"ARROW1"
 STREAM_MAGIC = b"\xff\xff\xff\xff"
@@ -26,16 +27,17 @@ def records(path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        with opened_download(path) as source, pyarrow.PythonFile(source) as file:
             for batch in _batches(file):
                 if batch.nbytes > parquet.MAX_COLUMN_BYTES:
                     size = f"{batch.nbytes >> 20} MiB"
                     raise Unreadable(number + 1, f"a batch has {size}; save it with smaller ones (writer_batch_size)")
                 batch.validate(full=True)
-                is_small = batch.nbytes <= MAX_RECORD_BYTES
+                too_large = {} if batch.nbytes <= MAX_RECORD_BYTES else parquet.large_cells(batch)
                 for index in range(batch.num_rows):
                     number += 1
-                    yield number, parquet.record(batch, index, checked=is_small)
+                    name = too_large.get(index)
+                    yield number, too_long(f"a cell of column {name}") if name else parquet.record(batch, index)
     except Unreadable:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:

@@ -12,8 +12,9 @@ import pytest
 
 from finetune_api.messages.run import DataConfig, RunConfig, S3Config, WorldConfig
 from finetune_trainer.data import pipeline, preparation, token_cache
+from finetune_trainer.destination import token_store
 from finetune_trainer.paths import Paths
-from finetune_trainer.storage import schemes, token_store
+from finetune_trainer.storage import schemes
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.storage.schemes import Access
 from finetune_trainer.supervisor import download, preflight, upload
