@@ -89,8 +89,7 @@ def test_running_is_reported_together_with_the_first_progress(world: World, crd:
     assert _post_when_known(operator, _token(world, pod), fetching)[0] == 200
     status = world.wait_phase("fold", "Running")
     assert status["progress"]["message"] == "fetching the model"
-    writes = audit_writes(crd.audit_log, world.namespace)
-    assert len([write for write in writes if not write.endswith("events")]) == 3
+    assert _status_writes(crd, world) == 2, audit_writes(crd.audit_log, world.namespace)
 
 
 def _status_writes(crd: Any, world: World) -> int:
