@@ -12,7 +12,7 @@ _KEYS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "hf": "HF_TOKEN",
-    "https": "MLFLOW_TRACKING_TOKEN",
+    "https": "MLFLOW_TRACKING_TOKEN and MLFLOW_TRACKING_URI, which is the server's URL",
 }
 # Bytes that a job downloads: the safetensors files and the tokenizer of the published repository.
 MODEL_BYTES = {
