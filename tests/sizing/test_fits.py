@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,12 +118,16 @@ def test_finetune_plan_gives_the_same_answer(tmp_path: Path, method: Method, gpu
 
 
 def _write_headers(folder: Path, model: PublishedModel) -> None:
-    """Writes a model whose files have headers but no weights."""
-    header = {
-        name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensor_shapes(model).items()
-    }
+    """Writes a model whose file has a header and a hole as large as its weights."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in tensor_shapes(model).items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
     (folder / "config.json").write_text(json.dumps(model.config))
 
 
