@@ -40,6 +40,7 @@ _TRAINER = (
     "safetensors",
     "huggingface_hub",
     "obstore",
+    "cryptography",
     "prometheus_client",
     "pynvml",
     "sentencepiece",
