@@ -1,1 +1,1 @@
-"""Runs two groups of tests in parallel: those that wait for a cluster, and those that compute."""
+"""Runs three groups of tests in parallel: two that wait for a cluster, and one that computes."""

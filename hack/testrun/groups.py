@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Folders of tests that mostly wait for an API server, a kubelet, a container or an image.
-WAITING = ("api", "chart", "e2e", "images", "k8s_operator", "localcluster", "security")
+# Folders of tests that mostly wait: for an API server, or for a kubelet, a container or an image.
+CONTROLLERS = ("api", "chart", "k8s_operator", "security")
+PODS = ("e2e", "images", "localcluster")
 _FAILURE_TITLES = (" ERRORS ", " FAILURES ", " short test summary info ")
 ONCE_MORE = 3  # at most so many failed tests run a second time; more are no accident
-SIDE_BY_SIDE_BYTES = 12 << 30  # available memory that both groups need together
+SIDE_BY_SIDE_BYTES = 12 << 30  # available memory that all groups need together
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,19 @@ class Outcome:
         return f"{counts} in {seconds:.0f} s"
 
 
-def divide(entries: Iterable[str]) -> tuple[Group, Group]:
-    """Divides the entries of tests/ into the group that waits and the one that computes."""
+def divide(entries: Iterable[str]) -> tuple[Group, ...]:
+    """Divides the entries of tests/ into two groups that wait, and one that computes.
+
+    A group without tests is left out.
+    """
     names = sorted(entries)
-    return (
-        Group("cluster", tuple(f"tests/{name}" for name in names if name in WAITING)),
-        Group("compute", tuple(f"tests/{name}" for name in names if name not in WAITING), niceness=10, processes=2),
+    rest = [name for name in names if name not in CONTROLLERS + PODS]
+    divided = (
+        Group("pods", tuple(f"tests/{name}" for name in names if name in PODS)),
+        Group("cluster", tuple(f"tests/{name}" for name in names if name in CONTROLLERS)),
+        Group("compute", tuple(f"tests/{name}" for name in rest), niceness=10, processes=2),
     )
+    return tuple(group for group in divided if group.paths)
 
 
 def entries(tests: Path) -> list[str]:
