@@ -25,7 +25,7 @@ def _job(name: str) -> dict[str, Any]:
         checkpoint={"every": 10},
         distribution={"nodes": 2, "processesPerNode": 1, "strategy": "ddp"},
         resources={"cpu": "600m", "memory": "3Gi", "scratch": "2Gi", "sharedMemory": "128Mi"},
-        pod={"tolerations": [{**_UNREACHABLE, "tolerationSeconds": 5}]},
+        pod={"tolerations": [{**_UNREACHABLE, "tolerationSeconds": 5}], "terminationGracePeriodSeconds": 20},
     )
 
 
