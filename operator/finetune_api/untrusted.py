@@ -43,10 +43,14 @@ def line(text: str, limit: int = MAX_LINE_CHARACTERS) -> str:
 def shortened(text: str, limit: int) -> str:
     """Returns a line of at most `limit` characters, with … where something is missing.
 
-    That is behind the middle: errors often name their cause at the end.
+    That is behind a first sentence that fills at least half of the line, as the scheduler writes
+    it, else behind the middle: errors often name their cause at the end.
     """
     if len(text) <= limit:
         return text
+    sentence = text.find(". ", limit // 2, limit - 1)
+    if sentence > 0:
+        return f"{text[: sentence + 1]} …"
     end = limit // 3
     return f"{text[: limit - 1 - end].rstrip()}…{text[-end:].lstrip()}"
 

@@ -28,7 +28,10 @@ class TenantSettings(Model):
     storage_classes: tuple[str, ...] = Field(default=_ANY, description="StorageClasses of scratch disks.")
     schedulers: tuple[str, ...] = Field(default=_ANY, description="Schedulers.")
     queues: tuple[str, ...] = Field(default=_ANY, description="Queues.")
-    toleration_keys: tuple[str, ...] = Field(default=("nvidia.com/gpu",), description="Keys of taints.")
+    toleration_keys: tuple[str, ...] = Field(
+        default=("nvidia.com/gpu", "node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"),
+        description="Keys of taints.",
+    )
     node_label_keys: tuple[str, ...] = Field(
         default=(
             "kubernetes.io/arch",

@@ -98,7 +98,7 @@ def test_gpus_that_no_node_has_leave_the_job_pending_after_its_check(world: Worl
     job = fine_tune_job("no-gpu", resources={"cpu": "200m", "memory": "1500Mi", "scratch": "1Gi", "gpu": {}})
     name = world.apply(job)
     world.until(
-        name, lambda s: "Insufficient nvidia.com/gpu" in s.get("message", ""), 120, "a message about missing GPUs"
+        name, lambda s: "Insufficient nvidia.com/gpu." in s.get("message", ""), 120, "a message about missing GPUs"
     )
     jobs = world.kubectl("get", "jobs", "-o", "name")
     assert f"{name}-check" in jobs

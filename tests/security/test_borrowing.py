@@ -41,7 +41,7 @@ _REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "every key"),
     "T13 the control plane": (
         "", {"pod": {"tolerations": [{"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}]}},
-        "spec.pod.tolerations", "tenants.tolerationKeys: nvidia.com/gpu"),
+        "spec.pod.tolerations", "tenants.tolerationKeys: nvidia.com/gpu, node.kubernetes.io/not-ready, "),
     "T13 nodes of others": ("", {"pod": {"nodeSelector": {"pool": "production"}}}, "spec.pod.nodeSelector", "pool"),
     "T13 one node": (
         "", {"pod": {"nodeSelector": {"kubernetes.io/hostname": "cp-1"}}}, "spec.pod.nodeSelector", "hostname"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api import untrusted
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.result import Result
 from finetune_api.status import (
@@ -414,3 +415,20 @@ def test_the_facts_about_the_rows_are_kept_and_reported_once() -> None:
         an_observation(a_job(), an_attempt(1, a_pod())), report=Report(Progress(attempt=1, data=few), timestamp(NOW))
     )
     assert _status_of(running).data == few
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a" * 40, "a" * 40),
+        (
+            "The scheduler says: 2 Insufficient gpus. Preemption won't help.",
+            "The scheduler says: 2 Insufficient gpus. …",
+        ),
+        ("Short. " + "b" * 60 + " the cause", f"Short. {'b' * 26}…{'b' * 6} the cause"),
+    ],
+)
+def test_a_line_is_cut_after_a_long_first_sentence_or_behind_its_middle(text: str, expected: str) -> None:
+    short = untrusted.shortened(text, 50)
+    assert len(short) <= 50
+    assert short == expected
