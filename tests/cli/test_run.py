@@ -97,7 +97,7 @@ def test_what_the_trainer_refuses_is_shown_with_a_hint_and_its_exit_code(folder:
     assert ended.returncode == 65, output
     assert "DatasetNotFound: " in output
     assert "nowhere.jsonl" in output
-    assert "hint: Check dataset.uri" in output
+    assert "hint: Check whether the dataset exists" in output
 
 
 def test_a_wrong_option_is_refused_before_anything_runs(folder: Path) -> None:

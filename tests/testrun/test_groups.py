@@ -83,6 +83,7 @@ from pathlib import Path
 from testrun import __main__ as program
 from testrun.groups import Group
 program.ROOT = Path(sys.argv[1])
+program.available_memory = lambda _: 1 << 40
 program.divide = lambda _: (Group("first", ("one",)), Group("second", ("two",), niceness=5, processes=int(sys.argv[2])))
 sys.exit(program.main(sys.argv[3:]))
 """

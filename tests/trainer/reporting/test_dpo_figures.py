@@ -15,7 +15,7 @@ from finetune_cli import screen
 from finetune_trainer.reporting import run_state
 from finetune_trainer.reporting.gpus.watch import Gpus
 from finetune_trainer.reporting.html import page
-from finetune_trainer.reporting.progress import progress_of
+from finetune_trainer.reporting.progress import Stored, progress_of
 from finetune_trainer.reporting.prometheus import Metrics
 from finetune_trainer.reporting.trackers import scalars
 from finetune_trainer.supervisor import provenance
@@ -93,7 +93,7 @@ def test_prometheus_gets_the_figures() -> None:
 
 def test_progress_has_the_latest_figures_and_the_result_those_of_the_written_weights() -> None:
     now = _folded()
-    progress = progress_of(now, attempt=1, phase="training", message="", checkpoint=None, model=None)
+    progress = progress_of(now, attempt=1, phase="training", message="", stored=Stored(), model=None)
     assert (progress.reward_margin, progress.reward_accuracy) == (0.75, 0.875)
     assert (progress.eval_reward_margin, progress.eval_reward_accuracy) == (0.5, 0.625)
     assert (progress.test_reward_margin, progress.test_reward_accuracy) == (0.9, 0.7)

@@ -13,7 +13,7 @@ from finetune_api.status import StragglerStatus
 from finetune_trainer.log import Log
 from finetune_trainer.reporting import event_log, run_state
 from finetune_trainer.reporting.gpus.watch import Gpus
-from finetune_trainer.reporting.progress import progress_of
+from finetune_trainer.reporting.progress import Stored, progress_of
 from finetune_trainer.reporting.prometheus import Metrics
 
 _PLAN = events.PlanEvent(
@@ -61,7 +61,7 @@ def test_a_straggler_is_shown_until_it_has_recovered() -> None:
     assert _value(_metrics(0, _PLAN, _SLOW), "finetune_train_straggler_ratio") == 1.234
     assert _value(_metrics(0, _PLAN, _SLOW, _RECOVERED), "finetune_train_straggler_ratio") == 1
     state = run_state.after(run_state.RunState(), _SLOW)
-    posted = progress_of(state, attempt=1, phase="training", message="", checkpoint=None, model=None)
+    posted = progress_of(state, attempt=1, phase="training", message="", stored=Stored(), model=None)
     assert posted.straggler == StragglerStatus(rank=3, node=1, ratio=1.23)
     assert run_state.after(state, _RECOVERED).straggler is None
 

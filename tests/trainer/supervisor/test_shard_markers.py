@@ -46,7 +46,7 @@ class Pair:
         return self.setup.folder / f"keys-{node}"
 
     def start(self, attempt: int) -> tuple[RunningSupervisor, RunningSupervisor]:
-        holds = {str(step): str(self.setup.folder / f"go-{step}") for step in (2, 4)}
+        holds = {str(step): str(self.setup.folder / f"go-{step}") for step in (2, 3, 4, 5)}
         behavior = {"holds": holds, "steps": 6, "shards": True}
         first, second = (
             supervisor_process.start(
@@ -64,13 +64,25 @@ class Pair:
     def continue_after(self, step: int) -> None:
         """Let the ranks continue after `step`, once its checkpoint is complete."""
         supervisor_process.wait_until(lambda: (self.step(step) / "manifest.json").exists())
-        (self.setup.folder / f"go-{step}").touch()
+        self._let_go(step, step + 1)
 
     def finish(self, attempt: int) -> tuple[FinishedSupervisor, FinishedSupervisor]:
-        """Run an attempt to its end on both nodes."""
-        (self.setup.folder / "go-4").touch()
+        """Run an attempt to its end on both nodes. Neither writes another checkpoint before the
+        other one has begun, so that both find the same ones."""
+        (self.setup.folder / "go-3").unlink(missing_ok=True)
+        began = time.time()
         first, second = self.start(attempt)
+        supervisor_process.wait_until(lambda: all(self._has_ranks(node, began) for node in (0, 1)))
+        self._let_go(3, 4, 5)
         return first.wait(), second.wait()
+
+    def _let_go(self, *steps: int) -> None:
+        for step in steps:
+            (self.setup.folder / f"go-{step}").touch()
+
+    def _has_ranks(self, node: int, began: float) -> bool:
+        events = self.setup.folder / f"scratch-{node}" / "events"
+        return any(path.stat().st_mtime >= began for path in events.glob("*"))
 
 
 @pytest.fixture

@@ -90,8 +90,8 @@ ALL = (
         f"{_RENDER}test_plain_text_begins_with_one_beginning_token",
     ),
     _one(
-        8, "the tokenizer's BOS token is added to the template's", "data/chat_rendering.py",
-        "self._tokenizer(list(texts), add_special_tokens=False)", "self._tokenizer(list(texts))",
+        8, "the tokenizer's BOS token is added to the template's", "data/tokenizer.py",
+        "tokenizer(texts, add_special_tokens=False)", "tokenizer(texts)",
         f"{_RENDER}test_a_template_with_a_beginning_token_gets_no_second_one",
     ),
     _one(
