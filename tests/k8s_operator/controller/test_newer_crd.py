@@ -63,7 +63,7 @@ class _Cluster:
 
     async def create(self, resource: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
         meta = {**manifest["metadata"], "uid": manifest["metadata"].get("name", ""), "resourceVersion": "20"}
-        if resource != "events":
+        if resource == "jobs":
             self.created.append(meta["name"])
         return {**manifest, "metadata": meta}
 
