@@ -63,7 +63,7 @@ def test_the_api_server_refuses_changes_of_immutable_fields(
         server.request("DELETE", f"{JOBS}/{old['metadata']['name']}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def job_in_phase(server: Server) -> Iterator[Callable[[str], dict[str, Any]]]:
     """Return a function that stores a job in a phase, and returns what a client would send."""
     stored: set[str] = set()
