@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Folders of tests that mostly wait: for an API server, or for a kubelet, a container or an image.
-CONTROLLERS = ("api", "chart", "k8s_operator", "security")
-PODS = ("e2e", "images", "localcluster")
+CONTROLLERS = ("api", "chart", "k8s_operator", "localcluster", "security")
+PODS = ("e2e", "images")
 _FAILURE_TITLES = (" ERRORS ", " FAILURES ", " short test summary info ")
 ONCE_MORE = 3  # at most so many failed tests run a second time; more are no accident
 SIDE_BY_SIDE_BYTES = 12 << 30  # available memory that all groups need together
