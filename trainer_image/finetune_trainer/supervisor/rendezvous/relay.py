@@ -11,6 +11,7 @@ import asyncio
 import errno
 import socket
 import threading
+from abc import ABC, abstractmethod
 from asyncio import StreamReader, StreamWriter
 from collections import Counter
 from contextlib import suppress
@@ -27,7 +28,7 @@ _CHUNK_BYTES = 1 << 16
 _FAILURES = (OSError, EOFError, TimeoutError, Rejected)
 
 
-class _Relay:
+class _Relay(ABC):
     """Accepts connections in a thread of its own, until it is closed."""
 
     def __init__(self, listener: socket.socket) -> None:
@@ -66,8 +67,9 @@ class _Relay:
             self._tasks.discard(task)
             writer.close()
 
+    @abstractmethod
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
-        raise NotImplementedError
+        """Handles one connection until it ends."""
 
 
 class Gate(_Relay):
