@@ -54,7 +54,7 @@ test-fast: venv test-packages ## Run the tests that need neither a cluster nor a
 
 .PHONY: e2e
 e2e: venv ## Run only the end-to-end tests on real pods
-	$(PY) -m pytest tests/e2e
+	$(PY) -m pytest tests/e2e tests/nodes
 
 .PHONY: lint
 lint: venv ## Run ruff, mypy and import-linter, and check generated files

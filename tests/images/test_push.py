@@ -21,7 +21,7 @@ from images.recipe import RECIPES, Order, content_key
 from testkit.registry_server import running_registry
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "localhost/finetune-push-test:tiny"
+IMAGE = f"localhost/finetune-push-test:{os.getpid()}"
 _PUSHED = {
     "operator": Pushed("registry.test/team/finetune-operator", "0.1.0-abc", "sha256:" + "1" * 64),
     "trainer": Pushed("registry.test/team/finetune-trainer", "0.1.0-def", "sha256:" + "2" * 64),

@@ -21,13 +21,13 @@ def test_every_test_file_is_in_exactly_one_group() -> None:
     assert len(paths) == len(set(paths))
     files = {path.relative_to(TESTS.parent).as_posix() for path in TESTS.rglob("test_*.py")}
     assert {file for file in files if not any(f"{file}/".startswith(f"{path}/") for path in paths)} == set()
-    assert {f"tests/{name}" for name in groups.CONTROLLERS + groups.PODS} <= set(paths)
+    assert {f"tests/{name}" for name in groups.CONTROLLERS + groups.PODS + groups.NODES} <= set(paths)
 
 
 def test_groups_run_one_after_the_other_where_memory_is_short() -> None:
     three = groups.divide(["api", "e2e", "trainer"])
     assert groups.waves(three, groups.SIDE_BY_SIDE_BYTES) == [three]
-    one_by_one = [(three[0],), (three[1],), (replace(three[2], processes=1),)]
+    one_by_one = [(replace(group, processes=1),) for group in three]
     assert groups.waves(three, groups.SIDE_BY_SIDE_BYTES - 1) == one_by_one
 
 
@@ -159,7 +159,9 @@ def test_both_groups_decide_the_exit_code(
 
 
 def test_a_group_names_its_tests() -> None:
-    assert groups.divide(["trainer", "api"]) == (
-        Group("cluster", ("tests/api",)),
+    assert groups.divide(["trainer", "nodes", "api", "images"]) == (
+        Group("nodes", ("tests/nodes",)),
+        Group("pods", ("tests/images",), processes=2, apart=True),
+        Group("cluster", ("tests/api",), processes=2),
         Group("compute", ("tests/trainer",), niceness=10, processes=2),
     )
