@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -112,8 +113,15 @@ class _Run:
 
 
 def _prepare(niceness: int) -> None:
+    """Sets the niceness of a new session.
+
+    Linux compares its processes only with each other, and the session with others by a niceness of
+    its own.
+    """
     heed_interrupts()
     os.nice(niceness)
+    with suppress(OSError):  # a kernel without groups by session, which compares processes
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 _screen = threading.Lock()
