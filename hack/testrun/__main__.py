@@ -1,8 +1,8 @@
 """Runs the tests: `python -m testrun [pytest options]`.
 
 Four groups run in parallel if memory permits: tests that wait until Kubernetes gives up a node,
-tests that wait for containers, tests that wait for an API server, and tests that compute. The last
-three use two processes each. Each line of output begins with its group. The failures are shown
+tests that wait for containers, tests that wait for an API server, and tests that compute. All but
+the first use several processes. Each line of output begins with its group. The failures are shown
 again at the end, and the last line has the totals of all groups.
 
 A few failed tests run once more, alone, when all others have ended: tests on a real cluster can

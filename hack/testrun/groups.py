@@ -18,7 +18,7 @@ PODS = ("e2e", "images")
 NODES = ("nodes",)
 _FAILURE_TITLES = (" ERRORS ", " FAILURES ", " short test summary info ")
 ONCE_MORE = 3  # at most so many failed tests run a second time; more are no accident
-SIDE_BY_SIDE_BYTES = 12 << 30  # available memory that all groups need together
+SIDE_BY_SIDE_BYTES = 16 << 30  # available memory that all groups need together
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def divide(entries: Iterable[str]) -> tuple[Group, ...]:
         Group("nodes", of(*NODES)),
         Group("pods", of(*PODS), processes=2, apart=True),
         Group("cluster", of(*CONTROLLERS), processes=2),
-        Group("compute", of(*rest), niceness=10, processes=2),
+        Group("compute", of(*rest), niceness=5, processes=3),
     )
     return tuple(group for group in divided if group.paths)
 

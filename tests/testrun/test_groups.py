@@ -176,5 +176,5 @@ def test_a_group_names_its_tests() -> None:
         Group("nodes", ("tests/nodes",)),
         Group("pods", ("tests/images",), processes=2, apart=True),
         Group("cluster", ("tests/api",), processes=2),
-        Group("compute", ("tests/trainer",), niceness=10, processes=2),
+        Group("compute", ("tests/trainer",), niceness=5, processes=3),
     )

@@ -14,7 +14,6 @@ from demo import clusters, install
 from demo.clusters import ClusterAccess
 from e2e.support.jobs import NAMESPACE, World
 from testkit.shared_clusters import shared
-from testkit.tiny_models import tiny_llama
 
 
 def shared_world(name: str, scratch: Path, *settings: str, nodes: int) -> World:
@@ -37,6 +36,8 @@ def running_world(name: str, scratch: Path) -> World:
 
 
 def _prepared(cluster: ClusterAccess, images: tuple[str, str], settings: tuple[str, ...], scratch: Path) -> World:
+    from testkit.tiny_models import tiny_llama  # PyTorch, which only the process that starts the cluster needs
+
     clusters.load(cluster.name, *images)
     _start_afresh(cluster)
     install.namespace(cluster, NAMESPACE)
