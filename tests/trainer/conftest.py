@@ -25,7 +25,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Returns the models' folders by family, without the dropout of some families, so that runs can
     be compared."""
-    # The first process of pytest-xdist reads this file too, and it runs no test, so it needs no PyTorch.
+    # PyTorch: the first process of pytest-xdist reads this file too, but runs no test.
     from testkit.tiny_models import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5
 
     root = tmp_path_factory.mktemp("models")
