@@ -90,6 +90,7 @@ class ProgressStatus(LenientModel):
         default=None, description="Training speed in tokens per second, without padding."
     )
     eta_seconds: u.Count | None = Field(default=None, description="Estimated seconds of training left.")
+    eta: u.ShortLine = Field(default="", description="The same for people, e.g. 3h20m; empty if nothing is left.")
     skipped_steps: u.Count = Field(
         default=0, description="Steps that had no effect: skipped, or rolled back after a loss spike."
     )

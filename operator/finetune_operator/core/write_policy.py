@@ -14,9 +14,6 @@ from finetune_operator.core.objects import seconds_between
 # A change that isn't urgent waits this long, so that one write includes a change that follows
 # immediately.
 SETTLE_SECONDS = 2.0
-# A new spec is acknowledged this much later than its pods are created: under load they would have
-# to wait for that write.
-ACKNOWLEDGE_SECONDS = 0.2
 # A new message about the same condition waits this long: a kubelet repeats itself with different
 # port numbers.
 MESSAGE_SETTLE_SECONDS = 60.0
@@ -45,8 +42,6 @@ def seconds_until_due(
         return _until_progress_is_due(before, after, write_every, now)
     if _is_urgent(before, after):
         return 0.0
-    if before.observed_generation != after.observed_generation:
-        return max(0.0, ACKNOWLEDGE_SECONDS - (pending or 0.0))
     settle = MESSAGE_SETTLE_SECONDS if _without_messages(before) == _without_messages(after) else SETTLE_SECONDS
     return max(0.0, settle - (pending or 0.0))
 

@@ -30,7 +30,6 @@ from finetune_operator.core.decide import decide
 from finetune_operator.core.objects import Observed, Report
 from finetune_operator.core.status import MAX_MESSAGE_CHARACTERS, acknowledged, status, timestamp
 from finetune_operator.core.write_policy import (
-    ACKNOWLEDGE_SECONDS,
     MESSAGE_SETTLE_SECONDS,
     NEWS_SECONDS,
     SETTLE_SECONDS,
@@ -157,6 +156,7 @@ def test_success_shows_the_figures_of_the_result() -> None:
     reported = _status_of(observed)
     assert reported.progress is not None
     assert (reported.progress.step, reported.progress.percent, reported.progress.eta_seconds) == (24, 100, 0)
+    assert reported.progress.eta == ""
     assert reported.progress.train_loss == 1.5
     assert reported.artifact == _SUCCESS.artifact
 
@@ -175,7 +175,7 @@ _OLD = _BASE.model_copy(update={"progress": {"step": 1, "updateTime": timestamp(
 @pytest.mark.parametrize(
     ("before", "change", "noticed", "due"),
     [
-        (Status(), {"observed_generation": 1}, 0.0, ACKNOWLEDGE_SECONDS),
+        (Status(), {"observed_generation": 1}, 0.0, SETTLE_SECONDS),
         (_BASE, {}, 0.0, None),
         (_BASE, {"phase": "Running"}, 0.0, SETTLE_SECONDS),
         (_BASE, {"message": "the same problem with another message"}, 0.0, MESSAGE_SETTLE_SECONDS),
