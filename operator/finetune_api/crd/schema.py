@@ -19,6 +19,10 @@ JsonSchema = dict[str, Any]
 
 NAME_MESSAGE = f"must be at most {MAX_NAME_LENGTH} lowercase letters, digits and dashes, starting with a letter"
 
+# What a job's status is until the operator has written one. Without it, tools that follow kstatus
+# would take a job without conditions for one that is ready.
+_FIRST_STATUS: JsonSchema = {"observedGeneration": 0, "phase": "Pending"}
+
 # jsonPath, type, name, description, priority (1 is shown by -o wide)
 _COLUMNS = (
     (".status.phase", "string", "Phase", "Summary of the conditions.", 0),
@@ -26,7 +30,7 @@ _COLUMNS = (
     (".status.progress.step", "integer", "Step", "Finished optimizer steps.", 0),
     (".status.progress.percent", "integer", "%", "Finished share of the steps.", 0),
     (".status.progress.trainLoss", "number", "Loss", "Training loss of the last step.", 0),
-    (".status.progress.etaSeconds", "integer", "ETA", "Estimated seconds of training left.", 0),
+    (".status.progress.eta", "string", "ETA", "Estimated time of training left.", 0),
     (".status.gpus", "integer", "GPUs", "Total number of GPUs.", 0),
     (".status.restartsTotal", "integer", "Restarts", "Restarts of the whole group.", 0),
     (".metadata.creationTimestamp", "date", "Age", "", 0),
@@ -79,7 +83,7 @@ def root_schema() -> JsonSchema:
             "kind": {"type": "string", "description": "FineTuneJob"},
             "metadata": {"type": "object"},
             "spec": object_schema(Spec),
-            "status": object_schema(Status, with_defaults=False),
+            "status": {**object_schema(Status, with_defaults=False), "default": _FIRST_STATUS},
         },
         "x-kubernetes-validations": [
             {

@@ -18,9 +18,10 @@ from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_reader import SpecReader
 from finetune_operator.controller.state import ControllerState
 from finetune_operator.controller.warning_events import WarningEvents
+from finetune_operator.controller.workqueue import WriteTurns
 from finetune_operator.core import decide, plan, reduced_status, status, verdict, write_policy
 from finetune_operator.core.actions import Blocked, Decision, DesiredStatus, NameTaken, OutOfDate, SpecRefused
-from finetune_operator.core.objects import Attempt, Observed, seconds_between
+from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.plan import PlanError
 from finetune_operator.core.pods.digest import PodsDigests
 from finetune_operator.core.pods.offers import NotOffered
@@ -38,6 +39,7 @@ _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn'
 _LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
 _FIRST_SERVICE_SECONDS = 10.0  # until a group that hasn't trained yet is checked to still have its Service
 _SERVICE_INTERVAL_SECONDS = 10.0
+_WRITES_AT_A_TIME = 4  # of status: several hundred a second, unless the API server is overloaded
 
 
 class Reconciler:
@@ -54,12 +56,19 @@ class Reconciler:
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
         self._digests = PodsDigests(settings)
+        self._turns = WriteTurns(state.queue, _WRITES_AT_A_TIME)
         self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
         self._refusals: dict[Key, str] = {}
         self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
 
     async def reconcile(self, key: Key) -> None:
         """Reconciles one job. Raises kube.client.Unavailable if it has to be retried later."""
+        try:
+            await self._reconcile(key)
+        finally:
+            self._turns.next()
+
+    async def _reconcile(self, key: Key) -> None:
         snapshot = self._cache.snapshot(key)
         if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
             self._forget(key, snapshot)
@@ -138,10 +147,7 @@ class Reconciler:
         *,
         immediately: bool = False,
     ) -> bool:
-        """Writes status if it is due, else requeues the job for later.
-
-        Returns whether it was written.
-        """
+        """Writes status if it is due, else requeues the job. Returns whether it was written."""
         key = snapshot.key
         before, generation = observed.job.status, observed.job.metadata.generation
         after = status.status(observed, desired, now) if desired else status.acknowledged(before, generation)
@@ -151,11 +157,20 @@ class Reconciler:
             self._differs_since.pop(key, None)
         elif due > 0 and not immediately:
             self._queue.add_after(key, due)
-        else:
-            await self._write(snapshot, after)
-            await self._recorder.record(observed.job, before, after, now)
+        elif immediately:
+            await self._write_with_events(snapshot, observed, after, now)
+            return True
+        elif self._turns.begin(key):
+            try:
+                await self._write_with_events(snapshot, observed, after, now)
+            finally:
+                self._turns.end()
             return True
         return False
+
+    async def _write_with_events(self, snapshot: JobSnapshot, observed: Observed, after: Status, now: datetime) -> None:
+        await self._write(snapshot, after)
+        await self._recorder.record(observed.job, observed.job.status, after, now)
 
     async def _write(self, snapshot: JobSnapshot, after: Status) -> None:
         """Writes status if the object still has the version that the decision was based on.
@@ -214,7 +229,7 @@ class Reconciler:
             f"the operator can't process this job: {type(error).__name__}; it tries again in {delay:.0f} s, and its "
             "log has the cause"
         )
-        after = reduced_status.hindered(before, _generation(snapshot), OPERATOR_ERROR, message, datetime.now(UTC))
+        after = reduced_status.hindered(before, snapshot.generation, OPERATOR_ERROR, message, datetime.now(UTC))
         reported = any(c.reason == OPERATOR_ERROR for c in before.conditions)
         if before.phase in TERMINAL_PHASES or reported:
             return
@@ -248,7 +263,7 @@ class Reconciler:
     async def _stall(self, snapshot: JobSnapshot, reason: str, message: str, now: datetime) -> None:
         """Reports that this version of the operator can't continue a job; its phase remains."""
         before = read(snapshot.body.get("status"))
-        after = reduced_status.stalled(before, _generation(snapshot), reason, message, now)
+        after = reduced_status.stalled(before, snapshot.generation, reason, message, now)
         if before.phase not in TERMINAL_PHASES and after != before:
             await self._write(snapshot, after)
 
@@ -275,17 +290,9 @@ class Reconciler:
         self._refusals.pop(key, None)
         self._specs.forget(key)
         self._queue.forget(key)
+        self._turns.forget(key)
         if snapshot:
             self._progress.forget(snapshot.uid)
             self._digests.forget(snapshot.uid)
             self._recorder.forget(snapshot.uid)
-            self._warning_events.forget(_child_uids(snapshot))
-
-
-def _child_uids(snapshot: JobSnapshot) -> tuple[str, ...]:
-    children: tuple[Attempt, ...] = (*snapshot.attempts, *((snapshot.preflight,) if snapshot.preflight else ()))
-    return tuple(uid for child in children for uid in (child.job.uid, *(pod.uid for pod in child.pods)))
-
-
-def _generation(snapshot: JobSnapshot) -> int:
-    return int(snapshot.body["metadata"].get("generation", 1))
+            self._warning_events.forget(snapshot.child_uids)
