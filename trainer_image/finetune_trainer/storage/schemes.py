@@ -16,6 +16,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role, Storage
 from finetune_trainer.storage.local import LocalStorage
 from finetune_trainer.storage.renewal import RenewedStorage, Secret
+from finetune_trainer.storage.requests.transfers import Transfers
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Access:
 
     `s3`, `gcs` and `azure` are the administrator's endpoints and `environment` the environment of
     the process. A request is retried at most `retries` times, for at most `retry_seconds`.
+    `transfers` shows what is being downloaded.
     """
 
     s3: S3Config
@@ -32,6 +34,7 @@ class Access:
     azure: AzureConfig = field(default_factory=AzureConfig)
     retries: int = 6
     retry_seconds: float = 60.0
+    transfers: Transfers = field(default_factory=Transfers, compare=False, repr=False)
 
 
 def open_folder(location: Location, role: Role, access: Access) -> Storage:
