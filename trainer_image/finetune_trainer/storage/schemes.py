@@ -123,6 +123,7 @@ def _folder(root: Path, location: Location, role: Role) -> LocalStorage:
 def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Access) -> Storage:
     from finetune_trainer.storage import azure, gcs, s3
     from finetune_trainer.storage.bucket import RetryPolicy, open_bucket
+    from finetune_trainer.storage.requests import redirects
 
     def open_with(secret: Secret | None) -> Storage:
         try:
@@ -135,6 +136,7 @@ def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Acce
                     options = azure.access_options(access.azure, secret, access.environment)
         except RunError as error:
             raise RunError(error.reason, f"{_credentials_field(role)}: {error.message}") from None
+        options["client_options"] = redirects.client_options(scheme, options, access.environment)
         retries = RetryPolicy(retries=access.retries, seconds=access.retry_seconds)
         return open_bucket(scheme, rest, role=role, display=location.display, options=options, retries=retries)
 
