@@ -265,6 +265,9 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the final values are scraped.",
     )
     stall_seconds: int = 600
+    checked: bool = Field(
+        default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
+    )
     preflight_seconds: int = Field(default=14400, description="How long all checks of a preflight pod may take.")
     memory_restarts: int = Field(
         default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."

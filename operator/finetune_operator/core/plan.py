@@ -100,6 +100,7 @@ def plan(
         memory_bytes=int(quantity_value(pod.memory)),
         auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
+        checked=needs_preflight(spec),
         preflight_seconds=_preflight_seconds(spec),
         memory_restarts=memory_restarts,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
