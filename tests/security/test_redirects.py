@@ -170,10 +170,10 @@ def test_a_tracking_server_leads_no_client_to_another_server(
     arrived: tuple[int, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, requests = arrived
-    asked: list[str] = []
+    received: list[str] = []
 
     def answer(request: BaseHTTPRequestHandler) -> None:
-        asked.append(request.path)
+        received.append(request.path)
         request.send_response(307)
         request.send_header("Location", f"http://localhost:{port}{request.path}")
         request.send_header("Content-Length", "0")
@@ -189,5 +189,5 @@ def test_a_tracking_server_leads_no_client_to_another_server(
         tracker = mlflow_tracker.Mlflow(config, Subject(run, tmp_path))
         with pytest.raises(Exception, match="307"):
             tracker.open()
-    assert asked
+    assert received
     assert requests == []

@@ -19,7 +19,8 @@ from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import download, preflight
 from finetune_trainer.supervisor.download import Inputs
 from finetune_trainer.supervisor.inspection.parent import Inspection
-from finetune_trainer.supervisor.node import RANK_COMMAND, Node
+from finetune_trainer.supervisor.node import Node
+from finetune_trainer.supervisor.processes import RANK_COMMAND
 
 
 @dataclass(frozen=True)
