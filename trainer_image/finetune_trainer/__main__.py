@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,16 +101,8 @@ def _preflight(node: Node, log: Log) -> result.Result:
     # period.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
-    # The checks run in a thread, as Python handles signals only in the main thread, between two
-    # bytecode instructions.
-    checks = ThreadPoolExecutor(1).submit(preflight.check, node.run, node.paths, node.access, log.info)
     try:
-        while True:
-            try:
-                return checks.result(timeout=0.1)
-            except TimeoutError:
-                if checks.done():
-                    raise
+        return preflight.check_in_time(node.run, node.paths, node.access, log.info)
     except RunError as error:
         return _failed(error, log)
     except Exception as error:

@@ -240,6 +240,11 @@ class RunConfig(Model):
         default=None,
         description="Public keys of the pods of earlier attempts. None if no operator vouches for them.",
     )
+    token_signers: tuple[str, ...] | None = Field(
+        default=None,
+        description="Public keys of the preflight pods, which sign the tokens of the rows. None if no operator vouches "
+        "for them.",
+    )
     merge: bool = Field(default=False, description="Also write base and adapter as one model.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
@@ -260,6 +265,10 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the final values are scraped.",
     )
     stall_seconds: int = 600
+    checked: bool = Field(
+        default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
+    )
+    preflight_seconds: int = Field(default=14400, description="How long all checks of a preflight pod may take.")
     memory_restarts: int = Field(
         default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
     )

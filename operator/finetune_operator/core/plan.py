@@ -100,6 +100,8 @@ def plan(
         memory_bytes=int(quantity_value(pod.memory)),
         auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
+        checked=needs_preflight(spec),
+        preflight_seconds=_preflight_seconds(spec),
         memory_restarts=memory_restarts,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
     )
@@ -122,6 +124,11 @@ def needs_preflight(spec: Spec) -> bool:
             return False
         case "auto":
             return spec.resources.gpu is not None
+
+
+def _preflight_seconds(spec: Spec) -> int:
+    policy = spec.run_policy
+    return min(policy.preflight_seconds, policy.active_deadline_seconds or policy.preflight_seconds)
 
 
 def gpu_count(spec: Spec) -> int:

@@ -460,6 +460,7 @@ CASES: tuple[Case, ...] = (
     *none_of("runPolicy.maxRestarts.application", -1, 1001),
     *none_of("runPolicy.maxRestarts.memory", -1, 1001),
     *none_of("runPolicy.activeDeadlineSeconds", -1, 31536001, "1h"),
+    *none_of("runPolicy.preflightSeconds", 0, 604801, "1h"),
     *none_of("runPolicy.stallSeconds", -1, 86401),
     *none_of("runPolicy.ttlSecondsAfterFinished", -1, 31536001),
     # The pods.
@@ -643,6 +644,7 @@ WHILE_STOPPED: tuple[tuple[str, Any], ...] = (
     ("checkpoint.every", 5),
     ("tracking.tensorboard", True),
     ("runPolicy.stallSeconds", 5),
+    ("runPolicy.preflightSeconds", 60),
     ("pod.image", "example.test/trainer:2"),
     ("pod.nodeSelector", {"pool": "b"}),
     ("pod.tolerations", [{"operator": "Exists"}]),

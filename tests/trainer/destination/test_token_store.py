@@ -6,13 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from finetune_api.messages.run import DataConfig, RunConfig, S3Config, WorldConfig
+from finetune_trainer import manifest
 from finetune_trainer.data import pipeline, preparation, token_cache
 from finetune_trainer.destination import token_store
+from finetune_trainer.destination.signing import Signer
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage import schemes
 from finetune_trainer.storage.base import Storage
@@ -44,7 +47,7 @@ def output_of_preflight(setup: JobSetup) -> Path:
     run = setup.run(scratch="preflight")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_store, "MIN_BYTES", 1)
-        preflight.check(run, Paths(Path(run.scratch)), _ACCESS, _ignore)
+        preflight.check(run, Paths(Path(run.scratch)), _ACCESS, preflight.Activity(_ignore))
     return Path(shutil.copytree(setup.output, setup.folder / "output-of-preflight"))
 
 
@@ -123,7 +126,7 @@ _DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (_lose_a_file, "can't be used"),
     (_lead_out, "is no file name"),
     (_cut_off, "can't be used"),
-    (_of_another_job, ""),
+    (_of_another_job, "they are another job's"),
     (_without_marker, ""),
 ]
 
@@ -144,6 +147,68 @@ def test_tokens_that_cannot_be_used_are_computed_again(
     assert len(token_cache.load(inputs.cache, inputs.cache_names["train"])) == 8
 
 
+def _preflight(setup: JobSetup, scratch: str, signers: tuple[str, ...]) -> str:
+    """Runs a preflight of an operator that knows these keys, and returns its own key."""
+    run = setup.with_changes(token_signers=signers).run(scratch=scratch)
+    ended = preflight.check(run, Paths(Path(run.scratch)), _ACCESS, preflight.Activity(_ignore))
+    assert ended.signer
+    return ended.signer
+
+
+def _unsigned(folder: Path, body: dict[str, Any]) -> None:
+    del body["signature"]
+
+
+def _exchanged(folder: Path, body: dict[str, Any]) -> None:
+    _change_a_file(folder)
+    body["files"]["ids.npy"]["sha256"] = manifest.of_file(folder / "ids.npy")
+
+
+def _signed_by_a_stranger(folder: Path, body: dict[str, Any]) -> None:
+    _exchanged(folder, body)
+    content = {"job": body["job"], "files": body["files"], "folder": folder.name}
+    body["signature"] = Signer().signature(b"tokens " + json.dumps(content, sort_keys=True).encode())
+
+
+@pytest.mark.parametrize("forge", [_unsigned, _exchanged, _signed_by_a_stranger])
+def test_forged_tokens_are_computed_again_with_a_word_in_the_log(
+    setup: JobSetup, monkeypatch: pytest.MonkeyPatch, forge: Callable[[Path, dict[str, Any]], None]
+) -> None:
+    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
+    key = _preflight(setup, "preflight", ())
+    (folder,) = (setup.output / token_store.FOLDER).iterdir()
+    marker = folder / "complete.json"
+    body = json.loads(marker.read_text())
+    forge(folder, body)
+    marker.write_text(json.dumps(body))
+    storage = schemes.open_folder(setup.run().output, "output", _ACCESS)
+    run = setup.with_changes(token_signers=(key,)).run(attempt=2, scratch="another-node")
+    paths, lines = _fetched(run, storage)
+    refusal = "the stored tokens can't be used, so they are computed again: no preflight of this job has signed them"
+    assert lines == [refusal]
+    assert not paths.token_cache.exists() or not list(paths.token_cache.iterdir())
+    # Another preflight replaces them, and its key counts.
+    again = _preflight(setup, "second-preflight", (key,))
+    run = setup.with_changes(token_signers=(key, again)).run(attempt=3, scratch="a-third-node")
+    assert [line.partition(":")[0] for line in _fetched(run, storage)[1]] == ["the tokens of the preflight are used"]
+
+
+def test_tokens_of_an_earlier_preflight_are_signed_again_and_not_sent_again(
+    setup: JobSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
+    first = _preflight(setup, "preflight", ())
+    (folder,) = (setup.output / token_store.FOLDER).iterdir()
+    sent = (folder / "ids.npy").stat().st_ino
+    second = _preflight(setup, "second-preflight", (first,))
+    assert (folder / "ids.npy").stat().st_ino == sent
+    storage = schemes.open_folder(setup.run().output, "output", _ACCESS)
+    for keys, used in (((second,), True), ((first,), False), ((), False), (None, True)):
+        shutil.rmtree(setup.folder / "another-node", ignore_errors=True)
+        run = setup.with_changes(token_signers=keys).run(attempt=2, scratch="another-node")
+        assert _fetched(run, storage)[1][0].startswith("the tokens of the preflight are used") is used
+
+
 def test_other_rows_have_other_tokens(setup: JobSetup, stored: Storage) -> None:
     setup.train.write_text(supervisor_process.ROWS.replace("question", "query"))
     paths, lines = _fetched(setup.run(attempt=2, scratch="another-node"), stored)
@@ -159,5 +224,5 @@ def test_few_tokens_are_not_stored_and_all_are_deleted_with_the_checkpoints(
     assert not list(setup.output.rglob("*"))
     monkeypatch.undo()
     run = setup.run(scratch="second-preflight")
-    preflight.check(run, Paths(Path(run.scratch)), _ACCESS, _ignore)
+    preflight.check(run, Paths(Path(run.scratch)), _ACCESS, preflight.Activity(_ignore))
     assert not stored.list(token_store.FOLDER)

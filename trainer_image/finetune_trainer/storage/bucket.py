@@ -24,6 +24,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.storage import refusals
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
 from finetune_trainer.storage.bounds import MAX_FILES, check_count, check_read, invalid_key, is_invalid_key
+from finetune_trainer.storage.requests import redirects
 
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 8
@@ -235,6 +236,9 @@ class BucketStorage:
         try:
             yield
         except (FileNotFoundError, exceptions.BaseError) as error:
+            if redirects.is_redirect(error):
+                message = f"{self._at()}: the store redirects to another server, which isn't followed; name that one"
+                raise RunError("InvalidConfig", message) from None
             cause = refusals.cause(error)
             if cause == "full":
                 message = f"{self._at()}: the store is full ({refusals.explanation(error)}); make room"
