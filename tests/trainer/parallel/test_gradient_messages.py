@@ -20,6 +20,7 @@ from finetune_trainer.training.resolve import gradient_messages
 from sizing.fits import METHODS, run_config
 from testkit.rows import pairs
 from trainer.support import forked_ranks
+from trainer.support.fake_step import LiveBytes
 from trainer.support.rank_runs import CheckedRuns, Job, finish_each, free_port, prepare
 
 _RANKS = 3
@@ -110,10 +111,11 @@ def _counting(original: Callable[..., Any], sizes: list[int]) -> Callable[..., A
     return counted
 
 
-def test_half_of_the_bytes_are_sent_and_a_bucket_needs_no_more_memory_than_is_estimated() -> None:
-    """On one rank, whose messages reach itself."""
+def test_half_of_the_bytes_are_sent_and_memory_for_two_copies_is_needed() -> None:
+    """On one rank, whose messages reach itself, a share is everything: 2 + 2 bytes per value, 4 for
+    the sums, and 2 for the means."""
     sizes: list[int] = []
-    values = 999
+    values = 99_999
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -121,11 +123,14 @@ def test_half_of_the_bytes_are_sent_and_a_bucket_needs_no_more_memory_than_is_es
                 patch.setattr(dist, name, _counting(getattr(dist, name), sizes))
             parameter = torch.nn.Parameter(torch.zeros(values))
             parameter.grad = torch.full((values,), 1.0 + 2.0**-7)
-            gradients.average([parameter], World(0, 0, 1, 1, torch.device("cpu")), torch.bfloat16)
+            live = LiveBytes(iter([parameter, parameter.grad]))
+            with live:
+                gradients.average([parameter], World(0, 0, 1, 1, torch.device("cpu")), torch.bfloat16)
     finally:
         dist.destroy_process_group()
     assert torch.equal(parameter.grad, torch.full((values,), 1.0 + 2.0**-7))
     assert sizes == [2 * (values + 1)] * 2
+    assert live.peak <= 10 * values + 1000
 
 
 def _job(folder: Path, models: dict[str, Path], messages: str) -> Job:
