@@ -359,6 +359,12 @@ CASES: tuple[Case, ...] = (
     *none_of("training.lossSpike.maxRollbacks", -1, 1001),
     *one("training.activationCheckpointing", "auto", "selective", "always", "never"),
     *none_of("training.activationCheckpointing", "sometimes", True),
+    *one("training.gradientMessages", "auto", "float32", "bfloat16"),
+    *none_of("training.gradientMessages", "float16", "half", ""),
+    ok("gradients in bfloat16 with ddp", ("training.gradientMessages", "bfloat16"), ("distribution.strategy", "ddp")),
+    *(bad(f"gradients in bfloat16 with {name}", "spec.training.gradientMessages",
+          ("training.gradientMessages", "bfloat16"), ("distribution.strategy", name))
+      for name in ("zero1", "zero2", "zero3", "fsdp")),
     # The hardware.
     ok("as many examples as processes", ("distribution", {"nodes": 8, "processesPerNode": 8})),
     bad("fewer examples than processes", "spec.training.globalBatchSize",
