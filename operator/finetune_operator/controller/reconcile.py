@@ -12,6 +12,8 @@ from typing import Any
 
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status, read
+from finetune_operator.controller.deletion.ending import Ending
+from finetune_operator.controller.deletion.finalizer import Finalizer
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.executor import Executor
 from finetune_operator.controller.snapshot import JobSnapshot, Key
@@ -50,9 +52,13 @@ class Reconciler:
         self._progress = state.progress
         self._settings = settings
         self._recorder = recorder
-        self._executor = Executor(client, state.cache, settings)
+        self._finalizer = Finalizer(client, state.cache)
+        self._executor = Executor(client, state.cache, settings, self._finalizer)
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
+        self._ending = Ending(
+            client, state, settings, self._executor, self._finalizer, self._specs, recorder, self._warning_events
+        )
         self._digests = PodsDigests(settings)
         self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
         self._refusals: dict[Key, str] = {}
@@ -64,7 +70,7 @@ class Reconciler:
         if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
             self._forget(key, snapshot)
             if snapshot:
-                await self._executor.end(snapshot)
+                await self._ending.run(snapshot)
             return
         if await self._executor.look_up(snapshot):
             self._queue.add_after(key, _LOOK_UP_SECONDS)
@@ -82,6 +88,7 @@ class Reconciler:
             await self._wait_for_upgrade(snapshot, reading.unknown, now)
             return
         try:
+            await self._finalizer.follow(snapshot, job)
             if decision.status_first and await self._write_status_if_due(
                 snapshot, observed, decision.desired, now, immediately=True
             ):
@@ -280,6 +287,8 @@ class Reconciler:
             self._digests.forget(snapshot.uid)
             self._recorder.forget(snapshot.uid)
             self._warning_events.forget(_child_uids(snapshot))
+        else:
+            self._ending.forget(key)
 
 
 def _child_uids(snapshot: JobSnapshot) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from finetune_trainer.storage.base import FileInfo, Storage
 FOLDER = f"{CHECKPOINTS_DIR}/tokens"
 MIN_BYTES = 16 << 20
 """Fewer bytes are computed sooner than they are stored."""
-_MARKER = "complete.json"
+MARKER = "complete.json"
 
 Report = Callable[[str], None]
 
@@ -30,7 +30,7 @@ def upload(storage: Storage, folder: Path, job_uid: str, report: Report) -> None
     """Stores a folder with tokens under its own name, unless it is there already or too small."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     size = sum(path.stat().st_size for path in files)
-    marker = f"{FOLDER}/{folder.name}/{_MARKER}"
+    marker = f"{FOLDER}/{folder.name}/{MARKER}"
     if size < MIN_BYTES:
         return
     try:
@@ -53,7 +53,7 @@ def download(storage: Storage, folder: Path, job_uid: str, report: Report) -> bo
     """
     partial = folder.with_name(f"{folder.name}.stored.tmp")
     try:
-        data = storage.read(f"{FOLDER}/{folder.name}/{_MARKER}")
+        data = storage.read(f"{FOLDER}/{folder.name}/{MARKER}")
         if data is None or folder.exists():
             return False
         stored = json.loads(data)
