@@ -1,4 +1,5 @@
-"""Starts a trainer pod. `python -m finetune_trainer` supervises a node; `… preflight` only checks.
+"""Starts a trainer pod. `python -m finetune_trainer` supervises a node; `… preflight` only checks,
+and `… cleanup` deletes what a deleted job leaves.
 
 It reads the environment, arguments and files once, writes the termination message, and returns the
 exit code that finetune_api.reasons gives. It decides nothing else.
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.supervisor import node as node_module
 from finetune_trainer.supervisor.node import Node
-from finetune_trainer.supervisor.signals import StopRequest
+from finetune_trainer.supervisor.signals import StopRequest, in_thread
 
 _EPILOG = f"""environment:
   {names.ENV_RUN_CONFIG}     file with the RunConfig (JSON); default {names.RUN_CONFIG_PATH}
@@ -39,6 +41,8 @@ exit codes:
   {", ".join(f"{r.exit_code} {r.name}" for r in REASONS.values() if r.exit_code and r.name != "Preempted")}
 """
 
+_TICK_SECONDS = 0.1  # between two looks at signals, which Python handles in the main thread only
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code of the pod."""
@@ -53,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("supervise", "preflight"),
+        choices=("supervise", "preflight", "cleanup"),
         default="supervise",
-        help="supervise (default): train. preflight: only check the output, the model and the data, without a GPU.",
+        help="supervise (default): train. preflight: only check the output, the model and the data, without a GPU. "
+        "cleanup: delete what a deleted job leaves in its output.",
     )
     parser.add_argument(
         "--rank-command",
@@ -73,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         node = replace(node, rank_command=tuple(options.rank_command.split()))
     if options.command == "preflight":
         return _finish(_preflight(node, log), node.termination_log, log)
+    if options.command == "cleanup":
+        return _finish(_cleanup(node, log), node.termination_log, log)
     return _supervise(node, log)
 
 
@@ -92,23 +99,41 @@ def _supervise(node: Node, log: Log) -> int:
 
 
 def _preflight(node: Node, log: Log) -> result.Result:
-    from finetune_trainer.supervisor import outcomes, preflight
+    from finetune_trainer.supervisor import preflight
     from finetune_trainer.supervisor.processes import hide_from_ranks
 
     hide_from_ranks()
+    try:
+        return _interruptible(lambda: preflight.check_in_time(node.run, node.paths, node.access, log.info), log)
+    finally:
+        shutil.rmtree(node.paths.model, ignore_errors=True)
+
+
+def _cleanup(node: Node, log: Log) -> result.Result:
+    from finetune_trainer.destination import cleanup
+    from finetune_trainer.storage.schemes import open_folder
+
+    def clean() -> result.Result:
+        storage = open_folder(node.run.output, "output", node.access)
+        return result.Result(outcome="succeeded", message=cleanup.clean(storage, node.run, log.info))
+
+    return _interruptible(lambda: in_thread(clean, lambda: None, _TICK_SECONDS), log)
+
+
+def _interruptible(work: Callable[[], result.Result], log: Log) -> result.Result:
+    """Returns the result of `work`, which waits in a thread; a signal ends the process at once."""
+    from finetune_trainer.supervisor import outcomes
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
     # period.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
     try:
-        return preflight.check_in_time(node.run, node.paths, node.access, log.info)
+        return work()
     except RunError as error:
         return _failed(error, log)
     except Exception as error:
         return _failed(outcomes.unexpected(error, log), log)
-    finally:
-        shutil.rmtree(node.paths.model, ignore_errors=True)
 
 
 def _failed(error: RunError, log: Log) -> result.Result:

@@ -22,6 +22,7 @@ from finetune_api.resource import (
 )
 from finetune_api.spec.data import DataFormat
 from finetune_api.spec.hardware import Offload, StrategyOption
+from finetune_api.spec.outcome import DeletionPolicy
 from finetune_api.spec.rendering import RenderingSpec
 
 
@@ -234,6 +235,9 @@ class RunConfig(Model):
     )
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
+    )
+    deletion_policy: DeletionPolicy = Field(
+        default="Retain", description="What a cleanup deletes; other pods don't know it."
     )
     recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
     signers: tuple[str, ...] | None = Field(

@@ -16,6 +16,7 @@ from finetune_api import names
 from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.creator import Creator
+from finetune_operator.controller.deletion.finalizer import Finalizer
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core import output
 from finetune_operator.core.actions import (
@@ -46,8 +47,9 @@ _SINGLE_READS = 3  # of pods; more of them are listed
 class Executor:
     """Carries out the actions of all jobs."""
 
-    def __init__(self, client: KubeClient, cache: Cache, settings: Settings) -> None:
+    def __init__(self, client: KubeClient, cache: Cache, settings: Settings, finalizer: Finalizer) -> None:
         self._client = client
+        self._finalizer = finalizer
         self._cache = cache
         self._settings = settings
         self._creator = Creator(client, cache, settings)
@@ -119,6 +121,16 @@ class Executor:
             except (NotFound, Conflict):
                 self._cache.drop_job(job.uid)
 
+    async def create_cleanup(self, observed: Observed) -> None:
+        """Creates the Job that deletes what a deleted FineTuneJob leaves.
+
+        Raises as `act` does.
+        """
+        await self._creator.check_offered(observed)
+        run = output.with_origin(plan(observed.job, self._settings), observed).model_copy(update={"progress": None})
+        await self._creator.close_pods(observed, first=False)
+        await self._creator.create("jobs", manifests.cleanup_job(observed.job, run, self._settings), observed)
+
     async def restore_service(self, observed: Observed) -> None:
         """Creates the Service of a group again if somebody has deleted it."""
         meta = observed.job.metadata
@@ -133,6 +145,7 @@ class Executor:
             log.warning("Service %s can't be read: %s", name, error)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
+        self._finalizer.require(snapshot, observed.job)
         await self._creator.check_offered(observed)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
         run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
@@ -148,6 +161,7 @@ class Executor:
         await self._creator.create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
+        self._finalizer.require(snapshot, observed.job)
         await self._creator.check_offered(observed)
         run = output.with_origin(plan(observed.job, self._settings), observed)
         run = self._creator.with_authority(run)

@@ -137,8 +137,9 @@ def gpu_count(spec: Spec) -> int:
 
 
 def spec_digest(spec: Spec) -> str:
-    """Returns the sha256 of the spec without runPolicy, which may change while the job runs."""
+    """Returns the sha256 of the spec without what may change while the job runs."""
     content = {key: value for key, value in spec.to_json().items() if key != "runPolicy"}
+    content["output"] = {key: value for key, value in content["output"].items() if key != "deletionPolicy"}
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
