@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 from finetune_api.resource import LoraSpec
 from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.collator import Batch
+from finetune_trainer.data.batching.sequence_part import SequencePart
 from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, packed_attention
 from finetune_trainer.kernels.cuda import lora as kernels_of_adapters
 from finetune_trainer.kernels.cuda import modules, softmax
@@ -52,7 +53,8 @@ class Step:
 
     `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks`
     is the number of ranks that fsdp shards the model over; None means that it isn't sharded. `rows`
-    is the number of examples in the packed row. With `quantized`, the base is in nf4.
+    is the number of examples in the packed row. With `quantized`, the base is in nf4. `parts` ranks
+    share the row, of which this rank has `tokens` tokens.
     """
 
     shape: tuple[tuple[str, Any], ...]
@@ -63,6 +65,7 @@ class Step:
     ranks: int | None = None
     rows: int = ROWS
     quantized: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def training(step: Step) -> Iterator[FakeTraining]:
     waits: Counter[str] = Counter()
     with _process_group(step.ranks), _cuda_branches(waits), FakeTensorMode(allow_non_fake_inputs=True):
         loaded = _model(step)
-        loss_sum, batch = LossSum.of(loaded.base, torch.bfloat16, "cpu"), _batch(step.tokens, step.rows)
+        loss_sum, batch = LossSum.of(loaded.base, torch.bfloat16, "cpu"), _batch(step)
         if step.ranks is not None:
             loss_sum = replace(loss_sum, context=lambda _: nullcontext())
         waits.clear()
@@ -219,10 +222,13 @@ def _quantize(base: torch.nn.Module) -> None:
                 setattr(parent, name, replacement)
 
 
-def _batch(tokens: int, rows: int) -> Batch:
-    layout = packed_layout.pack([tokens // rows] * rows, [0] * rows, packed_layout.grain("cuda")).layout
-    row = torch.zeros((1, layout.size), dtype=torch.int64)
-    predicted = torch.zeros(layout.size - rows, dtype=torch.int64)
+def _batch(step: Step) -> Batch:
+    rows, part = step.rows, SequencePart(0, step.parts, "shared")
+    length = step.tokens * step.parts // rows
+    layout = packed_layout.pack([length] * rows, [0] * rows, packed_layout.grain("cuda") * step.parts).layout
+    own = layout.size // step.parts
+    row = torch.zeros((1, own), dtype=torch.int64)
+    predicted = torch.zeros(own - (rows if step.parts == 1 else 0), dtype=torch.int64)
     inputs = {"input_ids": row, "position_ids": row.clone()}
     return Batch(
         inputs,
@@ -231,6 +237,7 @@ def _batch(tokens: int, rows: int) -> Batch:
         keep=predicted.clone(),
         layout=layout,
         sorted_chosen=np.arange(len(predicted)),
+        sequence=part,
     )
 
 
