@@ -117,6 +117,7 @@ class WorldConfig(Model):
     processes_per_node: int = Field(default=1, ge=1)
     strategy: StrategyOption = "ddp"
     offload: Offload = "none"
+    sequence_parallel_size: int = Field(default=1, ge=1, description="Consecutive ranks that share each packed row.")
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     master_address: str = "127.0.0.1"
@@ -126,6 +127,11 @@ class WorldConfig(Model):
     def size(self) -> int:
         """The world size: the number of ranks."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def data_size(self) -> int:
+        """The number of groups of ranks among which the rows of a step are divided."""
+        return self.size // self.sequence_parallel_size
 
 
 class MlflowConfig(Model):

@@ -152,6 +152,7 @@ def _world(job: FineTuneJob, attempt: int, pod: PodAmounts) -> WorldConfig:
         processes_per_node=processes,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
+        sequence_parallel_size=spec.distribution.sequence_parallel_size,
         device="cuda" if spec.resources.gpu else "cpu",
         threads_per_process=max(1, int(quantity_value(pod.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",
