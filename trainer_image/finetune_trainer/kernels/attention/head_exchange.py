@@ -65,7 +65,7 @@ def all_to_all(parts: Tensor, group: str) -> Tensor:
     It is an operator so that compiled layers can have it.
     """
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=dist.distributed_c10d._resolve_process_group(group))  # type: ignore[arg-type]
+    dist.all_to_all_single(received, parts, group=dist.distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined,arg-type]
     return received
 
 
