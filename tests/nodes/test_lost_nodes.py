@@ -40,12 +40,10 @@ class Results:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
-    """Starts all jobs, on a cluster whose first node has the operator and the jobs' checks."""
-    name = _HOSTNAME.replace(".", "\\.")
-    on_first = [f"nodeSelector.{name}={_FIRST}", f"pods.preflightNodeSelector.{name}={_FIRST}"]
-    small = ["pods.preflightCpu=200m", "pods.preflightMemory=1Gi"]
+    """Starts all jobs, on a cluster whose first node has the operator."""
+    on_first = "nodeSelector." + _HOSTNAME.replace(".", "\\.") + f"={_FIRST}"
     scratch = tmp_path_factory.mktemp("assets")
-    world = shared_world(_CLUSTER, scratch, *on_first, *small, nodes=1 + len(_DISTURBED))
+    world = shared_world(_CLUSTER, scratch, on_first, nodes=1 + len(_DISTURBED))
     with ThreadPoolExecutor() as pool:
         undisturbed = pool.submit(_undisturbed, world)
         disturbed = {deed: pool.submit(_disturbed, world, deed, undisturbed) for deed in _DISTURBED}
