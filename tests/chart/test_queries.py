@@ -14,7 +14,6 @@ from typing import Any
 
 import promql_parser
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry
 
 from chart.support.helm_rendering import CHART, EVERYTHING, of_kind, render

@@ -66,7 +66,7 @@ class World:
         self.kubectl("delete", "ftj", name, "--ignore-not-found", "--wait=false")
 
     def status(self, name: str) -> dict[str, Any]:
-        """Return the job's status. Tests ask for it twice a second, for which starting kubectl takes
+        """Return the job's status. Tests ask for it twice a second, so starting kubectl would take
         too much processor time."""
         path = f"/apis/finetune-operator.io/v1alpha1/namespaces/{NAMESPACE}/finetunejobs/{name}"
         answer = Server(Path(self.cluster.kubeconfig)).request("GET", path)
