@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -39,17 +41,29 @@ class Results:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
-    """Starts all jobs, on a cluster whose first node has the operator and the jobs' checks."""
-    name = _HOSTNAME.replace(".", "\\.")
-    on_first = [f"nodeSelector.{name}={_FIRST}", f"pods.preflightNodeSelector.{name}={_FIRST}"]
-    small = ["pods.preflightCpu=200m", "pods.preflightMemory=1Gi"]
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Starts all jobs, on a cluster whose first node has the operator."""
+    on_first = "nodeSelector." + _HOSTNAME.replace(".", "\\.") + f"={_FIRST}"
     scratch = tmp_path_factory.mktemp("assets")
-    world = shared_world(_CLUSTER, scratch, *on_first, *small, nodes=1 + len(_DISTURBED))
-    with ThreadPoolExecutor() as pool:
-        undisturbed = pool.submit(_undisturbed, world)
-        disturbed = {deed: pool.submit(_disturbed, world, deed, undisturbed) for deed in _DISTURBED}
-        yield Results(undisturbed, disturbed)
+    offered = f"tenants.nodeLabelKeys[0]={_HOSTNAME}"
+    world = shared_world(_CLUSTER, scratch, on_first, offered, nodes=1 + len(_DISTURBED))
+    undisturbed = _in_background(lambda: _undisturbed(world))
+    disturbed = {deed: _in_background(partial(_disturbed, world, deed, undisturbed)) for deed in _DISTURBED}
+    return Results(undisturbed, disturbed)
+
+
+def _in_background(run: Callable[[], bytes]) -> Future[bytes]:
+    """Starts a thread that ends with the process, so that Ctrl-C doesn't wait for it."""
+    future = Future[bytes]()
+
+    def complete() -> None:
+        try:
+            future.set_result(run())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=complete, daemon=True).start()
+    return future
 
 
 @pytest.mark.parametrize("deed", _DISTURBED)
