@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.base import Model, Rule, model_in
-from finetune_api.crd.transition_rules import immutability_rules, stopped_rules
+from finetune_api.crd.literals import cel_string
+from finetune_api.crd.transition_rules import field_rule, section_rules, stopped_rules
 from finetune_api.names import GROUP, KIND, MAX_NAME_LENGTH, PLURAL, SHORT_NAME, SINGULAR, VERSION
 from finetune_api.resource import FineTuneJob, Spec
 from finetune_api.scalars import NAME_PATTERN
@@ -111,12 +112,14 @@ def object_schema(model: type[Model], *, with_defaults: bool = True) -> JsonSche
         if field.is_required():
             required.append(key)
         default = {} if field.is_required() else _default(field.get_default(call_default_factory=True))
+        rules = [*schema.pop("x-kubernetes-validations", ()), *field_rule(model, key)]
         properties[key] = {
             "description": field.description,
             **schema,
+            **({"x-kubernetes-validations": rules} if rules else {}),
             **(default if with_defaults else {}),
         }
-    validations = [*_rules(model.rules), *immutability_rules(model)]
+    validations = [*_rules(model.rules), *section_rules(model)]
     return {
         "description": _sentence(model.__doc__),
         "type": "object",
@@ -185,11 +188,6 @@ def _map(raw: JsonSchema) -> JsonSchema:
             }
         ],
     }
-
-
-def cel_string(text: str) -> str:
-    """Returns a text as a CEL string literal."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _bounds(raw: JsonSchema) -> JsonSchema:
