@@ -189,9 +189,9 @@ class BucketStorage:
             with suppress(FileNotFoundError), self._translated_errors():
                 self._delete(key)
 
-    def _items(self, prefix: str) -> list[Any]:
+    def _items(self, prefix: str) -> tuple[Any, ...]:
         pages = obstore.list(self._store, prefix=prefix or None)
-        return list(itertools.islice((item for page in pages for item in page), MAX_FILES + 1))
+        return tuple(itertools.islice((item for page in pages for item in page), MAX_FILES + 1))
 
     def _content(self, path: str) -> bytes:
         response = obstore.get(self._store, self._key(path))

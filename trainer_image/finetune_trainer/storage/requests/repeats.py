@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from finetune_trainer.storage.requests.redirects import is_redirect
+
 _TRANSPORT = re.compile(r"HTTP error: (?!builder)")
 _OWN_RETRIES = re.compile(r"after (\d+) retries")
 _LONGEST_WAIT = 10.0
@@ -38,7 +40,7 @@ def repeated(action: Callable[[], T], policy: RetryPolicy, sleep: Callable[[floa
         try:
             return action()
         except Exception as error:
-            if not _TRANSPORT.search(str(error)):
+            if not _TRANSPORT.search(str(error)) or is_redirect(error):
                 raise
             tries += 1 + _retries_of_client(error)
             wait = min(policy.first_wait * 2 ** (tries - 1), _LONGEST_WAIT)
