@@ -15,7 +15,7 @@ from images import push
 from images.cache import cache_root
 from images.engines import Engine, choose
 from images.errors import ImagesError
-from images.recipe import RECIPES, Recipe, order
+from images.recipe import RECIPES, Recipe, names_content, order
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -56,10 +56,13 @@ def size(engine: Engine, options: argparse.Namespace) -> None:
 
 def push_all(engine: Engine, options: argparse.Namespace) -> None:
     """Builds and pushes both images, and prints the file with the Helm values that name them."""
-    registry = push.checked(options.registry)
+    registry, base = push.checked(options.registry), options.base or engine.default_base()
+    if not names_content(base):
+        _report(f"the base image {base} is named by a tag, which may stand for another image tomorrow; name it by its "
+                "digest for images that can be built again: make push BASE=NAME@sha256:...")  # fmt: skip
     pushed = {}
     for name, recipe in RECIPES.items():
-        image = _built(engine, recipe, options.tag, options.base or engine.default_base())
+        image = _built(engine, recipe, options.tag, base)
         repository = f"{registry}/{image.rpartition(':')[0].rpartition('/')[2]}"
         tag = f"{_version()}-{engine.built_key(image)}"
         _report(f"pushing {repository}:{tag}")

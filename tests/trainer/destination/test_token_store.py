@@ -16,9 +16,11 @@ from finetune_trainer import manifest
 from finetune_trainer.data import pipeline, preparation, token_cache
 from finetune_trainer.destination import token_store
 from finetune_trainer.destination.signing import Signer
+from finetune_trainer.destination.token_store import Origin
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage import schemes
 from finetune_trainer.storage.base import Storage
+from finetune_trainer.storage.local import LocalStorage
 from finetune_trainer.storage.schemes import Access
 from finetune_trainer.supervisor import download, preflight, upload
 from testkit.tiny_models import tiny_llama
@@ -147,12 +149,29 @@ def test_tokens_that_cannot_be_used_are_computed_again(
     assert len(token_cache.load(inputs.cache, inputs.cache_names["train"])) == 8
 
 
-def _preflight(setup: JobSetup, scratch: str, signers: tuple[str, ...]) -> str:
-    """Runs a preflight of an operator that knows these keys, and returns its own key."""
-    run = setup.with_changes(token_signers=signers).run(scratch=scratch)
-    ended = preflight.check(run, Paths(Path(run.scratch)), _ACCESS, preflight.Activity(_ignore))
-    assert ended.signer
-    return ended.signer
+_LOCAL_NAME = "0" * 16
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with tokens on a preflight's disk; these few count as many."""
+    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
+    folder = tmp_path / "preflight" / _LOCAL_NAME
+    folder.mkdir(parents=True)
+    (folder / "ids.npy").write_bytes(b"tokens" * 9)
+    (folder / "facts.json").write_text("{}")
+    return folder
+
+
+def _used(folder: Path, origin: Origin) -> tuple[bool, list[str]]:
+    """Whether an attempt uses the tokens in the output `folder`, and its lines about them."""
+    lines: list[str] = []
+    target = folder.parent / "attempt" / _LOCAL_NAME
+    shutil.rmtree(target.parent, ignore_errors=True)
+    storage = LocalStorage(folder, role="output", display="out")
+    used = token_store.download(storage, target, origin, lines.append)
+    assert target.exists() is used
+    return used, lines
 
 
 def _unsigned(folder: Path, body: dict[str, Any]) -> None:
@@ -170,43 +189,46 @@ def _signed_by_a_stranger(folder: Path, body: dict[str, Any]) -> None:
     body["signature"] = Signer().signature(b"tokens " + json.dumps(content, sort_keys=True).encode())
 
 
-@pytest.mark.parametrize("forge", [_unsigned, _exchanged, _signed_by_a_stranger])
+def _of_other_rows(folder: Path, body: dict[str, Any]) -> None:
+    content = {"job": body["job"], "files": body["files"], "folder": "1" * 16}
+    body["signature"] = _SIGNER.signature(b"tokens " + json.dumps(content, sort_keys=True).encode())
+
+
+_SIGNER = Signer()
+
+
+@pytest.mark.parametrize("forge", [_unsigned, _exchanged, _signed_by_a_stranger, _of_other_rows])
 def test_forged_tokens_are_computed_again_with_a_word_in_the_log(
-    setup: JobSetup, monkeypatch: pytest.MonkeyPatch, forge: Callable[[Path, dict[str, Any]], None]
+    tokens: Path, tmp_path: Path, forge: Callable[[Path, dict[str, Any]], None]
 ) -> None:
-    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
-    key = _preflight(setup, "preflight", ())
-    (folder,) = (setup.output / token_store.FOLDER).iterdir()
+    storage = LocalStorage(tmp_path / "out", role="output", display="out")
+    origin = Origin("uid-1", (_SIGNER.public,))
+    assert token_store.upload(storage, tokens, origin, _SIGNER, _ignore)
+    assert _used(tmp_path / "out", origin)[0]
+    folder = tmp_path / "out" / token_store.FOLDER / _LOCAL_NAME
     marker = folder / "complete.json"
     body = json.loads(marker.read_text())
     forge(folder, body)
     marker.write_text(json.dumps(body))
-    storage = schemes.open_folder(setup.run().output, "output", _ACCESS)
-    run = setup.with_changes(token_signers=(key,)).run(attempt=2, scratch="another-node")
-    paths, lines = _fetched(run, storage)
     refusal = "the stored tokens can't be used, so they are computed again: no preflight of this job has signed them"
-    assert lines == [refusal]
-    assert not paths.token_cache.exists() or not list(paths.token_cache.iterdir())
+    assert _used(tmp_path / "out", origin) == (False, [refusal])
     # Another preflight replaces them, and its key counts.
-    again = _preflight(setup, "second-preflight", (key,))
-    run = setup.with_changes(token_signers=(key, again)).run(attempt=3, scratch="a-third-node")
-    assert [line.partition(":")[0] for line in _fetched(run, storage)[1]] == ["the tokens of the preflight are used"]
+    again = Signer()
+    assert token_store.upload(storage, tokens, origin, again, _ignore)
+    assert _used(tmp_path / "out", Origin("uid-1", (_SIGNER.public, again.public)))[0]
 
 
-def test_tokens_of_an_earlier_preflight_are_signed_again_and_not_sent_again(
-    setup: JobSetup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
-    first = _preflight(setup, "preflight", ())
-    (folder,) = (setup.output / token_store.FOLDER).iterdir()
-    sent = (folder / "ids.npy").stat().st_ino
-    second = _preflight(setup, "second-preflight", (first,))
-    assert (folder / "ids.npy").stat().st_ino == sent
-    storage = schemes.open_folder(setup.run().output, "output", _ACCESS)
-    for keys, used in (((second,), True), ((first,), False), ((), False), (None, True)):
-        shutil.rmtree(setup.folder / "another-node", ignore_errors=True)
-        run = setup.with_changes(token_signers=keys).run(attempt=2, scratch="another-node")
-        assert _fetched(run, storage)[1][0].startswith("the tokens of the preflight are used") is used
+def test_tokens_of_an_earlier_preflight_are_signed_again_and_not_sent_again(tokens: Path, tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "out", role="output", display="out")
+    first, second = Signer(), Signer()
+    token_store.upload(storage, tokens, Origin("uid-1", ()), first, _ignore)
+    stored = tmp_path / "out" / token_store.FOLDER / _LOCAL_NAME / "ids.npy"
+    sent = stored.stat().st_ino
+    token_store.upload(storage, tokens, Origin("uid-1", (first.public,)), second, _ignore)
+    assert stored.stat().st_ino == sent
+    for keys, used in (((second.public,), True), ((first.public,), False), ((), False), (None, True)):
+        assert _used(tmp_path / "out", Origin("uid-1", keys))[0] is used
+    assert not _used(tmp_path / "out", Origin("uid-2", (second.public,)))[0]
 
 
 def test_other_rows_have_other_tokens(setup: JobSetup, stored: Storage) -> None:

@@ -122,8 +122,9 @@ def _folder(root: Path, location: Location, role: Role) -> LocalStorage:
 
 def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Access) -> Storage:
     from finetune_trainer.storage import azure, gcs, s3
-    from finetune_trainer.storage.bucket import RetryPolicy, open_bucket
+    from finetune_trainer.storage.bucket import open_bucket
     from finetune_trainer.storage.requests import redirects
+    from finetune_trainer.storage.requests.repeats import RetryPolicy
 
     def open_with(secret: Secret | None) -> Storage:
         try:

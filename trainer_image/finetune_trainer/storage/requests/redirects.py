@@ -33,7 +33,7 @@ _IDENTITY_URLS: dict[str, tuple[str, ...]] = {
     "gs": ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"),
     "az": ("IDENTITY_ENDPOINT", "MSI_ENDPOINT"),
 }
-_ENDPOINTS = ("endpoint", "base_url")
+_ENDPOINTS, _AUTHORITY = ("endpoint", "base_url"), "authority_host"
 _KEYS: dict[str, tuple[str, ...]] = {
     "s3": ("access_key_id", "skip_signature"),
     "gs": ("skip_signature",),  # a service account's key is exchanged for a token
@@ -49,8 +49,8 @@ def client_options(scheme: str, options: Mapping[str, Any], environment: Mapping
     `options` are those of the store. With a proxy of the administrator's, it decides instead.
     """
     client = dict(options.get("client_options", {}))
-    endpoint = next((str(options[name]) for name in _ENDPOINTS if options.get(name)), "")
-    if endpoint.lower().startswith("https://"):
+    urls = [str(options[name]) for name in (*_ENDPOINTS, _AUTHORITY) if options.get(name)]
+    if urls and all(url.lower().startswith("https://") for url in urls):
         client["allow_http"] = False  # nor a redirect to a server without encryption
     if any(environment.get(name) for name in _PROXIES):
         return client
@@ -61,7 +61,7 @@ def client_options(scheme: str, options: Mapping[str, Any], environment: Mapping
 def allowed_hosts(scheme: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[str, ...]:
     """Returns the servers of the store and, unless there are keys, of its credentials. A domain
     stands for all of its hosts, too."""
-    urls = [str(options[name]) for name in (*_ENDPOINTS, "authority_host") if options.get(name)]
+    urls = [str(options[name]) for name in (*_ENDPOINTS, _AUTHORITY) if options.get(name)]
     own = _SERVICES[scheme] if not any(options.get(name) for name in _ENDPOINTS) else ()
     needs_no_other = any(options.get(name) for name in _KEYS[scheme])
     if scheme == "s3" and environment.get("AWS_ACCESS_KEY_ID"):
