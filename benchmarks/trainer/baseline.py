@@ -1,9 +1,10 @@
 """Compares the speed of our trainer with that of an earlier revision, alternately and in one run.
 
-It runs as `python benchmarks/trainer/baseline.py REV [--cells a,b] [--rounds N]`. The revision is
+It runs as `python benchmarks/trainer/baseline.py REV [--cells "a;b"] [--rounds N]`. The revision is
 checked out into a temporary folder, and each run is done by the benchmark of its own revision
-(`run_revision`), on the same model and rows. benchmarks/results/baseline.json has all speeds; the
-cells that aren't measured keep what they had there if both revisions are the same.
+(`run_revision`), on the same model and rows, without compiling. benchmarks/results/baseline.json
+has all speeds; the cells that aren't measured keep what they had there if both revisions are the
+same.
 """
 
 from __future__ import annotations
