@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from finetune_trainer.log import Log
 from finetune_trainer.supervisor import node as node_module
 from finetune_trainer.supervisor.node import Node
 from finetune_trainer.supervisor.signals import StopRequest
+
+_STOP_SECONDS = 3.0
 
 _EPILOG = f"""environment:
   {names.ENV_RUN_CONFIG}     file with the RunConfig (JSON); default {names.RUN_CONFIG_PATH}
@@ -103,7 +106,11 @@ def _preflight(node: Node, log: Log) -> result.Result:
 
     hide_from_ranks()
     try:
-        return _interruptible(lambda: preflight.check(node.run, node.paths, node.access, log.info), log)
+        return _interruptible(
+            lambda: preflight.check(node.run, node.paths, node.access, log.info),
+            log,
+            on_stop=lambda: preflight.give_back(node.run, node.access),
+        )
     finally:
         shutil.rmtree(node.paths.model, ignore_errors=True)
 
@@ -119,14 +126,17 @@ def _cleanup(node: Node, log: Log) -> result.Result:
     return _interruptible(clean, log)
 
 
-def _interruptible(work: Callable[[], result.Result], log: Log) -> result.Result:
-    """Returns the result of `work`; a signal ends the process at once."""
+def _interruptible(
+    work: Callable[[], result.Result], log: Log, on_stop: Callable[[], None] = lambda: None
+) -> result.Result:
+    """Returns the result of `work`; a signal ends the process, after `on_stop` or a few seconds."""
     from finetune_trainer.supervisor import outcomes
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
     # period.
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
+        signal.signal(number, lambda *_: stopped.set())
     # The work runs in a thread, as Python handles signals only in the main thread, between two
     # bytecode instructions.
     running = ThreadPoolExecutor(1).submit(work)
@@ -137,6 +147,11 @@ def _interruptible(work: Callable[[], result.Result], log: Log) -> result.Result
             except TimeoutError:
                 if running.done():
                     raise
+            if stopped.is_set():
+                last = threading.Thread(target=on_stop, daemon=True)
+                last.start()
+                last.join(_STOP_SECONDS)
+                _exit(REASONS["Preempted"].exit_code)
     except RunError as error:
         return _failed(error, log)
     except Exception as error:

@@ -63,6 +63,12 @@ def check(run: RunConfig, paths: Paths, access: Access, report: Report) -> Resul
         raise
 
 
+def give_back(run: RunConfig, access: Access) -> None:
+    """Releases the claim of a check that is stopped, if nothing is stored there."""
+    with suppress(RunError):
+        predecessor.release_if_empty(open_folder(run.output, "output", access), run.job)
+
+
 def _check_inputs(run: RunConfig, paths: Paths, access: Access, storage: Storage, report: Report) -> Result:
     model = download.model(run, paths, access, report, weights=False)
     data_files = download.data(run, paths, access, report)
