@@ -136,6 +136,23 @@ def test_panels_have_a_title_a_separate_position_and_the_chosen_data_source() ->
         assert panel["datasource"]["uid"] == "${datasource}"
 
 
+def test_steps_that_would_be_lost_are_shown_and_somebody_is_alerted(helm: str) -> None:
+    (panel,) = [p for p in panels() if "finetune_job_steps_at_risk" in p["targets"][0]["expr"]]
+    assert panel["title"] == "Steps at risk"
+    (alert,) = [rule for rule in rules(helm) if rule.get("alert") == "FineTuneJobNotStored"]
+    assert "finetune_job_steps_at_risk" in alert["annotations"]["description"]
+
+
+def test_no_two_panels_of_the_dashboard_overlap() -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert taken.setdefault((x, y), panel["title"]) == panel["title"]
+                assert x < 24, panel["title"]
+
+
 def test_the_chart_provides_the_dashboard_where_grafana_looks_for_it(helm: str) -> None:
     (config,) = [
         c for c in of_kind(render(helm, *EVERYTHING), "ConfigMap") if "grafana_dashboard" in c["metadata"]["labels"]

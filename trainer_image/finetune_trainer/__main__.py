@@ -12,10 +12,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_api import __version__, names
 from finetune_api.messages import result
@@ -25,6 +27,9 @@ from finetune_trainer.log import Log
 from finetune_trainer.supervisor import node as node_module
 from finetune_trainer.supervisor.node import Node
 from finetune_trainer.supervisor.signals import StopRequest, in_thread
+
+_STOP_SECONDS = 3.0  # for giving the output back after a signal
+_TICK_SECONDS = 0.1  # between two looks at signals, which Python handles in the main thread only
 
 _EPILOG = f"""environment:
   {names.ENV_RUN_CONFIG}     file with the RunConfig (JSON); default {names.RUN_CONFIG_PATH}
@@ -41,7 +46,9 @@ exit codes:
   {", ".join(f"{r.exit_code} {r.name}" for r in REASONS.values() if r.exit_code and r.name != "Preempted")}
 """
 
-_TICK_SECONDS = 0.1  # between two looks at signals, which Python handles in the main thread only
+
+class _Stopped(Exception):
+    """A signal asked the process to end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,7 +111,11 @@ def _preflight(node: Node, log: Log) -> result.Result:
 
     hide_from_ranks()
     try:
-        return _interruptible(lambda: preflight.check_in_time(node.run, node.paths, node.access, log.info), log)
+        return _interruptible(
+            lambda waiting: preflight.check_in_time(node.run, node.paths, node.access, log.info, waiting),
+            log,
+            on_stop=lambda: preflight.give_back(node.run, node.access, _STOP_SECONDS),
+        )
     finally:
         shutil.rmtree(node.paths.model, ignore_errors=True)
 
@@ -117,19 +128,33 @@ def _cleanup(node: Node, log: Log) -> result.Result:
         storage = open_folder(node.run.output, "output", node.access)
         return result.Result(outcome="succeeded", message=cleanup.clean(storage, node.run, log.info))
 
-    return _interruptible(lambda: in_thread(clean, lambda: None, _TICK_SECONDS), log)
+    return _interruptible(lambda waiting: in_thread(clean, waiting, _TICK_SECONDS), log)
 
 
-def _interruptible(work: Callable[[], result.Result], log: Log) -> result.Result:
-    """Returns the result of `work`, which waits in a thread; a signal ends the process at once."""
+def _interruptible(
+    work: Callable[[Callable[[], None]], result.Result], log: Log, on_stop: Callable[[], None] = lambda: None
+) -> result.Result:
+    """Returns the result of `work`, which calls its argument ten times a second.
+
+    After a signal, this call raises; then `on_stop` runs, and the process ends.
+    """
     from finetune_trainer.supervisor import outcomes
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
     # period.
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
+        signal.signal(number, lambda *_: stopped.set())
+
+    def waiting() -> None:
+        if stopped.is_set():
+            raise _Stopped
+
     try:
-        return work()
+        return work(waiting)
+    except _Stopped:
+        on_stop()
+        _exit(REASONS["Preempted"].exit_code)
     except RunError as error:
         return _failed(error, log)
     except Exception as error:
@@ -153,7 +178,7 @@ def _finish(outcome: result.Result, termination_log: Path, log: Log) -> int:
     return REASONS[outcome.reason].exit_code
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     """Ends the process even if a thread still waits for a storage."""
     sys.stdout.flush()
     sys.stderr.flush()

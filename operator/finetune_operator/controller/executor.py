@@ -31,7 +31,7 @@ from finetune_operator.core.actions import (
     ResumeGroup,
     SpecRefused,
 )
-from finetune_operator.core.objects import Observed
+from finetune_operator.core.objects import ChildJob, Observed
 from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.core.status import timestamp
@@ -115,11 +115,26 @@ class Executor:
             return
         children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
         for job in (child.job for child in children if not child.job.deleting):
+            preconditions = {"uid": job.uid, "resourceVersion": job.resource_version}
             try:
-                await self._client.delete("jobs", job.namespace, job.name, {"uid": job.uid}, wait=True)
+                await self._client.delete("jobs", job.namespace, job.name, preconditions, wait=True)
                 log.info("deleted Job %s of a deleted FineTuneJob", job.name)
-            except (NotFound, Conflict):
+            except NotFound:
                 self._cache.drop_job(job.uid)
+            except Conflict:
+                await self._look_up_child(snapshot, job)
+
+    async def _look_up_child(self, snapshot: JobSnapshot, job: ChildJob) -> None:
+        """Reads a Job that has changed; one that was orphaned meanwhile is no child any more."""
+        try:
+            raw = await self._client.get("jobs", job.namespace, job.name)
+        except NotFound:
+            self._cache.drop_job(job.uid)
+            return
+        if ownership.controller_of(raw).get("uid") == snapshot.uid:
+            self._cache.put_job(raw)
+        else:
+            self._cache.drop_job(job.uid)
 
     async def create_cleanup(self, observed: Observed) -> None:
         """Creates the Job that deletes what a deleted FineTuneJob leaves.

@@ -91,6 +91,8 @@ def test_the_garbage_collector_comes_first(world: World, operator: Operator, pol
     else:
         world.wait(lambda: finalizers(world, "waits") == [names.FINALIZER], what=lambda: "the orphaning")
         assert not world.all("jobs", **{names.LABEL_ROLE: names.ROLE_CLEANUP})
+        world.wait(lambda: world.status("waits")["message"].startswith("being deleted"))
+        assert "deletionTimestamp" not in (world.get("jobs", "waits-1") or {})["metadata"], "it was to be left alone"
         world.end_pod(pod, 0, DONE)
     world.end_pod(wait_cleanup(world, "waits"), 0, DONE)
     wait_gone(world, "waits")

@@ -139,6 +139,21 @@ def test_what_a_predecessor_left_is_deleted_on_request(left: str, tmp_path: Path
     assert here.files == ["finetune/owner.json", "notes.txt"]
 
 
+@pytest.mark.parametrize("existing", ["resume", "discard"])
+def test_files_beside_checkpoints_that_are_none_stay(existing: str, tmp_path: Path) -> None:
+    """A folder in checkpoints/ may be the output of another job, or have notes of a person."""
+    here = place(tmp_path, existing=existing)
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(4, FORMER)
+    others = ["checkpoints/adapter_model.safetensors", "checkpoints/finetune/manifest.json", "checkpoints/notes.txt"]
+    own = ["checkpoints/memory.json", "checkpoints/scarce-memory-0.json", "checkpoints/tokens/abc/complete.json"]
+    for path in (*others, *own):
+        here.write(path, "{}")
+    output_check.take(here.storage, here.run, Role("leads"))
+    assert set(others) <= set(here.files)
+    assert not set(own) & set(here.files)
+
+
 def test_files_outside_of_the_destination_are_never_deleted(tmp_path: Path) -> None:
     here, outside = place(tmp_path, existing="discard"), tmp_path / "precious"
     outside.write_text("precious")

@@ -9,46 +9,27 @@ its files.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from finetune_api.messages.manifest import FileEntry, Manifest
 from finetune_api.messages.run import JobRef, RunConfig
 from finetune_api.names import (
-    CHECKPOINT_HISTORY,
     CHECKPOINT_MANIFEST,
-    CHECKPOINT_STATE,
     CHECKPOINTS_DIR,
-    DATA_REPORT_PATH,
-    EVALUATION_PATH,
     FINETUNE_DIR,
-    HISTORY_PATH,
     MANIFEST_PATH,
     OWNER_PATH,
-    REPORT_PATH,
-    SAMPLES_PATH,
-    TENSORBOARD_DIR,
-    WANDB_DIR,
     checkpoint_dir,
 )
-from finetune_trainer.destination import claim, predecessor, token_store
+from finetune_trainer.destination import claim, file_names, predecessor, token_store
 from finetune_trainer.destination.signing import Trust
-from finetune_trainer.manifest import INDEX, of_bytes
-from finetune_trainer.paths import split_checkpoint_path
+from finetune_trainer.manifest import of_bytes
 from finetune_trainer.storage.base import FileInfo, Storage
 
 _COMPARED_BYTES = 16 << 20
 """Files of a result up to this size are read before they are deleted; of larger ones, the size
 counts."""
-_PART = re.compile(r"(.*/)?\.([^/]+)\.[0-9a-f]{8}\.part")  # a file that was being written to a claim
-_OF_CHECKPOINT = re.compile(
-    rf"[^/]+\.safetensors|node-\d+-attempt-\d+\.json|{re.escape(INDEX)}|{re.escape(CHECKPOINT_HISTORY)}"
-    rf"|{re.escape(CHECKPOINT_MANIFEST)}|{re.escape(CHECKPOINT_STATE)}"
-)
-_RECORDS = re.compile(rf"{CHECKPOINTS_DIR}/(memory|scarce-memory-\d+)\.json")
-_REPORTS = frozenset({HISTORY_PATH, DATA_REPORT_PATH, SAMPLES_PATH, EVALUATION_PATH, REPORT_PATH})
-_REPORT_FOLDERS = (f"{TENSORBOARD_DIR}/", f"{WANDB_DIR}/")
 _NAMED_FILES = 3  # of those that are left
 
 Report = Callable[[str], None]
@@ -90,7 +71,7 @@ def clean(storage: Storage, run: RunConfig, report: Report) -> str:
         if content.result is not None:
             report(f"deleting the result in {at}")
             deleted.append(_delete_result(storage, content.result, content.files))
-        storage.delete(tuple(path for path in content.files if is_own and _is_report(path)))
+        storage.delete(tuple(path for path in content.files if is_own and file_names.is_report(path)))
     claim.release(storage, run.job)
     return f"deleted {' and '.join(deleted)} in {at}{_rest(storage, with_result=with_result)}"
 
@@ -118,16 +99,16 @@ def _delete_checkpoints(storage: Storage, content: _Content, job: JobRef, *, is_
     storage.delete(tuple(f"{checkpoint_dir(step)}/{CHECKPOINT_MANIFEST}" for step in content.checkpoints))
     paths = [path for path in content.files if _is_of_checkpoint(path, content, is_own=is_own)]
     if is_own:
-        paths += [path for path in content.files if _RECORDS.fullmatch(path) and _names(storage, path, "uid", job)]
-        folders = {path.rpartition("/")[0] for path in content.files if path.startswith(f"{token_store.FOLDER}/")}
+        paths += [path for path in content.files if file_names.is_record(path) and _names(storage, path, "uid", job)]
+        folders = {path.rpartition("/")[0] for path in content.files if file_names.is_of_tokens(path)}
         tokens = tuple(f for f in folders if _names(storage, f"{f}/{token_store.MARKER}", "job", job))
         paths += [path for path in content.files if path.rpartition("/")[0] in tokens]
     storage.delete(tuple(paths))
 
 
 def _is_of_checkpoint(path: str, content: _Content, *, is_own: bool) -> bool:
-    step, name = split_checkpoint_path(_complete_path(path)) or (None, "")
-    if step is None or step in content.foreign_steps or not _OF_CHECKPOINT.fullmatch(name):
+    step = file_names.step_of(path)
+    if step is None or step in content.foreign_steps:
         return False
     return is_own or step in content.checkpoints
 
@@ -152,17 +133,6 @@ def _is_unchanged(storage: Storage, file: FileEntry, entry: FileInfo | None) -> 
         return True
     data = storage.read(file.path)
     return data is not None and of_bytes(data) == file.sha256
-
-
-def _is_report(path: str) -> bool:
-    complete = _complete_path(path)
-    return complete in _REPORTS or complete.startswith(_REPORT_FOLDERS)
-
-
-def _complete_path(path: str) -> str:
-    """Returns the path that a file would have got once it was written."""
-    part = _PART.fullmatch(path)
-    return f"{part[1] or ''}{part[2]}" if part else path
 
 
 def _names(storage: Storage, path: str, key: str, job: JobRef) -> bool:

@@ -117,6 +117,7 @@ class Ending:
             case "finish":
                 await self._finish(snapshot, deleting, step)
             case "wait":
+                await self._report(snapshot, step)
                 await self._explain(snapshot)
                 if step.seconds is not None:
                     self.state.queue.add_after(snapshot.key, max(0.05, step.seconds))
