@@ -158,10 +158,6 @@ class Spec(Model):
         Rule("distribution.sequenceParallelSize", "above 1 needs dataset.packing, because only packed rows are shared",
              "self.distribution.sequenceParallelSize == 1 || self.dataset.packing",
              lambda m: m.distribution.sequence_parallel_size == 1 or m.dataset.packing),
-        Rule("distribution.sequenceParallelSize", "must be 1 with training.objective dpo, whose loss needs both "
-             "answers of a pair on one process",
-             "self.distribution.sequenceParallelSize == 1 || self.training.objective != 'dpo'",
-             lambda m: m.distribution.sequence_parallel_size == 1 or m.training.objective != "dpo"),
         Rule("output.merge", "needs model.quantization none, because the adapter was trained on the quantized weights",
              "!self.output.merge || self.model.quantization == 'none'",
              lambda m: not m.output.merge or m.model.quantization == "none"),

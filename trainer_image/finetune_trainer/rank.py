@@ -50,13 +50,11 @@ def _run_job(run: RunConfig, paths: Paths, reporter: EventWriter) -> None:
     after the run configuration was read."""
     from finetune_trainer.parallel import world
     from finetune_trainer.parallel.network import flight_recorder
-    from finetune_trainer.parallel.sequence import groups
     from finetune_trainer.training import job
     from finetune_trainer.training.context import RankContext
 
     group = world.from_environment(os.environ, run.world.device)
     world.join(group, expected=run.world.size, timeout=world.COLLECTIVE_TIMEOUT)
-    group = groups.divide(group, run.world.sequence_parallel_size)
     flight_recorder.answer_requests(paths.flight_request, paths.flight_record(group.rank))
     job.run_job(RankContext(run, paths, group, reporter))
     world.leave(group)

@@ -29,7 +29,7 @@ from testkit import tiny_models
 from testkit.rows import pairs
 from trainer.support import row_exchanges, shared_rows
 from trainer.support.forked_ranks import KillPoint
-from trainer.support.rank_runs import FinishedRun, Job, RunningRanks, in_parallel, prepare
+from trainer.support.rank_runs import FinishedRun, Job, RunningRanks, finish_each, in_parallel, prepare
 from trainer.support.row_exchanges import RowExchanges
 from trainer.support.shared_rows import SharedRow
 
@@ -211,6 +211,36 @@ def test_a_run_that_dies_resumes_bit_identically(cell: str, models: dict[str, Pa
     assert again.events(events.PlanEvent)[0].start_step == _SAVED
     assert again.losses == whole.losses[_SAVED:]
     assert _result(again) == _result(whole)
+
+
+def test_preference_pairs_in_shared_rows_have_the_same_losses_and_rewards(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    pairs_of_answers = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " " + row["prompt"][::-1]}
+        for row in pairs(20)
+    ]
+    jobs = {
+        ranks: prepare(
+            tmp_path / str(ranks), models["llama"], pairs_of_answers[:12], validation=pairs_of_answers[12:16],
+            test=pairs_of_answers[16:], data={"format": "preference"}, world=ranks, sequence=ranks,
+            training={"objective": "dpo", "eval_every_steps": 2},
+        )
+        for ranks in (1, 2)
+    }  # fmt: skip
+    runs = finish_each(jobs)
+    whole, shared = runs[1], runs[2]
+    assert shared.decision("sequenceParallel").choice == "2"
+    assert shared.losses == pytest.approx(whole.losses, rel=1e-5)
+    for split in ("validation", "test"):
+        assert shared.evals(split) == pytest.approx(whole.evals(split), rel=1e-5)
+    for ours, theirs in zip(shared.events(events.StepEvent), whole.events(events.StepEvent), strict=True):
+        assert ours.rewards is not None
+        assert theirs.rewards is not None
+        assert ours.rewards.model_dump() == pytest.approx(theirs.rewards.model_dump(), rel=1e-4, abs=1e-5)
+    scores = [run.events(events.ScoresEvent)[0].evaluation.scores for run in (shared, whole)]
+    assert [score.name for score in scores[0]] == ["perplexity"]
+    assert scores[0][0].tuned == pytest.approx(scores[1][0].tuned, rel=1e-5)
 
 
 def test_rows_are_exchanged_within_each_group_only(models: dict[str, Path], tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class Evaluator:
         row_losses: dict[int, float] = {}
         with self._evaluating():
             for micro_batch, batch in self.for_each_micro_batch(split):
-                losses = torch.empty(batch.targets.shape, device=self.world.device) if by_row and micro_batch else None
+                count = batch.answers // 2 if split.pairs else batch.targets.numel()
+                losses = torch.empty(count, device=self.world.device) if by_row and micro_batch else None
                 with self.loss_sum.packed_context(batch):
                     own += self.loss_sum(self.strategy.model, batch, losses, sums)
                 if losses is not None:
@@ -113,10 +114,11 @@ def _by_row(
     split: Split, micro_batch: MicroBatch, losses: torch.Tensor, own: NDArray[np.int64] | None
 ) -> dict[int, float]:
     """Returns the sum of the losses of each example. The targets of a batch are in the order of its
-    examples. If this rank has only a part of the row, `own` are its targets among those of all."""
+    examples. If this rank has only a part of the row, `own` are its targets among those of all. A
+    pair has one loss."""
     ends = np.cumsum(split.label_counts[list(micro_batch)])
     values = losses.double().cpu().numpy()
-    if own is not None:
+    if own is not None and not split.pairs:
         whole = np.zeros(ends[-1])
         whole[own] = values
         values = whole

@@ -7,6 +7,7 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 

@@ -53,6 +53,7 @@ class Batch:
     layout: Layout | None = None
     padding: Padding | None = None
     answer: Tensor | None = None  # pairs: the answer of each target; a pair has two, the chosen one first
+    answers: int = 0  # pairs: the number of answers
     reference: Tensor | None = None  # pairs: log-probabilities of the reference model, (examples, 2)
     sorted_chosen: NDArray[np.int64] | None = None
     sequence: SequencePart = WHOLE
@@ -116,7 +117,8 @@ class Collator:
         reference = None if split.reference is None else split.reference[list(micro_batch)]
         return replace(
             batch,
-            answer=self._tensor(answer),
+            answer=self._tensor(answer if batch.own is None else answer[batch.own]),
+            answers=len(rows),
             reference=None if reference is None else transfer.to_device(reference, self.device),
         )
 

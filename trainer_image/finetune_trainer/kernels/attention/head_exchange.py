@@ -57,6 +57,20 @@ def to_own_tokens(part: SequencePart, tensor: Tensor) -> Tensor:
     return received.transpose(0, 1).reshape(1, own, part.size * count, width)
 
 
+def group_sum(part: SequencePart, values: Tensor) -> Tensor:
+    """Returns the sum of values over the ranks that share a row. Its gradient is that of this
+    rank's values alone, since every rank differentiates its own."""
+    if not part:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total, group=_process_group(part.group))
+    return total + (values - values.detach())
+
+
+def _process_group(name: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 @torch.library.custom_op("finetune::all_to_all", mutates_args=())
 def all_to_all(parts: Tensor, group: str) -> Tensor:
     """Sends part i, (ranks, …), to rank i of the process group of this name, and returns what the
@@ -65,7 +79,7 @@ def all_to_all(parts: Tensor, group: str) -> Tensor:
     It is an operator so that compiled layers can have it.
     """
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=dist.distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined,arg-type]
+    dist.all_to_all_single(received, parts, group=_process_group(group))
     return received
 
 
