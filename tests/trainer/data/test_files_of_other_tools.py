@@ -120,7 +120,7 @@ def test_values_are_read_as_they_are_meant(value: Any, answer: str) -> None:
         ({"prompt": "a?", "response": "b"}, "completion is missing (it has prompt, response); map one in "
                                             "dataset.columns.completion"),
         ({"prompt": "a?", "completion": float("nan")}, "completion is missing"),
-        ({"messages": "[{'role': 'user'}]"}, "a text that isn't JSON"),
+        ({"messages": "[{'role': 'user'}]"}, "a text that isn't a JSON list"),
         ({"prompt": "a?", "completion": {"x": 1}}, "completion is {'x': 1}, which isn't text"),
     ],
 )  # fmt: skip
