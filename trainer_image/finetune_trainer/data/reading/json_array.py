@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_trainer.data.reading.compression import Readable
-from finetune_trainer.data.reading.containers import json_text
+from finetune_trainer.data.reading.containers import encodings, json_text
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
 
 READ_BYTES = 1 << 20
@@ -101,6 +101,7 @@ class _Window:
         self._text = ""
         self._position = 0
         self._ended = False
+        self._bytes = 0
 
     def next_character(self, number: int) -> str:
         """Move the window to the first character that isn't blank, and return it."""
@@ -171,7 +172,8 @@ class _Window:
         self._ended = not data
         try:
             decoded = self._decode(data, final=self._ended)
-        except UnicodeDecodeError:
-            raise Unreadable(number, "isn't UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise Unreadable(number, encodings.not_utf8(data, error.start, self._bytes)) from None
+        self._bytes += len(data)
         self._text, self._position = self._text[self._position :] + decoded, 0
         return not self._ended
