@@ -68,7 +68,7 @@ def group_sum(part: SequencePart, values: Tensor) -> Tensor:
 
 
 def _process_group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
 @torch.library.custom_op("finetune::all_to_all", mutates_args=())
