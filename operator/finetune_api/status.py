@@ -15,9 +15,7 @@ from finetune_api.base import LenientModel
 
 Phase = Literal["Pending", "Queued", "Starting", "Running", "Restarting", "Suspended", "Succeeded", "Failed"]
 TERMINAL_PHASES = ("Succeeded", "Failed")
-
 MAX_SIGNERS = 64
-
 CONDITION_COMPLETE = "Complete"
 CONDITION_FAILED = "Failed"
 CONDITION_SUSPENDED = "Suspended"
@@ -268,6 +266,9 @@ class Status(LenientModel):
         default=(),
         description="Public keys by which the pods of this job have signed their manifests. Checkpoints and results "
         "that none of them has signed are not used.",
+    )
+    token_signers: Annotated[tuple[u.ShortLine, ...], u.at_most(MAX_SIGNERS)] = Field(
+        default=(), description="Public keys by which preflight pods have signed tokens; others are computed again."
     )
     evaluation: EvaluationStatus | None = Field(
         default=None, description="Losses per supervised token, and scores of generated answers."

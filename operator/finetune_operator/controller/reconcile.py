@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status, read
+from finetune_operator.controller.deletion.ending import Ending
+from finetune_operator.controller.deletion.finalizer import Finalizer
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.executor import Executor
 from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_reader import SpecReader
 from finetune_operator.controller.state import ControllerState
+from finetune_operator.controller.status_writer import StatusWriter
 from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.controller.workqueue import WriteTurns
 from finetune_operator.core import decide, plan, reduced_status, status, verdict, write_policy
@@ -26,14 +28,13 @@ from finetune_operator.core.plan import PlanError
 from finetune_operator.core.pods.digest import PodsDigests
 from finetune_operator.core.pods.offers import NotOffered
 from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD, SPEC_UNREADABLE
-from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound, Refused
+from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _BLOCKED_SECONDS = 10.0
 _LOOK_UP_SECONDS = 5.0  # until a pod that no watch reports is looked up again
-_REFUSED_SECONDS = 60.0  # until a status that the API server refuses is tried again
 _UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
 _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
 _LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
@@ -52,13 +53,16 @@ class Reconciler:
         self._progress = state.progress
         self._settings = settings
         self._recorder = recorder
-        self._executor = Executor(client, state.cache, settings)
+        self._finalizer = Finalizer(client, state.cache)
+        self._executor = Executor(client, state.cache, settings, self._finalizer)
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
+        self._ending = Ending(
+            client, state, settings, self._executor, self._finalizer, self._specs, recorder, self._warning_events
+        )
         self._digests = PodsDigests(settings)
         self._turns = WriteTurns(state.queue, _WRITES_AT_A_TIME)
-        self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
-        self._refusals: dict[Key, str] = {}
+        self._statuses = StatusWriter(client, state.queue)
         self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
 
     async def reconcile(self, key: Key) -> None:
@@ -73,7 +77,7 @@ class Reconciler:
         if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
             self._forget(key, snapshot)
             if snapshot:
-                await self._executor.end(snapshot)
+                await self._ending.run(snapshot)
             return
         if await self._executor.look_up(snapshot):
             self._queue.add_after(key, _LOOK_UP_SECONDS)
@@ -91,6 +95,7 @@ class Reconciler:
             await self._wait_for_upgrade(snapshot, reading.unknown, now)
             return
         try:
+            await self._finalizer.follow(snapshot, job)
             if decision.status_first and await self._write_status_if_due(
                 snapshot, observed, decision.desired, now, immediately=True
             ):
@@ -180,7 +185,7 @@ class Reconciler:
         """
         namespace, name = snapshot.key
         try:
-            body = await self._apply(snapshot, after)
+            body = await self._statuses.apply(snapshot, after)
         except Conflict as error:
             await self._executor.refresh(snapshot)
             raise OutOfDate from error
@@ -192,32 +197,6 @@ class Reconciler:
         self._differs_since.pop(snapshot.key, None)
         self._cache.put_body(body)
         log.info("status written: %s: %s", after.phase, after.message, extra={"namespace": namespace, "job": name})
-
-    async def _apply(self, snapshot: JobSnapshot, after: Status) -> dict[str, Any] | None:
-        """Applies a status, or a reduced one while the API server refuses it.
-
-        Returns the object; None if even the reduced one is refused. It is tried again later.
-        """
-        key, version = snapshot.key, snapshot.resource_version
-        if time.monotonic() >= self._refused_until.get(key, 0.0):
-            try:
-                body = await self._client.apply_status(*key, version, after.to_json())
-            except Refused as error:
-                self._refused_until[key] = time.monotonic() + _REFUSED_SECONDS
-                self._refusals[key] = f"{error.code} {error.reason or error.message[:200]}"
-                log.warning("status refused: %s", error, extra={"namespace": key[0], "job": key[1]})
-            else:
-                self._refused_until.pop(key, None)
-                return body
-        self._queue.add_after(key, _REFUSED_SECONDS)
-        less = reduced_status.refused(after, self._refusals[key])
-        if less == read(snapshot.body.get("status")):
-            return None
-        try:
-            return await self._client.apply_status(*key, version, less.to_json())
-        except Refused as error:
-            log.error("even a reduced status is refused: %s", error, extra={"namespace": key[0], "job": key[1]})
-            return None
 
     async def report_error(self, key: Key, error: Exception, delay: float) -> None:
         """Says in the status of a job that reconciling it failed unexpectedly. Never raises."""
@@ -286,8 +265,7 @@ class Reconciler:
     def _forget(self, key: Key, snapshot: JobSnapshot | None) -> None:
         """Removes all that is in memory about a job that is gone or being deleted."""
         self._differs_since.pop(key, None)
-        self._refused_until.pop(key, None)
-        self._refusals.pop(key, None)
+        self._statuses.forget(key)
         self._specs.forget(key)
         self._queue.forget(key)
         self._turns.forget(key)
@@ -297,3 +275,5 @@ class Reconciler:
             self._digests.forget(snapshot.uid)
             self._recorder.forget(snapshot.uid)
             self._warning_events.forget(snapshot.child_uids)
+        else:
+            self._ending.forget(key)

@@ -31,12 +31,13 @@ class JobSnapshot:
     body: Raw
     attempts: tuple[Attempt, ...]
     preflight: Attempt | None
+    cleanup: Attempt | None
     orphaned_pods: tuple[Pod, ...]
 
     @property
     def pods(self) -> tuple[Pod, ...]:
         """All pods, of all children."""
-        children = (*self.attempts, *((self.preflight,) if self.preflight else ()))
+        children = (*self.attempts, *(child for child in (self.preflight, self.cleanup) if child))
         return (*(pod for child in children for pod in child.pods), *self.orphaned_pods)
 
     @property

@@ -34,6 +34,21 @@ async def test_a_job_that_is_added_while_it_is_processed_is_processed_once_more_
     assert await asyncio.wait_for(queue.take(), 1) == _A
 
 
+async def test_a_namespace_with_many_jobs_doesnt_delay_the_jobs_of_others() -> None:
+    queue = WorkQueue()
+    flood = [("flood", str(number)) for number in range(1000)]
+    for key in flood:
+        queue.add(key)
+    assert await queue.take() == flood[0]
+    queue.add(_A)
+    queue.add(_B)
+    queue.add(("other", "c"))
+    taken = [await queue.take() for _ in range(8)]
+    assert [key for key in taken if key[0] != "flood"] == [_A, ("other", "c"), _B]
+    assert [key for key in taken if key[0] == "flood"] == flood[1:6]
+    assert len(queue) == 1000 + 3 - 9
+
+
 async def test_the_earliest_of_several_timers_fires() -> None:
     queue = WorkQueue()
     queue.add_after(_A, 60)

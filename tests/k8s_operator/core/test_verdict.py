@@ -68,6 +68,11 @@ DEATHS: dict[str, tuple[tuple[Pod, ...], str]] = {
     "an exit code of only one reason": ((a_dead_pod(0, 76),), "DiskFull"),
     "an exit code that several share": ((a_dead_pod(0, 65),), "PodFailed"),
     "an exit code that nobody knows": ((a_dead_pod(0, 99),), "PodFailed"),
+    "a check that the kubelet ended at its deadline": (
+        (a_dead_pod(0, 143, status_reason="DeadlineExceeded",
+                    status_message="Pod was active on the node longer than the specified deadline"),),
+        "PreflightTimeout",
+    ),
     "a kubelet that refused the pod": (
         (a_pod(0, "Failed", status_reason="UnexpectedAdmissionError", status_message="no device"),), "PodRefused",
     ),
