@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 _SLOW = (
     "benchmarks/test_gpu_check.py",
     "cli/test_run.py",
+    "k8s_operator/controller/test_crash_points.py",
     "trainer/checkpoint/test_kill_anywhere.py",
     "trainer/checkpoint/test_sharded.py",
     "trainer/kernels/test_attention_options.py",

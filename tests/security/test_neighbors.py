@@ -115,7 +115,7 @@ def test_a_status_that_the_api_server_refuses_costs_its_job_alone(crd: Any, worl
         for resource, body in (("validatingadmissionpolicies", policy), ("validatingadmissionpolicybindings", binding)):
             assert world.request("POST", f"{group}/{resource}", body).accepted
         probe = world.submit("probe")["metadata"]["name"]
-        world.wait_phase(probe, "Starting")
+        world.wait(lambda: world.status(probe).get("observedGeneration"))
         world.wait(
             lambda: not world.patch("finetunejobs", probe, {"status": {"message": "REFUSE-ME"}}, "status").accepted
         )

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ class Executor:
         self._cache = cache
         self._settings = settings
         self._creator = Creator(client, cache, settings)
+        self._services_read: dict[str, float] = {}  # by uid of the FineTuneJob (monotonic)
 
     async def act(self, snapshot: JobSnapshot, observed: Observed, action: Action) -> None:
         """Carries out one action.
@@ -146,9 +148,17 @@ class Executor:
         await self._creator.close_pods(observed, first=False)
         await self._creator.create("jobs", manifests.cleanup_job(observed.job, run, self._settings), observed)
 
-    async def restore_service(self, observed: Observed) -> None:
-        """Creates the Service of a group again if somebody has deleted it."""
+    def forget(self, uid: str) -> None:
+        """Removes what is known about a job that is gone."""
+        self._services_read.pop(uid, None)
+
+    async def restore_service(self, observed: Observed, interval: float) -> None:
+        """Creates the Service of a group again if somebody has deleted it; it is read at most every
+        `interval` seconds, however often the job is reconciled."""
         meta = observed.job.metadata
+        if time.monotonic() - self._services_read.get(meta.uid, -interval) < interval:
+            return
+        self._services_read[meta.uid] = time.monotonic()
         name = names.service_name(meta.name)
         try:
             await self._client.get("services", meta.namespace, name)

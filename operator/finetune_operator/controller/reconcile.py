@@ -227,7 +227,7 @@ class Reconciler:
         age = seconds_between(waiting.job.created, now)
         if verdict.needs_service(observed) and not waiting.job.deleting:
             if age >= _FIRST_SERVICE_SECONDS:
-                await self._executor.restore_service(observed)
+                await self._executor.restore_service(observed, _SERVICE_INTERVAL_SECONDS)
             self._queue.add_after(key, max(_FIRST_SERVICE_SECONDS - age, _SERVICE_INTERVAL_SECONDS))
         uids = verdict.needs_warning_events(waiting)
         if not uids:
@@ -270,6 +270,7 @@ class Reconciler:
         self._queue.forget(key)
         self._turns.forget(key)
         if snapshot:
+            self._executor.forget(snapshot.uid)
             self._progress.forget(snapshot.uid)
             self._digests.forget(snapshot.uid)
             self._recorder.forget(snapshot.uid)

@@ -49,12 +49,15 @@ def test_a_jobs_life_costs_at_most_seven_writes_and_an_idle_operator_writes_noth
         world.end_pod(pod, 0, _DONE)
     world.wait_phase("cheap", "Succeeded")
 
+    def events() -> int:
+        return audit_writes(crd.audit_log, world.namespace).count("create events")
+
+    world.wait(lambda: events() == 2, 10, lambda: f"Started and Succeeded: {events()} Events")
     writes = audit_writes(crd.audit_log, world.namespace)
     assert writes.count("create jobs") == 2
     assert writes.count("create services") == 1
     assert writes.count("create networkpolicies") == 1
     assert len([write for write in writes if not write.endswith("events")]) <= 7, writes
-    assert writes.count("create events") == 2, writes  # Started and Succeeded
 
     world.submit("idle")
     world.run_pods("idle-1")

@@ -121,9 +121,11 @@ class World:
         assert answer.accepted, answer.message
 
     def wait_phase(self, name: str, phase: str, seconds: float = 15) -> Raw:
+        """Wait until the operator has written this phase, and return the status."""
+
         def arrived() -> Raw | None:
             status = self.status(name)
-            return status if status.get("phase") == phase else None
+            return status if status.get("phase") == phase and status.get("observedGeneration") else None
 
         return self.wait(arrived, seconds, lambda: f"{phase} of {name}; it is {self.status(name)}")
 
