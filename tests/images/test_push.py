@@ -139,7 +139,7 @@ def test_a_base_image_that_is_named_by_a_tag_is_mentioned(
 def test_every_stage_begins_with_the_one_base_image(name: str) -> None:
     """So that a digest in BASE pins all that isn't in the lock file."""
     lines = (ROOT / RECIPES[name].dockerfile).read_text().splitlines()
-    stages = {words[3] for line in lines if (words := line.split())[:1] == ["FROM"] and len(words) > 3}
+    stages = {parts[3] for line in lines if (parts := line.split())[:1] == ["FROM"] and len(parts) > 3}
     assert {line.split()[1] for line in lines if line.startswith("FROM ")} - stages == {"${BASE}"}
     assert not [
         line
