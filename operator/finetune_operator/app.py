@@ -10,6 +10,7 @@ import logging
 import signal
 import ssl
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import kopf
@@ -28,7 +29,7 @@ from finetune_operator.servers import job_metrics, probes
 from finetune_operator.servers.connections import Limits, serve
 from finetune_operator.servers.metrics import Metrics
 from finetune_operator.servers.progress_server import ProgressServer
-from finetune_operator.servers.tls import Certificate
+from finetune_operator.servers.tls import Certificate, Lease
 from finetune_operator.settings import Identity, Settings
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ class App:
     def _context(self) -> ssl.SSLContext | None:
         """Returns the TLS context of the progress server; None without TLS."""
         progress = self._settings.progress
-        return Certificate(Path(progress.certificate)).context() if progress.certificate and progress.port else None
+        if not progress.certificate or not progress.port:
+            return None
+        lease = Lease(progress.recognized_name, timedelta(seconds=progress.certificate_seconds))
+        return Certificate(Path(progress.certificate), lease).context()
 
     async def _lead(self) -> bool:
         """Waits for the Lease. Returns whether it was acquired before a signal to stop."""

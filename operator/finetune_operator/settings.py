@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field
@@ -47,7 +48,11 @@ class ProgressSettings(Model):
     )
     certificate: str = Field(
         default="",
-        description="Folder with tls.crt, tls.key and ca.crt. Empty means no TLS; url then begins with http://.",
+        description="Folder with ca.crt and ca.key, by which the operator issues its own certificates, or with ca.crt, "
+        "tls.crt and tls.key. Empty means no TLS; url then begins with http://.",
+    )
+    certificate_seconds: int = Field(
+        default=30 * 86400, ge=1, description="Lifetime of an issued certificate. It is replaced after two thirds."
     )
     server_name: str = Field(default="", description="Name in the certificate. Empty means the host of url.")
     port: Port = Field(
@@ -62,6 +67,11 @@ class ProgressSettings(Model):
         description="Refuse a post that doesn't come from the address of the pod that its token is bound to. Turn it "
         "off if the cluster's network translates the addresses of pods.",
     )
+
+    @property
+    def recognized_name(self) -> str:
+        """The name in the certificate."""
+        return self.server_name or urlsplit(self.url).hostname or ""
 
 
 class HubSettings(Model):

@@ -231,6 +231,11 @@ def test_an_upgrade_keeps_jobs_and_an_uninstall_keeps_them_too(installed: Contro
     after = certificate(installed)
     assert (after["ca.crt"], after["ca.key"]) == (before["ca.crt"], before["ca.key"]), "running pods know it"
     assert after["tls.crt"] != before["tls.crt"]
+    for _ in range(2):
+        helm_run(installed, helm, "upgrade", RELEASE, str(CHART), "--set", "progress.tls.authority=2")
+        rotated = certificate(installed)
+        assert (rotated["former-ca.crt"], rotated["former-ca.key"]) == (before["ca.crt"], before["ca.key"])
+        assert rotated["ca.crt"] != before["ca.crt"]
     helm_run(installed, helm, "uninstall", RELEASE)
     assert "kept" in installed.kubectl("-n", JOB_NAMESPACE, "get", "ftj", "-o", "name")
     assert "No resources" in installed.kubectl("-n", NAMESPACE, "get", "deployments", check=False)

@@ -86,6 +86,11 @@ def test_a_missing_secret_shows_in_status_and_the_job_recovers_without_help(worl
     world.until_phase(name, "Succeeded", seconds=300)
 
 
+def test_a_check_that_takes_too_long_says_what_it_was_doing(world: World) -> None:
+    name = world.apply(fine_tune_job("slow-check", runPolicy={"preflight": "always", "preflightSeconds": 1}))
+    _failed(world, name, "PreflightTimeout", "runPolicy.preflightSeconds", "the last one: ")
+
+
 def test_a_pod_that_fits_no_node_is_reported_with_the_schedulers_message(world: World) -> None:
     job = fine_tune_job("too-big", resources={"cpu": "64", "memory": "2Gi"})
     name = world.apply(job)

@@ -142,8 +142,25 @@ def test_an_identity_needs_the_servers_that_give_it() -> None:
 def test_an_encrypted_store_cant_lead_to_one_that_isnt() -> None:
     options = {"endpoint": "https://store.test", "access_key_id": "a", "client_options": {"allow_http": True}}
     assert redirects.client_options("s3", options, {})["allow_http"] is False
-    through_a_proxy = redirects.client_options("s3", options, {"HTTPS_PROXY": "http://proxy:3128"})
-    assert through_a_proxy == {"allow_http": False}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environment", "proxy", "direct"),
+    [
+        ("https://store.test", {"HTTPS_PROXY": "http://proxy:3128"}, "http://proxy:3128", None),
+        ("https://store.test", {"https_proxy": "proxy:3128", "NO_PROXY": "*"}, "http://proxy:3128", "store.test"),
+        ("https://a.store.test", {"ALL_PROXY": "http://p", "no_proxy": "x, .store.test"}, "http://p", "a.store.test"),
+        ("http://10.1.2.3:9000", {"HTTP_PROXY": "http://p", "NO_PROXY": "10.0.0.0/8"}, "http://p", "10.1.2.3"),
+        ("http://store.test", {"HTTPS_PROXY": "http://p"}, None, "store.test"),
+    ],
+)
+def test_a_proxy_of_the_pod_isnt_passed_by_for_another_server(
+    endpoint: str, environment: dict[str, str], proxy: str | None, direct: str | None
+) -> None:
+    options = {"endpoint": endpoint, "access_key_id": "a"}
+    client = redirects.client_options("s3", options, environment)
+    assert client["proxy_url"] == (proxy or f"http://{redirects.refusing_address()}")
+    assert client.get("proxy_excludes") == direct
 
 
 @pytest.mark.parametrize(

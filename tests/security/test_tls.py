@@ -7,19 +7,22 @@ import base64
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import uvloop
 from aiohttp import web
+from cryptography import x509
 
 from chart.support.helm_rendering import NAMESPACE, Object, of_kind, pod_specs, render
 from finetune_api import names
 from finetune_api.messages.progress import Progress
 from finetune_api.messages.run import ProgressConfig, parse
 from finetune_operator.servers.connections import Limits, serve
-from finetune_operator.servers.tls import Certificate
+from finetune_operator.servers.tls import Certificate, Lease
 from finetune_trainer.reporting.progress import post
 from k8s_operator.support.kubelet_stand_in import World
 from k8s_operator.support.operator_process import Operator
@@ -48,7 +51,10 @@ def test_the_operator_gets_its_certificate_without_reading_a_secret(helm: str) -
     operator = pod_specs(of_kind(objects, "Deployment"))[0]
     (volume,) = [volume for volume in operator["volumes"] if "secret" in volume]
     assert volume["secret"]["secretName"] == _secret(objects)["metadata"]["name"]
-    assert {item["key"] for item in volume["secret"]["items"]} == set(_FILES)  # the authority's key isn't there
+    assert "items" not in volume["secret"]  # the kubelet mounts the key of the authority, too
+    own = pod_specs(of_kind(render(helm, "progress.tls.secretName=mine"), "Deployment"))[0]
+    (volume,) = [volume for volume in own["volumes"] if "secret" in volume]
+    assert {item["key"] for item in volume["secret"]["items"]} == set(_FILES)
     for sets in (("progress.enabled=false",), ("progress.tls.enabled=false",)):
         objects = render(helm, *sets)
         assert not of_kind(objects, "Secret")
@@ -70,6 +76,99 @@ def test_cert_manager_makes_the_certificate_where_it_is_installed(helm: str) -> 
     assert not of_kind(own, "Secret", "Certificate", "Issuer")
     (volume,) = [v for v in pod_specs(of_kind(own, "Deployment"))[0]["volumes"] if "secret" in v]
     assert volume["secret"]["secretName"] == "mine"
+
+
+def _write_authority(helm: str, folder: Path) -> str:
+    """Has an authority as an install makes it, and the one before it, if there is one."""
+    data = _secret(render(helm, "crds.install=false"))["data"]
+    folder.mkdir(exist_ok=True)
+    for name in ("ca.crt", "ca.key"):
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"former-{name}")
+        (folder / name).write_bytes(base64.b64decode(data[name]))
+    return (folder / "ca.crt").read_text()
+
+
+def _presented(server: ssl.SSLContext, authority: str, name: str = _SERVER_NAME) -> x509.Certificate:
+    """The certificate that a server presents to a pod, which verifies it. Raises ssl.SSLError."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ssl.create_default_context(cadata=authority).wrap_bio(to_client, to_server, server_hostname=name)
+    ends = (client, server.wrap_bio(to_server, to_client, server_side=True))
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    presented = client.getpeercert(binary_form=True)
+    assert presented is not None
+    return x509.load_der_x509_certificate(presented)
+
+
+def test_the_operator_renews_its_certificate_without_an_upgrade(helm: str, tmp_path: Path) -> None:
+    authority, now = _write_authority(helm, tmp_path / "tls"), datetime.now(UTC)
+    clock = [now - timedelta(days=30)]  # the client's clock is the machine's
+    certificate = Certificate(tmp_path / "tls", Lease(_SERVER_NAME, timedelta(days=40)), lambda: clock[0])
+    server = certificate.context()
+    first = _presented(server, authority)
+    assert _presented(server, authority).serial_number == first.serial_number
+    clock[0] = now - timedelta(days=2)  # 28 of its 40 days are over
+    second = _presented(server, authority)
+    assert second.serial_number != first.serial_number
+    assert second.not_valid_after_utc == (clock[0] + timedelta(days=40)).replace(microsecond=0)
+    with pytest.raises(ssl.SSLError, match="evil"):
+        _presented(server, authority, "evil.example")
+    other = _write_authority(helm, tmp_path / "other")
+    with pytest.raises(ssl.SSLError):
+        _presented(server, other)
+
+
+def test_each_replica_and_each_process_is_recognized_by_the_same_authority(helm: str, tmp_path: Path) -> None:
+    authority = _write_authority(helm, tmp_path / "tls")
+    lease = Lease(_SERVER_NAME, timedelta(days=30))
+    servers = [Certificate(tmp_path / "tls", lease).context() for _ in range(2)]
+    assert len({_presented(server, authority).serial_number for server in servers}) == 2
+
+
+def test_a_new_authority_is_recognized_by_pods_that_know_the_former_one_only(helm: str, tmp_path: Path) -> None:
+    former = _write_authority(helm, tmp_path / "tls")
+    server = Certificate(tmp_path / "tls", Lease(_SERVER_NAME, timedelta(days=30))).context()
+    before = _presented(server, former)
+    new = _write_authority(helm, tmp_path / "tls")
+    after = _presented(server, new)
+    assert after.issuer == x509.load_pem_x509_certificate(new.encode()).subject
+    assert after.serial_number != before.serial_number
+    assert _presented(server, former) == after, "a pod that has started before"
+    stranger = _write_authority(helm, tmp_path / "stranger")
+    with pytest.raises(ssl.SSLError):
+        _presented(server, stranger)
+    (tmp_path / "tls" / "ca.key").write_text("garbage")
+    assert _presented(server, new) == after, "the last good certificate stays"
+
+
+@pytest.mark.cluster
+def test_pods_recognize_an_operator_that_renews_and_restarts(
+    world: World, operators: Callable[..., Operator], helm: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tls"
+    former = _write_authority(helm, folder)
+    operator = operators(progress={"certificate": str(folder), "serverName": _SERVER_NAME, "certificateSeconds": 3})
+    operator.settings["progress"]["url"] = f"https://127.0.0.1:{operator.progress_port}"
+    operator.start()
+    world.submit("train")
+    (pod,) = world.run_pods("train-1")
+    config = parse(pod["metadata"]["annotations"][names.ANNOTATION_RUN_CONFIG]).progress
+    assert config is not None
+    assert config.authority == former
+    (tmp_path / "token").write_text(pod_token(world, pod))
+    config = config.model_copy(update={"token_path": str(tmp_path / "token")})
+    assert _status(config) == 200
+    time.sleep(4)
+    assert _status(config) == 200, "the first certificate has ended"
+    _write_authority(helm, folder)
+    assert _status(config) == 200, "the pod knows the former authority only"
+    operator.kill()
+    operator.start(wait=False)
+    operator.wait_ready(60)
+    assert _status(config) == 200, "another process, as after a change of the leader"
 
 
 @pytest.mark.cluster

@@ -14,6 +14,7 @@ progress:
   {{- if .Values.progress.enabled }}
   {{- if .Values.progress.tls.enabled }}
   certificate: /etc/finetune/tls
+  certificateSeconds: {{ mul .Values.progress.tls.days 86400 }}
   {{- end }}
   url: {{ printf "%s://%s.%s.svc:8443" (ternary "https" "http" .Values.progress.tls.enabled) (include "finetune-operator.fullname" .) .Release.Namespace | quote }}
   port: 8443

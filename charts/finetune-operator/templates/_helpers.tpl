@@ -42,6 +42,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- default (printf "%s-progress-tls" (include "finetune-operator.fullname" .)) .Values.progress.tls.secretName }}
 {{- end }}
 
+{{/* Whether Helm makes the authority, with which the operator issues its certificates. */}}
+{{- define "finetune-operator.ownAuthority" -}}
+{{- $tls := .Values.progress.tls }}
+{{- if not (or $tls.secretName $tls.certManager (.Capabilities.APIVersions.Has "cert-manager.io/v1")) }}true{{ end }}
+{{- end }}
+
 {{/* An image's full name. Takes [image values, default tag]. */}}
 {{- define "finetune-operator.image" -}}
 {{- $image := index . 0 }}

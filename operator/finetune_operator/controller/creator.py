@@ -10,7 +10,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from finetune_api import names
 from finetune_api.messages.run import RunConfig
@@ -56,7 +55,7 @@ class Creator:
             return run
         update = {
             "authority": Path(progress.certificate, "ca.crt").read_text(encoding="ascii"),
-            "server_name": progress.server_name or urlsplit(progress.url).hostname or "",
+            "server_name": progress.recognized_name,
         }
         return run.model_copy(update={"progress": run.progress.model_copy(update=update)})
 

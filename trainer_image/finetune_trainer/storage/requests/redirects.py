@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
+from ipaddress import ip_address, ip_network
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -40,22 +42,25 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "az": ("account_key", "sas_key", "skip_signature"),
 }
 """Options with which the client asks no other server for credentials."""
-_PROXIES = tuple(name for upper in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") for name in (upper, upper.lower()))
 
 
 def client_options(scheme: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns the client's options, with those that confine it to the servers that it needs.
 
-    `options` are those of the store. With a proxy of the administrator's, it decides instead.
+    `options` are those of the store. If the environment has a proxy, everything else goes there:
+    what it names in NO_PROXY is reached directly only if the client needs it.
     """
     client = dict(options.get("client_options", {}))
     urls = [str(options[name]) for name in (*_ENDPOINTS, _AUTHORITY) if options.get(name)]
     if urls and all(url.lower().startswith("https://") for url in urls):
         client["allow_http"] = False  # nor a redirect to a server without encryption
-    if any(environment.get(name) for name in _PROXIES):
-        return client
-    hosts = ",".join(dict.fromkeys(allowed_hosts(scheme, options, environment)))
-    return {**client, "proxy_url": f"http://{refusing_address()}", "proxy_excludes": hosts}
+    hosts = allowed_hosts(scheme, options, environment)
+    proxy = _proxy(environment, is_encrypted=not any(url.lower().startswith("http://") for url in urls))
+    if proxy:
+        excluded = _first(environment, "NO_PROXY").split(",")
+        hosts = tuple(host for host in hosts if any(_matches(host, entry.strip()) for entry in excluded))
+    direct = {"proxy_excludes": ",".join(dict.fromkeys(hosts))} if hosts else {}
+    return {**client, "proxy_url": proxy or f"http://{refusing_address()}", **direct}
 
 
 def allowed_hosts(scheme: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -86,6 +91,25 @@ _reserved = socket.socket()  # bound, so that nobody else listens there; it neve
 def is_redirect(error: Exception) -> bool:
     """Whether a client's error is that the store has redirected it to another server."""
     return refusing_address() in str(error)
+
+
+def _proxy(environment: Mapping[str, str], *, is_encrypted: bool) -> str:
+    url = _first(environment, "HTTPS_PROXY" if is_encrypted else "HTTP_PROXY") or _first(environment, "ALL_PROXY")
+    return url if "//" in url or not url else f"http://{url}"
+
+
+def _first(environment: Mapping[str, str], name: str) -> str:
+    return environment.get(name) or environment.get(name.lower()) or ""
+
+
+def _matches(host: str, entry: str) -> bool:
+    """Whether an entry of NO_PROXY (a name, a domain, a network or *) stands for a host."""
+    domain = entry.lower().lstrip(".")
+    if entry == "*" or (domain and (host == domain or host.endswith(f".{domain}"))):
+        return True
+    with suppress(ValueError):
+        return ip_address(host) in ip_network(entry, strict=False)
+    return False
 
 
 def _host(url: str) -> str:
