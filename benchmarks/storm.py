@@ -226,10 +226,10 @@ class HonestJobs:
             time.sleep(max(0.0, begin + number * seconds / count - time.monotonic()))
             name, started = f"{prefix}-{number}", time.monotonic()
             self.tenant.submit(name)
-            seen, pod = self.world.wait(
+            appeared, pod = self.world.wait(
                 lambda job=f"{name}-1": self.pods.get(job), 60, lambda name=name: f"pod of {name}"
             )
-            waited.append(seen - started)
+            waited.append(appeared - started)
             self.world.run_pod(pod)
             artifact = ArtifactStatus(uri=SPEC["output"]["uri"], manifest_digest=name, size_bytes=1)
             self.world.end_pod(pod, result=Result(outcome="succeeded", artifact=artifact))

@@ -120,3 +120,44 @@ class WorkQueue:
         if key in self._requeue:
             self._requeue.discard(key)
             self.add(key)
+
+
+class WriteTurns:
+    """Limits how many jobs write their status at the same time.
+
+    An overloaded API server answers late. What it gets then are the pods of new jobs, not each
+    phase of those before: a job whose turn it isn't is reconciled again when it is, and writes what
+    its status is by then. On an idle API server, nobody ever waits.
+    """
+
+    def __init__(self, queue: WorkQueue, limit: int) -> None:
+        self._queue = queue
+        self._limit = limit
+        self._writing = 0
+        self._waiting: dict[Key, None] = {}  # in the order of their turns
+
+    def begin(self, key: Key) -> bool:
+        """Returns whether a job may write now; `end` has to be called for it afterwards. Otherwise,
+        it is queued again."""
+        if self._writing >= self._limit:
+            self._waiting[key] = None
+            return False
+        self._waiting.pop(key, None)
+        self._writing += 1
+        return True
+
+    def end(self) -> None:
+        """Reports that a job has written."""
+        self._writing -= 1
+
+    def next(self) -> None:
+        """Queues the next job that waits, if it may write. Call it after each reconcile, since the
+        job whose turn it was may have had nothing to write any more."""
+        if self._waiting and self._writing < self._limit:
+            key = next(iter(self._waiting))
+            del self._waiting[key]
+            self._queue.add(key)
+
+    def forget(self, key: Key) -> None:
+        """Removes a job that is gone."""
+        self._waiting.pop(key, None)
