@@ -3,7 +3,9 @@
 Anybody in the cluster may connect. A server has so many connections, so many of one address, and so
 much time for headers, for a request and for a connection; the oldest connection of the busiest
 address makes room for a new one. A connection counts from its first packet, before any TLS
-handshake. Nothing here knows what is served.
+handshake. New connections and requests also have a rate, since serving them takes the time of the
+event loop that reconciles jobs: a connection beyond it is closed unread, which costs next to
+nothing. Nothing here knows what is served.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +24,16 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from finetune_operator.servers.rates import Rate, Rates
+
 log = logging.getLogger(__name__)
 
 _BODY_CHUNK_BYTES = 16384
 _RETRY_SECONDS = 0.2
+_REFUSALS_IN_A_ROW = 32  # then the event loop has time for something else
+_PAUSE_SECONDS = 0.02
+_RATE = Rate(per_second=500.0, burst=1000.0)
+_RATE_PER_ADDRESS = Rate(per_second=100.0, burst=400.0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Limits:
     request_seconds: float = 15.0  # from the headers to the response
     lifetime_seconds: float = 120.0  # after which a connection is closed between two requests
     linger_seconds: float = 30.0  # after that it is cut off
+    rate: Rate = _RATE  # of new connections and requests together
+    rate_per_address: Rate = _RATE_PER_ADDRESS
 
 
 async def serve(
@@ -49,6 +60,8 @@ async def serve(
     """
     if port == 0:
         return None
+    rates = Rates(limits.rate_per_address, limits.rate)
+    app.middlewares.append(_limited(rates))
     app.middlewares.append(_within(limits.request_seconds))
     runner = _Runner(
         app,
@@ -63,10 +76,23 @@ async def serve(
         auto_decompress=False,
     )
     await runner.setup()
-    plain = web.TCPSite(runner, None, port, reuse_address=True)
-    await (plain if context is None else _TlsSite(runner, port, context)).start()
+    await _Site(runner, port, rates, context).start()
     log.info("server started: name=%s port=%d", name, port)
     return runner
+
+
+def _limited(rates: Rates) -> Any:
+    @web.middleware
+    async def limited(request: web.Request, handler: Any) -> web.StreamResponse:
+        """Answers 429, and closes the connection, if an address sends too many requests."""
+        if rates.admits(request.remote or "", time.monotonic()):
+            response: web.StreamResponse = await handler(request)
+            return response
+        refusal = web.json_response({"message": "too many requests from this address"}, status=429)
+        refusal.force_close()
+        return refusal
+
+    return limited
 
 
 def _within(seconds: float) -> Any:
@@ -113,8 +139,14 @@ class LimitedServer(web.Server):
         address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
         self._admit(handler, address, handler.close, transport.abort)
 
-    async def handshake(self, connection: socket.socket, address: str, context: ssl.SSLContext) -> None:
-        """Makes the TLS handshake of a connection, which counts meanwhile. Never raises."""
+    async def begin(self, connection: socket.socket, address: str, context: ssl.SSLContext | None) -> None:
+        """Serves a connection, after the TLS handshake if there is a context. Never raises.
+
+        It counts during the handshake.
+        """
+        if context is None:
+            await self._connect(connection)
+            return
 
         def abort() -> None:
             with contextlib.suppress(OSError):
@@ -123,13 +155,15 @@ class LimitedServer(web.Server):
         waiting = object()
         self._admit(waiting, address, abort, abort)
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                self, connection, ssl=context, ssl_handshake_timeout=self._limits.handshake_seconds
-            )
-        except (OSError, asyncio.CancelledError):  # also TimeoutError and ssl.SSLError
-            connection.close()
+            await self._connect(connection, ssl=context, ssl_handshake_timeout=self._limits.handshake_seconds)
         finally:
             self._forget(waiting)
+
+    async def _connect(self, connection: socket.socket, **options: Any) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self, connection, **options)
+        except (OSError, asyncio.CancelledError):  # also TimeoutError and ssl.SSLError
+            connection.close()
 
     def _admit(self, key: object, address: str, close: Callable[[], object], abort: Callable[[], object]) -> None:
         """Counts a connection, and cuts off one of its address or of another if it is too much.
@@ -166,19 +200,20 @@ class LimitedServer(web.Server):
             timer.cancel()
 
 
-class _TlsSite(web.BaseSite):
-    """Accepts connections itself, so that they count before their handshake."""
+class _Site(web.BaseSite):
+    """Accepts connections itself, so that they count before a handshake, or are closed at once."""
 
-    def __init__(self, runner: _Runner, port: int, context: ssl.SSLContext) -> None:
+    def __init__(self, runner: _Runner, port: int, rates: Rates, context: ssl.SSLContext | None) -> None:
         super().__init__(runner)
         self._port = port
+        self._rates = rates
         self._context = context
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._beginnings: set[asyncio.Task[None]] = set()
 
     @property
     def name(self) -> str:
         """The URL of the site."""
-        return f"https://*:{self._port}"
+        return f"{'https' if self._context else 'http'}://*:{self._port}"
 
     async def start(self) -> None:
         """Listens on all addresses."""
@@ -191,14 +226,15 @@ class _TlsSite(web.BaseSite):
 
     async def stop(self) -> None:
         """Stops accepting, and ends the handshakes that aren't done."""
-        for task in (self._accepting, *self._handshakes):
+        for task in (self._accepting, *self._beginnings):
             task.cancel()
-        await asyncio.gather(self._accepting, *self._handshakes, return_exceptions=True)
+        await asyncio.gather(self._accepting, *self._beginnings, return_exceptions=True)
         await super().stop()
 
     async def _accept(self, listener: socket.socket) -> None:
         server = self._runner.server
         assert isinstance(server, LimitedServer)  # noqa: S101 (as _Runner makes it)
+        refusals = 0
         with listener:
             while True:
                 try:
@@ -207,6 +243,14 @@ class _TlsSite(web.BaseSite):
                     log.warning("a connection can't be accepted: %s", error)
                     await asyncio.sleep(_RETRY_SECONDS)
                     continue
-                task = asyncio.create_task(server.handshake(connection, str(peer[0]), self._context))
-                self._handshakes.add(task)
-                task.add_done_callback(self._handshakes.discard)
+                address = str(peer[0])
+                if not self._rates.admits(address, time.monotonic()):
+                    connection.close()
+                    refusals += 1
+                    if refusals % _REFUSALS_IN_A_ROW == 0:
+                        await asyncio.sleep(_PAUSE_SECONDS)
+                    continue
+                task = asyncio.create_task(server.begin(connection, address, self._context))
+                self._beginnings.add(task)
+                task.add_done_callback(self._beginnings.discard)
+                await asyncio.sleep(0)  # accepting needn't wait while others do
