@@ -72,7 +72,7 @@ def _average_rounded(parameters: list[Any], world: World, dtype: torch.dtype) ->
     total = first.float()
     for other in others:
         total.add_(other)
-    # The first name exists as of PyTorch 2.13; GPU images may have an older version.
+    # GPU images may have an older PyTorch, which only has the second one.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(_bytes(message), _bytes(total.div_(world.size).to(dtype)))
     for parameter, mean, on_any_rank in zip(parameters, parts, present.tolist(), strict=True):
