@@ -210,6 +210,10 @@ CLAIMS = (
     ),
     Claim("M1", "a copy of the model on every node makes fsdp on several nodes faster than one copy over all of them",
           BY_ARITHMETIC),
+    Claim("S1", "processes on several GPUs that share a row compute its loss and gradients as one process does",
+          BY_RUN),
+    Claim("S2", "exchanging heads over NVLink takes less than 10% of the time of a row of 65,536 tokens or more",
+          BY_ARITHMETIC),
     Claim("R2", "an 8B model trains at 40% MFU or more with LoRA on q and v (57.6% in the model)", BY_FAKES,
           _figures("large/LoRA q,v", lambda f: f["mfu"] >= 0.40 and "8B" in f["shape"])),
     Claim(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import planned_jobs
+from benchmarks.gpu import long_rows, planned_jobs
 from benchmarks.gpu.catalog import STAGES
 from benchmarks.gpu.claims import CLAIMS, Claim, Findings, answer
 from benchmarks.gpu.planned_jobs import PlannedJob
@@ -72,7 +72,8 @@ itself.
 _CANNOT = """\
 ## What one GPU can't show
 
-Collectives between GPUs (NCCL over NVLink, RDMA), MIG slices, device plugins, drivers below 580,
+Collectives between GPUs (NCCL over NVLink, RDMA), among them the exchange of heads between processes
+that share rows, MIG slices, device plugins, drivers below 580,
 and everything on more than one node need a cluster. Until they have run on one, they are known only
 in the way that the table of claims names.
 """
@@ -99,6 +100,7 @@ def page(
     if jobs:
         lines += planned_jobs.section(jobs)
     lines += [
+        *long_rows.section(),
         "## Claims", "",
         "G numbers are those of the review that made the claims. *Known by* holds until a GPU tests one.",
         "*Fixed in* names the decision after which a claim no longer holds.", "",

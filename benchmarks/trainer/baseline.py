@@ -57,7 +57,7 @@ def main() -> None:
     facts = {"baseline": then, "revision": now, "machine": machine.facts("cpu")}
     for warning in machine.warnings(2):
         print(f"WARNING: {warning}", file=sys.stderr)
-    cells = _kept(options.out, then, now)
+    cells = _measured_before(options.out, then, now)
     with checked_out(then) as folder:
         for name in options.cells:
             speeds: dict[str, list[float]] = {"baseline": [], "now": []}
@@ -106,7 +106,7 @@ def _tokens_per_second(root: Path, cell: Cell, seconds: float) -> float:
     return float(ended.stdout.splitlines()[-1])
 
 
-def _kept(path: Path, then: str, now: str) -> dict[str, Any]:
+def _measured_before(path: Path, then: str, now: str) -> dict[str, Any]:
     document = json.loads(path.read_text()) if path.is_file() else {}
     same = (document.get("baseline"), document.get("revision")) == (then, now)
     return dict(document["cells"]) if same else {}

@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 from finetune_api.resource import LoraSpec
 from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.collator import Batch
+from finetune_trainer.data.batching.sequence_part import SequencePart
 from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, packed_attention
 from finetune_trainer.kernels.cuda import lora as kernels_of_adapters
 from finetune_trainer.kernels.cuda import modules, softmax
@@ -52,7 +53,8 @@ class Step:
 
     `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks`
     is the number of ranks that fsdp shards the model over; None means that it isn't sharded. `rows`
-    is the number of examples in the packed row. With `quantized`, the base is in nf4.
+    is the number of examples in the packed row. With `quantized`, the base is in nf4. `parts` ranks
+    share the row, of which this rank has `tokens` tokens.
     """
 
     shape: tuple[tuple[str, Any], ...]
@@ -63,6 +65,7 @@ class Step:
     ranks: int | None = None
     rows: int = ROWS
     quantized: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def training(step: Step) -> Iterator[FakeTraining]:
         if step.ranks is not None:
             loss_sum = replace(loss_sum, context=lambda _: nullcontext())
         waits.clear()
-        yield FakeTraining(loaded, loss_sum, batch(step.tokens, step.rows), waits)
+        yield FakeTraining(loaded, loss_sum, batch(step.tokens, step.rows, step.parts), waits)
 
 
 def _measured(step: Step) -> int:
@@ -220,12 +223,17 @@ def _quantize(base: torch.nn.Module) -> None:
                 setattr(parent, name, replacement)
 
 
-def batch(tokens: int, rows: int) -> Batch:
-    """Returns a packed row of as many examples of the same length, with a target for each token but
-    the last of an example."""
-    layout = packed_layout.pack([tokens // rows] * rows, [0] * rows, packed_layout.grain("cuda")).layout
-    row = torch.zeros((1, layout.size), dtype=torch.int64)
-    predicted = torch.zeros(layout.size - rows, dtype=torch.int64)
+def batch(tokens: int, rows: int, parts: int = 1) -> Batch:
+    """Returns one of the `parts` of a packed row of as many examples of the same length.
+
+    Each part has `tokens` tokens. There is a target for each of them but the last of an example.
+    """
+    part = SequencePart(0, parts, "shared")
+    length = tokens * parts // rows
+    layout = packed_layout.pack([length] * rows, [0] * rows, packed_layout.grain("cuda") * parts).layout
+    own = layout.size // parts
+    row = torch.zeros((1, own), dtype=torch.int64)
+    predicted = torch.zeros(own - (rows if parts == 1 else 0), dtype=torch.int64)
     inputs = {"input_ids": row, "position_ids": row.clone()}
     return Batch(
         inputs,
@@ -234,6 +242,7 @@ def batch(tokens: int, rows: int) -> Batch:
         keep=predicted.clone(),
         layout=layout,
         sorted_chosen=np.arange(len(predicted)),
+        sequence=part,
     )
 
 

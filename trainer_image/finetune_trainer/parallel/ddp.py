@@ -22,10 +22,9 @@ class DataParallel:
     """Keeps everything on every rank.
 
     Gradients are averaged once per step, after all ranks have reported that theirs are complete, so
-    a rank that runs out of memory in a micro-batch doesn't leave the other ranks waiting.
+    a rank that runs out of memory in a micro-batch doesn't leave the other ranks waiting, unless
+    they share its rows.
     """
-
-    independent_micro_batches = True
 
     def __init__(
         self,
@@ -48,6 +47,10 @@ class DataParallel:
         if world.size > 1:
             for parameter in self._parameters.values():
                 dist.broadcast(parameter.data, src=0)
+
+    @property
+    def independent_micro_batches(self) -> bool:
+        return not self._world.sequence
 
     @property
     def model(self) -> Any:

@@ -11,6 +11,7 @@ from finetune_trainer import model_folder
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.dataset import Data
 from finetune_trainer.model import activation_checkpointing, loading, method
+from finetune_trainer.model.check import shared_rows
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.result import adapter_merge, weight_files
 from finetune_trainer.parallel import deepspeed, deepspeed_config, fsdp, fsdp_shards, optimizers
@@ -76,6 +77,7 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
             mapped=mapped,
             quantized=method.quantized(run, world.device, dtype, context.reporter),
         )
+    shared_rows.check(loaded.base.config, world.sequence.size, loaded.packing_obstacle)
     loaded = method.apply(run, context.paths.model, loaded, data.renderer.tokenizer, data.needs, context.reporter)
     if resolved.recompute:
         again = resolved.recompute

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from finetune_trainer.data.batching.sequence_part import key_copies
 from finetune_trainer.parallel.memory_estimate import QUANTIZED_BYTES, ParallelConfig, TrainingSetup
 from finetune_trainer.parallel.model_size import ModelSize
 
@@ -61,6 +62,7 @@ def seconds_per_token(
         seconds = max(computing, sending) + min(computing, sending) / 4
     else:
         seconds = computing + sending
+    seconds += _exchange_seconds(size, setup, parallel, rates) * tokens
     return (seconds + _host_seconds(size, setup, parallel, rates)) / tokens
 
 
@@ -73,6 +75,19 @@ def _sending_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
     gradients = size.trained * _GRADIENT_BYTES / shards * 2 / _MICRO_BATCHES
     between = (parallel.replicas - 1) / parallel.replicas * gradients / rates.other_nodes
     return _sent_bytes(size, replace(setup, ranks=shards, nodes=1), parallel) / rates.same_node + between
+
+
+def _exchange_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, rates: _Rates) -> float:
+    """Returns the seconds in which a rank exchanges heads for a token, in the forward pass, in the
+    backward pass, and wherever they are recomputed, if ranks share each row. It waits for them."""
+    if setup.parts == 1:
+        return 0.0
+    queries, keys = (size.layer.queries, size.layer.keys) if size.layer else (size.hidden, size.hidden)
+    keys *= key_copies(max(1, size.kv_heads), setup.parts)
+    values = (2 * queries + 2 * keys) * size.layers * (2 + parallel.recompute.share)
+    others = (setup.parts - 1) / setup.parts
+    rate = rates.same_node if setup.parts <= setup.ranks_per_node else rates.other_nodes
+    return values * (2 if setup.half else 4) * others / rate
 
 
 def _sent_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> float:
