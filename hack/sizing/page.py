@@ -28,7 +28,8 @@ the strategy, and the least that `resources.memory` and `resources.scratch` must
 estimate](decisions/0019-memory-estimate.md), and nothing has run on a GPU yet ([gpu.md](gpu.md)).
 The estimate was compared with the trainer's own steps on tensors without values, on the branches
 that a GPU would take: for ddp and fsdp it is at most 15% above them and at most 5% below. For zero2
-and zero3 it is arithmetic. Use them to plan a first try.
+and zero3, only full training of a few layers was compared with DeepSpeed's engine; the rest is
+arithmetic. Use the figures to plan a first try.
 """
 
 _OWN_JOB = """\

@@ -8,44 +8,18 @@ from typing import Any
 
 import pytest
 
-from finetune_api.resource import LoraSpec
 from finetune_trainer.parallel import model_size
 from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, NOTHING, SELECTIVE, Recomputation
 from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 from sizing.models import PublishedModel, tensor_shapes
 from trainer.support.fake_step import Step, peak_bytes
+from trainer.support.real_shapes import METHODS, MODELS
 
 _MAX_ABOVE = 1.15
 _MIN_BELOW = 0.95
 _TOKENS = 8192
-_MODELS: dict[str, dict[str, Any]] = {
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-}
 _QUARTER, _HALF = (Recomputation(share, keeps_attention=True) for share in (0.25, 0.5))
-_METHODS = {
-    "q and v": LoraSpec(rank=16, target_modules=("q_proj", "v_proj"), dropout=0.05),
-    "all-linear": LoraSpec(rank=16, target_modules=("all-linear",), dropout=0.05),
-    "no dropout": LoraSpec(rank=16, target_modules=("all-linear",), dropout=0.0),
-    "full": None,
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +70,7 @@ _CASES = (
 @pytest.mark.parametrize("case", _CASES, ids=str)
 def test_the_estimate_is_at_most_15_percent_above_what_a_step_needs(case: Case) -> None:
     """Weights and optimizer state are left out on both sides."""
-    measured = peak_bytes(_step(case), _MODELS[case.model]["num_hidden_layers"])
+    measured = peak_bytes(_step(case), MODELS[case.model]["num_hidden_layers"])
     assert _MIN_BELOW <= _estimated(case) / measured <= _MAX_ABOVE
 
 
@@ -116,15 +90,15 @@ def test_full_training_of_8b_in_shards_stays_within_a_gpu(ranks: int, recompute:
     """The limits are in GiB, with micro-batches of 5,120 tokens. They include weights, moments and
     the shard of the gradients that the first micro-batch of a step leaves (3.7 GiB on 8 ranks)."""
     case = Case("8B", "full", recompute=recompute, strategy="fsdp", ranks=ranks)
-    peak = peak_bytes(replace(_step(case), tokens=5120), _MODELS["8B"]["num_hidden_layers"])
+    peak = peak_bytes(replace(_step(case), tokens=5120), MODELS["8B"]["num_hidden_layers"])
     trained = _size(case).trained
     assert (peak + trained * (4 + 8) // ranks) / 2**30 <= limit
 
 
 def _step(case: Case) -> Step:
     return Step(
-        shape=tuple(_MODELS[case.model].items()),
-        lora=_METHODS[case.method],
+        shape=tuple(MODELS[case.model].items()),
+        lora=METHODS[case.method],
         recompute=case.recompute,
         tokens=_TOKENS,
         ranks=case.ranks if case.strategy == "fsdp" else None,
@@ -144,5 +118,5 @@ def _estimated(case: Case) -> int:
 
 
 def _size(case: Case) -> ModelSize:
-    model = PublishedModel(case.model, _MODELS[case.model])
-    return model_size.size_of(model.config, tensor_shapes(model), _METHODS[case.method])
+    model = PublishedModel(case.model, MODELS[case.model])
+    return model_size.size_of(model.config, tensor_shapes(model), METHODS[case.method])

@@ -15,10 +15,10 @@ from typing import Literal
 from finetune_api.spec.hardware import Offload, Strategy
 from finetune_trainer.kernels.sizes import ATTENTION_SCORES, CHUNK_BYTES, SOFTMAX_BYTES, UNFUSED_CHUNK_BYTES
 from finetune_trainer.model_folder import can_be_mapped
-from finetune_trainer.parallel.estimate import activations
+from finetune_trainer.parallel.estimate import activations, zero_memory
 from finetune_trainer.parallel.estimate.host_memory import HostMemory, gib
 from finetune_trainer.parallel.estimate.recomputation import NOTHING, Recomputation
-from finetune_trainer.parallel.limits import GRADIENT_BUCKET, ZERO_BUCKET, ZERO_LIVE_PARAMETERS
+from finetune_trainer.parallel.limits import GRADIENT_BUCKET
 from finetune_trainer.parallel.model_size import ModelSize
 
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
@@ -157,11 +157,9 @@ class MemoryEstimate:
 def memory_estimate(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> MemoryEstimate:
     """Returns the bytes that each rank needs. They are the same on all ranks."""
     ranks, sharded = setup.ranks // parallel.replicas, parallel.strategy in ("zero3", "fsdp")
-    base = _base_bytes(size, setup)
     constants = int(_quantized_values(size, setup) * _CONSTANT_BYTES.get(setup.quantized, 0.0))
-    weights = (base - constants) // ranks if sharded else base - constants
-    optimizer = _optimizer_bytes(size, setup, parallel)
-    gradients = size.trained * 4 // (ranks if sharded or parallel.strategy == "zero2" else 1)
+    weights = (_base_bytes(size, setup) - constants) // (ranks if sharded else 1)
+    optimizer, gradients = _optimizer_bytes(size, setup, parallel), _gradient_bytes(size, setup, parallel)
     if parallel.replicas > 1 and not setup.full:  # those of adapters stay unsharded until they are reduced
         gradients += size.trained * 4
     offloaded = 0
@@ -253,6 +251,13 @@ def _quantized_values(size: ModelSize, setup: TrainingSetup) -> int:
     return size.matrices if setup.quantized != "none" else 0
 
 
+def _gradient_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
+    ranks, largest = setup.ranks // parallel.replicas, size.vocabulary * size.hidden
+    if parallel.strategy == "zero2":
+        return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if setup.full or size.trains_head else 0)
+    return size.trained * 4 // (ranks if parallel.strategy in ("zero3", "fsdp") else 1)
+
+
 def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     """Returns the bytes of the moments, and of the float32 copy of the trained weights that
     DeepSpeed's optimizer works on."""
@@ -262,20 +267,19 @@ def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
 
 
 def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
-    """Returns the bytes of the weights that are gathered at a time, and of the trained weights in
-    bfloat16."""
+    """Returns the bytes of what is gathered at a time, and of trained weights in bfloat16."""
     casts = size.trained * 2 if setup.half and setup.full else 0
     if parallel.strategy == "zero3":
-        gathered = min(size.parameters, ZERO_LIVE_PARAMETERS + size.largest)
-        return gathered * setup.stored + casts // setup.ranks
+        kept = size.layers - parallel.recompute.layers(size.layers) if casts else 0
+        stored = zero_memory.casts_in_stage_3(_layer_values(size), kept, casts // setup.ranks)
+        return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
         value = 2 if setup.half else setup.stored
         return size.largest * value + int(2 * _layer_values(size) * QUANTIZED_BYTES.get(setup.quantized, value))
     return casts
 
 
-def _layer_values(size: ModelSize) -> int:
-    """Returns the number of values in the matrices of a layer, or more if it isn't known."""
+def _layer_values(size: ModelSize) -> int:  # in the matrices of a layer, or more if that isn't known
     return size.matrices // size.layers or size.largest
 
 
@@ -285,7 +289,7 @@ def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) ->
     if setup.ranks == 1 and parallel.strategy == "ddp":
         return 0
     if parallel.strategy in _ZERO_STAGES:
-        return 4 * min(size.trained, ZERO_BUCKET)
+        return zero_memory.buffers(_ZERO_STAGES[parallel.strategy], size.trained)
     if parallel.strategy == "fsdp":
         return 2 * 4 * min(size.trained, _layer_values(size))
     return 2 * 4 * min(size.trained, GRADIENT_BUCKET)

@@ -72,7 +72,9 @@ def _average_rounded(parameters: list[Any], world: World, dtype: torch.dtype) ->
     total = first.float()
     for other in others:
         total.add_(other)
-    dist.all_gather_into_tensor(_bytes(message), _bytes(total.div_(world.size).to(dtype)))
+    # GPU images may have an older PyTorch, which only has the second one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(_bytes(message), _bytes(total.div_(world.size).to(dtype)))
     for parameter, mean, on_any_rank in zip(parameters, parts, present.tolist(), strict=True):
         if not on_any_rank:
             parameter.grad = None
