@@ -46,6 +46,14 @@ class JobRef(Model):
     attempt: int = Field(ge=1)
 
 
+class StartConfig(Model):
+    """Locates a checkpoint, or an adapter, of another job."""
+
+    location: Location
+    step: int | None = Field(default=None, description="Empty means the newest one.")
+    use: Literal["trainingState", "weights"] = "trainingState"
+
+
 class ModelConfig(Model):
     """Describes the base model."""
 
@@ -53,6 +61,7 @@ class ModelConfig(Model):
     size_bytes: int | None = Field(default=None, description="Size of its files. Empty means unknown.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8", "nf4"] = "none"
+    checkpoint: StartConfig | None = Field(default=None, description="Where training starts. None means the base.")
     allowed_licenses: tuple[str, ...] = Field(default=(), description="Licenses that the job allows. Empty means any.")
     operator_licenses: tuple[str, ...] = Field(
         default=(), description="Licenses that the operator allows. Empty means any."

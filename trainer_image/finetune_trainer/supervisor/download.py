@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from finetune_api.messages.events import OriginEvent
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, checkpoint_dir
@@ -82,13 +83,15 @@ class Resume:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds the destination and what was downloaded; that is nothing if the result exists."""
+    """Holds the destination and what was downloaded; that is nothing if the result exists. `origin`
+    is set if this attempt starts from another job's checkpoint."""
 
     storage: Storage
     destination: Destination
     model: ModelFacts | None = None
     data: dict[str, DataFacts] | None = None
     resume: Resume | None = None
+    origin: OriginEvent | None = None
 
 
 def model_files(
@@ -149,11 +152,11 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
     digests = None
     if weights and run.model_cache is not None and storage.uses_scratch:
         source = Source(location.uri, resolved_revision(storage), entries)
-        digests = linked_files(run.model_cache, source, paths.model, partial(_download_all, storage), report)
+        digests = linked_files(run.model_cache, source, paths.model, partial(download_all, storage), report)
     if digests is None:
         if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
             _check_scratch(size, run, location.display)
-        digests = _download_all(storage, entries, paths.model)
+        digests = download_all(storage, entries, paths.model)
     model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
@@ -229,7 +232,7 @@ def _download_files(
     size = sum(entry.size for entry in chosen)
     note = f"; {ignored} other files are ignored" if ignored else ""
     report(f"downloading the {split} rows {location.display}: {len(chosen)} files, {size / 1e6:,.1f} MB{note}")
-    return _download_all(storage, chosen, folder), size
+    return download_all(storage, chosen, folder), size
 
 
 def _refuse_empty(entry: FileInfo, location: Location, split: str) -> None:
@@ -261,7 +264,7 @@ def checkpoint(
         if not trust.believes(manifest):
             report(f"checkpoint {folder} is skipped: no pod of this job has signed it")
             continue
-        damage = _download_verified(storage, folder, manifest, target)
+        damage = download_verified(storage, folder, manifest, target)
         if damage is None and manifest.step == step:
             (target / CHECKPOINT_MANIFEST).write_bytes(data)
             return Resume(step, target)
@@ -270,7 +273,7 @@ def checkpoint(
     return None
 
 
-def _download_verified(storage: Storage, folder: str, manifest: Manifest, target: Path) -> str | None:
+def download_verified(storage: Storage, folder: str, manifest: Manifest, target: Path) -> str | None:
     """Downloads what a manifest lists. Returns the first damage, or None if there is none."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -282,14 +285,14 @@ def _download_verified(storage: Storage, folder: str, manifest: Manifest, target
             return f"{file.path} is missing"
         if entries[file.path].size != file.size:
             return f"{file.path} has {entries[file.path].size} bytes instead of {file.size}"
-    digests = _download_all(storage, tuple(entries[file.path] for file in manifest.files), target, strip=f"{folder}/")
+    digests = download_all(storage, tuple(entries[file.path] for file in manifest.files), target, strip=f"{folder}/")
     for file in manifest.files:
         if digests[file.path] != file.sha256:
             return f"{file.path} has another sha256"
     return None
 
 
-def _download_all(storage: Storage, entries: tuple[FileInfo, ...], target: Path, strip: str = "") -> dict[str, str]:
+def download_all(storage: Storage, entries: tuple[FileInfo, ...], target: Path, strip: str = "") -> dict[str, str]:
     """Downloads several files at a time. Returns the sha256 of each by its path without `strip`."""
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         names = [entry.path.removeprefix(strip) for entry in entries]

@@ -31,6 +31,7 @@ from finetune_trainer.storage.schemes import Access, open_folder
 from finetune_trainer.supervisor import download
 from finetune_trainer.supervisor.download import ModelFacts, Report
 from finetune_trainer.supervisor.inspection.parent import Inspection
+from finetune_trainer.supervisor.start import origin
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def give_back(run: RunConfig, access: Access) -> None:
 
 def _check_inputs(run: RunConfig, paths: Paths, access: Access, storage: Storage, report: Report) -> Result:
     model = download.model(run, paths, access, report, weights=False)
+    origin.find(run, access, None, report)
     data_files = download.data(run, paths, access, report)
     check_room(run, model, sum(facts.bytes for facts in data_files.values()))
     if run.world.device == "cuda" and run.world.threads_per_process < FEW_CORES:
