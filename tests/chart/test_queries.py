@@ -8,12 +8,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import promql_parser
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry
 
 from chart.support.helm_rendering import CHART, EVERYTHING, of_kind, render
@@ -40,7 +40,9 @@ def dashboard_queries() -> list[str]:
     return [target["expr"] for panel in panels() for target in panel["targets"]]
 
 
+@cache
 def rules(helm: str) -> list[dict[str, Any]]:
+    """Returns the alerts; nobody may change them."""
     (rule,) = of_kind(render(helm, *EVERYTHING), "PrometheusRule")
     return [one for group in rule["spec"]["groups"] for one in group["rules"]]
 
@@ -232,8 +234,8 @@ def _promtool(folder: Path, helm: str, test: dict[str, Any]) -> subprocess.Compl
     promtool = shutil.which("promtool")
     assert promtool, "promtool is not installed; as root, `python3 -m localcluster packages` installs it (prometheus)"
     groups = [{"name": "all", "rules": rules(helm)}]
-    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
-    (folder / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [test]}))
+    (folder / "rules.yml").write_text(json.dumps({"groups": groups}))
+    (folder / "test.yml").write_text(json.dumps({"rule_files": ["rules.yml"], "tests": [test]}))
     return subprocess.run([promtool, "test", "rules", "test.yml"], cwd=folder, text=True, capture_output=True)
 
 

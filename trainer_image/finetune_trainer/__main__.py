@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_api import __version__, names
 from finetune_api.messages import result
@@ -26,9 +26,10 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.supervisor import node as node_module
 from finetune_trainer.supervisor.node import Node
-from finetune_trainer.supervisor.signals import StopRequest
+from finetune_trainer.supervisor.signals import StopRequest, in_thread
 
-_STOP_SECONDS = 3.0
+_STOP_SECONDS = 3.0  # for giving the output back after a signal
+_TICK_SECONDS = 0.1  # between two looks at signals, which Python handles in the main thread only
 
 _EPILOG = f"""environment:
   {names.ENV_RUN_CONFIG}     file with the RunConfig (JSON); default {names.RUN_CONFIG_PATH}
@@ -44,6 +45,10 @@ exit codes:
   otherwise by reason:
   {", ".join(f"{r.exit_code} {r.name}" for r in REASONS.values() if r.exit_code and r.name != "Preempted")}
 """
+
+
+class _Stopped(Exception):
+    """A signal asked the process to end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,9 +112,9 @@ def _preflight(node: Node, log: Log) -> result.Result:
     hide_from_ranks()
     try:
         return _interruptible(
-            lambda: preflight.check(node.run, node.paths, node.access, log.info),
+            lambda waiting: preflight.check_in_time(node.run, node.paths, node.access, log.info, waiting),
             log,
-            on_stop=lambda: preflight.give_back(node.run, node.access),
+            on_stop=lambda: preflight.give_back(node.run, node.access, _STOP_SECONDS),
         )
     finally:
         shutil.rmtree(node.paths.model, ignore_errors=True)
@@ -123,13 +128,16 @@ def _cleanup(node: Node, log: Log) -> result.Result:
         storage = open_folder(node.run.output, "output", node.access)
         return result.Result(outcome="succeeded", message=cleanup.clean(storage, node.run, log.info))
 
-    return _interruptible(clean, log)
+    return _interruptible(lambda waiting: in_thread(clean, waiting, _TICK_SECONDS), log)
 
 
 def _interruptible(
-    work: Callable[[], result.Result], log: Log, on_stop: Callable[[], None] = lambda: None
+    work: Callable[[Callable[[], None]], result.Result], log: Log, on_stop: Callable[[], None] = lambda: None
 ) -> result.Result:
-    """Returns the result of `work`; a signal ends the process, after `on_stop` or a few seconds."""
+    """Returns the result of `work`, which calls its argument ten times a second.
+
+    After a signal, this call raises; then `on_stop` runs, and the process ends.
+    """
     from finetune_trainer.supervisor import outcomes
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
@@ -137,21 +145,16 @@ def _interruptible(
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    # The work runs in a thread, as Python handles signals only in the main thread, between two
-    # bytecode instructions.
-    running = ThreadPoolExecutor(1).submit(work)
+
+    def waiting() -> None:
+        if stopped.is_set():
+            raise _Stopped
+
     try:
-        while True:
-            try:
-                return running.result(timeout=0.1)
-            except TimeoutError:
-                if running.done():
-                    raise
-            if stopped.is_set():
-                last = threading.Thread(target=on_stop, daemon=True)
-                last.start()
-                last.join(_STOP_SECONDS)
-                _exit(REASONS["Preempted"].exit_code)
+        return work(waiting)
+    except _Stopped:
+        on_stop()
+        _exit(REASONS["Preempted"].exit_code)
     except RunError as error:
         return _failed(error, log)
     except Exception as error:
@@ -175,7 +178,7 @@ def _finish(outcome: result.Result, termination_log: Path, log: Log) -> int:
     return REASONS[outcome.reason].exit_code
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     """Ends the process even if a thread still waits for a storage."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -56,6 +56,7 @@ WHILE_STOPPED = {
     ("training", "activationCheckpointing"),
     ("training", "compile"),
     ("runPolicy", "preflight"),
+    ("runPolicy", "preflightSeconds"),
     ("runPolicy", "stallSeconds"),
     *((section, field) for section, model in (
         ("distribution", r.DistributionSpec),

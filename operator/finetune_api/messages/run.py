@@ -126,6 +126,7 @@ class WorldConfig(Model):
     processes_per_node: int = Field(default=1, ge=1)
     strategy: StrategyOption = "ddp"
     offload: Offload = "none"
+    sequence_parallel_size: int = Field(default=1, ge=1, description="Consecutive ranks that share each packed row.")
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     master_address: str = "127.0.0.1"
@@ -135,6 +136,11 @@ class WorldConfig(Model):
     def size(self) -> int:
         """The world size: the number of ranks."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def data_size(self) -> int:
+        """The number of groups of ranks among which the rows of a step are divided."""
+        return self.size // self.sequence_parallel_size
 
 
 class MlflowConfig(Model):
@@ -245,13 +251,15 @@ class RunConfig(Model):
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
     )
-    deletion_policy: DeletionPolicy = Field(
-        default="Retain", description="What a cleanup deletes; other pods don't know it."
-    )
+    deletion_policy: DeletionPolicy = Field(default="Retain", description="What a cleanup deletes; for it alone.")
     recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
     signers: tuple[str, ...] | None = Field(
+        default=None, description="Public keys of the pods of earlier attempts. None if no operator vouches for them."
+    )
+    token_signers: tuple[str, ...] | None = Field(
         default=None,
-        description="Public keys of the pods of earlier attempts. None if no operator vouches for them.",
+        description="Public keys of the preflight pods, which sign the tokens of the rows. None if no operator vouches "
+        "for them.",
     )
     merge: bool = Field(default=False, description="Also write base and adapter as one model.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
@@ -268,15 +276,15 @@ class RunConfig(Model):
     memory_bytes: int | None = Field(default=None, description="Memory of the pod. Empty means unknown.")
     auto_memory: bool = Field(default=False, description="The operator sizes the memory by the model.")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = TRAINER_METRICS_PORT
-    metrics_linger_seconds: float = Field(
-        default=0.0,
-        description="How long /metrics is served after the end, so that the final values are scraped.",
-    )
+    metrics_linger_seconds: float = Field(default=0.0, description="How long /metrics is served after the end.")
     stall_seconds: int = 600
+    checked: bool = Field(
+        default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
+    )
+    preflight_seconds: int = Field(default=14400, description="How long all checks of a preflight pod may take.")
     memory_restarts: int = Field(
         default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
     )
-
     grace_seconds: int = Field(
         default=120, description="Seconds from SIGTERM to SIGKILL; saving the checkpoint must fit into them."
     )

@@ -176,6 +176,12 @@ class RunPolicySpec(Model):
         description="Check model, data and output in a small pod without GPUs before GPUs are allocated. auto does so "
         "if the job requests GPUs; otherwise the same checks run in the training pods.",
     )
+    preflight_seconds: int = Field(
+        default=14400, ge=1, le=604800,
+        description="Seconds that the preflight pod may take, from its start; at most activeDeadlineSeconds. The job "
+        "then fails and names the file that is being downloaded, or what is being read. A change applies to the next "
+        "preflight pod.",
+    )  # fmt: skip
     max_restarts: MaxRestartsSpec = Field(
         default_factory=MaxRestartsSpec, description="Maximum number of restarts of the whole group, by cause."
     )

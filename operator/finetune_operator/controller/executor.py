@@ -5,6 +5,7 @@ Before anything irreversible, it compares the cache with the API server. It deci
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -166,11 +167,12 @@ class Executor:
         run = self._creator.with_authority(run)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
-        await self._creator.close_pods(observed, first=_is_new(observed))
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
+        before = [self._creator.close_pods(observed, first=_is_new(observed))]
         if run.world.nodes > 1:
-            await self._creator.create("services", manifests.service(observed.job), observed)
+            before.append(self._creator.create("services", manifests.service(observed.job), observed))
             manifest = manifests.with_rendezvous_secret(manifest, secrets.token_hex(32))
+        await asyncio.gather(*before)  # pods that exist are closed to others, and have a name
         await self._creator.create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:

@@ -103,6 +103,8 @@ def plan(
         memory_bytes=int(quantity_value(pod.memory)),
         auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
+        checked=needs_preflight(spec),
+        preflight_seconds=_preflight_seconds(spec),
         memory_restarts=memory_restarts,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
     )
@@ -127,6 +129,11 @@ def needs_preflight(spec: Spec) -> bool:
             return spec.resources.gpu is not None
 
 
+def _preflight_seconds(spec: Spec) -> int:
+    policy = spec.run_policy
+    return min(policy.preflight_seconds, policy.active_deadline_seconds or policy.preflight_seconds)
+
+
 def gpu_count(spec: Spec) -> int:
     """Returns the number of GPUs of all pods together."""
     return spec.distribution.nodes * spec.distribution.processes_per_node if spec.resources.gpu else 0
@@ -148,6 +155,7 @@ def _world(job: FineTuneJob, attempt: int, pod: PodAmounts) -> WorldConfig:
         processes_per_node=processes,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
+        sequence_parallel_size=spec.distribution.sequence_parallel_size,
         device="cuda" if spec.resources.gpu else "cpu",
         threads_per_process=max(1, int(quantity_value(pod.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",

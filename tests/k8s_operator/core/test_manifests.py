@@ -166,6 +166,22 @@ def test_a_check_is_not_repeated_for_what_only_a_person_can_fix() -> None:
     assert not codes & {r.exit_code for r in REASONS.values() if r.cause != "user"}
 
 
+def test_a_check_ends_by_itself_at_its_deadline_or_else_by_the_kubelet() -> None:
+    for policy, seconds in (
+        ({}, 14400),
+        ({"preflightSeconds": 600}, 600),
+        ({"activeDeadlineSeconds": 90}, 90),
+        ({"preflightSeconds": 600, "activeDeadlineSeconds": 900}, 600),
+    ):
+        job = a_job(resources={"gpu": {}}, run_policy=policy)
+        run = plan(job, _SETTINGS)
+        assert run.preflight_seconds == seconds
+        pod = manifests.preflight_job(job, run, _SETTINGS)["spec"]["template"]["spec"]
+        assert pod["activeDeadlineSeconds"] == seconds + 60
+        training = manifests.attempt_job(job, run, _SETTINGS, Restarts())["spec"]["template"]["spec"]
+        assert "activeDeadlineSeconds" not in training
+
+
 def test_only_several_pods_need_names() -> None:
     assert "subdomain" not in _pod()
     assert _pod(distribution={"nodes": 2})["subdomain"] == "train-ranks"

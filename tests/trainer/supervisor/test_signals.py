@@ -18,7 +18,8 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.schemes import Access
-from finetune_trainer.supervisor import download, preflight
+from finetune_trainer.supervisor import download
+from finetune_trainer.supervisor.inspection import checks
 from testkit.tiny_models import tiny_llama
 from trainer.support import supervisor_process
 from trainer.support.supervisor_process import JobSetup
@@ -123,7 +124,7 @@ def _check_tokens(setup: JobSetup) -> str:
     paths.scratch.mkdir()
     paths.model.symlink_to(setup.model)
     download.data(run, paths, Access(run.s3, {}), lambda _: None)
-    return preflight.check_tokens(run, paths, Capacity(300, None, 512), preflight.Progress(lambda _: None))[0]
+    return checks.check_tokens(run, paths, Capacity(300, None, 512), checks.Progress(lambda _: None))[0]
 
 
 def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: JobSetup) -> None:

@@ -23,6 +23,7 @@ _COMMANDS = {names.ROLE_TRAINER: [], names.ROLE_PREFLIGHT: ["preflight"], names.
 _USER_ID = 65532
 _TOKEN_LIFETIME_SECONDS = 3600
 _GROUP_READABLE = 0o440
+_DEADLINE_MARGIN_SECONDS = 60  # the pod reports by itself what took so long, and releases the output
 _TMP_BYTES = 2 << 30  # caches of compiled kernels and of libraries; HOME is there
 _LOG_BYTES = 1 << 30  # the container's log, which the kubelet rotates well below that
 
@@ -47,7 +48,7 @@ def pod_spec(
     return _present(
         {
             "restartPolicy": "Never",
-            "terminationGracePeriodSeconds": run.grace_seconds,
+            **_time_limits(run, role),
             "subdomain": names.service_name(job.metadata.name) if multi_node else None,
             "serviceAccountName": job.spec.pod.service_account_name,
             "automountServiceAccountToken": False,
@@ -87,6 +88,14 @@ def pod_spec(
             "volumes": [mount.volume() for mount in mounts],
         }
     )
+
+
+def _time_limits(run: RunConfig, role: str) -> Manifest:
+    """Returns the time to stop, and when the kubelet ends a preflight pod that hasn't ended."""
+    grace = {"terminationGracePeriodSeconds": run.grace_seconds}
+    if role != names.ROLE_PREFLIGHT:
+        return grace
+    return {**grace, "activeDeadlineSeconds": run.preflight_seconds + _DEADLINE_MARGIN_SECONDS}
 
 
 def _app_armor(settings: Settings) -> Manifest:
