@@ -44,6 +44,9 @@ _ALL = (
            "Correct the file that the message names and raise runPolicy.retry, or create a job with another model.uri. "
            "A folder needs config.json, a tokenizer and *.safetensors weights that belong together; pickle files are "
            "never loaded."),
+    Reason("CheckpointInvalid", "user", 66, "The job can't start from what model.checkpoint names.",
+           "The message says what differs, is damaged or is missing. Create a job that names another checkpoint, has "
+           "the same recipe, or has model.checkpoint.use: weights."),
     Reason("LicenceRefused", "user", 66, "The license of the base model isn't allowed.",
            "Have the license added to the list that the message names, the job's model.allowedLicenses or the "
            "operator's models.allowedLicenses, and raise runPolicy.retry; or create a job with another base model."),

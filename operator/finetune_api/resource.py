@@ -171,6 +171,16 @@ class Spec(Model):
         Rule("method.lora.init", "pissa and olora need model.quantization none, because they change the base",
              "self.model.quantization == 'none' || !has(self.method.lora) || self.method.lora.init == 'default'",
              lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.init == "default"),
+        Rule("model.checkpoint.uri", "is this job's own output, from which it resumes by itself; remove it, or name "
+             "another job's output",
+             "!has(self.model.checkpoint) || self.model.checkpoint.uri != self.output.uri",
+             lambda m: m.model.checkpoint is None or m.model.checkpoint.uri != m.output.uri),
+        Rule("model.checkpoint.use", "can't be weights with method.lora.init pissa or olora, which change the base "
+             "that these weights belong to; use init default",
+             "!has(self.model.checkpoint) || self.model.checkpoint.use != 'weights' || !has(self.method.lora)"
+             " || self.method.lora.init == 'default'",
+             lambda m: m.model.checkpoint is None or m.model.checkpoint.use != "weights" or not m.method.lora
+             or m.method.lora.init == "default"),
         Rule("evaluation.samples", "needs dataset.test",
              "self.evaluation.samples == 0 || has(self.dataset.test)",
              lambda m: m.evaluation.samples == 0 or m.dataset.test is not None),

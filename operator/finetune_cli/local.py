@@ -23,6 +23,7 @@ from finetune_api.messages.run import (
     ProgressConfig,
     RunConfig,
     S3Config,
+    StartConfig,
     TrackingConfig,
 )
 from finetune_api.resource import FineTuneJob
@@ -112,7 +113,9 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
     config = planned.model_copy(
         update={
             "job": JobRef(namespace="local", name=job.metadata.name, uid=uid, attempt=1),
-            "model": planned.model.model_copy(update={"location": model}),
+            "model": planned.model.model_copy(
+                update={"location": model, "checkpoint": _start(planned.model.checkpoint, folder, notes)}
+            ),
             "data": data,
             "world": planned.world.model_copy(
                 update={
@@ -165,6 +168,14 @@ def azure_config(environment: Mapping[str, str]) -> AzureConfig:
     """
     endpoint = environment.get("AZURE_STORAGE_ENDPOINT")
     return AzureConfig(endpoint=endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
+
+
+def _start(checkpoint: StartConfig | None, folder: Path, notes: list[str]) -> StartConfig | None:
+    """Returns where training starts, as this machine can read it."""
+    if checkpoint is None:
+        return None
+    location = _replaced("another model.checkpoint.uri:", checkpoint.location, None, folder, notes)
+    return checkpoint.model_copy(update={"location": location})
 
 
 def _world(

@@ -81,6 +81,12 @@ class Paths:
         return self.scratch / "resume"
 
     @property
+    def start(self) -> Path:
+        """The folder has the checkpoint or the adapter of another job whose weights this job starts
+        from; it is absent if it starts from the base or resumes."""
+        return self.scratch / "start"
+
+    @property
     def halvings(self) -> Path:
         """The file has one number: how often micro-batches are halved because earlier attempts ran
         out of memory. It is absent outside a supervisor."""

@@ -226,6 +226,21 @@ class SavedEvent(LenientModel):
     step: int = Field(description="The step whose weights were written.")
 
 
+class OriginEvent(LenientModel):
+    """Reports which checkpoint or adapter of another job the run started from; a line of the
+    history."""
+
+    type: Literal["origin"] = "origin"
+    time: float
+    step: int = Field(description="Step of this run at which it started: 0 with weights only.")
+    use: Literal["trainingState", "weights"]
+    uri: str
+    job: str = Field(description="Namespace and name of the other job.")
+    uid: str
+    checkpoint_step: int = Field(description="Step of the other job after which it was saved.")
+    manifest_digest: str = Field(description="sha256:… of its manifest.")
+
+
 class PreemptedEvent(LenientModel):
     """Reports that all ranks agreed to stop after this step and saved a checkpoint."""
 
@@ -262,6 +277,7 @@ Event = Annotated[
     | ScoresEvent
     | TrackingEvent
     | SavedEvent
+    | OriginEvent
     | PreemptedEvent
     | ErrorEvent,
     Field(discriminator="type"),

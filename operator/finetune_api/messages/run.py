@@ -46,6 +46,14 @@ class JobRef(Model):
     attempt: int = Field(ge=1)
 
 
+class StartConfig(Model):
+    """Locates a checkpoint, or an adapter, of another job."""
+
+    location: Location
+    step: int | None = Field(default=None, description="Empty means the newest one.")
+    use: Literal["trainingState", "weights"] = "trainingState"
+
+
 class ModelConfig(Model):
     """Describes the base model."""
 
@@ -53,6 +61,7 @@ class ModelConfig(Model):
     size_bytes: int | None = Field(default=None, description="Size of its files. Empty means unknown.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8", "nf4"] = "none"
+    checkpoint: StartConfig | None = Field(default=None, description="Where training starts. None means the base.")
     allowed_licenses: tuple[str, ...] = Field(default=(), description="Licenses that the job allows. Empty means any.")
     operator_licenses: tuple[str, ...] = Field(
         default=(), description="Licenses that the operator allows. Empty means any."
@@ -242,13 +251,10 @@ class RunConfig(Model):
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
     )
-    deletion_policy: DeletionPolicy = Field(
-        default="Retain", description="What a cleanup deletes; other pods don't know it."
-    )
+    deletion_policy: DeletionPolicy = Field(default="Retain", description="What a cleanup deletes; for it alone.")
     recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
     signers: tuple[str, ...] | None = Field(
-        default=None,
-        description="Public keys of the pods of earlier attempts. None if no operator vouches for them.",
+        default=None, description="Public keys of the pods of earlier attempts. None if no operator vouches for them."
     )
     token_signers: tuple[str, ...] | None = Field(
         default=None,
@@ -270,10 +276,7 @@ class RunConfig(Model):
     memory_bytes: int | None = Field(default=None, description="Memory of the pod. Empty means unknown.")
     auto_memory: bool = Field(default=False, description="The operator sizes the memory by the model.")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = TRAINER_METRICS_PORT
-    metrics_linger_seconds: float = Field(
-        default=0.0,
-        description="How long /metrics is served after the end, so that the final values are scraped.",
-    )
+    metrics_linger_seconds: float = Field(default=0.0, description="How long /metrics is served after the end.")
     stall_seconds: int = 600
     checked: bool = Field(
         default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
@@ -282,7 +285,6 @@ class RunConfig(Model):
     memory_restarts: int = Field(
         default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
     )
-
     grace_seconds: int = Field(
         default=120, description="Seconds from SIGTERM to SIGKILL; saving the checkpoint must fit into them."
     )

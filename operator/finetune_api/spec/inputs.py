@@ -26,6 +26,43 @@ class SecretRef(Model):
     )
 
 
+class StartCheckpointSpec(Model):
+    """Specifies a checkpoint, or an adapter, of another job from which training starts.
+
+    Its files must have the digests in their manifest. Its signature isn't checked, because only the
+    other job's own pods have that key: naming the place means trusting it.
+    """
+
+    uri: s.OutputUri = Field(
+        description="output.uri of the other job. Its checkpoints are deleted when it succeeds; its result then has "
+        "the weights."
+    )
+    step: int | None = Field(
+        default=None,
+        ge=1,
+        le=100000000,
+        description="Continue from the checkpoint after this optimizer step. Empty means the newest one, or, with use "
+        "weights, the adapter if there is one.",
+    )
+    use: Literal["trainingState", "weights"] = Field(
+        default="trainingState",
+        description="trainingState continues the other job: with its weights, its optimizer state and its position in "
+        "the data. model, dataset, method, and training must be the same except for epochs, maxSteps, learningRate, "
+        "scheduler, minLearningRateRatio, decayRatio, warmupRatio, evalEverySteps, earlyStopping, keepBest, "
+        "maxSkippedSteps, lossSpike and what affects speed only; with the same values, the result is the one that the "
+        "other job would have had. weights starts anew from its weights, with other data or another recipe: only the "
+        "base, the quantization and the method must be the same, dropout and plusRatio excepted.",
+    )
+    credentials_ref: SecretRef | None = Field(
+        default=None,
+        description="Secret with the credentials for uri. Empty means anonymous access or the pod's identity.",
+    )
+
+    rules = (
+        clean_uri(),
+    )  # fmt: skip
+
+
 class BaseModelSpec(Model):
     """Specifies the model that training starts from."""
 
@@ -63,6 +100,10 @@ class BaseModelSpec(Model):
     credentials_ref: SecretRef | None = Field(
         default=None,
         description="Secret with the credentials for uri. Empty means anonymous access or the pod's identity.",
+    )
+    checkpoint: StartCheckpointSpec | None = Field(
+        default=None,
+        description="Checkpoint or adapter of another job from which training starts. Empty means the base itself.",
     )
 
     rules = (

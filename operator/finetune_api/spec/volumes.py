@@ -116,6 +116,7 @@ def uris_name_volumes() -> tuple[Rule, ...]:
 
 _INPUTS: tuple[tuple[str, Callable[[Any], str | None]], ...] = (
     ("model", lambda m: m.model.uri),
+    ("model.checkpoint", lambda m: m.model.checkpoint.uri if m.model.checkpoint else None),
     ("dataset", lambda m: m.dataset.uri),
     ("dataset.validation", lambda m: m.dataset.validation.uri if m.dataset.validation else None),
     ("dataset.test", lambda m: m.dataset.test.uri if m.dataset.test else None),

@@ -22,6 +22,7 @@ from finetune_api.messages.run import (
     ProgressConfig,
     Provenance,
     RunConfig,
+    StartConfig,
     TrackingConfig,
     WandbConfig,
     WorldConfig,
@@ -29,10 +30,11 @@ from finetune_api.messages.run import (
 from finetune_api.resource import BaseModelSpec, FineTuneJob, OutputSpec, SecretRef, Spec
 from finetune_api.scalars import quantity_value
 from finetune_api.spec.data import DataFormat
+from finetune_api.spec.inputs import StartCheckpointSpec
 from finetune_operator.core.objects import Observed
 from finetune_operator.settings import Settings
 
-CredentialsRole = Literal["model", "dataset", "output", "mlflow", "wandb"]
+CredentialsRole = Literal["model", "checkpoint", "dataset", "output", "mlflow", "wandb"]
 
 
 class PlanError(ValueError):
@@ -72,6 +74,7 @@ def plan(
             allowed_licenses=spec.model.allowed_licenses,
             operator_licenses=settings.models.allowed_licenses,
             quantization=spec.model.quantization,
+            checkpoint=_start(spec.model.checkpoint),
         ),
         data=_data(spec, job.metadata.creation_timestamp),
         method=spec.method.type,
@@ -247,6 +250,13 @@ def _model_cache(settings: Settings) -> CacheConfig | None:
 
 def _model_location(model: BaseModelSpec) -> Location:
     return _location(model.uri, _credentials("model", model.credentials_ref), model.revision)
+
+
+def _start(checkpoint: StartCheckpointSpec | None) -> StartConfig | None:
+    if checkpoint is None:
+        return None
+    location = _location(checkpoint.uri, _credentials("checkpoint", checkpoint.credentials_ref))
+    return StartConfig(location=location, step=checkpoint.step, use=checkpoint.use)
 
 
 def _output_location(output: OutputSpec) -> Location:

@@ -82,6 +82,7 @@ def _short(value: Any) -> str:
 FULL = {"method": {"type": "full"}}
 GPU = ("resources.gpu", {"name": "nvidia.com/gpu"})
 TEST_FILE = (("dataset.test", {"uri": "s3://data/test.jsonl"}),)
+EARLIER = (("model.checkpoint", {"uri": "s3://models/first"}),)
 LONG = "x" * 1100
 A_CLAIM = {"name": "work", "claim": {"name": "team-data"}}
 A_BUCKET = {"name": "rows", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "attributes": {"bucketName": "b"}}}
@@ -416,6 +417,17 @@ CASES: tuple[Case, ...] = (
     *none_of("output.merge", "yes", 1),
     *one("output.existing", "resume", "discard"),
     *none_of("output.existing", "", "Discard", "replace"),
+    *one("model.checkpoint", {"uri": "s3://models/first"}, {"uri": "gs://bucket/x", "step": 4, "use": "weights"},
+         {"uri": "pvc://team/x", "credentialsRef": {"name": "s"}}),
+    *none_of("model.checkpoint.uri", "hf://org/x", "s3://", "s3://models/../x", ""),
+    *none_of("model.checkpoint.step", 0, -1, also=EARLIER),
+    *none_of("model.checkpoint.use", "", "Weights", "optimizer", also=EARLIER),
+    bad("a checkpoint of its own output", "spec.model.checkpoint.uri", ("model.checkpoint.uri", "s3://models/minimal")),
+    bad("weights into pissa", "spec.model.checkpoint.use", *EARLIER, ("model.checkpoint.use", "weights"),
+        ("method.lora.init", "pissa")),
+    ok("the training state of pissa", *EARLIER, ("method.lora.init", "pissa")),
+    bad("a checkpoint in a volume that isn't listed", "spec.model.checkpoint.uri",
+        ("model.checkpoint.uri", "volume://none/x")),
     *one("output.deletionPolicy", "Retain", "DeleteCheckpoints", "Delete"),
     *none_of("output.deletionPolicy", "", "retain", "Orphan"),
     *one("output.holdSeconds", 0, 14400, 604800),
@@ -617,6 +629,8 @@ TRANSITIONS: tuple[tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any]
     ("a default spelt out", (), (("training.globalBatchSize", 64), ("resources.cpu", "auto")), None),
     ("labels", (), (("metadata.labels", {"a": "b"}),), None),
     ("model", (), (("model.uri", "hf://org/other"),), "spec.model.uri"),
+    ("checkpoint added", (), EARLIER, "spec.model.checkpoint"),
+    ("checkpoint removed", EARLIER, (("model.checkpoint", ABSENT),), "spec.model.checkpoint"),
     ("revision added", (), (("model.revision", "main"),), "spec.model.revision"),
     ("revision removed", (("model.revision", "main"),), (("model.revision", ABSENT),), "spec.model.revision"),
     ("credentials", (), (("model.credentialsRef", {"name": "x"}),), None),

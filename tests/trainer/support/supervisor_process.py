@@ -27,6 +27,7 @@ from finetune_api.messages.run import (
     WorldConfig,
 )
 from finetune_api.resource import CheckpointSpec, LoraSpec, TrainingSpec
+from finetune_trainer.storage.schemes import Access
 
 ROOT = Path(__file__).parents[3]
 STARTED: list[subprocess.Popen[str]] = []  # conftest.py kills them after each test
@@ -45,6 +46,11 @@ def small_model(folder: Path) -> Path:
 
 def location(uri: str, credentials: Path | None = None, revision: str | None = None) -> Location:
     return Location(uri=uri, display=uri, credentials=str(credentials) if credentials else None, revision=revision)
+
+
+def access() -> Access:
+    """Opens storages as a pod without an environment does."""
+    return Access(S3Config(), {})
 
 
 def secret(folder: Path, values: dict[str, str]) -> Path:

@@ -3,8 +3,9 @@ that has. It writes nothing itself except to give an empty destination back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, RunConfig
@@ -22,12 +23,20 @@ MENDABLE = frozenset({"StorageUnavailable", "AccessDenied", "CredentialsMissing"
 """Reasons for which an upload is tried again: a person may correct the storage meanwhile."""
 
 
+_RECIPE = {"model", "data", "method", "lora", "full", "training"}  # of a RunConfig
+
+
 @dataclass(frozen=True)
 class Writer:
-    """Identifies the job that writes, and signs its manifests."""
+    """Identifies the job that writes, and signs its manifests.
+
+    `provenance` is what a checkpoint says of its model and configuration, so that another job can
+    start from it.
+    """
 
     job: JobRef
     sign: Callable[[Manifest], Manifest] = lambda manifest: manifest
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Deposit:
@@ -43,6 +52,8 @@ class Deposit:
         self._health = StoreHealth()
         self.checkpoint: CheckpointStatus | None = None
         self.artifact: ArtifactStatus | None = None
+        self.base: Mapping[str, Any] = {}
+        """The base model: its location and, once its weights are there, the digest of its files."""
         self.loss: RunError | None = None
         """Set if another job has taken over the destination."""
 
@@ -54,7 +65,11 @@ class Deposit:
     @property
     def writer(self) -> Writer:
         """By whom manifests are written."""
-        return Writer(self._run.job, self._signer.sign) if self._signer else Writer(self._run.job)
+        configuration = self._run.model_dump(mode="json", by_alias=True, exclude_none=True, include=_RECIPE)
+        provenance = {"model": self.base, "configuration": configuration}
+        if self._signer is None:
+            return Writer(self._run.job, provenance=provenance)
+        return Writer(self._run.job, self._signer.sign, provenance)
 
     def trust(self, later: Callable[[], tuple[str, ...]], *, result: bool) -> Trust:
         """Returns which manifests count; `later` asks the operator for the keys that it knows.

@@ -1,7 +1,7 @@
 """The loss history of a job over all its attempts, stored with checkpoints and with the result.
 
-It consists of rank 0's step, eval and skipped events. A resumed attempt starts with the lines up to
-the step from which it resumes.
+It consists of rank 0's step, eval and skipped events, and of what the run started from. A resumed
+attempt starts with the lines up to the step from which it resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_api.messages import events
 from finetune_api.messages.evaluation import Evaluation
 from finetune_trainer.storage.base import Storage
 
-Line = events.StepEvent | events.EvalEvent | events.SkippedEvent
+Line = events.StepEvent | events.EvalEvent | events.SkippedEvent | events.OriginEvent
 
 
 class History:

@@ -29,6 +29,7 @@ class Checkpoint:
 class RunState:
     """Holds all that is known of a run.
 
+    `origins` are the checkpoints of other jobs that it started from, the oldest first.
     `step` counts from the job's first attempt, `steps_here` from the start of this one. Losses are
     means per supervised token, or per preference pair for objective dpo. `since_eval` is the sum
     and the number of the training losses since the last evaluation, `recent` holds (tokens,
@@ -57,6 +58,7 @@ class RunState:
     since_eval: tuple[float, int] = (0.0, 0)
     points: tuple[Point, ...] = ()
     decisions: tuple[e.DecisionEvent, ...] = ()
+    origins: tuple[e.OriginEvent, ...] = ()
     recent: tuple[tuple[int, float], ...] = ()
     skipped: tuple[tuple[int, int], ...] = ()
     spikes: int = 0
@@ -176,6 +178,8 @@ def after(state: RunState, event: e.Event, *, restored: bool = False) -> RunStat
             return replace(state, spikes=state.spikes + 1)
         case e.BackoffEvent():
             return replace(state, halvings=event.halvings)
+        case e.OriginEvent():
+            return replace(state, origins=(*state.origins, event))
         case e.StragglerEvent():
             return replace(state, straggler=None if event.ended else event)
         case e.DecisionEvent():
@@ -184,7 +188,7 @@ def after(state: RunState, event: e.Event, *, restored: bool = False) -> RunStat
             return state
 
 
-def restored(history: tuple[e.StepEvent | e.EvalEvent | e.SkippedEvent, ...], step: int) -> RunState:
+def restored(history: tuple[e.StepEvent | e.EvalEvent | e.SkippedEvent | e.OriginEvent, ...], step: int) -> RunState:
     """Returns the state at checkpoint `step`, computed from the history that was stored with it."""
     state = RunState()
     for event in history:

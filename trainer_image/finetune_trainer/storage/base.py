@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
-Role = Literal["model", "dataset", "output"]
+Role = Literal["model", "checkpoint", "dataset", "output"]
 
-NOT_FOUND: dict[Role, str] = {"model": "ModelNotFound", "dataset": "DatasetNotFound", "output": "OutputNotFound"}
-FIELD: dict[Role, str] = {"model": "model.uri", "dataset": "dataset.uri", "output": "output.uri"}
+NOT_FOUND: dict[Role, str] = {
+    "model": "ModelNotFound",
+    "checkpoint": "CheckpointInvalid",
+    "dataset": "DatasetNotFound",
+    "output": "OutputNotFound",
+}
+FIELD: dict[Role, str] = {
+    "model": "model.uri",
+    "checkpoint": "model.checkpoint.uri",
+    "dataset": "dataset.uri",
+    "output": "output.uri",
+}
 
 
 @dataclass(frozen=True)

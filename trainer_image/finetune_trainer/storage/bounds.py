@@ -14,7 +14,12 @@ from finetune_trainer.storage.base import FIELD, Role
 MAX_FILES = 100_000
 MAX_READ_BYTES = 64 << 20  # of what is read into memory, such as a manifest or an index
 _INVALID_KEY = re.compile(r"path contained|illegal (character|sequence)|empty path segment", re.IGNORECASE)
-INVALID: dict[Role, str] = {"model": "ModelInvalid", "dataset": "DatasetInvalid", "output": "InvalidConfig"}
+INVALID: dict[Role, str] = {
+    "model": "ModelInvalid",
+    "checkpoint": "CheckpointInvalid",
+    "dataset": "DatasetInvalid",
+    "output": "InvalidConfig",
+}
 
 
 def check_count(files: int, role: Role, display: str) -> None:

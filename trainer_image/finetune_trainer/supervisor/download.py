@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from finetune_api.messages.events import OriginEvent
 from finetune_api.messages.manifest import Manifest
 from finetune_api.messages.run import JobRef, Location, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, checkpoint_dir
@@ -81,13 +82,15 @@ class Resume:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds the destination and what was downloaded; that is nothing if the result exists."""
+    """Holds the destination and what was downloaded; that is nothing if the result exists. `origin`
+    is set if this attempt starts from another job's checkpoint."""
 
     storage: Storage
     destination: Destination
     model: ModelFacts | None = None
     data: dict[str, DataFacts] | None = None
     resume: Resume | None = None
+    origin: OriginEvent | None = None
 
 
 def model_files(
@@ -262,7 +265,7 @@ def checkpoint(
         if not trust.believes(manifest):
             report(f"checkpoint {folder} is skipped: no pod of this job has signed it")
             continue
-        damage = _download_verified(storage, folder, manifest, target)
+        damage = download_verified(storage, folder, manifest, target)
         if damage is None and manifest.step == step:
             (target / CHECKPOINT_MANIFEST).write_bytes(data)
             return Resume(step, target)
@@ -271,7 +274,7 @@ def checkpoint(
     return None
 
 
-def _download_verified(storage: Storage, folder: str, manifest: Manifest, target: Path) -> str | None:
+def download_verified(storage: Storage, folder: str, manifest: Manifest, target: Path) -> str | None:
     """Downloads what a manifest lists. Returns the first damage, or None if there is none."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

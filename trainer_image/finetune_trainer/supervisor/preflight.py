@@ -27,6 +27,7 @@ from finetune_trainer.supervisor import download
 from finetune_trainer.supervisor.download import ModelFacts, Report
 from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.signals import in_thread
+from finetune_trainer.supervisor.start import origin as start
 
 _RELEASE_SECONDS = 20.0  # at the deadline
 _TICK_SECONDS = 0.1
@@ -128,6 +129,7 @@ def check(run: RunConfig, paths: Paths, access: Access, activity: Activity) -> R
 def _check_inputs(run: RunConfig, paths: Paths, access: Access, storage: Storage, activity: Activity) -> Result:
     report = activity.report
     model = download.model(run, paths, access, report, weights=False)
+    start.find(run, access, None, report)
     data_files = download.data(run, paths, access, report)
     check_room(run, model, sum(facts.bytes for facts in data_files.values()))
     if run.world.device == "cuda" and run.world.threads_per_process < FEW_CORES:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from finetune_api.messages.events import OriginEvent
 from finetune_trainer.destination import verification
 from finetune_trainer.destination.deposit import Deposit
 from finetune_trainer.destination.output_check import Destination, Role
@@ -17,10 +18,11 @@ from finetune_trainer.model_folder import ANY_MODEL
 from finetune_trainer.reporting.progress import Poster
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import download, preflight
-from finetune_trainer.supervisor.download import Inputs
+from finetune_trainer.supervisor.download import Inputs, Resume
 from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.node import Node
 from finetune_trainer.supervisor.processes import RANK_COMMAND
+from finetune_trainer.supervisor.start import origin
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,26 @@ class Preparation:
         trust = self.deposit.trust(self._signers, result=False)
         steps, resume = destination.checkpoints, node.paths.resume
         checkpoint = download.checkpoint(storage, steps, run.job, resume, self.report, trust)
-        return Inputs(storage, destination, model, data, checkpoint)
+        self.deposit.base = {
+            "uri": run.model.location.display, "revision": model.revision, "digest": model.digest,
+        }  # fmt: skip
+        checkpoint, started = self._start(model.digest, checkpoint)
+        return Inputs(storage, destination, model, data, checkpoint, started)
+
+    def _start(self, digest: str, own: Resume | None) -> tuple[Resume | None, OriginEvent | None]:
+        """Downloads what another job has left from which this one starts, if it hasn't a checkpoint
+        of its own. The weights that it started from stay the reference model of DPO."""
+        run, paths, start = self.node.run, self.node.paths, self.node.run.model.checkpoint
+        if start is None or (own and (start.use == "trainingState" or run.training.objective != "dpo")):
+            return own, None
+        chosen = origin.find(run, self.node.access, digest, self.report)
+        if chosen is None:
+            return own, None
+        if start.use == "trainingState":
+            origin.fetch(chosen, paths.resume)
+            return Resume(chosen.manifest.step, paths.resume), chosen.event(start.use)
+        origin.fetch(chosen, paths.start)
+        return own, None if own else chosen.event(start.use)
 
     def _signers(self) -> tuple[str, ...]:
         return self.poster.signers(self.node.timing.operator_timeout)
@@ -78,7 +99,7 @@ class Preparation:
 def _reset_scratch(node: Node) -> None:
     """Deletes what an earlier attempt left on this disk, except downloads, and writes run.json."""
     paths = node.paths
-    for folder in (paths.events, paths.checkpoints, paths.export, paths.resume):
+    for folder in (paths.events, paths.checkpoints, paths.export, paths.resume, paths.start):
         shutil.rmtree(folder, ignore_errors=True)
     paths.stop.unlink(missing_ok=True)
     for folder in (paths.events, paths.checkpoints, paths.model):

@@ -37,6 +37,9 @@ def provenance(run: RunConfig, model: ModelFacts, data: dict[str, DataFacts], st
         "data": {
             split: {"uri": facts.uri, "digest": facts.digest, "bytes": facts.bytes} for split, facts in data.items()
         },
+        "startedFrom": [
+            event.model_dump(mode="json", by_alias=True, exclude={"type", "time"}) for event in state.origins
+        ],
         "rows": {"used": plan.rows, "dropped": plan.dropped_rows} if plan else {},
         "configuration": run.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_POD_SETTINGS),
         "image": run.provenance.image,

@@ -28,13 +28,7 @@ from finetune_trainer.reporting.prometheus import Metrics
 from finetune_trainer.reporting.trackers.recorder import Recorder
 from finetune_trainer.reporting.trackers.worker import Ending, small_files
 from finetune_trainer.storage.base import Storage
-from finetune_trainer.supervisor import (
-    exit_reason,
-    oom_backoff,
-    outcomes,
-    publishing,
-    upload,
-)
+from finetune_trainer.supervisor import exit_reason, oom_backoff, outcomes, publishing, upload
 from finetune_trainer.supervisor.checkpoint_uploader import (
     CheckpointUploader,
     FailedUpload,
@@ -139,8 +133,11 @@ class Supervisor:
             lines = history.parse(file.read_text() if file.exists() else "", inputs.resume.step)
             self._history = history.History(lines)
             self._state = run_state.restored(lines, inputs.resume.step)
-            self._deposit.add_checkpoint(upload.checkpoint_status(inputs.storage, inputs.resume.step))
+            if inputs.origin is None:
+                self._deposit.add_checkpoint(upload.checkpoint_status(inputs.storage, inputs.resume.step))
             self._log.info("resuming from a checkpoint", step=inputs.resume.step)
+        if inputs.origin is not None:
+            self._handle_event(inputs.origin)
         if self._node.leads:
             self._recorder.start()
         if self._node.leads or run.world.nodes > 1:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from finetune_api.messages.data_report import SplitName
 from finetune_api.messages.run import RunConfig
 from finetune_api.resource import DpoSpec
+from finetune_trainer.checkpoint import start_weights
 from finetune_trainer.data.dataset import Data
 from finetune_trainer.data.splits import Split
 from finetune_trainer.evaluation.evaluator import Evaluator
@@ -92,13 +93,15 @@ def prepare(
     them."""
     run, reporter = context.run, context.reporter
     beta = run.training.dpo.beta if run.training.dpo else DpoSpec().beta
-    without_adapters = _is_base_without_adapters(run)
+    without_adapters = _is_base_without_adapters(run) and not context.paths.start.is_dir()
     reference_model = "the base without adapters" if without_adapters else "the model before its first step"
     reporter.decision("objective", "dpo", f"beta {beta:g}; {reference_model} is the reference")
     reporter.phase("evaluating")
     key = f"{model_digest(context.paths.model)} {loss_sum.autocast} {run.model.quantization} {run.added_tokens}"
     if run.method == "lora" and not without_adapters:
         key += f" {run.lora} {run.training.seed}"
+    if context.paths.start.is_dir():
+        key += f" {start_weights.digest(context.paths)}"
     # Without its adapters the model uses its own output layer again, not the trained copy that the
     # chunked head was made from.
     own_output_layer = without_adapters and run.lora is not None and bool(run.lora.modules_to_save)

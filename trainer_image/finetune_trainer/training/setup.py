@@ -13,7 +13,7 @@ import torch
 
 from finetune_api.messages import events
 from finetune_trainer import refusals
-from finetune_trainer.checkpoint import resume
+from finetune_trainer.checkpoint import resume, start_weights
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.data.dataset import Data, of_objective
 from finetune_trainer.errors import RunError
@@ -69,6 +69,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers, loaded.window)
     loss_sum = _checked_loss(resolved, wrapped, trial)
     batches = packing_setup.plan_micro_batches(context, resolved, wrapped, trial, loss_sum)
+    start_weights.put(strategy, loaded.model, paths, world)
     if run.training.objective == "dpo":
         data, loss_sum = dpo_reference.prepare(context, strategy, batches, loss_sum, data)
     if saved is not None:  # only now, because the reference is the model before its first step

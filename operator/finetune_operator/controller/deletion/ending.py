@@ -24,7 +24,6 @@ from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.core.actions import Blocked, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.core.deletion.step import (
     CLEANED,
-    MARGIN_SECONDS,
     NOT_CLEANED,
     Deleting,
     Step,
@@ -131,7 +130,7 @@ class Ending:
             self.state.queue.add(snapshot.key)
         except Blocked as error:
             tries.blocked_since = tries.blocked_since or time.monotonic()
-            if _TERMINATING in str(error) or time.monotonic() - tries.blocked_since > deleting.limit + MARGIN_SECONDS:
+            if _TERMINATING in str(error) or time.monotonic() - tries.blocked_since > deleting.limit:
                 await self._finish(snapshot, deleting, not_cleaned(deleting.job, str(error)))
                 return
             self.state.queue.add_after(snapshot.key, _BLOCKED_SECONDS)

@@ -199,6 +199,7 @@ def _secrets(spec: Spec) -> Iterator[tuple[str, SecretRef]]:
     mlflow, wandb = spec.tracking.mlflow, spec.tracking.wandb
     places = {
         "spec.model": spec.model.credentials_ref,
+        "spec.model.checkpoint": spec.model.checkpoint.credentials_ref if spec.model.checkpoint else None,
         "spec.dataset": spec.dataset.credentials_ref,
         "spec.output": spec.output.credentials_ref,
         "spec.tracking.mlflow": mlflow.credentials_ref if mlflow else None,
@@ -216,6 +217,7 @@ def _claims(spec: Spec) -> Iterator[tuple[str, str]]:
     places = [
         ("spec.output.uri", spec.output.uri),
         ("spec.model.uri", spec.model.uri),
+        ("spec.model.checkpoint.uri", spec.model.checkpoint.uri if spec.model.checkpoint else None),
         *(("spec.dataset", source.uri) for source in spec.dataset.training_sources()),
         ("spec.dataset.validation.uri", validation.uri if validation else None),
         ("spec.dataset.test.uri", test.uri if test else None),

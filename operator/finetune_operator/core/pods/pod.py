@@ -239,6 +239,7 @@ def _credentials(job: FineTuneJob, role: str) -> tuple[Mount, ...]:
     others may be gone."""
     references = {
         "model": job.spec.model.credentials_ref,
+        "checkpoint": job.spec.model.checkpoint.credentials_ref if job.spec.model.checkpoint else None,
         "dataset": job.spec.dataset.credentials_ref,
         "output": job.spec.output.credentials_ref,
         "mlflow": job.spec.tracking.mlflow.credentials_ref if job.spec.tracking.mlflow else None,

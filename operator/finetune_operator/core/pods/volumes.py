@@ -83,6 +83,7 @@ def _uris(job: FineTuneJob, role: str) -> tuple[str | None, ...]:
         return (job.spec.output.uri,)
     return (
         job.spec.model.uri,
+        job.spec.model.checkpoint.uri if job.spec.model.checkpoint else None,
         *(source.uri for source in dataset.training_sources()),
         dataset.validation.uri if dataset.validation else None,
         dataset.test.uri if dataset.test else None,
