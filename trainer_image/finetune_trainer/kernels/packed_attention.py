@@ -81,8 +81,8 @@ def _packed(row: CurrentRow, query: Tensor, key: Tensor, value: Tensor, options:
         return _whole_rows(row, query, key, value, options)
     if sinks is not None:
         options = {**options, "s_aux": sinks[head_exchange.own_heads(part, heads)]}
-    own = (head_exchange.to_own_heads(part, heads, tensor) for tensor in (query, key, value))
-    return head_exchange.to_own_tokens(part, _whole_rows(row, *own, options))
+    query, key, value = (head_exchange.to_own_heads(part, heads, tensor) for tensor in (query, key, value))
+    return head_exchange.to_own_tokens(part, _whole_rows(row, query, key, value, options))
 
 
 def _whole_rows(row: CurrentRow, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
