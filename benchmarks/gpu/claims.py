@@ -188,7 +188,8 @@ CLAIMS = (
           _verdict("operations/flight recorder", "wrong"), _OBSERVED),
     Claim("G30", "every pod of every attempt downloads the model again", BY_READING, fixed_in=_MODEL_CACHE),
     Claim("G31", "a quantized base trains with ddp only", BY_READING, fixed_in=_SHARDED_NF4),
-    Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING),
+    Claim("G32", "full training with ddp reduces its gradients after the backward pass, in float32", BY_READING,
+          fixed_in=_ROOFLINE),
     Claim("G33", "ranks with GPUs wait while rank 0 tokenizes", BY_READING, fixed_in=_TOKENS),
     Claim("G34", "the grace period is the same for every job", BY_READING, fixed_in=_PODS),
     Claim(

@@ -22,6 +22,7 @@ from finetune_api.resource import (
 )
 from finetune_api.spec.data import DataFormat
 from finetune_api.spec.hardware import Offload, StrategyOption
+from finetune_api.spec.outcome import DeletionPolicy
 from finetune_api.spec.rendering import RenderingSpec
 
 
@@ -241,10 +242,18 @@ class RunConfig(Model):
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
     )
+    deletion_policy: DeletionPolicy = Field(
+        default="Retain", description="What a cleanup deletes; other pods don't know it."
+    )
     recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
     signers: tuple[str, ...] | None = Field(
         default=None,
         description="Public keys of the pods of earlier attempts. None if no operator vouches for them.",
+    )
+    token_signers: tuple[str, ...] | None = Field(
+        default=None,
+        description="Public keys of the preflight pods, which sign the tokens of the rows. None if no operator vouches "
+        "for them.",
     )
     merge: bool = Field(default=False, description="Also write base and adapter as one model.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
@@ -266,6 +275,10 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the final values are scraped.",
     )
     stall_seconds: int = 600
+    checked: bool = Field(
+        default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
+    )
+    preflight_seconds: int = Field(default=14400, description="How long all checks of a preflight pod may take.")
     memory_restarts: int = Field(
         default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
     )

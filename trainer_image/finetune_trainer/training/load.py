@@ -24,6 +24,7 @@ _LOADING = {
     True: ("mapped", "each process copies its own rows from the mapped files"),
     False: ("by rank 0", "the files have another number format than the run, or the base is changed first"),
 }
+_GRADIENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STAGES: dict[str, deepspeed_config.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -124,7 +125,7 @@ def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -
         )
     options = _zero_options(resolved)
     if options is None:
-        return DataParallel(loaded.model, config, world, dtype)
+        return DataParallel(loaded.model, config, world, dtype, _GRADIENTS[resolved.gradient_messages])
     return deepspeed.DeepSpeedZero(loaded.model, config, world, options)
 
 

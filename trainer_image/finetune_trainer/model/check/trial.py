@@ -14,7 +14,7 @@ from finetune_trainer.data import pipeline
 from finetune_trainer.model import loading, method
 from finetune_trainer.model.check import shared_rows
 from finetune_trainer.model.loading import LoadedModel
-from finetune_trainer.model.quantization import Quantization
+from finetune_trainer.model.quantization import Quantization, refusing_wide_inputs
 from finetune_trainer.model_folder import Capacity, RowNeeds
 
 _TOKENS = 8
@@ -33,7 +33,8 @@ def build(run: RunConfig, folder: Path, decisions: list[str]) -> Capacity:
     dtype = torch.bfloat16  # nothing depends on it, but products of experts have no shapes in other formats
     loaded = loading.load(folder, dtype=dtype, longest=0, headers_only=True)
     shared_rows.check(loaded.base.config, run.world.sequence_parallel_size, loaded.packing_obstacle)
-    call(loaded)
+    with refusing_wide_inputs(loaded.base, run.model.quantization):
+        call(loaded)
     if run.model.quantization != "none":
         quantized = Quantization(run.model.quantization, torch.device("cpu"))
         loading.load(folder, dtype=dtype, longest=0, outline=True, quantized=quantized)

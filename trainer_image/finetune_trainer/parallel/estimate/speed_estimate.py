@@ -12,7 +12,8 @@ from finetune_trainer.data.batching.sequence_part import key_copies
 from finetune_trainer.parallel.memory_estimate import QUANTIZED_BYTES, ParallelConfig, TrainingSetup
 from finetune_trainer.parallel.model_size import ModelSize
 
-_GRADIENT_BYTES = 4  # per trained weight, since gradients are sent in float32
+_GRADIENT_BYTES = 4  # per trained weight that is sent in float32
+_ROUNDED_GRADIENT_BYTES = 2  # in bfloat16, in full training with ddp on GPUs
 _OPTIMIZER_BYTES = 8  # per trained weight of a rank: its gradient to the host, and the weight back
 _MICRO_BATCHES = 4  # of a step, over which what happens once per step is spread
 
@@ -94,7 +95,10 @@ def _sent_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig)
     forward pass and for the backward pass. ddp sends gradients once per step, and all of them
     twice."""
     others = (setup.ranks - 1) / setup.ranks
-    gradients = size.trained * _GRADIENT_BYTES * (2 / _MICRO_BATCHES if parallel.strategy == "ddp" else 1)
+    gradients: float = size.trained * _GRADIENT_BYTES
+    if parallel.strategy == "ddp":
+        rounded = setup.full and setup.half and setup.device == "cuda"
+        gradients = size.trained * (_ROUNDED_GRADIENT_BYTES if rounded else _GRADIENT_BYTES) * 2 / _MICRO_BATCHES
     stored = 2 if setup.half and parallel.strategy == "fsdp" else setup.stored
     weights = 2 * _base_bytes(size, setup, stored) if parallel.strategy in ("zero3", "fsdp") else 0
     return others * (gradients + weights)
