@@ -47,6 +47,8 @@ _LAYOUTS = (
         ("always", {"strategy": "fsdp"}, None, False, "sharded over the ranks are compiled on GPUs only"),
         ("always", {"strategy": "zero2"}, None, False, "DeepSpeed runs (zero2)"),
         ("always", {**_GPU, "strategy": "zero3"}, None, False, "DeepSpeed runs (zero3)"),
+        ("always", {"shared": True}, None, False, "exchange parts of rows with other processes"),
+        ("auto", {**_GPU, "shared": True}, None, False, "exchange parts of rows with other processes"),
         ("always", {"recompute": True}, None, False, "recomputed are compiled on GPUs only"),
         ("always", {"packed": False}, None, False, "without padding"),
         ("always", {**_GPU, "packed": False}, None, False, "without padding"),

@@ -47,7 +47,7 @@ class Conditions:
     """Holds the facts that the decision depends on.
 
     `half`: matrix products are in bfloat16. `strategy` is the parallel strategy. `recompute`:
-    activation checkpointing is on. `packed`: rows have no padding.
+    activation checkpointing is on. `packed`: rows have no padding. `shared`: ranks share rows.
     """
 
     device: str
@@ -55,6 +55,7 @@ class Conditions:
     strategy: StrategyOption
     recompute: bool
     packed: bool
+    shared: bool = False
 
 
 def choice(
@@ -106,6 +107,8 @@ def _obstacle(conditions: Conditions) -> str:
             return "layers whose activations are recomputed are compiled on GPUs only"
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "there is no C++ compiler"
+    if conditions.shared:
+        return "layers that exchange parts of rows with other processes aren't compiled"
     if not conditions.packed:
         return "only rows without padding are compiled"
     if conditions.device == "cuda":

@@ -64,7 +64,12 @@ def _decision(
     run, world, plan = context.run, context.world, batches.unhalved
     device = world.device.type
     conditions = compilation.Conditions(
-        device, resolved.half, resolved.run.world.strategy, bool(resolved.recompute), plan.shape.packed
+        device,
+        resolved.half,
+        resolved.run.world.strategy,
+        bool(resolved.recompute),
+        plan.shape.packed,
+        shared=bool(world.sequence),
     )
     choice = compilation.choice(run.training.compile, conditions, saved.compiled if saved else None)
     if choice is not None:

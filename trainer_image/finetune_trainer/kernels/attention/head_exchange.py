@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
 from finetune_trainer.data.batching.sequence_part import SequencePart, key_copies
 
@@ -68,7 +69,7 @@ def group_sum(part: SequencePart, values: Tensor) -> Tensor:
 
 
 def _process_group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # only the stubs have its type
 
 
 @torch.library.custom_op("finetune::all_to_all", mutates_args=())
