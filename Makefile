@@ -54,7 +54,7 @@ test-fast: venv test-packages ## Run the tests that need neither a cluster nor a
 
 .PHONY: e2e
 e2e: venv ## Run only the end-to-end tests on real pods
-	$(PY) -m pytest tests/e2e
+	$(PY) -m pytest tests/e2e tests/nodes
 
 .PHONY: lint
 lint: venv ## Run ruff, mypy and import-linter, and check generated files
@@ -101,7 +101,7 @@ images: venv ## Build the operator and trainer images
 .PHONY: push
 push: ## Build and push both images, and write values-images.yaml: make push REGISTRY=registry.example.com/team
 	@[ -n "$(REGISTRY)" ] || { echo 'make push: REGISTRY is missing; set it to host and path: make push REGISTRY=registry.example.com/team' >&2; exit 2; }
-	@python3 -m images push "$(REGISTRY)"
+	@python3 -m images push "$(REGISTRY)" $(if $(BASE),--base "$(BASE)")
 
 .PHONY: cluster
 cluster: ## Start a local cluster with S3 and Prometheus, without Docker
@@ -118,8 +118,8 @@ bench: venv ## Run all benchmarks; the results are written to benchmarks/results
 	PYTHONPATH=operator:trainer_image:hack:. $(PY) benchmarks/data_memory.py
 
 .PHONY: bench-trainer
-bench-trainer: venv ## Compare the trainer with TRL and LLaMA-Factory (about 45 minutes; BENCH="--help" lists options)
-	$(PY) benchmarks/trainer $(BENCH)
+bench-trainer: venv ## Compare the trainer with TRL and LLaMA-Factory (about 45 minutes; BENCH="--help" lists options; BASELINE=REV compares with an earlier revision instead)
+	$(PY) benchmarks/trainer$(if $(BASELINE),/baseline.py $(BASELINE)) $(BENCH)
 
 GPU_CHECK = PYTHONPATH=.:operator:trainer_image:tests UV=$(UV) $(PY) -m benchmarks.gpu
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from images import push
 from images.cache import cache_root
 from images.engines import Engine, choose
 from images.errors import ImagesError
-from images.recipe import RECIPES, Recipe, order
+from images.recipe import RECIPES, Recipe, names_content, order
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -54,10 +56,13 @@ def size(engine: Engine, options: argparse.Namespace) -> None:
 
 def push_all(engine: Engine, options: argparse.Namespace) -> None:
     """Builds and pushes both images, and prints the file with the Helm values that name them."""
-    registry = push.checked(options.registry)
+    registry, base = push.checked(options.registry), options.base or engine.default_base()
+    if not names_content(base):
+        _report(f"the base image {base} is named by a tag, which may stand for another image tomorrow; name it by its "
+                "digest for images that can be built again: make push BASE=NAME@sha256:...")  # fmt: skip
     pushed = {}
     for name, recipe in RECIPES.items():
-        image = _built(engine, recipe, options.tag, options.base or engine.default_base())
+        image = _built(engine, recipe, options.tag, base)
         repository = f"{registry}/{image.rpartition(':')[0].rpartition('/')[2]}"
         tag = f"{_version()}-{engine.built_key(image)}"
         _report(f"pushing {repository}:{tag}")
@@ -95,11 +100,26 @@ def _built(engine: Engine, recipe: Recipe, tag: str, base: str) -> str:
     if engine.built_key(build_order.image) == build_order.key:
         _report(f"{build_order.image} is up to date ({build_order.key})")
         return build_order.image
-    _report(f"building {build_order.image} with {engine.name} on {base}")
-    began = time.monotonic()
-    engine.build(build_order, REPOSITORY)
-    _report(f"{build_order.image} built in {time.monotonic() - began:.0f} s")
+    with _no_other_build(recipe):
+        if engine.built_key(build_order.image) != build_order.key:
+            _report(f"building {build_order.image} with {engine.name} on {base}")
+            began = time.monotonic()
+            engine.build(build_order, REPOSITORY)
+            _report(f"{build_order.image} built in {time.monotonic() - began:.0f} s")
     return build_order.image
+
+
+@contextmanager
+def _no_other_build(recipe: Recipe) -> Iterator[None]:
+    """Waits until no other process builds this image; that may leave nothing to do.
+
+    The kernel releases the lock when its holder dies.
+    """
+    path = cache_root() / f".image-{recipe.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _version() -> str:

@@ -78,6 +78,12 @@ class Order:
         ]
 
 
+def names_content(base: str) -> bool:
+    """Whether a base image's name stands for one content: its digest, or a name of this machine
+    that changes with what the image is made of."""
+    return "@sha256:" in base or base.startswith("localhost/")
+
+
 def content_key(files: Mapping[str, bytes], base: str) -> str:
     """Returns 16 hex digits that change with the files' names and contents and the base's name.
 
@@ -98,6 +104,7 @@ def order(recipe: Recipe, tag: str, base: str, files: Mapping[str, bytes], versi
         base=base,
         labels=(
             ("org.opencontainers.image.version", version),
+            ("org.opencontainers.image.base.name", base),
             (LABEL_KEY, content_key(files, base)),
         ),
     )

@@ -58,6 +58,10 @@ _ALL = (
     Reason("CredentialsMissing", "user", 68, "A Secret lacks a required key, or the pod has no identity.",
            "Add the key that the message names to the Secret; without a Secret, give the ServiceAccount that "
            "pod.serviceAccountName names an identity in the cloud. Then raise runPolicy.retry."),
+    Reason("PreflightTimeout", "user", 83, "The checks before training took longer than runPolicy.preflightSeconds.",
+           "The message names what was being done. If a storage is slow, look at its endpoint and the network; if a "
+           "file never ends, correct it. If the inputs really take that long, raise runPolicy.preflightSeconds, and "
+           "runPolicy.activeDeadlineSeconds if it is lower. Then raise runPolicy.retry."),
     # The training program.
     Reason("OutOfMemory", "memory", 70, "A process was killed for lack of memory, or a GPU ran out of memory.",
            "Each restart halves the micro-batches, at most runPolicy.maxRestarts.memory times. If that isn't enough, "

@@ -21,7 +21,7 @@ from images.recipe import RECIPES, Order, content_key
 from testkit.registry_server import running_registry
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "localhost/finetune-push-test:tiny"
+IMAGE = f"localhost/finetune-push-test:{os.getpid()}"
 _PUSHED = {
     "operator": Pushed("registry.test/team/finetune-operator", "0.1.0-abc", "sha256:" + "1" * 64),
     "trainer": Pushed("registry.test/team/finetune-trainer", "0.1.0-def", "sha256:" + "2" * 64),
@@ -103,15 +103,16 @@ class RecordingEngine:
 
     name = "recording"
 
-    def __init__(self) -> None:
+    def __init__(self, base: str = "base") -> None:
+        self.base = base
         self.pushed: list[tuple[str, str, bool]] = []
 
     def default_base(self) -> str:
-        return "base"
+        return self.base
 
     def built_key(self, image: str) -> str:
         recipe = next(recipe for recipe in RECIPES.values() if image.startswith(recipe.repository))
-        return content_key(cli.files_of(recipe), "base")
+        return content_key(cli.files_of(recipe), self.base)
 
     def build(self, order: Order, context: Path) -> None:
         raise AssertionError(f"{order.image} is up to date")
@@ -119,6 +120,33 @@ class RecordingEngine:
     def push(self, image: str, target: str, *, plain_http: bool) -> str:
         self.pushed.append((image, target, plain_http))
         return "sha256:" + str(len(self.pushed)) * 64
+
+
+@pytest.mark.parametrize(
+    ("base", "is_named"),
+    [("python:3.11-slim", False), ("python@sha256:" + "a" * 64, True), ("localhost/finetune-base:1f2e", True)],
+)
+def test_a_base_image_that_is_named_by_a_tag_is_mentioned(
+    base: str, is_named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = RecordingEngine(base)
+    options = argparse.Namespace(registry="registry.test/team", values=tmp_path / "v.yaml", tag="dev", base=base)
+    cli.push_all(engine, options)  # type: ignore[arg-type]
+    assert ("BASE=NAME@sha256" in capsys.readouterr().err) is not is_named
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_stage_begins_with_the_one_base_image(name: str) -> None:
+    """So that a digest in BASE pins all that isn't in the lock file."""
+    lines = (ROOT / RECIPES[name].dockerfile).read_text().splitlines()
+    stages = {fields[3] for line in lines if (fields := line.split())[:1] == ["FROM"] and len(fields) > 3}
+    assert {line.split()[1] for line in lines if line.startswith("FROM ")} - stages == {"${BASE}"}
+    assert not [
+        line
+        for line in lines
+        if line.startswith(("ADD ", "COPY --from="))
+        and not (line.startswith("COPY --from=") and line.split("=", 1)[1].split()[0] in stages)
+    ]
 
 
 def test_both_images_are_pushed_under_a_tag_that_changes_with_their_content(tmp_path: Path) -> None:

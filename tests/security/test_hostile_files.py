@@ -142,6 +142,26 @@ def test_a_supervisor_reports_hostile_rows_and_lives(tmp_path: Path) -> None:
     assert "dataset.uri" in ended.last.message
 
 
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", None], ids=["a template", "a tokenizer"])
+def test_without_a_preflight_the_supervisor_has_them_read_before_the_ranks_start(
+    tmp_path: Path, model: Path, template: str | None
+) -> None:
+    setup = JobSetup(tmp_path).write_inputs()
+    shutil.rmtree(setup.model)
+    shutil.copytree(model, setup.model)
+    if template is None:
+        (setup.model / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": ' + "[" * 100_000)
+    data = DataConfig(
+        train=supervisor_process.location(f"file://{setup.train}"), max_sequence_length=64, chat_template=template
+    )
+    ended = supervisor_process.supervise(setup.with_changes(data=data).run(), setup.folder, ranks=None)
+    reason = "ModelInvalid" if template is None else "InvalidConfig"
+    assert ended.last.reason == reason, ended.output
+    assert ended.last.rank is None
+    assert "[rank 0]" not in ended.output
+    assert not list((tmp_path / "scratch" / "events").iterdir()), "no rank was started"
+
+
 def test_a_process_that_is_killed_leaves_a_reason(tmp_path: Path, model: Path) -> None:
     """Whatever ends it, the last thing that it was reading is named."""
     rows = "".join(json.dumps({"prompt": "p", "completion": "c"}) + "\n" for _ in range(300_000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,10 @@ class Capacity:
     embeddings: int
     source_positions: int | None
     positions: int | None
+
+
+ANY_MODEL = Capacity(sys.maxsize, None, None)
+"""The capacity of a model that hasn't been built yet, which the ranks check."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ MUTABLE = {
     ("runPolicy", "schedulingTimeoutSeconds"),
     ("runPolicy", "activeDeadlineSeconds"),
     ("runPolicy", "ttlSecondsAfterFinished"),
+    ("output", "deletionPolicy"),
 }
 
 # Fields that may change while no pods run, because they don't change what is computed: where and
@@ -55,6 +56,7 @@ WHILE_STOPPED = {
     ("training", "activationCheckpointing"),
     ("training", "compile"),
     ("runPolicy", "preflight"),
+    ("runPolicy", "preflightSeconds"),
     ("runPolicy", "stallSeconds"),
     *((section, field) for section, model in (
         ("distribution", r.DistributionSpec),

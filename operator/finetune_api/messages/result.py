@@ -29,7 +29,9 @@ class Result(LenientModel):
     checkpoint: CheckpointStatus | None = None
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
-    signer: u.ShortLine | None = Field(default=None, description="Public key by which the pod signed manifests.")
+    signer: u.ShortLine | None = Field(
+        default=None, description="Public key by which the pod signed manifests, or tokens."
+    )
     model: ModelStatus | None = None
     data: DataStatus | None = None
 

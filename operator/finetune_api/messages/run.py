@@ -22,6 +22,7 @@ from finetune_api.resource import (
 )
 from finetune_api.spec.data import DataFormat
 from finetune_api.spec.hardware import Offload, StrategyOption
+from finetune_api.spec.outcome import DeletionPolicy
 from finetune_api.spec.rendering import RenderingSpec
 
 
@@ -116,6 +117,7 @@ class WorldConfig(Model):
     processes_per_node: int = Field(default=1, ge=1)
     strategy: StrategyOption = "ddp"
     offload: Offload = "none"
+    sequence_parallel_size: int = Field(default=1, ge=1, description="Consecutive ranks that share each packed row.")
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     master_address: str = "127.0.0.1"
@@ -125,6 +127,11 @@ class WorldConfig(Model):
     def size(self) -> int:
         """The world size: the number of ranks."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def data_size(self) -> int:
+        """The number of groups of ranks among which the rows of a step are divided."""
+        return self.size // self.sequence_parallel_size
 
 
 class MlflowConfig(Model):
@@ -235,10 +242,18 @@ class RunConfig(Model):
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
     )
+    deletion_policy: DeletionPolicy = Field(
+        default="Retain", description="What a cleanup deletes; other pods don't know it."
+    )
     recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
     signers: tuple[str, ...] | None = Field(
         default=None,
         description="Public keys of the pods of earlier attempts. None if no operator vouches for them.",
+    )
+    token_signers: tuple[str, ...] | None = Field(
+        default=None,
+        description="Public keys of the preflight pods, which sign the tokens of the rows. None if no operator vouches "
+        "for them.",
     )
     merge: bool = Field(default=False, description="Also write base and adapter as one model.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
@@ -260,6 +275,10 @@ class RunConfig(Model):
         description="How long /metrics is served after the end, so that the final values are scraped.",
     )
     stall_seconds: int = 600
+    checked: bool = Field(
+        default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
+    )
+    preflight_seconds: int = Field(default=14400, description="How long all checks of a preflight pod may take.")
     memory_restarts: int = Field(
         default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
     )

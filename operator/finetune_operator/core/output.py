@@ -74,6 +74,13 @@ def _reported_signers(observed: Observed) -> Iterator[str | None]:
         yield observed.report.progress.signer
 
 
+def token_signers(observed: Observed) -> tuple[str, ...]:
+    """Returns the public keys of all preflight pods that have stored tokens, the newest last."""
+    pods = observed.preflight.pods if observed.preflight else ()
+    known = dict.fromkeys((*observed.job.status.token_signers, *(pod.result.signer for pod in pods if pod.result)))
+    return tuple(key for key in known if key)[-MAX_SIGNERS:]
+
+
 def with_origin(run: RunConfig, observed: Observed) -> RunConfig:
     """Returns a RunConfig that says whose manifests count and what may be taken over.
 
@@ -82,6 +89,7 @@ def with_origin(run: RunConfig, observed: Observed) -> RunConfig:
     return run.model_copy(
         update={
             "signers": signers(observed) if run.progress else None,
+            "token_signers": token_signers(observed),
             "inherits": observed.job.status.checkpoint is None,
             "recipe": recipe.digests(observed.job.spec),
         }

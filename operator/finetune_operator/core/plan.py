@@ -100,6 +100,8 @@ def plan(
         memory_bytes=int(quantity_value(pod.memory)),
         auto_memory=spec.resources.memory == "auto" and model_bytes is None,
         stall_seconds=spec.run_policy.stall_seconds,
+        checked=needs_preflight(spec),
+        preflight_seconds=_preflight_seconds(spec),
         memory_restarts=memory_restarts,
         grace_seconds=spec.pod.termination_grace_period_seconds or settings.pods.grace_period_seconds,
     )
@@ -124,14 +126,20 @@ def needs_preflight(spec: Spec) -> bool:
             return spec.resources.gpu is not None
 
 
+def _preflight_seconds(spec: Spec) -> int:
+    policy = spec.run_policy
+    return min(policy.preflight_seconds, policy.active_deadline_seconds or policy.preflight_seconds)
+
+
 def gpu_count(spec: Spec) -> int:
     """Returns the number of GPUs of all pods together."""
     return spec.distribution.nodes * spec.distribution.processes_per_node if spec.resources.gpu else 0
 
 
 def spec_digest(spec: Spec) -> str:
-    """Returns the sha256 of the spec without runPolicy, which may change while the job runs."""
+    """Returns the sha256 of the spec without what may change while the job runs."""
     content = {key: value for key, value in spec.to_json().items() if key != "runPolicy"}
+    content["output"] = {key: value for key, value in content["output"].items() if key != "deletionPolicy"}
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -144,6 +152,7 @@ def _world(job: FineTuneJob, attempt: int, pod: PodAmounts) -> WorldConfig:
         processes_per_node=processes,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
+        sequence_parallel_size=spec.distribution.sequence_parallel_size,
         device="cuda" if spec.resources.gpu else "cpu",
         threads_per_process=max(1, int(quantity_value(pod.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",

@@ -85,4 +85,5 @@ def refused(after: Status, error: str) -> Status:
         failure=failure,
         artifact=after.artifact,
         signers=after.signers,
+        token_signers=after.token_signers,
     )

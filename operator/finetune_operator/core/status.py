@@ -81,6 +81,7 @@ def _status(observed: Observed, desired: DesiredStatus, now: datetime) -> Status
         data=_data(observed, report, result),
         artifact=output.artifact(result, observed.job) or output.stored_artifact(observed, desired.attempt),
         signers=output.signers(observed),
+        token_signers=output.token_signers(observed),
         evaluation=_evaluation(before.evaluation, report, result),
         failure=None if desired.phase == "Succeeded" else desired.failure,
     )

@@ -22,6 +22,7 @@ from finetune_operator.settings import ProgressSettings, Settings
 from k8s_operator.support.observed_states import (
     BEFORE,
     NOW,
+    a_check,
     a_dead_pod,
     a_done_pod,
     a_job,
@@ -174,6 +175,18 @@ def test_the_newest_keys_are_kept() -> None:
     job = a_job(Status(signers=tuple(str(n) for n in range(MAX_SIGNERS))))
     observed = an_observation(job, an_attempt(1, a_pod()), report=reported(signer="newest"))
     assert output.signers(observed) == (*(str(n) for n in range(1, MAX_SIGNERS)), "newest")
+
+
+def test_the_key_of_a_preflight_is_kept_for_its_tokens_only() -> None:
+    passed = Result(outcome="succeeded", signer="of the preflight")
+    check = a_check(a_done_pod(0, passed), complete=True)
+    observed = an_observation(a_job(), preflight=check)
+    assert (output.token_signers(observed), output.signers(observed)) == (("of the preflight",), ())
+    assert written(observed).token_signers == ("of the preflight",)
+    without_pods = an_observation(a_job(Status(token_signers=("of the preflight",))))
+    for case in (observed, without_pods):
+        run = output.with_origin(plan(case.job, Settings(trainer_image="trainer")), case)
+        assert run.token_signers == ("of the preflight",)
 
 
 def test_a_recreated_job_waits_for_the_pods_of_its_predecessor() -> None:

@@ -16,7 +16,8 @@ from finetune_trainer.data import sources as inputs
 from finetune_trainer.errors import RunError
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.schemes import Access
-from finetune_trainer.supervisor import download, preflight
+from finetune_trainer.supervisor import download
+from finetune_trainer.supervisor.inspection import checks
 from trainer.support.supervisor_process import JobSetup
 
 _ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
@@ -72,10 +73,10 @@ def test_a_mixture_is_checked_file_by_file_and_its_rows_are_reported_by_file(row
     with pytest.raises(
         RunError, match=r"dataset\.sources: 1 row can't be used: sources\[0\]/a\.jsonl row 2: isn't JSON"
     ):
-        preflight.check_rows(run, paths, preflight.Progress(lambda _: None))
+        checks.check_rows(run, paths, checks.Progress(lambda _: None))
     dropping = run.model_copy(update={"data": run.data.model_copy(update={"on_invalid": "drop"})})
     log_lines: list[str] = []
-    preflight.check_rows(dropping, paths, preflight.Progress(log_lines.append))
+    checks.check_rows(dropping, paths, checks.Progress(log_lines.append))
     assert log_lines == ["dataset.sources: 4 rows of prompt-completion, 1 unusable, 2 duplicates"]
 
 

@@ -4,8 +4,8 @@ only with the shards of both."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from finetune_api.messages.manifest import FileEntry, Manifest
 from finetune_api.messages.run import JobRef, S3Config, WorldConfig
 from finetune_api.resource import CheckpointSpec
 from finetune_trainer.destination import shard_markers
+from finetune_trainer.destination.shard_markers import ShardMarker
 from finetune_trainer.manifest import of_file
 from finetune_trainer.storage.local import LocalStorage
 from testkit.s3_server import S3, running_s3
@@ -186,6 +187,7 @@ def test_an_altered_shard_makes_both_nodes_skip_the_checkpoint(pair: Pair) -> No
 
 
 _JOB = JobRef(namespace="ns", name="job", uid="u-1", attempt=2)
+_GROUP = shard_markers.Group(_JOB, b"secret of attempt 2")
 _FILES = (FileEntry(path="weights-1.safetensors", size=1, sha256="0" * 64),)
 _NO_WAIT = shard_markers.WaitLimit(0.0, lambda: False)
 
@@ -196,20 +198,49 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 
 def test_markers_of_another_attempt_or_job_are_not_counted(storage: LocalStorage) -> None:
-    shard_markers.write_marker(storage, _JOB.model_copy(update={"attempt": 1}), 4, 1, _FILES)
-    shard_markers.write_marker(storage, _JOB.model_copy(update={"uid": "u-2"}), 4, 1, _FILES)
+    shard_markers.write_marker(storage, replace(_GROUP, job=_JOB.model_copy(update={"attempt": 1})), 4, 1, _FILES)
+    shard_markers.write_marker(storage, replace(_GROUP, job=_JOB.model_copy(update={"uid": "u-2"})), 4, 1, _FILES)
     with pytest.raises(shard_markers.IncompleteCheckpoint, match="node 1 uploaded no shards of it within 0 s"):
-        shard_markers.wait_for_markers(storage, _JOB, 4, range(1, 2), _NO_WAIT)
-    shard_markers.write_marker(storage, _JOB, 4, 1, _FILES)
-    assert shard_markers.wait_for_markers(storage, _JOB, 4, range(1, 2), _NO_WAIT) == _FILES
+        shard_markers.wait_for_markers(storage, _GROUP, 4, range(1, 2), _NO_WAIT)
+    shard_markers.write_marker(storage, _GROUP, 4, 1, _FILES)
+    assert shard_markers.wait_for_markers(storage, _GROUP, 4, range(1, 2), _NO_WAIT) == _FILES
+
+
+def _other(change: dict[str, object]) -> Callable[[ShardMarker], ShardMarker]:
+    return lambda marker: marker.model_copy(update=change)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        _other({"files": (FileEntry(path="weights-1.safetensors", size=1, sha256="f" * 64),)}),
+        _other({"proof": ""}),
+        lambda marker: marker.model_copy(
+            update={"proof": marker.proof_by(b"another secret", shard_markers.path(4, 1, 2))}
+        ),
+        lambda marker: marker.model_copy(update={"proof": marker.proof_by(_GROUP.secret, shard_markers.path(2, 1, 2))}),
+    ],
+    ids=["other files", "no proof", "another secret", "the proof of another step"],
+)
+def test_a_marker_that_no_pod_of_the_attempt_has_written_isnt_counted(
+    storage: LocalStorage, forge: Callable[[ShardMarker], ShardMarker]
+) -> None:
+    shard_markers.write_marker(storage, _GROUP, 4, 1, _FILES)
+    at = shard_markers.path(4, 1, 2)
+    marker = ShardMarker.model_validate_json(storage.read(at) or b"")
+    storage.write(at, forge(marker).model_dump_json(by_alias=True).encode())
+    with pytest.raises(shard_markers.IncompleteCheckpoint, match="node 1 uploaded no shards of it"):
+        shard_markers.wait_for_markers(storage, _GROUP, 4, range(1, 2), _NO_WAIT)
+    storage.write(at, marker.model_dump_json(by_alias=True).encode())
+    assert shard_markers.wait_for_markers(storage, _GROUP, 4, range(1, 2), _NO_WAIT) == _FILES
 
 
 def test_a_step_that_a_node_skipped_is_not_waited_for(storage: LocalStorage) -> None:
-    shard_markers.write_marker(storage, _JOB, 4, 1, _FILES)
-    shard_markers.write_marker(storage, _JOB, 8, 2, _FILES)
+    shard_markers.write_marker(storage, _GROUP, 4, 1, _FILES)
+    shard_markers.write_marker(storage, _GROUP, 8, 2, _FILES)
     began = time.monotonic()
     with pytest.raises(shard_markers.IncompleteCheckpoint, match="node 2 skipped it for step 8"):
-        shard_markers.wait_for_markers(storage, _JOB, 4, range(1, 3), shard_markers.WaitLimit(60, lambda: False))
+        shard_markers.wait_for_markers(storage, _GROUP, 4, range(1, 3), shard_markers.WaitLimit(60, lambda: False))
     with pytest.raises(shard_markers.IncompleteCheckpoint, match="isn't needed"):
-        shard_markers.wait_for_markers(storage, _JOB, 6, range(1, 2), shard_markers.WaitLimit(60, lambda: True))
+        shard_markers.wait_for_markers(storage, _GROUP, 6, range(1, 2), shard_markers.WaitLimit(60, lambda: True))
     assert time.monotonic() - began < 30

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.messages.run import DataConfig, S3Config, WorldConfig
+from finetune_api.messages.run import DataConfig, ModelConfig, S3Config, WorldConfig
 from finetune_api.resource import CheckpointSpec, LoraSpec, TrainingSpec
 from finetune_trainer.errors import RunError
 from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
 from finetune_trainer.storage.schemes import Access
-from finetune_trainer.supervisor import download, preflight
+from finetune_trainer.supervisor import download
+from finetune_trainer.supervisor.inspection import checks
 from testkit.tiny_models import tiny_llama
 from trainer.support import supervisor_process
 from trainer.support.supervisor_process import JobSetup
@@ -65,6 +66,26 @@ def test_a_preflight_ends_immediately(setup: JobSetup) -> None:
         assert running.process.wait(timeout=10) == 143
 
 
+def test_a_preflight_that_is_stopped_gives_the_output_back(setup: JobSetup) -> None:
+    """Otherwise a job that is deleted while it is checked keeps its output from all others."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        keys = supervisor_process.secret(
+            setup.folder / "keys", {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        )
+        place = supervisor_process.location("s3://models/base", keys)
+        run = setup.with_changes(
+            model=ModelConfig(location=place),
+            s3=S3Config(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", allow_http=True),
+        ).run()
+        running = supervisor_process.start(run, setup.folder, command="preflight")
+        silent.settimeout(20)
+        silent.accept()
+        assert (setup.output / "finetune/owner.json").is_file()
+        running.terminate()
+        assert running.process.wait(timeout=10) == 143
+    assert not (setup.output / "finetune/owner.json").exists()
+
+
 def test_preflight_counts_rows_and_tokens_and_leaves_no_weights_behind(setup: JobSetup) -> None:
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
@@ -103,7 +124,7 @@ def _check_tokens(setup: JobSetup) -> str:
     paths.scratch.mkdir()
     paths.model.symlink_to(setup.model)
     download.data(run, paths, Access(run.s3, {}), lambda _: None)
-    return preflight.check_tokens(run, paths, Capacity(300, None, 512), preflight.Progress(lambda _: None))[0]
+    return checks.check_tokens(run, paths, Capacity(300, None, 512), checks.Progress(lambda _: None))[0]
 
 
 def test_preflight_refuses_rows_longer_than_the_model_has_positions(setup: JobSetup) -> None:

@@ -1,5 +1,5 @@
-"""An HTTP proxy in front of a real S3 server that refuses writes for a while, as a store does whose
-permissions were changed or whose quota is reached."""
+"""HTTP proxies in front of real object stores: one refuses writes for a while, as a store does that
+lost its permissions or its quota, and one loses the answer to a write."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ class Refusal:
 
 
 DENIED = Refusal(403, "AccessDenied", "User is not authorized to perform: s3:PutObject")
+EXPIRED = Refusal(400, "ExpiredToken", "The provided token has expired.")
 FULL = Refusal(400, "QuotaExceeded", "The bucket quota of 10 GiB is reached")
 
 
 class StoreProxy:
-    """Passes requests on to `target` (a URL). While `refusal` is set, writes get that answer.
+    """Passes requests on to `target` (a URL). While `refusal` is set, writes get that answer. If
+    `session` is set, all requests without this session token get the answer of a store whose
+    temporary credentials have expired.
 
     Each request takes `delay` seconds more than the server needs.
     """
@@ -42,6 +45,7 @@ class StoreProxy:
     def __init__(self, target: str, delay: float = 0.0) -> None:
         self.refusal: Refusal | None = None
         self.refused = 0
+        self.session: str | None = None
         parts, proxy = urlsplit(target), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,6 +54,10 @@ class StoreProxy:
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 time.sleep(delay)
+                if proxy.session not in (None, self.headers.get("X-Amz-Security-Token")):
+                    proxy.refused += 1
+                    self._answer(EXPIRED.status, {"Content-Type": "application/xml"}, EXPIRED.body)
+                    return
                 if proxy.refusal is not None and self.command != "GET" and self.command != "HEAD":
                     proxy.refused += 1
                     self._answer(proxy.refusal.status, {"Content-Type": "application/xml"}, proxy.refusal.body)
@@ -73,6 +81,57 @@ class StoreProxy:
                 self.send_header("Content-Length", size)
                 self.end_headers()
                 self.wfile.write(body)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                return
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class LostAnswer:
+    """Passes requests on to `target` (a URL), and loses the answer to the first PUT, whose effect
+    remains: the connection is closed, or `status` is answered instead."""
+
+    def __init__(self, target: str, status: int | None) -> None:
+        self.lost = 0
+        parts, proxy = urlsplit(target), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _pass_on(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+                connection.request(self.command, self.path, body=body, headers=dict(self.headers.items()))
+                response = connection.getresponse()
+                headers, content = response.getheaders(), response.read()
+                connection.close()
+                code = response.status
+                if self.command == "PUT" and not proxy.lost:
+                    proxy.lost += 1
+                    if status is None:
+                        self.close_connection = True
+                        return
+                    code, content = status, b""
+                self.send_response(code)
+                for name, value in headers:
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                        self.send_header(name, value)
+                size = dict(headers).get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+                self.send_header("Content-Length", size)
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
 
             def log_message(self, format: str, *arguments: object) -> None:
                 return

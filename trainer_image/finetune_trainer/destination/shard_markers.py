@@ -2,15 +2,18 @@
 
 A node's supervisor uploads its own shards and then its marker, which lists them with their digests.
 The marker is stored next to the shards and names the attempt, so the markers of an
-earlier attempt never count. This module reads and writes nothing but markers.
+earlier attempt never count. The pods of an attempt have a secret in common, by which a node proves
+that a marker is its own. This module reads and writes nothing but markers.
 """
 
 from __future__ import annotations
 
+import hmac
+import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
@@ -36,6 +39,22 @@ class ShardMarker(LenientModel):
     uid: str
     node: int
     files: tuple[FileEntry, ...]
+    proof: str = ""
+
+    def proof_by(self, secret: bytes, at: str) -> str:
+        """Returns the HMAC of everything else, and of the path; empty without a secret."""
+        content = self.model_dump(mode="json", by_alias=True, exclude={"proof"})
+        text = json.dumps({**content, "path": at}, sort_keys=True)
+        return hmac.digest(secret, b"shards " + text.encode(), "sha256").hex() if secret else ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Identifies the pods of an attempt. `secret` is what only they know; empty if there is none,
+    and then nothing is proven."""
+
+    job: JobRef
+    secret: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -51,13 +70,16 @@ def path(step: int, node: int, attempt: int) -> str:
     return f"{checkpoint_dir(step)}/node-{node}-attempt-{attempt}.json"
 
 
-def write_marker(storage: Storage, job: JobRef, step: int, node: int, files: tuple[FileEntry, ...]) -> None:
+def write_marker(storage: Storage, group: Group, step: int, node: int, files: tuple[FileEntry, ...]) -> None:
     """Writes a node's marker, after its files are uploaded: the marker makes them count."""
-    marker = ShardMarker(uid=job.uid, node=node, files=files)
-    storage.write(path(step, node, job.attempt), marker.model_dump_json(by_alias=True).encode())
+    marker, at = ShardMarker(uid=group.job.uid, node=node, files=files), path(step, node, group.job.attempt)
+    marker = marker.model_copy(update={"proof": marker.proof_by(group.secret, at)})
+    storage.write(at, marker.model_dump_json(by_alias=True).encode())
 
 
-def wait_for_markers(storage: Storage, job: JobRef, step: int, nodes: range, limit: WaitLimit) -> tuple[FileEntry, ...]:
+def wait_for_markers(
+    storage: Storage, group: Group, step: int, nodes: range, limit: WaitLimit
+) -> tuple[FileEntry, ...]:
     """Returns the files of all `nodes` once each has written its marker.
 
     Raises IncompleteCheckpoint if one doesn't within the limit, or if it has skipped this step: a
@@ -69,10 +91,10 @@ def wait_for_markers(storage: Storage, job: JobRef, step: int, nodes: range, lim
     files: dict[int, tuple[FileEntry, ...]] = {}
     while True:
         try:
-            markers = _list_markers(storage, job.attempt)
+            markers = _list_markers(storage, group.job.attempt)
             for node in nodes:
                 if (step, node) in markers and node not in files:
-                    marker = _read_marker(storage, job, step, node)
+                    marker = _read_marker(storage, group, step, node)
                     files |= {node: marker.files} if marker is not None else {}
         except RunError as error:
             if error.reason != "StorageUnavailable":
@@ -103,10 +125,12 @@ def _list_markers(storage: Storage, attempt: int) -> frozenset[tuple[int, int]]:
     return frozenset(markers)
 
 
-def _read_marker(storage: Storage, job: JobRef, step: int, node: int) -> ShardMarker | None:
-    """Returns a node's marker; None if it is missing, unreadable or another job's."""
+def _read_marker(storage: Storage, group: Group, step: int, node: int) -> ShardMarker | None:
+    """Returns a node's marker; None if it is missing, unreadable, another job's or a stranger's."""
+    at = path(step, node, group.job.attempt)
     try:
-        marker = ShardMarker.model_validate_json(storage.read(path(step, node, job.attempt)) or b"")
+        marker = ShardMarker.model_validate_json(storage.read(at) or b"")
     except ValidationError:
         return None
-    return marker if (marker.uid, marker.node) == (job.uid, node) else None
+    is_proven = hmac.compare_digest(marker.proof.encode(), marker.proof_by(group.secret, at).encode())
+    return marker if is_proven and (marker.uid, marker.node) == (group.job.uid, node) else None

@@ -33,8 +33,11 @@ class Signer:
     def sign(self, manifest: Manifest) -> Manifest:
         """Returns the manifest with its signature."""
         as_read = Manifest.model_validate_json(manifest.model_dump_json(by_alias=True, exclude_none=True))
-        signature = base64.b64encode(self._key.sign(as_read.signed_bytes)).decode()
-        return manifest.model_copy(update={"signature": signature})
+        return manifest.model_copy(update={"signature": self.signature(as_read.signed_bytes)})
+
+    def signature(self, data: bytes) -> str:
+        """Returns the signature of bytes, in base64."""
+        return base64.b64encode(self._key.sign(data)).decode()
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,18 @@ EVERYTHING = Trust(None)
 
 def is_signed(manifest: Manifest, signers: Iterable[str]) -> bool:
     """Whether one of the public keys has signed the manifest."""
-    if manifest.signature is None:
+    return is_signature(manifest.signature, manifest.signed_bytes, signers)
+
+
+def is_signature(signature: str | None, data: bytes, signers: Iterable[str]) -> bool:
+    """Whether one of the public keys has made this signature of the bytes."""
+    if signature is None:
         return False
     try:
-        signature = base64.b64decode(manifest.signature, validate=True)
+        raw = base64.b64decode(signature, validate=True)
     except (binascii.Error, ValueError):
         return False
-    return any(_verifies(public, signature, manifest.signed_bytes) for public in signers)
+    return any(_verifies(public, raw, data) for public in signers)
 
 
 def _verifies(public: str, signature: bytes, data: bytes) -> bool:

@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import obstore
 from obstore import exceptions
@@ -24,23 +23,16 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.storage import refusals
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
 from finetune_trainer.storage.bounds import MAX_FILES, check_count, check_read, invalid_key, is_invalid_key
+from finetune_trainer.storage.requests import redirects
+from finetune_trainer.storage.requests.repeats import RetryPolicy, repeated
 
+T = TypeVar("T")
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 8
 _REFUSED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
 _CONDITIONAL = (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotSupportedError)
 _STORES: dict[str, Callable[..., Any]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
 _CONTAINERS: dict[str, str] = {"s3": "bucket", "gs": "bucket", "az": "container"}
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Limits how often, and for how many seconds, one request is retried before it fails."""
-
-    retries: int = 6
-    seconds: float = 60.0
-    first_wait: float = 0.2
-    request_seconds: float = 120.0
 
 
 def open_bucket(
@@ -71,7 +63,7 @@ def open_bucket(
     except (ValueError, exceptions.BaseError) as error:
         cause = f"the credentials or the endpoint can't be used ({refusals.explanation(error)})"
         raise RunError("CredentialsMissing", f"{FIELD[role]}: {display}: {cause}; check them") from None
-    return BucketStorage(store, prefix.strip("/"), role=role, display=display, container=_CONTAINERS[scheme])
+    return BucketStorage(store, prefix.strip("/"), _CONTAINERS[scheme], role=role, display=display, retries=retries)
 
 
 class BucketStorage:
@@ -79,12 +71,15 @@ class BucketStorage:
 
     uses_scratch: ClassVar[bool] = True
 
-    def __init__(self, store: Any, prefix: str, *, role: Role, display: str, container: str = "bucket") -> None:
+    def __init__(
+        self, store: Any, prefix: str, container: str, *, role: Role, display: str, retries: RetryPolicy
+    ) -> None:
         self._store = store
         self._no_bucket = f"the {container} doesn't exist"
         self._prefix = prefix
         self._role: Role = role
         self._display = display
+        self._retries = retries
 
     @property
     def display(self) -> str:
@@ -95,8 +90,7 @@ class BucketStorage:
         """Returns all files below a sub-folder, at any depth, sorted by path."""
         prefix = self._key(under)
         with self._translated_errors(if_missing=self._no_bucket):
-            pages = obstore.list(self._store, prefix=prefix or None)
-            items = list(itertools.islice((item for page in pages for item in page), MAX_FILES + 1))
+            items = self._repeated(lambda: self._items(prefix))
         check_count(len(items), self._role, self._display)
         skip = len(self._prefix) + 1 if self._prefix else 0
         entries = [FileInfo(item["path"][skip:], int(item["size"]), _quoted(item["e_tag"])) for item in items]
@@ -106,7 +100,7 @@ class BucketStorage:
         """Returns a file's size and etag, or None if it doesn't exist."""
         try:
             with self._translated_errors():
-                item = obstore.head(self._store, self._key(path))
+                item = self._repeated(lambda: obstore.head(self._store, self._key(path)))
         except FileNotFoundError:
             self._explain_missing(path)
             return None
@@ -116,9 +110,7 @@ class BucketStorage:
         """Returns the content of a small file, or None if it doesn't exist."""
         try:
             with self._translated_errors():
-                response = obstore.get(self._store, self._key(path))
-                check_read(int(response.meta["size"]), self._role, f"{self._display}/{path}")
-                return bytes(response.bytes())
+                return self._repeated(lambda: self._content(path))
         except FileNotFoundError:
             self._explain_missing(path)
             return None
@@ -157,23 +149,25 @@ class BucketStorage:
     def upload(self, source: Path, path: str) -> None:
         """Uploads a file, in parts if it is large, replacing an existing one."""
         with self._translated_errors(if_missing=self._no_bucket):
-            obstore.put(self._store, self._key(path), source, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            options: dict[str, Any] = {"chunk_size": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}
+            self._repeated(lambda: obstore.put(self._store, self._key(path), source, **options))
 
     def write(self, path: str, data: bytes) -> None:
         """Stores bytes as a file, replacing an existing one."""
         with self._translated_errors(if_missing=self._no_bucket):
-            obstore.put(self._store, self._key(path), data)
+            self._repeated(lambda: obstore.put(self._store, self._key(path), data))
 
     def create(self, path: str, data: bytes) -> bool:
         """Stores bytes as a new file. Returns False, and changes nothing, if the file exists.
 
-        A store without conditional writes is checked first, which isn't atomic.
+        A file with the same bytes counts as this one: the answer to an earlier try may have been
+        lost. A store without conditional writes is checked first, which isn't atomic.
         """
         try:
             with self._translated_errors(if_missing=self._no_bucket, conditional=True):
-                obstore.put(self._store, self._key(path), data, mode="create")
+                self._repeated(lambda: obstore.put(self._store, self._key(path), data, mode="create"))
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-            return False
+            return self.read(path) == data
         except exceptions.NotSupportedError:
             if self.head(path) is not None:
                 return False
@@ -187,13 +181,28 @@ class BucketStorage:
         keys = [self._key(path) for path in paths]
         with self._translated_errors():
             try:
-                obstore.delete(self._store, keys)
+                self._repeated(lambda: obstore.delete(self._store, keys))
                 return
             except FileNotFoundError:  # Google's and Azure's stop at the first file that doesn't exist
                 pass
         for key in keys if len(keys) > 1 else ():
             with suppress(FileNotFoundError), self._translated_errors():
-                obstore.delete(self._store, key)
+                self._delete(key)
+
+    def _items(self, prefix: str) -> tuple[Any, ...]:
+        pages = obstore.list(self._store, prefix=prefix or None)
+        return tuple(itertools.islice((item for page in pages for item in page), MAX_FILES + 1))
+
+    def _content(self, path: str) -> bytes:
+        response = obstore.get(self._store, self._key(path))
+        check_read(int(response.meta["size"]), self._role, f"{self._display}/{path}")
+        return bytes(response.bytes())
+
+    def _delete(self, key: str) -> None:
+        self._repeated(lambda: obstore.delete(self._store, key))
+
+    def _repeated(self, action: Callable[[], T]) -> T:
+        return repeated(action, self._retries)
 
     def _part(self, entry: FileInfo, start: int) -> bytes:
         return self._range(entry, start, min(start + PART_BYTES, entry.size))
@@ -204,7 +213,8 @@ class BucketStorage:
             options["if_match"] = entry.etag
         with self._translated_errors(conditional=True):
             try:
-                return bytes(obstore.get(self._store, self._key(entry.path), options=options).bytes())
+                key = self._key(entry.path)
+                return self._repeated(lambda: bytes(obstore.get(self._store, key, options=options).bytes()))
             except exceptions.PreconditionError:
                 raise RunError("StorageUnavailable", f"{self._at(entry.path)} changed while it was read") from None
 
@@ -214,7 +224,7 @@ class BucketStorage:
         The response to a HEAD has no body with the cause, but the response to a list has one.
         """
         with self._translated_errors(if_missing=self._no_bucket):
-            next(iter(obstore.list(self._store, prefix=self._key(path))), None)
+            self._repeated(lambda: next(iter(obstore.list(self._store, prefix=self._key(path))), None))
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{path}".strip("/")
@@ -235,6 +245,9 @@ class BucketStorage:
         try:
             yield
         except (FileNotFoundError, exceptions.BaseError) as error:
+            if redirects.is_redirect(error):
+                message = f"{self._at()}: the store redirects to another server, which isn't followed; name that one"
+                raise RunError("InvalidConfig", message) from None
             cause = refusals.cause(error)
             if cause == "full":
                 message = f"{self._at()}: the store is full ({refusals.explanation(error)}); make room"

@@ -16,6 +16,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role, Storage
 from finetune_trainer.storage.local import LocalStorage
 from finetune_trainer.storage.renewal import RenewedStorage, Secret
+from finetune_trainer.storage.requests.transfers import Transfers
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Access:
 
     `s3`, `gcs` and `azure` are the administrator's endpoints and `environment` the environment of
     the process. A request is retried at most `retries` times, for at most `retry_seconds`.
+    `transfers` shows what is being downloaded.
     """
 
     s3: S3Config
@@ -32,6 +34,7 @@ class Access:
     azure: AzureConfig = field(default_factory=AzureConfig)
     retries: int = 6
     retry_seconds: float = 60.0
+    transfers: Transfers = field(default_factory=Transfers, compare=False, repr=False)
 
 
 def open_folder(location: Location, role: Role, access: Access) -> Storage:
@@ -119,7 +122,9 @@ def _folder(root: Path, location: Location, role: Role) -> LocalStorage:
 
 def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Access) -> Storage:
     from finetune_trainer.storage import azure, gcs, s3
-    from finetune_trainer.storage.bucket import RetryPolicy, open_bucket
+    from finetune_trainer.storage.bucket import open_bucket
+    from finetune_trainer.storage.requests import redirects
+    from finetune_trainer.storage.requests.repeats import RetryPolicy
 
     def open_with(secret: Secret | None) -> Storage:
         try:
@@ -132,6 +137,7 @@ def _bucket(scheme: str, rest: str, location: Location, role: Role, access: Acce
                     options = azure.access_options(access.azure, secret, access.environment)
         except RunError as error:
             raise RunError(error.reason, f"{_credentials_field(role)}: {error.message}") from None
+        options["client_options"] = redirects.client_options(scheme, options, access.environment)
         retries = RetryPolicy(retries=access.retries, seconds=access.retry_seconds)
         return open_bucket(scheme, rest, role=role, display=location.display, options=options, retries=retries)
 

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_api.messages.manifest import FileEntry
@@ -25,6 +25,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import upload
+from finetune_trainer.supervisor.node import Node
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,24 @@ class FailedUpload:
 
 @dataclass(frozen=True)
 class ThisNode:
-    """Identifies this node among the `count` nodes of a job. `marker_timeout` is in seconds."""
+    """Identifies this node among the `count` nodes of a job. `marker_timeout` is in seconds, and
+    `secret` what the nodes of an attempt have in common."""
 
     writer: Writer
     rank: int
     count: int
     marker_timeout: float
+    secret: bytes = field(default=b"", repr=False)
+
+    @classmethod
+    def of(cls, node: Node, writer: Writer) -> ThisNode:
+        """Returns the identity of a pod that stores as `writer`."""
+        return cls(writer, node.rank, node.run.world.nodes, node.timing.marker_timeout, node.rendezvous_secret)
+
+    @property
+    def group(self) -> shard_markers.Group:
+        """The nodes of this attempt."""
+        return shard_markers.Group(self.writer.job, self.secret)
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,7 @@ class CheckpointUploader:
         """Uploads this node's part of a checkpoint. Only node 0 returns a status."""
         node = self._node
         if node.rank:
-            upload.shards(self._storage, task.folder, node.writer.job, node.rank)
+            upload.shards(self._storage, task.folder, node.group, node.rank)
             return None
 
         def files_of_other_nodes(step: int) -> tuple[FileEntry, ...]:
@@ -190,7 +203,7 @@ class CheckpointUploader:
                 return ()
             seconds = max(node.marker_timeout, time.monotonic() - started)
             limit = shard_markers.WaitLimit(seconds, lambda: self._closed)
-            return shard_markers.wait_for_markers(self._storage, node.writer.job, step, range(1, node.count), limit)
+            return shard_markers.wait_for_markers(self._storage, node.group, step, range(1, node.count), limit)
 
         return upload.checkpoint(
             self._storage, node.writer, task.folder, task.history, self._keep, files_of_other_nodes

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,9 +28,9 @@ from finetune_trainer.paths import Paths
 from finetune_trainer.storage import weights_outline
 from finetune_trainer.storage.base import FileInfo, Storage
 from finetune_trainer.storage.model_cache import Source, linked_files
+from finetune_trainer.storage.requests.transfers import Transfers
 from finetune_trainer.storage.schemes import Access, open_file, open_files, open_folder, resolved_revision
 
-FILES_AT_ONCE = 4
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
 )  # fmt: skip
@@ -149,11 +148,13 @@ def model(run: RunConfig, paths: Paths, access: Access, report: Report, *, weigh
     digests = None
     if weights and run.model_cache is not None and storage.uses_scratch:
         source = Source(location.uri, resolved_revision(storage), entries)
-        digests = linked_files(run.model_cache, source, paths.model, partial(_download_all, storage), report)
+        digests = linked_files(
+            run.model_cache, source, paths.model, partial(access.transfers.download_all, storage), report
+        )
     if digests is None:
         if storage.uses_scratch and (weights or (on_scratch and not run.auto_scratch)):
             _check_scratch(size, run, location.display)
-        digests = _download_all(storage, entries, paths.model)
+        digests = access.transfers.download_all(storage, entries, paths.model)
     model_folder.check_contents(paths.model, location.display)
     identifier = model_license.of_folder(paths.model)
     report(f"the model's license: {identifier}")
@@ -204,7 +205,7 @@ def _download_file(location: Location, split: str, target: Path, access: Access,
     storage, entry = open_file(location, "dataset", access)
     _refuse_empty(entry, location, split)
     report(f"downloading the {split} rows {location.display}: {entry.size / 1e6:,.1f} MB")
-    return storage.download(entry, target), entry.size
+    return access.transfers.download(storage, entry, target), entry.size
 
 
 def _download_files(
@@ -229,7 +230,7 @@ def _download_files(
     size = sum(entry.size for entry in chosen)
     note = f"; {ignored} other files are ignored" if ignored else ""
     report(f"downloading the {split} rows {location.display}: {len(chosen)} files, {size / 1e6:,.1f} MB{note}")
-    return _download_all(storage, chosen, folder), size
+    return access.transfers.download_all(storage, chosen, folder), size
 
 
 def _refuse_empty(entry: FileInfo, location: Location, split: str) -> None:
@@ -282,16 +283,9 @@ def _download_verified(storage: Storage, folder: str, manifest: Manifest, target
             return f"{file.path} is missing"
         if entries[file.path].size != file.size:
             return f"{file.path} has {entries[file.path].size} bytes instead of {file.size}"
-    digests = _download_all(storage, tuple(entries[file.path] for file in manifest.files), target, strip=f"{folder}/")
+    files = tuple(entries[file.path] for file in manifest.files)
+    digests = Transfers().download_all(storage, files, target, strip=f"{folder}/")
     for file in manifest.files:
         if digests[file.path] != file.sha256:
             return f"{file.path} has another sha256"
     return None
-
-
-def _download_all(storage: Storage, entries: tuple[FileInfo, ...], target: Path, strip: str = "") -> dict[str, str]:
-    """Downloads several files at a time. Returns the sha256 of each by its path without `strip`."""
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        names = [entry.path.removeprefix(strip) for entry in entries]
-        futures = [pool.submit(storage.download, e, target / name) for e, name in zip(entries, names, strict=True)]
-        return {name: future.result() for name, future in zip(names, futures, strict=True)}

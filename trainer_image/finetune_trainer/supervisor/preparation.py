@@ -13,12 +13,14 @@ from finetune_trainer.destination import verification
 from finetune_trainer.destination.deposit import Deposit
 from finetune_trainer.destination.output_check import Destination, Role
 from finetune_trainer.log import Log
+from finetune_trainer.model_folder import ANY_MODEL
 from finetune_trainer.reporting.progress import Poster
 from finetune_trainer.storage.base import Storage
 from finetune_trainer.supervisor import download, preflight
 from finetune_trainer.supervisor.download import Inputs
 from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.node import Node
+from finetune_trainer.supervisor.processes import RANK_COMMAND
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,19 @@ class Preparation:
         """Downloads the rows, the model and the newest checkpoint that counts."""
         node, run = self.node, self.node.run
         data = download.data(run, node.paths, node.access, self.report)
-        if node.leads and run.world.device == "cpu":
+        inspects, inspection = (
+            node.leads and not run.checked,
+            Inspection(run, node.paths, node.environment, self.report),
+        )
+        if inspects:
             self.enter("checking", "checking the rows")
-            Inspection(run, node.paths, node.environment, self.report).rows()
+            inspection.rows()
             self.enter("fetching", "")
         model = download.model(run, node.paths, node.access, self.report)
+        if inspects and node.rank_command == RANK_COMMAND:  # what other programs read is their matter
+            self.enter("checking", "checking the tokenizer, the chat template and the tokens")
+            inspection.tokens(ANY_MODEL)
+            self.enter("fetching", "")
         preflight.fetch_tokens(run, node.paths, storage, self.report)
         trust = self.deposit.trust(self._signers, result=False)
         steps, resume = destination.checkpoints, node.paths.resume

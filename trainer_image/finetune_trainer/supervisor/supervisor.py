@@ -146,7 +146,7 @@ class Supervisor:
         if self._node.leads or run.world.nodes > 1:
             self._uploader = CheckpointUploader(
                 inputs.storage,
-                ThisNode(self._deposit.writer, self._node.rank, run.world.nodes, self._node.timing.marker_timeout),
+                ThisNode.of(self._node, self._deposit.writer),
                 links=self._node.paths.scratch / "uploads",
                 keep=run.checkpoint.keep,
                 log=self._log,

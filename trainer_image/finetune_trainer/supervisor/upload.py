@@ -113,20 +113,21 @@ def checkpoint_status(storage: Storage, step: int) -> CheckpointStatus:
     return CheckpointStatus(step=step, uri=uri, time=now_rfc3339())
 
 
-def shards(storage: Storage, folder: Path, job: JobRef, node: int) -> None:
+def shards(storage: Storage, folder: Path, group: shard_markers.Group, node: int) -> None:
     """Uploads the shards of a node other than node 0, then its marker.
 
     Files that are the same on all nodes are uploaded by node 0. If the result has been published in
     the meantime, the shards aren't needed any more and are deleted.
     """
-    claim.require(storage, job)
+    claim.require(storage, group.job)
     manifest = Manifest.model_validate_json((folder / CHECKPOINT_MANIFEST).read_bytes())
     remote = checkpoint_dir(manifest.step)
     own = tuple(file for file in manifest.files if file.path.endswith(".safetensors"))
     _upload_all(storage, {f"{remote}/{f.path}": folder / f.path for f in own})
-    shard_markers.write_marker(storage, job, manifest.step, node, own)
+    shard_markers.write_marker(storage, group, manifest.step, node, own)
     if storage.head(MANIFEST_PATH) is not None:
-        storage.delete((shard_markers.path(manifest.step, node, job.attempt), *(f"{remote}/{f.path}" for f in own)))
+        marker = shard_markers.path(manifest.step, node, group.job.attempt)
+        storage.delete((marker, *(f"{remote}/{f.path}" for f in own)))
 
 
 def prune(storage: Storage, keep: int) -> None:

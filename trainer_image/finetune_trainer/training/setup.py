@@ -66,7 +66,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     strategy, loaded = wrapped.strategy, wrapped.loaded
     sharding = resume.sharding(run, strategy, world, reporter, wrapped.trainable)
     layers = tuple(loading.layers(loaded.base))
-    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers)
+    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers, loaded.window)
     loss_sum = _checked_loss(resolved, wrapped, trial)
     batches = packing_setup.plan_micro_batches(context, resolved, wrapped, trial, loss_sum)
     if run.training.objective == "dpo":

@@ -28,6 +28,7 @@ _KUBELET_DEEDS = {
     "Terminated": "Evicted",  # in response to the shutdown of the node
     "NodeLost": "NodeLost",
 }
+_OVERDUE = "DeadlineExceeded"
 # What the kubelet writes if it refuses a pod that the scheduler has sent to it.
 _REFUSALS = (
     "UnexpectedAdmissionError",
@@ -82,6 +83,8 @@ def _deed_of_the_cluster(pod: Pod) -> tuple[str, str] | None:
         return "NodeLost", f"its node {pod.node or 'of an unknown name'} hasn't answered{since}"
     if pod.disruption:
         return _DISRUPTIONS.get(pod.disruption, "Evicted"), pod.disruption_message or message or pod.disruption
+    if pod.status_reason == _OVERDUE:  # only a preflight pod has a deadline
+        return "PreflightTimeout", message or pod.status_reason
     if pod.status_reason in _KUBELET_DEEDS:
         return _KUBELET_DEEDS[pod.status_reason], message or pod.status_reason
     is_refused = pod.status_reason in _REFUSALS or pod.status_reason.startswith(_OUT_OF)

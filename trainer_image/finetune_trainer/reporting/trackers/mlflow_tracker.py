@@ -33,6 +33,9 @@ class Mlflow:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        # The server mayn't lead this pod to another one.
+        os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
+        os.environ["MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"] = "false"
         from mlflow import MlflowClient
 
         self._config = config
@@ -119,10 +122,11 @@ class Mlflow:
         A server that doesn't serve artifacts refuses them. That is no error: the result is complete
         in the job's output anyway.
         """
-        scheme = urlsplit(str(self._client.get_run(self._run).info.artifact_uri)).scheme
-        if scheme not in _ARTIFACT_SCHEMES:  # the client would write it itself, even into this pod
+        artifacts = str(self._client.get_run(self._run).info.artifact_uri)
+        if not takes_files(artifacts, self._config.uri):
             return [
-                f"files aren't logged, as the server doesn't take them itself (its artifacts are at {scheme[:20]}:)"
+                "files aren't logged, as the server doesn't take them itself (its artifacts are at "
+                f"{_origin(artifacts)})"
             ]
         try:
             for file in ending.files:
@@ -156,6 +160,24 @@ class Mlflow:
                 raise
             return [f"the registry refused {uri} as {name} ({described(error)})"]
         return [f"version {created.version} of {name}"]
+
+
+def takes_files(artifact_uri: str, server: str) -> bool:
+    """Whether files of a run go to its tracking server.
+
+    For another scheme, the client would write them itself, even into this pod, and another host
+    could be any that this pod can reach.
+    """
+    parts = urlsplit(artifact_uri)
+    if parts.scheme == "mlflow-artifacts" and not parts.netloc:
+        return True
+    return parts.scheme in _ARTIFACT_SCHEMES and parts.netloc.lower() == urlsplit(server).netloc.lower()
+
+
+def _origin(uri: str) -> str:
+    """Returns scheme and host, without keys."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme[:20]}:" + (f"//{parts.netloc.rpartition('@')[2][:100]}" if parts.netloc else "")
 
 
 def _note(run: RunConfig, ending: Ending) -> str:

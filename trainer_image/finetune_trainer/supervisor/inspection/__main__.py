@@ -16,7 +16,7 @@ from typing import BinaryIO
 from finetune_trainer import limits
 from finetune_trainer.errors import RunError, run_error_from
 from finetune_trainer.paths import Paths
-from finetune_trainer.supervisor import preflight
+from finetune_trainer.supervisor.inspection import checks
 from finetune_trainer.supervisor.inspection.messages import End, Order, Step
 
 _BEAT_SECONDS = 1.0
@@ -70,11 +70,11 @@ def main() -> int:
 
 
 def _run(task: str, order: Order, paths: Paths, reporter: Reporter) -> End:
-    checks = preflight.Progress(reporter.report, reporter.reading, reporter.beat)
+    progress = checks.Progress(reporter.report, reporter.reading, reporter.beat)
     if task == "rows" or order.capacity is None:
-        preflight.check_rows(order.run, paths, checks)
+        checks.check_rows(order.run, paths, progress)
         return End()
-    counts, data = preflight.check_tokens(order.run, paths, order.capacity, checks)
+    counts, data = checks.check_tokens(order.run, paths, order.capacity, progress)
     return End(counts=counts, data=data)
 
 

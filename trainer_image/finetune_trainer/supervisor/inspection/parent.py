@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,8 @@ class Patience:
 @dataclass(frozen=True)
 class Inspection:
     """Reads the inputs of a run. `environment` is that of the supervisor; the process gets no
-    credentials of it. `memory_bytes` and `patience` have defaults that depend on the files."""
+    credentials of it. `reading` receives the name of what is read from now on. `memory_bytes` and
+    `patience` have defaults that depend on the files."""
 
     run: RunConfig
     paths: Paths
@@ -62,15 +63,16 @@ class Inspection:
     report: Report
     memory_bytes: int | None = None
     patience: Patience | None = None
+    reading: Callable[[str], None] = lambda subject: None
 
     def rows(self) -> None:
-        """Checks the rows without a tokenizer. Raises RunError, as `preflight.check_rows` does."""
+        """Checks the rows without a tokenizer. Raises RunError, as `checks.check_rows` does."""
         self._end_of("rows")
 
     def tokens(self, capacity: Capacity) -> tuple[str, DataStatus]:
         """Checks the rows as tokens, for a model with this capacity.
 
-        Raises RunError, as `preflight.check_tokens` does.
+        Raises RunError, as `checks.check_tokens` does.
         """
         end = self._end_of("tokens", capacity)
         return end.counts, end.data or DataStatus()
@@ -122,6 +124,7 @@ class Inspection:
                 self.report(message.report)
             if message.reason:
                 reason, subject = message.reason, message.subject
+                self.reading(subject)
         if lines.overdue:
             what = subject or "reading the inputs"
             return End(reason=reason, message=f"{what} {lines.overdue}; check its content, or use less of it")

@@ -1,0 +1,1 @@
+"""What surrounds single requests to a storage; nothing here knows a scheme."""
