@@ -100,14 +100,19 @@ def test_pairs_are_evaluated_on_their_training_rows(tmp_path: Path) -> None:
     assert paths.data("test").read_text() == paths.data("train").read_text()
 
 
-def test_the_page_says_which_revision_a_cell_was_run_at() -> None:
+def test_the_page_says_which_revision_a_row_was_run_at_and_keeps_what_wasnt_run_again() -> None:
     outcomes = {Cell("llama", method, s): Outcome(revision="aaa") for method in METHODS for s in STRATEGIES}
-    outcomes |= {Cell("gemma2", method, "ddp"): Outcome(revision="aaa") for method in METHODS}
-    assert "They were run at revision aaa." in family_matrix.page(outcomes)
-    outcomes |= {Cell("gpt2", method, "ddp"): Outcome(revision="bbb") for method in METHODS}
-    outcomes[Cell("llama", "int8", "ddp")] = Outcome(revision="ccc+")
-    expected = "They were run at revision aaa, except GPT-2 at bbb; Llama, SmolLM2 (tied) (int8) at ccc+."
-    assert expected in family_matrix.page(outcomes)
+    outcomes |= {Cell("gpt2", "OLoRA", s): Outcome("no layers", revision="aaa") for s in STRATEGIES}
+    first = family_matrix.page(outcomes, {"llama": ("q_proj", "")})
+    (llama,) = [line for line in first.splitlines() if line.startswith("| Llama, SmolLM2 (tied) | ✓")]
+    assert llama.endswith("| ✓ | aaa |")
+    newer = {Cell("llama", "int8", s): Outcome("not here", revision="bbb+") for s in STRATEGIES}
+    second = family_matrix.page(newer, previous=first)
+    (llama,) = [line for line in second.splitlines() if line.startswith("| Llama, SmolLM2 (tied) | ✓")]
+    assert llama.endswith("| – [1] | ✓ | ✓ | ✓ | ✓ | aaa; bbb+: int8 |")
+    assert "1. not here" in second
+    number = next(line.partition(".")[0] for line in second.splitlines() if line.endswith(". no layers"))
+    assert f"– [{number}]" in second
 
 
 def test_stored_outcomes_of_an_interrupted_run_arent_run_again(tmp_path: Path) -> None:
