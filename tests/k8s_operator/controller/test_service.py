@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator.controller.cache import Cache
+from finetune_operator.controller.deletion.finalizer import Finalizer
 from finetune_operator.controller.executor import Executor
 from finetune_operator.settings import Settings
 from k8s_operator.support.observed_states import an_observation
@@ -24,7 +25,8 @@ class _ApiServer:
 
 async def _reads(reconciles: int, interval: float) -> int:
     server: Any = _ApiServer()
-    executor = Executor(server, Cache(), Settings())
+    server: Any = _ApiServer()
+    executor = Executor(server, Cache(), Settings(), Finalizer(server, Cache()))
     for _ in range(reconciles):
         await executor.restore_service(an_observation(), interval)
     reads: int = server.reads
