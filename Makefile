@@ -54,7 +54,7 @@ test-fast: venv test-packages ## Run the tests that need neither a cluster nor a
 
 .PHONY: e2e
 e2e: venv ## Run only the end-to-end tests on real pods
-	$(PY) -m pytest tests/e2e
+	$(PY) -m pytest tests/e2e tests/nodes
 
 .PHONY: lint
 lint: venv ## Run ruff, mypy and import-linter, and check generated files
@@ -118,8 +118,8 @@ bench: venv ## Run all benchmarks; the results are written to benchmarks/results
 	PYTHONPATH=operator:trainer_image:hack:. $(PY) benchmarks/data_memory.py
 
 .PHONY: bench-trainer
-bench-trainer: venv ## Compare the trainer with TRL and LLaMA-Factory (about 45 minutes; BENCH="--help" lists options)
-	$(PY) benchmarks/trainer $(BENCH)
+bench-trainer: venv ## Compare the trainer with TRL and LLaMA-Factory (about 45 minutes; BENCH="--help" lists options; BASELINE=REV compares with an earlier revision instead)
+	$(PY) benchmarks/trainer$(if $(BASELINE),/baseline.py $(BASELINE)) $(BENCH)
 
 GPU_CHECK = PYTHONPATH=.:operator:trainer_image:tests UV=$(UV) $(PY) -m benchmarks.gpu
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from testkit import shared_clusters
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,6 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in slow:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The first process, not one that pytest-xdist started, decides how long clusters live."""
+    if not hasattr(config, "workerinput"):
+        shared_clusters.begin()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shared_clusters.end()
 
 
 @dataclass(frozen=True)

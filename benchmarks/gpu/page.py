@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import scenarios
+from benchmarks.gpu import long_rows, planned_jobs
 from benchmarks.gpu.catalog import STAGES
 from benchmarks.gpu.claims import CLAIMS, Claim, Findings, answer
+from benchmarks.gpu.planned_jobs import PlannedJob
 from benchmarks.gpu.repairs import REPAIRS, Repair
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,15 +72,20 @@ itself.
 _CANNOT = """\
 ## What one GPU can't show
 
-Collectives between GPUs (NCCL over NVLink, RDMA), MIG slices, device plugins, drivers below 580,
+Collectives between GPUs (NCCL over NVLink, RDMA), among them the exchange of heads between processes
+that share rows, MIG slices, device plugins, drivers below 580,
 and everything on more than one node need a cluster. Until they have run on one, they are known only
 in the way that the table of claims names.
 """
 
 
-def page(results: Mapping[str, Mapping[str, Any]], model: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Returns the page. `results` are the documents of the check, by file name, and `model` is the
-    roofline. Pure."""
+def page(
+    results: Mapping[str, Mapping[str, Any]],
+    model: Sequence[Mapping[str, Any]] = (),
+    jobs: Sequence[PlannedJob] = (),
+) -> str:
+    """Returns the page. `results` are the documents of the check, by file name, `model` is the
+    roofline, and `jobs` are those for which the plan is shown. Pure."""
     documents = [results[name] for name in sorted(results, reverse=True)]
     findings = [{f"{f['stage']}/{f['name']}": f for f in document["findings"]} for document in documents]
     lines = [_HEAD, "## GPUs", ""]
@@ -91,8 +97,10 @@ def page(results: Mapping[str, Mapping[str, Any]], model: Sequence[Mapping[str, 
         lines.append("")
     if model:
         lines += [_MODEL, *(_modeled(record) for record in model), ""]
+    if jobs:
+        lines += planned_jobs.section(jobs)
     lines += [
-        *scenarios.section(),
+        *long_rows.section(),
         "## Claims", "",
         "G numbers are those of the review that made the claims. *Known by* holds until a GPU tests one.",
         "*Fixed in* names the decision after which a claim no longer holds.", "",
@@ -161,7 +169,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    text = page(read(RESULTS), json.loads((RESULTS / MODEL).read_text()))
+    text = page(read(RESULTS), json.loads((RESULTS / MODEL).read_text()), planned_jobs.planned_jobs())
     if "--check" in arguments:
         if PAGE.read_text() != text:
             print(f"{PAGE.name} isn't what `python -m benchmarks.gpu.page` writes", file=sys.stderr)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from images import push
@@ -98,11 +100,26 @@ def _built(engine: Engine, recipe: Recipe, tag: str, base: str) -> str:
     if engine.built_key(build_order.image) == build_order.key:
         _report(f"{build_order.image} is up to date ({build_order.key})")
         return build_order.image
-    _report(f"building {build_order.image} with {engine.name} on {base}")
-    began = time.monotonic()
-    engine.build(build_order, REPOSITORY)
-    _report(f"{build_order.image} built in {time.monotonic() - began:.0f} s")
+    with _no_other_build(recipe):
+        if engine.built_key(build_order.image) != build_order.key:
+            _report(f"building {build_order.image} with {engine.name} on {base}")
+            began = time.monotonic()
+            engine.build(build_order, REPOSITORY)
+            _report(f"{build_order.image} built in {time.monotonic() - began:.0f} s")
     return build_order.image
+
+
+@contextmanager
+def _no_other_build(recipe: Recipe) -> Iterator[None]:
+    """Waits until no other process builds this image; that may leave nothing to do.
+
+    The kernel releases the lock when its holder dies.
+    """
+    path = cache_root() / f".image-{recipe.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _version() -> str:

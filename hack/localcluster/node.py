@@ -105,7 +105,7 @@ def kwok_node(spec: Any, number: int) -> dict[str, Any]:
     """
     name = kwok_name(number)
     taint = {"key": "kwok.x-k8s.io/node", "value": "fake", "effect": "NoSchedule"}
-    resources = {"cpu": "64", "memory": "512Gi", "pods": "500"}
+    resources = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "100Ti", "pods": "500"}
     if spec.pretend_gpus:
         resources["nvidia.com/gpu"] = str(spec.pretend_gpus)
     return {

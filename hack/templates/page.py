@@ -16,7 +16,7 @@ from templates.families import FAMILIES, Family
 
 DATE = "2026-11-30"
 _CALL = {"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}
-DIALOGUE = {
+DIALOGUE: dict[str, list[dict[str, object]]] = {
     "messages": [
         {"role": "user", "content": "Is it cold in Oslo?"},
         {"role": "assistant", "content": "", "reasoning_content": "I have to look.", "tool_calls": [_CALL]},
@@ -27,7 +27,7 @@ DIALOGUE = {
     ],
     "tools": [{"type": "function", "function": {"name": "forecast", "parameters": {"type": "object"}}}],
 }
-PLAIN = {
+PLAIN: dict[str, list[dict[str, object]]] = {
     "messages": [turn for i in range(3) for turn in (
         {"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": f"It is {i + 1}."})]
 }  # fmt: skip

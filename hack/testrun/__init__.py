@@ -1,1 +1,1 @@
-"""Runs three groups of tests in parallel: two that wait for a cluster, and one that computes."""
+"""Runs groups of tests in parallel: those that wait, and those that compute."""

@@ -1,8 +1,9 @@
 """Runs the tests: `python -m testrun [pytest options]`.
 
-Three groups run in parallel if memory permits: tests that wait for containers, tests that wait for
-an API server, and tests that compute, which use two processes. Each line of output begins with its
-group. The failures are shown again at the end, and the last line has the totals of all groups.
+Four groups run in parallel if memory permits: tests that wait until Kubernetes gives up a node,
+tests that wait for containers, tests that wait for an API server, and tests that compute. All but
+the first use several processes. Each line of output begins with its group. The failures are shown
+again at the end, and the last line has the totals of all groups.
 
 A few failed tests run once more, alone, when all others have ended: tests on a real cluster can
 fail because the machine is busy. One that passes then counts as passed, but it is named, with its
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -111,8 +113,15 @@ class _Run:
 
 
 def _prepare(niceness: int) -> None:
+    """Sets the niceness of a new session.
+
+    Linux compares its processes only with each other, and the session with others by a niceness of
+    its own.
+    """
     heed_interrupts()
     os.nice(niceness)
+    with suppress(OSError):  # a kernel without groups by session, which compares processes
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 _screen = threading.Lock()

@@ -11,32 +11,37 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Folders of tests that mostly wait: for an API server, or for a kubelet, a container or an image.
+# Folders of tests that mostly wait: for an API server, for a kubelet, a container or an image, or
+# until Kubernetes gives up a node.
 CONTROLLERS = ("api", "chart", "k8s_operator", "localcluster", "security")
 PODS = ("e2e", "images")
+NODES = ("nodes",)
 _FAILURE_TITLES = (" ERRORS ", " FAILURES ", " short test summary info ")
 ONCE_MORE = 3  # at most so many failed tests run a second time; more are no accident
-SIDE_BY_SIDE_BYTES = 12 << 30  # available memory that all groups need together
+SIDE_BY_SIDE_BYTES = 16 << 30  # available memory that all groups need together
 
 
 @dataclass(frozen=True)
 class Group:
     """Tests of one run of pytest. `niceness` (0 to 19) leaves processor time to others.
 
-    With several `processes`, pytest-xdist gives each of them one file after the other.
+    With several `processes`, pytest-xdist gives each of them one file after the other, or if tests
+    of a file may run `apart`, single tests.
     """
 
     name: str
     paths: tuple[str, ...]
     niceness: int = 0
     processes: int = 1
+    apart: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
         """Pytest's options for this group."""
         if self.processes == 1:
             return ()
-        return ("-n", str(self.processes), "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
+        order = ("worksteal",) if self.apart else ("loadfile", "--no-loadscope-reorder")
+        return ("-n", str(self.processes), "--max-worker-restart", "0", "--dist", *order)
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,21 @@ class Outcome:
 
 
 def divide(entries: Iterable[str]) -> tuple[Group, ...]:
-    """Divides the entries of tests/ into two groups that wait, and one that computes.
+    """Divides the entries of tests/ into three groups that wait, and one that computes.
 
     A group without tests is left out.
     """
     names = sorted(entries)
-    rest = [name for name in names if name not in CONTROLLERS + PODS]
+
+    def of(*folders: str) -> tuple[str, ...]:
+        return tuple(f"tests/{name}" for name in names if name in folders)
+
+    rest = [name for name in names if name not in CONTROLLERS + PODS + NODES]
     divided = (
-        Group("pods", tuple(f"tests/{name}" for name in names if name in PODS)),
-        Group("cluster", tuple(f"tests/{name}" for name in names if name in CONTROLLERS)),
-        Group("compute", tuple(f"tests/{name}" for name in rest), niceness=10, processes=2),
+        Group("nodes", of(*NODES)),
+        Group("pods", of(*PODS), processes=2, apart=True),
+        Group("cluster", of(*CONTROLLERS), processes=2),
+        Group("compute", of(*rest), niceness=5, processes=3),
     )
     return tuple(group for group in divided if group.paths)
 

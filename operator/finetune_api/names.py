@@ -23,9 +23,13 @@ MAX_NAME_LENGTH = 50
 LABEL_JOB_NAME = f"{GROUP}/job-name"
 LABEL_JOB_UID = f"{GROUP}/job-uid"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
-LABEL_ROLE = f"{GROUP}/role"  # ROLE_TRAINER | ROLE_PREFLIGHT
+LABEL_ROLE = f"{GROUP}/role"  # ROLE_TRAINER | ROLE_PREFLIGHT | ROLE_CLEANUP
 ROLE_TRAINER = "trainer"
 ROLE_PREFLIGHT = "preflight"
+ROLE_CLEANUP = "cleanup"
+
+# On a FineTuneJob whose deletion policy isn't Retain.
+FINALIZER = f"{GROUP}/output"
 
 # The owner of a ServiceAccount or a claim allows jobs to name it by this label.
 LABEL_USE = f"{GROUP}/use"
@@ -147,6 +151,11 @@ def attempt_job_name(name: str, attempt: int) -> str:
 def preflight_job_name(name: str) -> str:
     """Returns the name of the batch/v1 Job that checks inputs and output without a GPU."""
     return f"{name}-check"
+
+
+def cleanup_job_name(name: str) -> str:
+    """Returns the name of the batch/v1 Job that deletes what a deleted FineTuneJob leaves."""
+    return f"{name}-clean"
 
 
 def service_name(name: str) -> str:

@@ -15,9 +15,7 @@ from finetune_api.base import LenientModel
 
 Phase = Literal["Pending", "Queued", "Starting", "Running", "Restarting", "Suspended", "Succeeded", "Failed"]
 TERMINAL_PHASES = ("Succeeded", "Failed")
-
 MAX_SIGNERS = 64
-
 CONDITION_COMPLETE = "Complete"
 CONDITION_FAILED = "Failed"
 CONDITION_SUSPENDED = "Suspended"
@@ -56,7 +54,8 @@ class StragglerStatus(LenientModel):
 
 class ProgressStatus(LenientModel):
     """Reports the progress of training. It is written within 3 s of the first step and of another
-    phase of the trainer; otherwise every 10 s at first, and every minute after 6 minutes."""
+    phase of the trainer, and within 10 s of a change that comes less often than every 30 s;
+    otherwise every 10 s at first, and every minute after 5 minutes."""
 
     attempt: u.Count = Field(default=0, description="The attempt that reported it.")
     phase: u.ShortLine = Field(default="", description="Phase of the trainer, e.g. loading, training or uploading.")
@@ -89,6 +88,7 @@ class ProgressStatus(LenientModel):
         default=None, description="Training speed in tokens per second, without padding."
     )
     eta_seconds: u.Count | None = Field(default=None, description="Estimated seconds of training left.")
+    eta: u.ShortLine = Field(default="", description="The same for people, e.g. 3h20m; empty if nothing is left.")
     skipped_steps: u.Count = Field(
         default=0, description="Steps that had no effect: skipped, or rolled back after a loss spike."
     )

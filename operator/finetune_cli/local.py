@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ def local_run(job: FineTuneJob, overrides: Overrides, machine: Machine, workspac
                     "nodes": 1,
                     "processes_per_node": processes,
                     "device": device,
+                    "sequence_parallel_size": _sharing_processes(planned, processes, notes),
                     "threads_per_process": max(1, machine.cores // processes),
                     "master_address": "127.0.0.1",
                     "master_port": machine.free_port,
@@ -185,6 +187,15 @@ def _world(
     if processes != planned_size:
         notes.append(f"{processes} processes instead of {planned_size}; the global batch size is unchanged")
     return device, processes
+
+
+def _sharing_processes(planned: RunConfig, processes: int, notes: list[str]) -> int:
+    """Returns how many of the processes share each row: as many of the planned ones as possible."""
+    planned_size = planned.world.sequence_parallel_size
+    size = math.gcd(planned_size, processes)
+    if size != planned_size:
+        notes.append(f"distribution.sequenceParallelSize: {size} instead of {planned_size}; losses are unchanged")
+    return size
 
 
 def _replaced(

@@ -46,7 +46,7 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
     setup = strategy_choice.training_setup(config, half=half)
     tokens = user_choice.min_tokens
     table = [
-        f"memory per process, with micro-batches of {tokens} tokens and matrix products in "
+        f"memory per process, with micro-batches of {tokens} tokens{_share(setup)} and matrix products in "
         f"{'bfloat16' if half else 'float32'}: {size.parameters:,} parameters, {size.trained:,} trained"
     ]
     table += [
@@ -65,12 +65,19 @@ def lines(config: RunConfig, folder: Path, free_memory: FreeMemory | None) -> li
         choice = strategy_choice.choose(user_choice, size, setup, free_memory)
     except TooLittleMemory as error:
         return [*table, f"  {error.field}: {error}"]
-    table.append(f"  chosen: {choice.parallel} ({choice.reason}); micro-batches of {choice.tokens} tokens")
+    table.append(
+        f"  chosen: {choice.parallel} ({choice.reason}); micro-batches of {choice.tokens} tokens{_share(setup)}"
+    )
     if choice.mesh_reason:
         replicas = choice.parallel.replicas
         copies = "a copy of the model on each node" if replicas > 1 else "one copy of the model over all nodes"
         table.append(f"  mesh: {replicas} x {setup.ranks // replicas}, {copies} ({choice.mesh_reason})")
     return table
+
+
+def _share(setup: TrainingSetup) -> str:
+    """Says how many processes share each row, if several do."""
+    return f" of rows that {setup.parts} processes share" if setup.parts > 1 else ""
 
 
 def _parallel_configs(setup: TrainingSetup) -> list[ParallelConfig]:

@@ -84,6 +84,8 @@ def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
         *([("network", f"{job.spec.pod.network}, a profile of the chart, which isn't known here")]
           if job.spec.pod.network else []),
         ("strategy", world.strategy),
+        *([("rows", f"each is shared by {world.sequence_parallel_size} processes")]
+          if world.sequence_parallel_size > 1 else []),
         ("global batch", _batch(config)),
         ("length", length),
         ("checkpoints", f"every {config.checkpoint.every} steps, {config.checkpoint.keep} kept"
@@ -92,11 +94,12 @@ def facts(job: FineTuneJob, config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _batch(config: RunConfig) -> str:
-    batch, micro_batch, size = config.training.global_batch_size, config.training.micro_batch_size, config.world.size
+    batch, micro_batch, world = config.training.global_batch_size, config.training.micro_batch_size, config.world
     if not isinstance(micro_batch, int):
         return f"{batch} examples per step; micro-batch size and accumulation depend on memory"
-    accumulation = -(-batch // (micro_batch * size))
+    accumulation = -(-batch // (micro_batch * world.data_size))
+    unit = "groups of processes" if world.sequence_parallel_size > 1 else "processes"
     return (
-        f"{batch} examples per step: micro-batches of at most {micro_batch} x {size} processes x {accumulation} "
-        "accumulated"
+        f"{batch} examples per step: micro-batches of at most {micro_batch} x {world.data_size} {unit} x "
+        f"{accumulation} accumulated"
     )

@@ -65,6 +65,13 @@ class PodSettings(Model):
     preflight_runtime_class_name: str = Field(
         default="", description="RuntimeClass of preflight pods. Empty means the default one of the node."
     )
+    cleanup_seconds: int = Field(
+        default=600,
+        ge=10,
+        le=86400,
+        description="Seconds that a pod may take to delete what a deleted job leaves (output.deletionPolicy); after "
+        "that the FineTuneJob is removed, and the files stay.",
+    )
     cpu_limit: bool = Field(
         default=True, description="Whether training pods have a limit on cores, not only a request."
     )

@@ -219,7 +219,7 @@ def test_kubectl_shows_the_columns(crd: ControlPlane, server: Server) -> None:
     try:
         status = {
             "phase": "Running", "reason": "Evicted", "gpus": 16, "restartsTotal": 2, "message": "m" * 110,
-            "progress": {"step": 50, "totalSteps": 100, "percent": 50, "trainLoss": 1.25, "etaSeconds": 90},
+            "progress": {"step": 50, "totalSteps": 100, "percent": 50, "trainLoss": 1.25, "eta": "90s"},
             "conditions": [{"type": "Complete", "status": "False", "reason": "Running", "message": "",
                             "lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 1}],
         }  # fmt: skip
@@ -230,7 +230,7 @@ def test_kubectl_shows_the_columns(crd: ControlPlane, server: Server) -> None:
         heading, row = crd.kubectl("get", "ftj", "columns", "-o", "wide").splitlines()
         titles = ["NAME", "PHASE", "REASON", "STEP", "%", "LOSS", "ETA", "GPUS", "RESTARTS", "AGE"]
         assert heading.split() == [*titles, "MESSAGE"]
-        assert row.split()[1:9] == ["Running", "Evicted", "50", "50", "1.25", "90", "16", "2"]
+        assert row.split()[1:9] == ["Running", "Evicted", "50", "50", "1.25", "90s", "16", "2"]
         assert max(len(line) for line in (heading, row)) <= 220
         narrow = crd.kubectl("get", "ftj", "columns").splitlines()
         assert narrow[0].split() == titles

@@ -37,6 +37,12 @@ def job(*conditions: str, observed: int | None = 2) -> dict[str, Any]:
 # (name, job, Argo CD's status and message, Flux's)
 STATES: tuple[tuple[str, dict[str, Any], tuple[str, str], str], ...] = (
     ("new", {"metadata": {"generation": 1}}, ("Progressing", "waiting for the operator"), "inProgress"),
+    (
+        "not yet read by an operator",
+        {"metadata": {"generation": 1}, "status": {"observedGeneration": 0, "phase": "Pending"}},
+        ("Progressing", "waiting for the operator"),
+        "inProgress",
+    ),
     ("changed", job("Suspended", observed=1), ("Progressing", "waiting for the operator"), "inProgress"),
     ("starting", job("Reconciling"), ("Progressing", "step 5 of 10"), "inProgress"),
     ("running", job(), ("Progressing", "step 5 of 10"), "inProgress"),

@@ -29,6 +29,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.cells import CELLS, Cell, Outcome
 from benchmarks.gpu.child import MARK
+from benchmarks.gpu.planned_jobs import planned_jobs
 from benchmarks.gpu.results import Finding, Results
 from benchmarks.gpu.stages.ranks import REFERENCES
 from benchmarks.trainer.flops import Dimensions, Work, needed
@@ -117,7 +118,7 @@ def test_every_finding_names_tests_that_exist_or_the_reason_why_it_still_holds()
 
 def test_the_page_matches_the_results() -> None:
     model = json.loads((page.RESULTS / page.MODEL).read_text())
-    assert page.PAGE.read_text() == page.page(page.read(page.RESULTS), model)
+    assert page.PAGE.read_text() == page.page(page.read(page.RESULTS), model, planned_jobs())
 
 
 def test_the_page_has_a_section_for_each_card() -> None:

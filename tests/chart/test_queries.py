@@ -8,12 +8,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import promql_parser
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry
 
 from chart.support.helm_rendering import CHART, EVERYTHING, of_kind, render
@@ -40,7 +40,9 @@ def dashboard_queries() -> list[str]:
     return [target["expr"] for panel in panels() for target in panel["targets"]]
 
 
+@cache
 def rules(helm: str) -> list[dict[str, Any]]:
+    """Returns the alerts; nobody may change them."""
     (rule,) = of_kind(render(helm, *EVERYTHING), "PrometheusRule")
     return [one for group in rule["spec"]["groups"] for one in group["rules"]]
 
@@ -134,6 +136,23 @@ def test_panels_have_a_title_a_separate_position_and_the_chosen_data_source() ->
         assert panel["datasource"]["uid"] == "${datasource}"
 
 
+def test_steps_that_would_be_lost_are_shown_and_somebody_is_alerted(helm: str) -> None:
+    (panel,) = [p for p in panels() if "finetune_job_steps_at_risk" in p["targets"][0]["expr"]]
+    assert panel["title"] == "Steps at risk"
+    (alert,) = [rule for rule in rules(helm) if rule.get("alert") == "FineTuneJobNotStored"]
+    assert "finetune_job_steps_at_risk" in alert["annotations"]["description"]
+
+
+def test_no_two_panels_of_the_dashboard_overlap() -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert taken.setdefault((x, y), panel["title"]) == panel["title"]
+                assert x < 24, panel["title"]
+
+
 def test_the_chart_provides_the_dashboard_where_grafana_looks_for_it(helm: str) -> None:
     (config,) = [
         c for c in of_kind(render(helm, *EVERYTHING), "ConfigMap") if "grafana_dashboard" in c["metadata"]["labels"]
@@ -215,8 +234,8 @@ def _promtool(folder: Path, helm: str, test: dict[str, Any]) -> subprocess.Compl
     promtool = shutil.which("promtool")
     assert promtool, "promtool is not installed; as root, `python3 -m localcluster packages` installs it (prometheus)"
     groups = [{"name": "all", "rules": rules(helm)}]
-    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
-    (folder / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [test]}))
+    (folder / "rules.yml").write_text(json.dumps({"groups": groups}))
+    (folder / "test.yml").write_text(json.dumps({"rule_files": ["rules.yml"], "tests": [test]}))
     return subprocess.run([promtool, "test", "rules", "test.yml"], cwd=folder, text=True, capture_output=True)
 
 

@@ -164,7 +164,7 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
         "pods": {"gracePeriodSeconds": 1000000, "metricsLingerSeconds": 35, "preflightCpu": 2, "preflightMemory": "1Gi",
                  "tolerations": [{"key": "gpu", "operator": "Exists"}], "nodeSelector": {"a": "b"},
                  "preflightNodeSelector": {"pool": "cpu"}, "preflightTolerations": [{"operator": "Exists"}],
-                 "preflightRuntimeClassName": "runc", "cpuLimit": False, "gpusPerNode": 4,
+                 "preflightRuntimeClassName": "runc", "cleanupSeconds": 60, "cpuLimit": False, "gpusPerNode": 4,
                  "caBundle": {"configMap": "ca", "key": "bundle.pem"}, "allowedImages": ["registry/trainers/"],
                  "allowedCsiDrivers": ["gcsfuse.csi.storage.gke.io"],
                  "networkProfiles": {"roce": {"resources": {"rdma/roce": 8}, "capabilities": ["IPC_LOCK"]}},

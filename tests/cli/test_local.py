@@ -87,6 +87,14 @@ def test_as_many_processes_as_cores_share_the_same_batch() -> None:
     assert planned(job(), Overrides(processes=1)).config.world.threads_per_process == 2
 
 
+def test_as_many_processes_share_rows_as_divide_those_of_this_machine() -> None:
+    shared = job(distribution={"processesPerNode": 4, "sequenceParallelSize": 4})
+    run = planned(shared)
+    assert (run.config.world.size, run.config.world.sequence_parallel_size) == (2, 2)
+    assert "distribution.sequenceParallelSize: 2 instead of 4; losses are unchanged" in run.notes
+    assert planned(shared, Overrides(processes=3)).config.world.sequence_parallel_size == 1
+
+
 def test_a_job_for_gpus_trains_on_the_cpu_if_there_is_no_gpu() -> None:
     gpu = job(resources={"gpu": {}})
     here = planned(gpu)

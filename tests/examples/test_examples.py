@@ -15,7 +15,7 @@ from finetune_api.yaml import load_all
 from finetune_cli.main import main
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
-_FILES = sorted(_EXAMPLES.glob("*.yaml"))
+_FILES = sorted(_EXAMPLES.rglob("*.yaml"))
 EXAMPLES = [path for path in _FILES if "kind: FineTuneJob" in path.read_text()]
 
 

@@ -19,7 +19,7 @@ from images.errors import ImagesError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="buildah, run as root, makes the image")
 ENVIRONMENT = {"STORAGE_DRIVER": "overlay", "BUILDAH_ISOLATION": "chroot"}
-IMAGE = "localhost/finetune-archive-test:tiny"
+IMAGE = f"localhost/finetune-archive-test:{os.getpid()}"
 
 
 @pytest.fixture(scope="module")

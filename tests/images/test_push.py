@@ -21,7 +21,7 @@ from images.recipe import RECIPES, Order, content_key
 from testkit.registry_server import running_registry
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "localhost/finetune-push-test:tiny"
+IMAGE = f"localhost/finetune-push-test:{os.getpid()}"
 _PUSHED = {
     "operator": Pushed("registry.test/team/finetune-operator", "0.1.0-abc", "sha256:" + "1" * 64),
     "trainer": Pushed("registry.test/team/finetune-trainer", "0.1.0-def", "sha256:" + "2" * 64),
@@ -139,7 +139,7 @@ def test_a_base_image_that_is_named_by_a_tag_is_mentioned(
 def test_every_stage_begins_with_the_one_base_image(name: str) -> None:
     """So that a digest in BASE pins all that isn't in the lock file."""
     lines = (ROOT / RECIPES[name].dockerfile).read_text().splitlines()
-    stages = {parts[3] for line in lines if (parts := line.split())[:1] == ["FROM"] and len(parts) > 3}
+    stages = {fields[3] for line in lines if (fields := line.split())[:1] == ["FROM"] and len(fields) > 3}
     assert {line.split()[1] for line in lines if line.startswith("FROM ")} - stages == {"${BASE}"}
     assert not [
         line

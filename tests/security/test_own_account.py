@@ -99,6 +99,7 @@ def _children(rendered: list[Raw], namespace: str) -> dict[str, Raw]:
     return {
         "jobs": manifests.attempt_job(job, run, settings, Restarts()),
         "check": manifests.preflight_job(job, run, settings),
+        "cleanup": manifests.cleanup_job(job, run, settings),
         "services": manifests.service(job),
         "networkpolicies": network_policy(job, settings),
     }
@@ -111,7 +112,7 @@ def _url(resource: str, namespace: str) -> str:
 
 def test_the_children_of_a_job_are_admitted(account: User, rendered: list[Raw], world: World) -> None:
     for kind, body in _children(rendered, world.namespace).items():
-        resource = "jobs" if kind == "check" else kind
+        resource = "jobs" if kind in ("check", "cleanup") else kind
         answer = account.request("POST", _url(resource, world.namespace), body, dryRun="All")
         assert answer.accepted, answer.message
 
@@ -165,7 +166,7 @@ _JOBS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["jobs", "check"])
+@pytest.mark.parametrize("kind", ["jobs", "check", "cleanup"])
 def test_p1_a_job_that_the_operator_would_not_create_is_refused(
     account: User, rendered: list[Raw], world: World, kind: str
 ) -> None:
@@ -186,7 +187,7 @@ def test_p1_the_operator_changes_nothing_in_the_clusters_own_namespaces(
     account: User, rendered: list[Raw], namespace: str
 ) -> None:
     for kind, body in _children(rendered, namespace).items():
-        resource = "jobs" if kind == "check" else kind
+        resource = "jobs" if kind in ("check", "cleanup") else kind
         answer = account.request("POST", _url(resource, namespace), body, dryRun="All")
         assert "excludedNamespaces" in answer.message, (kind, answer.message)
 
@@ -235,6 +236,30 @@ def test_p1_jobs_of_others_cannot_be_changed_or_deleted(account: User, rendered:
         answer = account.request("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions"})
         assert answer.code in (403, 422), answer.message
     assert world.get("jobs", "backup")
+
+
+_FINETUNEJOBS: dict[str, tuple[Raw, bool]] = {
+    "its finalizer": ({"metadata": {"finalizers": ["example.com/own", names.FINALIZER]}}, True),
+    "nothing": ({"metadata": {"finalizers": ["example.com/own"]}}, True),
+    "a finalizer of somebody else": ({"metadata": {"finalizers": []}}, False),
+    "another finalizer": ({"metadata": {"finalizers": ["example.com/own", "example.com/more"]}}, False),
+    "a label": ({"metadata": {"labels": {"a": "b"}}}, False),
+    "an annotation": ({"metadata": {"annotations": {"a": "b"}}}, False),
+    "an owner": ({"metadata": {"ownerReferences": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "uid": "u"}]}}, False),
+    "the spec": ({"spec": {"runPolicy": {"suspend": True}}}, False),
+}  # fmt: skip
+
+
+def test_p1_of_a_job_itself_only_the_operators_finalizer_can_be_changed(account: User, world: World) -> None:
+    world.submit("theirs")
+    world.patch("finetunejobs", "theirs", {"metadata": {"finalizers": ["example.com/own"]}})
+    url = world.path("finetunejobs", "theirs")
+    for case, (body, accepted) in _FINETUNEJOBS.items():
+        answer = account.request("PATCH", url, body, "application/merge-patch+json", dryRun="All")
+        assert answer.accepted == accepted, (case, answer.message)
+        assert accepted or "except its status and its own finalizer" in answer.message, (case, answer.message)
+    world.patch("finetunejobs", "theirs", {"metadata": {"finalizers": []}})
 
 
 def _kubeconfig(crd: ControlPlane, folder: Path) -> Path:
@@ -303,9 +328,12 @@ def _live_through(world: World, operator: Operator) -> None:
     world.create("serviceaccounts", {"metadata": {"name": "trainer"}})
     run_policy = {"schedulingTimeoutSeconds": 1}
     world.submit(
-        "train", output={"uri": "pvc://results/x"}, pod={"serviceAccountName": "trainer"}, distribution={"nodes": 2},
-        run_policy=run_policy,
+        "train", output={"uri": "pvc://results/x", "deletionPolicy": "Delete"}, pod={"serviceAccountName": "trainer"},
+        distribution={"nodes": 2}, run_policy=run_policy,
     )  # fmt: skip
+    world.wait(lambda: "finalizers" in world.get("finetunejobs", "train")["metadata"])  # type: ignore[index]
+    world.patch("finetunejobs", "train", {"spec": {"output": {"deletionPolicy": "Retain"}}})
+    world.wait(lambda: "finalizers" not in world.get("finetunejobs", "train")["metadata"])  # type: ignore[index]
     world.wait(lambda: "spec.pod.serviceAccountName" in world.status("train").get("message", ""))
     world.patch("serviceaccounts", "trainer", {"metadata": {"labels": {names.LABEL_USE: "training"}}})
     (pod, _) = world.wait_pods("train-1", 2, 30)

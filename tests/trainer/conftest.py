@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from testkit.tiny_models import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5
 from trainer.support import forked_ranks, supervisor_process
 from trainer.support.kernel_builds import kernel
 
@@ -26,6 +25,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Returns the models' folders by family, without the dropout of some families, so that runs can
     be compared."""
+    # PyTorch: the first process of pytest-xdist reads this file too, but runs no test.
+    from testkit.tiny_models import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5
+
     root = tmp_path_factory.mktemp("models")
     builders = {"llama": tiny_llama, "qwen2": tiny_qwen2, "gpt2": tiny_gpt2, "t5": tiny_t5}
     for name, build in builders.items():

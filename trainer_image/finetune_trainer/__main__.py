@@ -1,4 +1,5 @@
-"""Starts a trainer pod. `python -m finetune_trainer` supervises a node; `… preflight` only checks.
+"""Starts a trainer pod. `python -m finetune_trainer` supervises a node; `… preflight` only checks,
+and `… cleanup` deletes what a deleted job leaves.
 
 It reads the environment, arguments and files once, writes the termination message, and returns the
 exit code that finetune_api.reasons gives. It decides nothing else.
@@ -11,9 +12,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_api import __version__, names
 from finetune_api.messages import result
@@ -22,7 +26,10 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from finetune_trainer.supervisor import node as node_module
 from finetune_trainer.supervisor.node import Node
-from finetune_trainer.supervisor.signals import StopRequest
+from finetune_trainer.supervisor.signals import StopRequest, in_thread
+
+_STOP_SECONDS = 3.0  # for giving the output back after a signal
+_TICK_SECONDS = 0.1  # between two looks at signals, which Python handles in the main thread only
 
 _EPILOG = f"""environment:
   {names.ENV_RUN_CONFIG}     file with the RunConfig (JSON); default {names.RUN_CONFIG_PATH}
@@ -40,6 +47,10 @@ exit codes:
 """
 
 
+class _Stopped(Exception):
+    """A signal asked the process to end."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code of the pod."""
     parser = argparse.ArgumentParser(
@@ -53,9 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("supervise", "preflight"),
+        choices=("supervise", "preflight", "cleanup"),
         default="supervise",
-        help="supervise (default): train. preflight: only check the output, the model and the data, without a GPU.",
+        help="supervise (default): train. preflight: only check the output, the model and the data, without a GPU. "
+        "cleanup: delete what a deleted job leaves in its output.",
     )
     parser.add_argument(
         "--rank-command",
@@ -73,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         node = replace(node, rank_command=tuple(options.rank_command.split()))
     if options.command == "preflight":
         return _finish(_preflight(node, log), node.termination_log, log)
+    if options.command == "cleanup":
+        return _finish(_cleanup(node, log), node.termination_log, log)
     return _supervise(node, log)
 
 
@@ -92,23 +106,59 @@ def _supervise(node: Node, log: Log) -> int:
 
 
 def _preflight(node: Node, log: Log) -> result.Result:
-    from finetune_trainer.supervisor import outcomes, preflight
+    from finetune_trainer.supervisor import preflight
     from finetune_trainer.supervisor.processes import hide_from_ranks
 
     hide_from_ranks()
+    try:
+        return _interruptible(
+            lambda waiting: preflight.check_in_time(node.run, node.paths, node.access, log.info, waiting),
+            log,
+            on_stop=lambda: preflight.give_back(node.run, node.access, _STOP_SECONDS),
+        )
+    finally:
+        shutil.rmtree(node.paths.model, ignore_errors=True)
+
+
+def _cleanup(node: Node, log: Log) -> result.Result:
+    from finetune_trainer.destination import cleanup
+    from finetune_trainer.storage.schemes import open_folder
+
+    def clean() -> result.Result:
+        storage = open_folder(node.run.output, "output", node.access)
+        return result.Result(outcome="succeeded", message=cleanup.clean(storage, node.run, log.info))
+
+    return _interruptible(lambda waiting: in_thread(clean, waiting, _TICK_SECONDS), log)
+
+
+def _interruptible(
+    work: Callable[[Callable[[], None]], result.Result], log: Log, on_stop: Callable[[], None] = lambda: None
+) -> result.Result:
+    """Returns the result of `work`, which calls its argument ten times a second.
+
+    After a signal, this call raises; then `on_stop` runs, and the process ends.
+    """
+    from finetune_trainer.supervisor import outcomes
 
     # PID 1 has no default action for signals: without this, a deleted pod would last for its grace
     # period.
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(REASONS["Preempted"].exit_code))
+        signal.signal(number, lambda *_: stopped.set())
+
+    def waiting() -> None:
+        if stopped.is_set():
+            raise _Stopped
+
     try:
-        return preflight.check_in_time(node.run, node.paths, node.access, log.info)
+        return work(waiting)
+    except _Stopped:
+        on_stop()
+        _exit(REASONS["Preempted"].exit_code)
     except RunError as error:
         return _failed(error, log)
     except Exception as error:
         return _failed(outcomes.unexpected(error, log), log)
-    finally:
-        shutil.rmtree(node.paths.model, ignore_errors=True)
 
 
 def _failed(error: RunError, log: Log) -> result.Result:
@@ -128,7 +178,7 @@ def _finish(outcome: result.Result, termination_log: Path, log: Log) -> int:
     return REASONS[outcome.reason].exit_code
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     """Ends the process even if a thread still waits for a storage."""
     sys.stdout.flush()
     sys.stderr.flush()

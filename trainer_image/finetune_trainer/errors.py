@@ -47,8 +47,8 @@ def insufficient_memory(message: str, **process: Any) -> RunError:
     return RunError(
         "InsufficientMemory",
         f"{message}; the largest micro-batch is a single example, so a restart can't use less memory: raise "
-        "resources.memory or use GPUs with more memory, lower dataset.maxSequenceLength, or set "
-        "distribution.strategy to zero3 or fsdp",
+        "resources.memory or use GPUs with more memory, lower dataset.maxSequenceLength, set distribution.strategy to "
+        "zero3 or fsdp, or let several processes share each row (distribution.sequenceParallelSize)",
         **process,
     )
 

@@ -59,6 +59,7 @@ pods:
   preflightNodeSelector: {{ .Values.pods.preflightNodeSelector | toJson }}
   preflightTolerations: {{ .Values.pods.preflightTolerations | toJson }}
   preflightRuntimeClassName: {{ .Values.pods.preflightRuntimeClassName | quote }}
+  cleanupSeconds: {{ .Values.pods.cleanupSeconds | toJson }}
   cpuLimit: {{ .Values.pods.cpuLimit }}
   caBundle: {{ .Values.pods.caBundle | toJson }}
   allowedImages: {{ .Values.pods.allowedImages | toJson }}

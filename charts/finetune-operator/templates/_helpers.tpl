@@ -72,9 +72,10 @@ tolerations:
 
 {{/* What the operator may do with jobs and their children; the same in all namespaces or in some. No secrets, no wildcard. */}}
 {{- define "finetune-operator.rules" -}}
+# patch: the finalizer of FineTuneJobs whose output is cleaned when they are deleted.
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs]
-  verbs: [get, list, watch]
+  verbs: [get, list, watch, patch]
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
   verbs: [patch]

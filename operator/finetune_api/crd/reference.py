@@ -224,9 +224,10 @@ _TOPICS = (
             "examples of their own, which costs time; `dataset.rendering.answers: last` trains on the last one only. "
             "AnswersNotTrained: raise `dataset.maxSequenceLength`.",
             "ControlTokens and RenderedTwice: texts look like the border of a turn; remove the tokens, set "
-            "`dataset.rendering.controlTokens: refuse`, or `dataset.chatTemplate: none` if the rows were rendered "
-            "already. Blanks: `dataset.rendering.whitespace: strip`. EmptyAnswers and TurnsCut: look at these rows. "
-            "TemplateVaries: the template writes a date or picks at random; `dataset.rendering.date` sets the date.",
+            "`dataset.rendering.controlTokens: encode` (they become plain text) or `refuse`, or `dataset.chatTemplate: "
+            "none` if the rows were rendered already. Blanks: `dataset.rendering.whitespace: strip`. EmptyAnswers, "
+            "EmptyQuestions, AnswersShared, TurnsCut: look at these rows. TemplateVaries: the template writes a date "
+            "or picks at random; `dataset.rendering.date` sets the date.",
         ),
     ),
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.base import Model, Rule, model_in
-from finetune_api.crd.transition_rules import immutability_rules, stopped_rules
+from finetune_api.crd.literals import cel_string
+from finetune_api.crd.transition_rules import field_rule, section_rules, stopped_rules
 from finetune_api.names import GROUP, KIND, MAX_NAME_LENGTH, PLURAL, SHORT_NAME, SINGULAR, VERSION
 from finetune_api.resource import FineTuneJob, Spec
 from finetune_api.scalars import NAME_PATTERN
@@ -19,6 +20,10 @@ JsonSchema = dict[str, Any]
 
 NAME_MESSAGE = f"must be at most {MAX_NAME_LENGTH} lowercase letters, digits and dashes, starting with a letter"
 
+# What a job's status is until the operator has written one. Without it, tools that follow kstatus
+# would take a job without conditions for one that is ready.
+_FIRST_STATUS: JsonSchema = {"observedGeneration": 0, "phase": "Pending"}
+
 # jsonPath, type, name, description, priority (1 is shown by -o wide)
 _COLUMNS = (
     (".status.phase", "string", "Phase", "Summary of the conditions.", 0),
@@ -26,7 +31,7 @@ _COLUMNS = (
     (".status.progress.step", "integer", "Step", "Finished optimizer steps.", 0),
     (".status.progress.percent", "integer", "%", "Finished share of the steps.", 0),
     (".status.progress.trainLoss", "number", "Loss", "Training loss of the last step.", 0),
-    (".status.progress.etaSeconds", "integer", "ETA", "Estimated seconds of training left.", 0),
+    (".status.progress.eta", "string", "ETA", "Estimated time of training left.", 0),
     (".status.gpus", "integer", "GPUs", "Total number of GPUs.", 0),
     (".status.restartsTotal", "integer", "Restarts", "Restarts of the whole group.", 0),
     (".metadata.creationTimestamp", "date", "Age", "", 0),
@@ -79,7 +84,7 @@ def root_schema() -> JsonSchema:
             "kind": {"type": "string", "description": "FineTuneJob"},
             "metadata": {"type": "object"},
             "spec": object_schema(Spec),
-            "status": object_schema(Status, with_defaults=False),
+            "status": {**object_schema(Status, with_defaults=False), "default": _FIRST_STATUS},
         },
         "x-kubernetes-validations": [
             {
@@ -107,12 +112,14 @@ def object_schema(model: type[Model], *, with_defaults: bool = True) -> JsonSche
         if field.is_required():
             required.append(key)
         default = {} if field.is_required() else _default(field.get_default(call_default_factory=True))
+        rules = [*schema.pop("x-kubernetes-validations", ()), *field_rule(model, key)]
         properties[key] = {
             "description": field.description,
             **schema,
+            **({"x-kubernetes-validations": rules} if rules else {}),
             **(default if with_defaults else {}),
         }
-    validations = [*_rules(model.rules), *immutability_rules(model)]
+    validations = [*_rules(model.rules), *section_rules(model)]
     return {
         "description": _sentence(model.__doc__),
         "type": "object",
@@ -181,11 +188,6 @@ def _map(raw: JsonSchema) -> JsonSchema:
             }
         ],
     }
-
-
-def cel_string(text: str) -> str:
-    """Returns a text as a CEL string literal."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _bounds(raw: JsonSchema) -> JsonSchema:

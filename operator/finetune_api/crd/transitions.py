@@ -39,6 +39,7 @@ MUTABLE = {
     ("runPolicy", "schedulingTimeoutSeconds"),
     ("runPolicy", "activeDeadlineSeconds"),
     ("runPolicy", "ttlSecondsAfterFinished"),
+    ("output", "deletionPolicy"),
 }
 
 # Fields that may change while no pods run, because they don't change what is computed: where and

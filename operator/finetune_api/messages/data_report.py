@@ -54,8 +54,8 @@ class Finding(LenientModel):
     """Counts something that rows have and that isn't trained on, or not as it may be meant."""
 
     reason: str = Field(
-        description="KeysNotRead, TemplateOmits, AnswersNotTrained, AnswersApart, EmptyAnswers, TurnsCut, Blanks, "
-        "ControlTokens or RenderedTwice."
+        description="KeysNotRead, TemplateOmits, AnswersNotTrained, AnswersApart, AnswersShared, "
+        "EmptyQuestions, EmptyAnswers, TurnsCut, Blanks, ControlTokens or RenderedTwice."
     )
     subject: str = Field(description="A key, messages[].key for a key of turns, or a part such as tool results.")
     count: int

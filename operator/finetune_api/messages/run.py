@@ -22,6 +22,7 @@ from finetune_api.resource import (
 )
 from finetune_api.spec.data import DataFormat
 from finetune_api.spec.hardware import Offload, StrategyOption
+from finetune_api.spec.outcome import DeletionPolicy
 from finetune_api.spec.rendering import RenderingSpec
 
 
@@ -116,6 +117,7 @@ class WorldConfig(Model):
     processes_per_node: int = Field(default=1, ge=1)
     strategy: StrategyOption = "ddp"
     offload: Offload = "none"
+    sequence_parallel_size: int = Field(default=1, ge=1, description="Consecutive ranks that share each packed row.")
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_process: int = Field(default=1, ge=1, description="CPU threads of one rank (OMP_NUM_THREADS).")
     master_address: str = "127.0.0.1"
@@ -125,6 +127,11 @@ class WorldConfig(Model):
     def size(self) -> int:
         """The world size: the number of ranks."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def data_size(self) -> int:
+        """The number of groups of ranks among which the rows of a step are divided."""
+        return self.size // self.sequence_parallel_size
 
 
 class MlflowConfig(Model):
@@ -234,6 +241,9 @@ class RunConfig(Model):
     )
     hold_seconds: float = Field(
         default=14400.0, ge=0, description="How long a result is held that the storage doesn't accept."
+    )
+    deletion_policy: DeletionPolicy = Field(
+        default="Retain", description="What a cleanup deletes; other pods don't know it."
     )
     recipe: dict[str, str] = Field(default_factory=dict, description="Digests of what decides the weights, by section.")
     signers: tuple[str, ...] | None = Field(

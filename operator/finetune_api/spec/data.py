@@ -177,6 +177,11 @@ class DatasetSpec(Model):
              " || self.chatTemplate.matches('^[A-Za-z0-9][A-Za-z0-9._-]*[.]jinja$')",
              lambda m: m.chat_template in (None, "none") or "{" in m.chat_template
              or s.is_file_name(m.chat_template, ".jinja")),
+        Rule("rendering.controlTokens", "can't be encode with chatTemplate none, because the control tokens of rows "
+             "that were rendered already must stay",
+             "!has(self.chatTemplate) || self.chatTemplate != 'none' || !has(self.rendering)"
+             " || self.rendering.controlTokens != 'encode'",
+             lambda m: m.chat_template != "none" or m.rendering.control_tokens != "encode"),
     )  # fmt: skip
 
     def training_sources(self) -> tuple[SourceSpec, ...]:

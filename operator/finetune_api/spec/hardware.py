@@ -43,8 +43,20 @@ class DistributionSpec(Model):
         "weights too (zero3, fsdp). Slower; it never changes the result. With strategy auto this is a minimum: more "
         "is offloaded if memory requires it.",
     )
+    sequence_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Number of processes that share each packed row, for rows that one GPU has no memory for (Ulysses "
+        "sequence parallelism). Each of them holds an equal part of the row's tokens, and computes attention for an "
+        "equal part of the heads. It must divide the number of all processes and the model's number of attention "
+        "heads. 1 to 64; 1 means that every process computes rows of its own. It never changes the result.",
+    )
 
     rules = (
+        Rule("sequenceParallelSize", "must divide nodes * processesPerNode",
+             "(self.nodes * self.processesPerNode) % self.sequenceParallelSize == 0",
+             lambda m: (m.nodes * m.processes_per_node) % m.sequence_parallel_size == 0),
         Rule("offload", "optimizer needs strategy auto, zero2 or zero3",
              "self.offload != 'optimizer' || self.strategy in ['auto', 'zero2', 'zero3']",
              lambda m: m.offload != "optimizer" or m.strategy in ("auto", "zero2", "zero3")),

@@ -33,6 +33,9 @@ class CheckpointSpec(Model):
     )
 
 
+DeletionPolicy = Literal["Retain", "DeleteCheckpoints", "Delete"]
+
+
 class OutputSpec(Model):
     """Specifies where the result is written."""
 
@@ -55,6 +58,14 @@ class OutputSpec(Model):
         "refuses the credentials, is full or doesn't respond. The upload is tried again every 30 s with the "
         "credentials that the Secret has by then. After that the attempt fails with ResultNotStored.",
     )  # fmt: skip
+    deletion_policy: DeletionPolicy = Field(
+        default="Retain",
+        description="What happens to the files in uri when this FineTuneJob is deleted. Retain leaves all of them. "
+        "DeleteCheckpoints deletes its checkpoints and its claim. Delete also deletes its result and its report. A pod "
+        "without GPUs does this after the job's pods have stopped, with the job's credentials; until it has ended, the "
+        "FineTuneJob has a finalizer. An Event says what was deleted, or what is left and why: the FineTuneJob is "
+        "removed even if the files can't be deleted. What another job has stored is never touched.",
+    )
     merge: bool = Field(
         default=False,
         description="Also write base and adapter merged into one model, to the folder merged/ next to the adapter. "

@@ -9,6 +9,9 @@ from pydantic import Field
 from finetune_api import scalars as s
 from finetune_api.base import Model, Rule
 
+GradientFormat = Literal["float32", "bfloat16"]
+"""A number format in which gradients are sent."""
+
 
 class LoraSpec(Model):
     """Configures low-rank adapters (Hu et al. 2021): a weight's update is (alpha / rank) * B A."""
@@ -188,6 +191,13 @@ class TrainingSpec(Model):
         description="Compile the layers of the model with PyTorch Inductor before training: with ddp, and on GPUs "
         "also with fsdp. auto does so in bfloat16 if the run is long enough to pay for it. If the first micro-batch "
         "can't be compiled, the layers run uncompiled, and the decision compile says why.",
+    )
+    gradient_messages: Literal["auto", GradientFormat] = Field(
+        default="auto",
+        description="Number format in which strategy ddp sends gradients between processes; they are added up in "
+        "float32. bfloat16 sends half of the bytes and rounds each gradient and each mean to 8 bits. auto is bfloat16 "
+        "in full training on GPUs that computes in bfloat16, and otherwise float32, which the other strategies always "
+        "use.",
     )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate. More than 0, at most 1.")
     scheduler: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(

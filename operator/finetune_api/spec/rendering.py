@@ -45,10 +45,11 @@ class RenderingSpec(Model):
         description="What happens to spaces and line breaks at the beginning and the end of texts: keep leaves them "
         "to the chat template and counts the answers that have them, strip removes them.",
     )
-    control_tokens: Literal["keep", "refuse"] = Field(
+    control_tokens: Literal["keep", "refuse", "encode"] = Field(
         default="keep",
         description="What happens to rows whose texts contain control tokens such as <|im_end|>, which look like the "
-        "border of a turn: keep counts them, and refuse makes the row unusable (see onInvalid).",
+        "border of a turn: keep counts them and leaves them, refuse makes the row unusable (see onInvalid), and encode "
+        "makes them plain text, which can't end or begin a turn.",
     )
 
     def of_job(self, created: str | None) -> RenderingSpec:

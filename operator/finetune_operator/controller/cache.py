@@ -48,10 +48,12 @@ class Cache:
         jobs, strangers = self._children(owner, key[1], body)
         pods = {job.uid: [self._pods[pod] for pod in self._pods_of.get((key[0], job.uid), ())] for job in jobs}
         checks = objects.attempts((job for job in jobs if job.role == names.ROLE_PREFLIGHT), pods)
+        cleanups = objects.attempts((job for job in jobs if job.role == names.ROLE_CLEANUP), pods)
         return JobSnapshot(
             body=body,
             attempts=objects.attempts((job for job in jobs if job.role == names.ROLE_TRAINER), pods),
             preflight=checks[0] if checks else None,
+            cleanup=cleanups[0] if cleanups else None,
             orphaned_pods=tuple(self._orphaned_pods(owner, key, {job.uid for job in jobs}, strangers)),
         )
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Literal
 
 from finetune_api import names
-from finetune_api.resource import FineTuneJob
+from finetune_api.resource import FineTuneJob, Metadata
 from finetune_api.status import CONDITION_CHECKPOINTS_STORED, OverfittingStatus, ProgressStatus, Status
 from finetune_api.untrusted import shortened
 from finetune_operator.core import restart_policy
@@ -156,21 +156,23 @@ class EventRecorder:
 
     async def record(self, job: FineTuneJob, before: Status, after: Status, now: datetime) -> None:
         """Posts the Events for a change of status, if there are any."""
-        meta = job.metadata
         for happening in happenings(before, after):
-            try:
-                await self._post(job, happening, timestamp(now))
-            except ApiError as error:
-                log.warning("event not created: %s", error, extra={"namespace": meta.namespace, "job": meta.name})
+            await self.post(job.metadata, happening, now)
+
+    async def post(self, meta: Metadata, happening: Happening, now: datetime) -> None:
+        """Posts one Event about a job. One that is lost is logged."""
+        try:
+            await self._post(meta, happening, timestamp(now))
+        except ApiError as error:
+            log.warning("event not created: %s", error, extra={"namespace": meta.namespace, "job": meta.name})
 
     def forget(self, uid: str) -> None:
         """Removes what is known about the Events of a job that is gone."""
         self._series.pop(uid, None)
 
-    async def _post(self, job: FineTuneJob, happening: Happening, now: str) -> None:
+    async def _post(self, meta: Metadata, happening: Happening, now: str) -> None:
         """Counts up an Event that exists, or creates one."""
-        meta, reason = job.metadata, happening.reason
-        message = happening.message[:_MAX_MESSAGE_CHARACTERS]
+        reason, message = happening.reason, happening.message[:_MAX_MESSAGE_CHARACTERS]
         posted = self._series.setdefault(meta.uid, {})
         series = posted.get(reason)
         if series and time.monotonic() - series.since < _SERIES_SECONDS:
@@ -182,11 +184,10 @@ class EventRecorder:
             else:
                 posted[reason] = _Series(series.name, series.count + 1, series.since)
                 return
-        created = await self._client.create("events", self._event(job, happening.kind, reason, message, now))
+        created = await self._client.create("events", self._event(meta, happening.kind, reason, message, now))
         posted[reason] = _Series(str(created["metadata"]["name"]), 1, time.monotonic())
 
-    def _event(self, job: FineTuneJob, kind: str, reason: str, message: str, now: str) -> dict[str, object]:
-        meta = job.metadata
+    def _event(self, meta: Metadata, kind: str, reason: str, message: str, now: str) -> dict[str, object]:
         return {
             "apiVersion": "v1",
             "kind": "Event",

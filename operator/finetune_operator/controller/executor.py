@@ -5,6 +5,7 @@ Before anything irreversible, it compares the cache with the API server. It deci
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -15,6 +16,7 @@ from finetune_api import names
 from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.creator import Creator
+from finetune_operator.controller.deletion.finalizer import Finalizer
 from finetune_operator.controller.snapshot import JobSnapshot
 from finetune_operator.core import output
 from finetune_operator.core.actions import (
@@ -29,7 +31,7 @@ from finetune_operator.core.actions import (
     ResumeGroup,
     SpecRefused,
 )
-from finetune_operator.core.objects import Observed
+from finetune_operator.core.objects import ChildJob, Observed
 from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.core.status import timestamp
@@ -45,8 +47,9 @@ _SINGLE_READS = 3  # of pods; more of them are listed
 class Executor:
     """Carries out the actions of all jobs."""
 
-    def __init__(self, client: KubeClient, cache: Cache, settings: Settings) -> None:
+    def __init__(self, client: KubeClient, cache: Cache, settings: Settings, finalizer: Finalizer) -> None:
         self._client = client
+        self._finalizer = finalizer
         self._cache = cache
         self._settings = settings
         self._creator = Creator(client, cache, settings)
@@ -112,11 +115,36 @@ class Executor:
             return
         children = [*snapshot.attempts, *([snapshot.preflight] if snapshot.preflight else [])]
         for job in (child.job for child in children if not child.job.deleting):
+            preconditions = {"uid": job.uid, "resourceVersion": job.resource_version}
             try:
-                await self._client.delete("jobs", job.namespace, job.name, {"uid": job.uid}, wait=True)
+                await self._client.delete("jobs", job.namespace, job.name, preconditions, wait=True)
                 log.info("deleted Job %s of a deleted FineTuneJob", job.name)
-            except (NotFound, Conflict):
+            except NotFound:
                 self._cache.drop_job(job.uid)
+            except Conflict:
+                await self._look_up_child(snapshot, job)
+
+    async def _look_up_child(self, snapshot: JobSnapshot, job: ChildJob) -> None:
+        """Reads a Job that has changed; one that was orphaned meanwhile is no child any more."""
+        try:
+            raw = await self._client.get("jobs", job.namespace, job.name)
+        except NotFound:
+            self._cache.drop_job(job.uid)
+            return
+        if ownership.controller_of(raw).get("uid") == snapshot.uid:
+            self._cache.put_job(raw)
+        else:
+            self._cache.drop_job(job.uid)
+
+    async def create_cleanup(self, observed: Observed) -> None:
+        """Creates the Job that deletes what a deleted FineTuneJob leaves.
+
+        Raises as `act` does.
+        """
+        await self._creator.check_offered(observed)
+        run = output.with_origin(plan(observed.job, self._settings), observed).model_copy(update={"progress": None})
+        await self._creator.close_pods(observed, first=False)
+        await self._creator.create("jobs", manifests.cleanup_job(observed.job, run, self._settings), observed)
 
     async def restore_service(self, observed: Observed) -> None:
         """Creates the Service of a group again if somebody has deleted it."""
@@ -132,20 +160,23 @@ class Executor:
             log.warning("Service %s can't be read: %s", name, error)
 
     async def _create_attempt(self, snapshot: JobSnapshot, observed: Observed, action: CreateAttempt) -> None:
+        self._finalizer.require(snapshot, observed.job)
         await self._creator.check_offered(observed)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
         run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
         run = self._creator.with_authority(run)
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
-        await self._creator.close_pods(observed, first=_is_new(observed))
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
+        before = [self._creator.close_pods(observed, first=_is_new(observed))]
         if run.world.nodes > 1:
-            await self._creator.create("services", manifests.service(observed.job), observed)
+            before.append(self._creator.create("services", manifests.service(observed.job), observed))
             manifest = manifests.with_rendezvous_secret(manifest, secrets.token_hex(32))
+        await asyncio.gather(*before)  # pods that exist are closed to others, and have a name
         await self._creator.create("jobs", manifest, observed)
 
     async def _create_preflight(self, snapshot: JobSnapshot, observed: Observed) -> None:
+        self._finalizer.require(snapshot, observed.job)
         await self._creator.check_offered(observed)
         run = output.with_origin(plan(observed.job, self._settings), observed)
         run = self._creator.with_authority(run)

@@ -8,36 +8,39 @@ from __future__ import annotations
 import logging
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status, read
+from finetune_operator.controller.deletion.ending import Ending
+from finetune_operator.controller.deletion.finalizer import Finalizer
 from finetune_operator.controller.event_recorder import EventRecorder
 from finetune_operator.controller.executor import Executor
 from finetune_operator.controller.snapshot import JobSnapshot, Key
 from finetune_operator.controller.spec_reader import SpecReader
 from finetune_operator.controller.state import ControllerState
+from finetune_operator.controller.status_writer import StatusWriter
 from finetune_operator.controller.warning_events import WarningEvents
+from finetune_operator.controller.workqueue import WriteTurns
 from finetune_operator.core import decide, plan, reduced_status, status, verdict, write_policy
 from finetune_operator.core.actions import Blocked, Decision, DesiredStatus, NameTaken, OutOfDate, SpecRefused
-from finetune_operator.core.objects import Attempt, Observed, seconds_between
+from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.plan import PlanError
 from finetune_operator.core.pods.digest import PodsDigests
 from finetune_operator.core.pods.offers import NotOffered
 from finetune_operator.core.reduced_status import OPERATOR_ERROR, OPERATOR_TOO_OLD, SPEC_UNREADABLE
-from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound, Refused
+from finetune_operator.kube.client import ApiError, Conflict, KubeClient, NotFound
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _BLOCKED_SECONDS = 10.0
 _LOOK_UP_SECONDS = 5.0  # until a pod that no watch reports is looked up again
-_REFUSED_SECONDS = 60.0  # until a status that the API server refuses is tried again
 _UPGRADE_SECONDS = 60.0  # how long the operator may be older than its CRD before a job's status says so
 _FIRST_EVENTS_SECONDS = 3.0  # until events are read to explain why a pod doesn't start
 _LONGEST_EVENTS_INTERVAL_SECONDS = 30.0
 _FIRST_SERVICE_SECONDS = 10.0  # until a group that hasn't trained yet is checked to still have its Service
 _SERVICE_INTERVAL_SECONDS = 10.0
+_WRITES_AT_A_TIME = 4  # of status: several hundred a second, unless the API server is overloaded
 
 
 class Reconciler:
@@ -50,21 +53,31 @@ class Reconciler:
         self._progress = state.progress
         self._settings = settings
         self._recorder = recorder
-        self._executor = Executor(client, state.cache, settings)
+        self._finalizer = Finalizer(client, state.cache)
+        self._executor = Executor(client, state.cache, settings, self._finalizer)
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
+        self._ending = Ending(
+            client, state, settings, self._executor, self._finalizer, self._specs, recorder, self._warning_events
+        )
         self._digests = PodsDigests(settings)
-        self._refused_until: dict[Key, float] = {}  # when a refused status is tried again (monotonic)
-        self._refusals: dict[Key, str] = {}
+        self._turns = WriteTurns(state.queue, _WRITES_AT_A_TIME)
+        self._statuses = StatusWriter(client, state.queue)
         self._differs_since: dict[Key, float] = {}  # when the desired status first differed from the written one
 
     async def reconcile(self, key: Key) -> None:
         """Reconciles one job. Raises kube.client.Unavailable if it has to be retried later."""
+        try:
+            await self._reconcile(key)
+        finally:
+            self._turns.next()
+
+    async def _reconcile(self, key: Key) -> None:
         snapshot = self._cache.snapshot(key)
         if snapshot is None or "deletionTimestamp" in snapshot.body["metadata"]:
             self._forget(key, snapshot)
             if snapshot:
-                await self._executor.end(snapshot)
+                await self._ending.run(snapshot)
             return
         if await self._executor.look_up(snapshot):
             self._queue.add_after(key, _LOOK_UP_SECONDS)
@@ -82,6 +95,7 @@ class Reconciler:
             await self._wait_for_upgrade(snapshot, reading.unknown, now)
             return
         try:
+            await self._finalizer.follow(snapshot, job)
             if decision.status_first and await self._write_status_if_due(
                 snapshot, observed, decision.desired, now, immediately=True
             ):
@@ -138,10 +152,7 @@ class Reconciler:
         *,
         immediately: bool = False,
     ) -> bool:
-        """Writes status if it is due, else requeues the job for later.
-
-        Returns whether it was written.
-        """
+        """Writes status if it is due, else requeues the job. Returns whether it was written."""
         key = snapshot.key
         before, generation = observed.job.status, observed.job.metadata.generation
         after = status.status(observed, desired, now) if desired else status.acknowledged(before, generation)
@@ -151,11 +162,20 @@ class Reconciler:
             self._differs_since.pop(key, None)
         elif due > 0 and not immediately:
             self._queue.add_after(key, due)
-        else:
-            await self._write(snapshot, after)
-            await self._recorder.record(observed.job, before, after, now)
+        elif immediately:
+            await self._write_with_events(snapshot, observed, after, now)
+            return True
+        elif self._turns.begin(key):
+            try:
+                await self._write_with_events(snapshot, observed, after, now)
+            finally:
+                self._turns.end()
             return True
         return False
+
+    async def _write_with_events(self, snapshot: JobSnapshot, observed: Observed, after: Status, now: datetime) -> None:
+        await self._write(snapshot, after)
+        await self._recorder.record(observed.job, observed.job.status, after, now)
 
     async def _write(self, snapshot: JobSnapshot, after: Status) -> None:
         """Writes status if the object still has the version that the decision was based on.
@@ -165,7 +185,7 @@ class Reconciler:
         """
         namespace, name = snapshot.key
         try:
-            body = await self._apply(snapshot, after)
+            body = await self._statuses.apply(snapshot, after)
         except Conflict as error:
             await self._executor.refresh(snapshot)
             raise OutOfDate from error
@@ -178,32 +198,6 @@ class Reconciler:
         self._cache.put_body(body)
         log.info("status written: %s: %s", after.phase, after.message, extra={"namespace": namespace, "job": name})
 
-    async def _apply(self, snapshot: JobSnapshot, after: Status) -> dict[str, Any] | None:
-        """Applies a status, or a reduced one while the API server refuses it.
-
-        Returns the object; None if even the reduced one is refused. It is tried again later.
-        """
-        key, version = snapshot.key, snapshot.resource_version
-        if time.monotonic() >= self._refused_until.get(key, 0.0):
-            try:
-                body = await self._client.apply_status(*key, version, after.to_json())
-            except Refused as error:
-                self._refused_until[key] = time.monotonic() + _REFUSED_SECONDS
-                self._refusals[key] = f"{error.code} {error.reason or error.message[:200]}"
-                log.warning("status refused: %s", error, extra={"namespace": key[0], "job": key[1]})
-            else:
-                self._refused_until.pop(key, None)
-                return body
-        self._queue.add_after(key, _REFUSED_SECONDS)
-        less = reduced_status.refused(after, self._refusals[key])
-        if less == read(snapshot.body.get("status")):
-            return None
-        try:
-            return await self._client.apply_status(*key, version, less.to_json())
-        except Refused as error:
-            log.error("even a reduced status is refused: %s", error, extra={"namespace": key[0], "job": key[1]})
-            return None
-
     async def report_error(self, key: Key, error: Exception, delay: float) -> None:
         """Says in the status of a job that reconciling it failed unexpectedly. Never raises."""
         snapshot = self._cache.snapshot(key)
@@ -214,7 +208,7 @@ class Reconciler:
             f"the operator can't process this job: {type(error).__name__}; it tries again in {delay:.0f} s, and its "
             "log has the cause"
         )
-        after = reduced_status.hindered(before, _generation(snapshot), OPERATOR_ERROR, message, datetime.now(UTC))
+        after = reduced_status.hindered(before, snapshot.generation, OPERATOR_ERROR, message, datetime.now(UTC))
         reported = any(c.reason == OPERATOR_ERROR for c in before.conditions)
         if before.phase in TERMINAL_PHASES or reported:
             return
@@ -248,7 +242,7 @@ class Reconciler:
     async def _stall(self, snapshot: JobSnapshot, reason: str, message: str, now: datetime) -> None:
         """Reports that this version of the operator can't continue a job; its phase remains."""
         before = read(snapshot.body.get("status"))
-        after = reduced_status.stalled(before, _generation(snapshot), reason, message, now)
+        after = reduced_status.stalled(before, snapshot.generation, reason, message, now)
         if before.phase not in TERMINAL_PHASES and after != before:
             await self._write(snapshot, after)
 
@@ -271,21 +265,14 @@ class Reconciler:
     def _forget(self, key: Key, snapshot: JobSnapshot | None) -> None:
         """Removes all that is in memory about a job that is gone or being deleted."""
         self._differs_since.pop(key, None)
-        self._refused_until.pop(key, None)
-        self._refusals.pop(key, None)
+        self._statuses.forget(key)
         self._specs.forget(key)
         self._queue.forget(key)
+        self._turns.forget(key)
         if snapshot:
             self._progress.forget(snapshot.uid)
             self._digests.forget(snapshot.uid)
             self._recorder.forget(snapshot.uid)
-            self._warning_events.forget(_child_uids(snapshot))
-
-
-def _child_uids(snapshot: JobSnapshot) -> tuple[str, ...]:
-    children: tuple[Attempt, ...] = (*snapshot.attempts, *((snapshot.preflight,) if snapshot.preflight else ()))
-    return tuple(uid for child in children for uid in (child.job.uid, *(pod.uid for pod in child.pods)))
-
-
-def _generation(snapshot: JobSnapshot) -> int:
-    return int(snapshot.body["metadata"].get("generation", 1))
+            self._warning_events.forget(snapshot.child_uids)
+        else:
+            self._ending.forget(key)

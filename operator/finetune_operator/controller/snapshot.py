@@ -31,13 +31,25 @@ class JobSnapshot:
     body: Raw
     attempts: tuple[Attempt, ...]
     preflight: Attempt | None
+    cleanup: Attempt | None
     orphaned_pods: tuple[Pod, ...]
 
     @property
     def pods(self) -> tuple[Pod, ...]:
         """All pods, of all children."""
-        children = (*self.attempts, *((self.preflight,) if self.preflight else ()))
+        children = (*self.attempts, *(child for child in (self.preflight, self.cleanup) if child))
         return (*(pod for child in children for pod in child.pods), *self.orphaned_pods)
+
+    @property
+    def child_uids(self) -> tuple[str, ...]:
+        """The uids of all children and of their pods."""
+        children = (*self.attempts, *((self.preflight,) if self.preflight else ()))
+        return tuple(uid for child in children for uid in (child.job.uid, *(pod.uid for pod in child.pods)))
+
+    @property
+    def generation(self) -> int:
+        """The generation of its spec."""
+        return int(self.body["metadata"].get("generation", 1))
 
     @property
     def key(self) -> Key:

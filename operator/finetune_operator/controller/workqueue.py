@@ -1,6 +1,7 @@
 """Queues the keys of FineTuneJobs to reconcile, so that at most one worker has a job at a time.
 
-It knows nothing about a job except its key.
+Namespaces take turns, so that one with very many jobs doesn't delay those of others. It knows
+nothing about a job except its key.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class WorkQueue:
     """
 
     def __init__(self, observe_wait: Callable[[float], None] = lambda _: None) -> None:
-        self._queue: deque[Key] = deque()
-        self._queued_at: dict[Key, float] = {}  # keys in _queue
+        self._queues: dict[str, deque[Key]] = {}  # by namespace, the one whose turn is next first; none is empty
+        self._queued_at: dict[Key, float] = {}  # keys in _queues
         self._busy: set[Key] = set()
         self._requeue: set[Key] = set()
         self._timers: dict[Key, _Timer] = {}
@@ -47,7 +48,7 @@ class WorkQueue:
         self._observe_wait = observe_wait
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queued_at)
 
     def add(self, key: Key) -> None:
         """Queues the key unless it is queued already."""
@@ -55,7 +56,7 @@ class WorkQueue:
             self._requeue.add(key)
         elif key not in self._queued_at:
             self._queued_at[key] = time.monotonic()
-            self._queue.append(key)
+            self._queues.setdefault(key[0], deque()).append(key)
             self._filled.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -71,10 +72,14 @@ class WorkQueue:
 
     async def take(self) -> Key:
         """Waits for the next key; `done` or `failed` has to be called for it afterwards."""
-        while not self._queue:
+        while not self._queues:
             self._filled.clear()
             await self._filled.wait()
-        key = self._queue.popleft()
+        namespace = next(iter(self._queues))
+        rest = self._queues.pop(namespace)
+        key = rest.popleft()
+        if rest:
+            self._queues[namespace] = rest  # behind all others
         self._observe_wait(time.monotonic() - self._queued_at.pop(key))
         self._busy.add(key)
         return key
@@ -115,3 +120,44 @@ class WorkQueue:
         if key in self._requeue:
             self._requeue.discard(key)
             self.add(key)
+
+
+class WriteTurns:
+    """Limits how many jobs write their status at the same time.
+
+    An overloaded API server answers late. What it gets then are the pods of new jobs, not each
+    phase of those before: a job whose turn it isn't is reconciled again when it is, and writes what
+    its status is by then. On an idle API server, nobody ever waits.
+    """
+
+    def __init__(self, queue: WorkQueue, limit: int) -> None:
+        self._queue = queue
+        self._limit = limit
+        self._writing = 0
+        self._waiting: dict[Key, None] = {}  # in the order of their turns
+
+    def begin(self, key: Key) -> bool:
+        """Returns whether a job may write now; `end` has to be called for it afterwards. Otherwise,
+        it is queued again."""
+        if self._writing >= self._limit:
+            self._waiting[key] = None
+            return False
+        self._waiting.pop(key, None)
+        self._writing += 1
+        return True
+
+    def end(self) -> None:
+        """Reports that a job has written."""
+        self._writing -= 1
+
+    def next(self) -> None:
+        """Queues the next job that waits, if it may write. Call it after each reconcile, since the
+        job whose turn it was may have had nothing to write any more."""
+        if self._waiting and self._writing < self._limit:
+            key = next(iter(self._waiting))
+            del self._waiting[key]
+            self._queue.add(key)
+
+    def forget(self, key: Key) -> None:
+        """Removes a job that is gone."""
+        self._waiting.pop(key, None)

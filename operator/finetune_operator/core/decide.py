@@ -24,6 +24,7 @@ from finetune_operator.core.actions import (
     CreateAttempt,
     CreatePreflight,
     Decision,
+    DeleteJob,
     DesiredStatus,
 )
 from finetune_operator.core.avoided_nodes import avoided_nodes
@@ -54,6 +55,10 @@ _RESUMES = {
 def decide(observed: Observed, now: datetime) -> Decision:
     """Returns the next actions for a job, and the status that it should have afterwards."""
     observed = lost_nodes.with_lost_pods(observed, now)
+    return _without_old_attempts(observed, _decision(observed, now))
+
+
+def _decision(observed: Observed, now: datetime) -> Decision:
     if observed.job.status.phase in TERMINAL_PHASES:
         return stopping.finished(observed, now)
     case = case_of(observed, now)
@@ -186,19 +191,11 @@ def _restart(case: Case, verdict: Verdict, lifetime: float, ended: float) -> Dec
 
 
 def _create(case: Case, restarts: Restarts, phase: Phase, message: str, after: Verdict | None = None) -> Decision:
-    """Creates the next attempt; `after` is the verdict on the failed attempt that it replaces.
-
-    Only the two newest attempts are kept for inspection; older Jobs are deleted.
-    """
+    """Creates the next attempt; `after` is the verdict on the failed attempt that it replaces."""
     number = case.number + 1
-    old = tuple(
-        delete(attempt, wait=False)
-        for attempt in case.observed.attempts
-        if attempt.number < number - 1 and not attempt.job.deleting
-    )
     failure = failure_of(after, case.number) if after else last_failure(case.observed, case.number)
     desired = DesiredStatus(phase, STARTING, message, number, restarts, failure, verdict=case.verdict)
-    return Decision(desired, (CreateAttempt(number, restarts, avoided_nodes(case.observed.attempts)), *old))
+    return Decision(desired, (CreateAttempt(number, restarts, avoided_nodes(case.observed.attempts)),))
 
 
 def _wait_for_orphaned_pods(case: Case) -> Decision:
@@ -231,6 +228,20 @@ def _with_lost_nodes(case: Case, decision: Decision, lost_after: float | None) -
     limit = case.now + timedelta(seconds=lost_after + 0.5)
     message = f"{silent}; unless that changes, the job goes on elsewhere at {limit:%H:%M:%S UTC}"
     return replace(decision, desired=replace(desired, reason=NODE_SILENT, message=message))
+
+
+def _without_old_attempts(observed: Observed, decision: Decision) -> Decision:
+    """Returns the decision that also deletes the Jobs of all but the two newest attempts, which are
+    kept for inspection."""
+    created = (action.number for action in decision.actions if isinstance(action, CreateAttempt))
+    newest = max((*created, *(attempt.number for attempt in observed.attempts)), default=0)
+    deleted = {action.uid for action in decision.actions if isinstance(action, DeleteJob)}
+    old = tuple(
+        delete(attempt, wait=False)
+        for attempt in observed.attempts
+        if attempt.number < newest - 1 and not attempt.job.deleting and attempt.job.uid not in deleted
+    )
+    return replace(decision, actions=(*decision.actions, *old))
 
 
 def _requeued(decision: Decision, *delays: float | None) -> Decision:

@@ -20,7 +20,7 @@ RUNNING = "Running"
 SUCCEEDED = "Succeeded"
 FAILED = "Failed"
 
-_POD_NAME = re.compile(r"([a-z0-9.-]+?)-(?:[0-9]+-[0-9]+|check)-[a-z0-9]+")
+_POD_NAME = re.compile(r"([a-z0-9.-]+?)-(?:[0-9]+-[0-9]+|check|clean)-[a-z0-9]+")
 MAX_PODS = 1024  # of one attempt, as spec.distribution.nodes has it
 
 
@@ -36,7 +36,7 @@ class Termination:
 
 @dataclass(frozen=True)
 class Pod:
-    """Describes a pod of an attempt or of a preflight check."""
+    """Describes a pod of an attempt, of a preflight check or of a cleanup."""
 
     namespace: str
     name: str
@@ -91,7 +91,7 @@ class ChildJob:
     resource_version: str
     owner_uid: str  # of the FineTuneJob; empty if the Job isn't called as one of its children
     role: str
-    attempt: int  # 0 for preflight
+    attempt: int  # 0 for preflight and cleanup
     created: str
     owner_name: str = ""
     expected_pods: int = 1
@@ -119,14 +119,14 @@ class ChildJob:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Joins a Job (of an attempt or a preflight check) with its pods, ordered by index."""
+    """Joins a Job (of an attempt, a preflight check or a cleanup) with its pods, by index."""
 
     job: ChildJob
     pods: tuple[Pod, ...] = ()
 
     @property
     def number(self) -> int:
-        """The attempt's number, from 1; 0 for a preflight check."""
+        """The attempt's number, from 1; 0 for a preflight check and a cleanup."""
         return self.job.attempt
 
     @property

@@ -170,6 +170,8 @@ def _place(name: str, owner: str) -> tuple[str, int]:
         return "", 0
     if name == names.preflight_job_name(owner):
         return names.ROLE_PREFLIGHT, 0
+    if name == names.cleanup_job_name(owner):
+        return names.ROLE_CLEANUP, 0
     attempt = u.integer(name.removeprefix(f"{owner}-"), low=1)
     return (names.ROLE_TRAINER, attempt) if attempt and name == names.attempt_job_name(owner, attempt) else ("", 0)
 

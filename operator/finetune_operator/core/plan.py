@@ -137,8 +137,9 @@ def gpu_count(spec: Spec) -> int:
 
 
 def spec_digest(spec: Spec) -> str:
-    """Returns the sha256 of the spec without runPolicy, which may change while the job runs."""
+    """Returns the sha256 of the spec without what may change while the job runs."""
     content = {key: value for key, value in spec.to_json().items() if key != "runPolicy"}
+    content["output"] = {key: value for key, value in content["output"].items() if key != "deletionPolicy"}
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -151,6 +152,7 @@ def _world(job: FineTuneJob, attempt: int, pod: PodAmounts) -> WorldConfig:
         processes_per_node=processes,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
+        sequence_parallel_size=spec.distribution.sequence_parallel_size,
         device="cuda" if spec.resources.gpu else "cpu",
         threads_per_process=max(1, int(quantity_value(pod.cpu)) // processes),
         master_address=names.master_address(job.metadata.name, attempt) if nodes > 1 else "127.0.0.1",

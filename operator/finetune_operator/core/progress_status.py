@@ -37,6 +37,7 @@ def progress(
         eval_reward_accuracy=_rounded(current.eval_reward_accuracy),
         tokens_per_second=_rounded(current.tokens_per_second, 1),
         eta_seconds=current.eta_seconds,
+        eta=duration(current.eta_seconds) if current.eta_seconds else "",
         skipped_steps=current.skipped_steps,
         straggler=current.straggler,
         message=current.message or current.phase,
@@ -82,6 +83,23 @@ def _final_progress(
         message="done",
         update_time=report.time if report else last.update_time,
     )
+
+
+def duration(seconds: int) -> str:
+    """Returns a duration as kubectl shows ages: in its two largest units, or in one if the other
+    hardly matters."""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if seconds < 120:
+        return f"{seconds}s"
+    if minutes < 10:
+        return f"{minutes}m{seconds % 60}s" if seconds % 60 else f"{minutes}m"
+    if minutes < 180:
+        return f"{minutes}m"
+    if hours < 8:
+        return f"{hours}h{minutes % 60}m" if minutes % 60 else f"{hours}h"
+    if hours < 48:
+        return f"{hours}h"
+    return f"{days}d{hours % 24}h" if days < 8 and hours % 24 else f"{days}d"
 
 
 def _percent(step: int, total: int) -> int:

@@ -109,15 +109,15 @@ def _suspension(job: ChildJob) -> str:
 
 
 def needs_service(observed: Observed) -> bool:
-    """Whether the pods of a group may still look for each other by the name of their Service.
+    """Whether the pods of a group look for each other by the name of their Service.
 
-    They do so until they have met, which is before the first step.
+    They do so from their start until they have met, which is before the first step.
     """
     attempt, report = observed.current, observed.report
     if attempt is None or attempt.job.expected_pods == 1 or attempt.job.is_finished or attempt.job.suspended:
         return False
     has_stepped = report is not None and report.progress.attempt == attempt.number and report.progress.step > 0
-    return not has_stepped
+    return not has_stepped and any(pod.started for pod in attempt.pods)
 
 
 def _all_succeeded(attempt: Attempt) -> bool:

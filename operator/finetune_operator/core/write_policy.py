@@ -14,9 +14,6 @@ from finetune_operator.core.objects import seconds_between
 # A change that isn't urgent waits this long, so that one write includes a change that follows
 # immediately.
 SETTLE_SECONDS = 2.0
-# A new spec is acknowledged this much later than its pods are created: under load they would have
-# to wait for that write.
-ACKNOWLEDGE_SECONDS = 0.2
 # A new message about the same condition waits this long: a kubelet repeats itself with different
 # port numbers.
 MESSAGE_SETTLE_SECONDS = 60.0
@@ -26,8 +23,9 @@ NEWS_SECONDS = 3.0
 
 _URGENT_PHASES = ("Succeeded", "Failed", "Suspended")
 # Phases of the trainer in their order. A change back is no news: training and evaluating alternate.
-_ORDER = {"fetching": 1, "checking": 1, "loading": 2, "tokenizing": 3, "training": 4, "evaluating": 4, "saving": 4,
-          "uploading": 5, "done": 6}  # fmt: skip
+# Nor is the end, which a pod's own end follows.
+_ORDER = {"fetching": 1, "checking": 1, "loading": 2, "tokenizing": 3, "training": 4, "evaluating": 4, "saving": 5,
+          "uploading": 6, "done": 6}  # fmt: skip
 
 
 def seconds_until_due(
@@ -44,8 +42,6 @@ def seconds_until_due(
         return _until_progress_is_due(before, after, write_every, now)
     if _is_urgent(before, after):
         return 0.0
-    if before.observed_generation != after.observed_generation:
-        return max(0.0, ACKNOWLEDGE_SECONDS - (pending or 0.0))
     settle = MESSAGE_SETTLE_SECONDS if _without_messages(before) == _without_messages(after) else SETTLE_SECONDS
     return max(0.0, settle - (pending or 0.0))
 
@@ -59,17 +55,32 @@ def _until_progress_is_due(before: Status, after: Status, write_every: float, no
     """Returns how many seconds a change of progress may wait.
 
     Somebody watches a job in its first minutes, so progress is written often then, and less often
-    later: the interval is a sixth of the run's age, at least a third of `write_every` and at most
-    twice as long. A run of an hour so needs fewer writes than at a constant interval.
+    later: the interval is a fifth of the run's age, at least a third of `write_every` and at most
+    twice as long. A figure that changes less often than `write_every` needn't wait for that: it is
+    written after the shortest interval. In the long run, this needs no more writes than a constant
+    interval of `write_every`.
     """
     if before.progress is None or before.progress.update_time is None:
         return 0.0
     age = seconds_between(before.progress.update_time, now)
     if _is_news(before.progress, after.progress) or before.signers != after.signers:
         return max(0.0, NEWS_SECONDS - age)
+    if _has_rare_change(before.progress, after.progress, write_every):
+        return max(0.0, shortest_interval(write_every) - age)
     run = seconds_between(before.start_time, now) if before.start_time else 0.0
-    interval = min(max(run / 6, shortest_interval(write_every)), 2 * write_every)
+    interval = min(max(run / 5, shortest_interval(write_every)), 2 * write_every)
     return max(0.0, interval - age)
+
+
+def _has_rare_change(before: ProgressStatus, after: ProgressStatus | None, write_every: float) -> bool:
+    """Whether a figure has changed that takes at least `write_every` seconds from one change to the
+    next: the step in a run with long steps, the whole percent in a long run, and the last step."""
+    if after is None or after.eta_seconds is None:
+        return False
+    steps, percents = after.total_steps - after.step, 100 - after.percent
+    step_is_long = after.eta_seconds >= steps * write_every
+    percent_is_long = after.eta_seconds >= percents * write_every
+    return (step_is_long and before.step != after.step) or (percent_is_long and before.percent != after.percent)
 
 
 def _is_news(before: ProgressStatus, after: ProgressStatus | None) -> bool:

@@ -187,13 +187,20 @@ class ProgressServer:
         return key, job.attempt, job.owner_uid
 
     def _enqueue(self, key: Key, uid: str, is_news: bool) -> None:
-        """Queues the job if its status may be due: immediately for news."""
+        """Queues the job for when its status may be due: immediately for news.
+
+        A trainer doesn't repeat a report, so none may be left out.
+        """
         now = time.monotonic()
         interval = shortest_interval(self._settings.write_every_seconds)
-        if is_news or now - self._enqueued_at.get(uid, 0.0) >= interval:
+        last = self._enqueued_at.get(uid, float("-inf"))
+        if is_news or now - last >= interval:
             _clear_if_full(self._enqueued_at)
             self._enqueued_at[uid] = now
             self._queue.add(key)
+        elif last <= now:
+            self._enqueued_at[uid] = last + interval
+            self._queue.add_after(key, last + interval - now)
 
 
 def _clear_if_full(table: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ def render(helm: str, *sets: str, release: str = RELEASE, values: Path | None = 
     command += ["--values", str(values)] if values else []
     done = run(helm, *command)
     assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    documents = yaml.load_all(done.stdout, Loader=yaml.CSafeLoader)  # ten times as fast as Python's
+    return [document for document in documents if document]
 
 
 def of_kind(objects: list[Object], *kinds: str) -> list[Object]:

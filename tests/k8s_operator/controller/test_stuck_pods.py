@@ -97,7 +97,7 @@ def test_pods_that_a_quota_refuses_are_reported_with_the_job_controllers_message
 
 def test_a_service_that_is_deleted_while_pods_start_is_made_again(world: World, operator: Operator) -> None:
     world.submit("nameless", distribution={"nodes": 2})
-    world.wait_pods("nameless-1", 2)
+    world.run_pods("nameless-1", 2)
     world.wait(lambda: world.get("services", "nameless-ranks"))
     world.delete("services", "nameless-ranks")
     world.wait(lambda: world.get("services", "nameless-ranks"), 30, lambda: "new Service")

@@ -7,7 +7,8 @@ from typing import Any
 
 from finetune_api import names
 from finetune_operator.controller.cache import Cache
-from finetune_operator.controller.workqueue import WorkQueue
+from finetune_operator.controller.snapshot import Key
+from finetune_operator.controller.workqueue import WorkQueue, WriteTurns
 from finetune_operator.kube.rate_limiter import ORDINARY, URGENT, RateLimiter
 from k8s_operator.support.kubelet_stand_in import job_body
 
@@ -31,6 +32,21 @@ async def test_a_job_that_is_added_while_it_is_processed_is_processed_once_more_
     assert len(queue) == 0
     queue.done(_A)
     assert await asyncio.wait_for(queue.take(), 1) == _A
+
+
+async def test_a_namespace_with_many_jobs_doesnt_delay_the_jobs_of_others() -> None:
+    queue = WorkQueue()
+    flood = [("flood", str(number)) for number in range(1000)]
+    for key in flood:
+        queue.add(key)
+    assert await queue.take() == flood[0]
+    queue.add(_A)
+    queue.add(_B)
+    queue.add(("other", "c"))
+    taken = [await queue.take() for _ in range(8)]
+    assert [key for key in taken if key[0] != "flood"] == [_A, ("other", "c"), _B]
+    assert [key for key in taken if key[0] == "flood"] == flood[1:6]
+    assert len(queue) == 1000 + 3 - 9
 
 
 async def test_the_earliest_of_several_timers_fires() -> None:
@@ -253,3 +269,46 @@ def test_deletions_are_forgotten_at_the_second_resync_after_them() -> None:
     assert cache.put_job(_child(4)) is None
     cache.forget_deletions()
     assert cache.put_job(_child(4)) == _A
+
+
+async def _order_of_writes(jobs: int, limit: int, nothing_to_write: frozenset[Key] = frozenset()) -> list[Key]:
+    """Reconciles jobs that all want to write at once, by more workers than may write."""
+    queue = WorkQueue()
+    turns = WriteTurns(queue, limit)
+    writing = 0
+    written: list[Key] = []
+
+    async def work() -> None:
+        nonlocal writing
+        while True:
+            key = await queue.take()
+            if key in written or (key in nothing_to_write and len(written) >= limit):
+                pass
+            elif turns.begin(key):
+                writing += 1
+                assert writing <= limit
+                await asyncio.sleep(0.001)
+                writing -= 1
+                written.append(key)
+                turns.end()
+            turns.next()
+            queue.done(key)
+
+    for number in range(jobs):
+        queue.add(("team", str(number)))
+    workers = [asyncio.create_task(work()) for _ in range(2 * limit + 1)]
+    await asyncio.sleep(0.02 + 0.005 * jobs)
+    for worker in workers:
+        worker.cancel()
+    return written
+
+
+async def test_jobs_write_in_turns_and_none_is_left_out() -> None:
+    written = await _order_of_writes(jobs=20, limit=2)
+    assert sorted(written) == sorted(("team", str(number)) for number in range(20))
+
+
+async def test_a_job_that_has_nothing_to_write_when_it_is_its_turn_lets_the_next_one_write() -> None:
+    idle = frozenset(("team", str(number)) for number in range(2, 12))
+    written = await _order_of_writes(jobs=20, limit=2, nothing_to_write=idle)
+    assert set(written) >= {("team", str(number)) for number in range(20)} - idle

@@ -268,3 +268,15 @@ def test_an_attempt_that_could_not_be_created_is_never_counted(desired_after: An
     assert (desired.attempt, desired.restarts) == (2, Restarts(infrastructure=1))
     corrected = desired_after(observed, desired)
     assert (corrected.attempt, corrected.restarts) == (1, Restarts())
+
+
+@pytest.mark.parametrize("phase", ["Starting", "Running", "Succeeded", "Failed", "Suspended"])
+def test_an_old_attempt_that_a_crash_has_left_is_deleted_later(phase: Phase) -> None:
+    done = phase in ("Succeeded", "Failed")
+    attempts = (
+        an_attempt(1, a_dead_pod(0, 72), failed=True),
+        an_attempt(2, a_dead_pod(0, 72), failed=True, uid="child-2"),
+        an_attempt(3, a_done_pod() if done else a_pod(), complete=done, uid="child-3"),
+    )
+    decision = decide(an_observation(a_job(_status(phase, 3)), *attempts), NOW)
+    assert _deletes(decision) == ["train-1"]

@@ -53,6 +53,7 @@ def test_every_manifest_parses_with_the_clients_models_and_has_no_misspelled_fie
     run = plan(job, _SETTINGS)
     V1Job.model_validate(manifests.attempt_job(job, run, _SETTINGS, Restarts()))
     V1Job.model_validate(manifests.preflight_job(job, run, _SETTINGS))
+    V1Job.model_validate(manifests.cleanup_job(job, run, _SETTINGS))
     V1Service.model_validate(manifests.service(job))
 
 
@@ -310,7 +311,42 @@ def test_inputs_are_checked_beforehand_if_gpus_would_wait_for_it() -> None:
     assert needs_preflight(a_job(run_policy={"preflight": "always"}).spec)
 
 
+def test_a_pod_that_cleans_has_no_more_than_it_needs() -> None:
+    """Secrets, claims and volumes of the inputs may be gone by then."""
+    volumes = [
+        {"name": "base", "claim": {"name": "models"}},
+        {"name": "work", "claim": {"name": "w", "readOnly": False}},
+    ]
+    job = a_job(
+        model={"uri": "volume://base/llama"},
+        dataset={"uri": "pvc://rows/train.jsonl", "credentialsRef": {"name": "rows"}},
+        output={"uri": "volume://work/x", "credentialsRef": {"name": "keys"}, "deletionPolicy": "DeleteCheckpoints"},
+        resources={"gpu": {}, "scratch": "500Gi"},
+        pod={"volumes": volumes, "nodeSelector": {"pool": "h100"}, "priorityClassName": "high"},
+    )
+    body = manifests.cleanup_job(job, plan(job, _SETTINGS), _SETTINGS)
+    pod = body["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert body["metadata"]["name"] == "train-clean"
+    assert (body["spec"]["activeDeadlineSeconds"], body["spec"]["backoffLimit"]) == (600, 4)
+    assert {v["name"] for v in pod["volumes"]} == {"tmp", "run-config", "credentials-output", "volume-work"}
+    assert container["args"] == ["cleanup"]
+    assert container["resources"]["limits"] == {"cpu": "1", "memory": "2Gi", "ephemeral-storage": str(3 << 30)}
+    assert pod["nodeSelector"] == {"pool": "gpu"}
+    assert not {"priorityClassName", "affinity", "runtimeClassName"} & pod.keys()
+    run = parse(body["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_RUN_CONFIG])
+    assert run.deletion_policy == "DeleteCheckpoints"
+
+
+def test_another_deletion_policy_concerns_no_pod_that_trains() -> None:
+    before, after = a_job(), a_job(output={"deletionPolicy": "Delete"})
+    assert manifests.attempt_job(before, plan(before, _SETTINGS), _SETTINGS, Restarts()) == manifests.attempt_job(
+        after, plan(after, _SETTINGS), _SETTINGS, Restarts()
+    )
+
+
 def test_the_specs_digest_is_about_what_is_trained() -> None:
+    assert spec_digest(a_job().spec) == spec_digest(a_job(output={"deletionPolicy": "Delete"}).spec)
     assert spec_digest(a_job().spec) == spec_digest(a_job(run_policy={"suspend": True}).spec)
     assert spec_digest(a_job().spec) != spec_digest(a_job(training={"seed": 7}).spec)
 

@@ -8,8 +8,8 @@ from finetune_api.messages.result import Result
 from finetune_api.status import ArtifactStatus
 from finetune_operator.core import parsing
 from finetune_operator.core.objects import Pod, Termination
-from finetune_operator.core.verdict import needs_warning_events, verdict
-from k8s_operator.support.observed_states import a_dead_pod, a_done_pod, a_pod, an_attempt, failed
+from finetune_operator.core.verdict import needs_service, needs_warning_events, verdict
+from k8s_operator.support.observed_states import a_dead_pod, a_done_pod, a_pod, an_attempt, an_observation, failed
 
 _PREEMPTED = Result(outcome="preempted", reason="Preempted")
 
@@ -230,3 +230,13 @@ def test_a_job_that_a_queue_has_suspended_is_queued_once_its_pods_have_stopped(
     pods: tuple[Pod, ...], fields: dict[str, bool], state: str
 ) -> None:
     assert verdict(an_attempt(1, *pods, suspended=True, **fields)).state == state
+
+
+@pytest.mark.parametrize(
+    ("phases", "needed"),
+    [(("Pending", "Pending"), False), (("Running", "Pending"), True), (("Running",), False)],
+    ids=["nobody looks for it yet", "a pod looks for the other", "a pod alone"],
+)
+def test_a_service_is_needed_while_pods_look_for_each_other(phases: tuple[str, ...], needed: bool) -> None:
+    pods = tuple(a_pod(index, phase) for index, phase in enumerate(phases))
+    assert needs_service(an_observation(None, an_attempt(1, *pods))) == needed

@@ -201,7 +201,9 @@ def test_a_prompt_as_long_as_the_row_is_a_problem_with_its_number(models: dict[s
 
 def test_a_row_that_the_template_refuses_is_a_problem(models: dict[str, Path]) -> None:
     row = Row(4, (Turn("system", "s"), *_ONE.turns))
-    assert _renderer(models, template=_NO_SYSTEM).render(row) == Problem(4, "the chat template refuses it: no system")
+    assert _renderer(models, template=_NO_SYSTEM).render(row) == Problem(
+        4, "the chat template refuses it: no system (its roles: system, user, assistant)"
+    )
 
 
 def test_messages_without_a_template_are_a_problem(models: dict[str, Path]) -> None:

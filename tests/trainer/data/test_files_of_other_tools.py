@@ -78,11 +78,11 @@ def test_a_folder_of_save_to_disk_has_only_its_rows() -> None:
     [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"),
      ("cp1252", "WINDOWS-1252"), ("gb18030", "GB18030")],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
 def test_another_encoding_is_named_with_the_remedy(encoding: str, named: str, name: str, tmp_path: Path) -> None:
     answer = "北京是中国的首都" if encoding == "gb18030" else "Das Café schließt um zwölf."
     text = json.dumps({"prompt": "a?", "completion": answer}, ensure_ascii=False) + "\n"
-    text = f"prompt,completion\na?,{answer}\n" if name == "a.csv" else text
+    text = {"a.csv": f"prompt,completion\na?,{answer}\n", "a.json": f"[{text}]"}.get(name, text)
     try:
         (problem,) = _read(tmp_path, text.encode(encoding), name).problems
         message = problem.message
@@ -120,7 +120,7 @@ def test_values_are_read_as_they_are_meant(value: Any, answer: str) -> None:
         ({"prompt": "a?", "response": "b"}, "completion is missing (it has prompt, response); map one in "
                                             "dataset.columns.completion"),
         ({"prompt": "a?", "completion": float("nan")}, "completion is missing"),
-        ({"messages": "[{'role': 'user'}]"}, "a text that isn't JSON"),
+        ({"messages": "[{'role': 'user'}]"}, "a text that isn't a JSON list"),
         ({"prompt": "a?", "completion": {"x": 1}}, "completion is {'x': 1}, which isn't text"),
     ],
 )  # fmt: skip

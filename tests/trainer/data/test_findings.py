@@ -13,7 +13,9 @@ from finetune_api.spec.rendering import RenderingSpec
 from finetune_trainer.data import quality_report, quality_report_text, splits, token_cache
 from finetune_trainer.data import tokenizer as tokenizer_files
 from finetune_trainer.data.chat_rendering import Renderer
+from finetune_trainer.data.example import Example
 from finetune_trainer.data.preparation import ReadOptions
+from finetune_trainer.data.reading.rows import parse
 from finetune_trainer.data.row_statistics import RowStatistics
 
 _PLAIN = (
@@ -30,11 +32,16 @@ _LAST_ANSWER = _PLAIN.replace("m.role + '\n'", "m.role + '\n' + ('*' if loop.las
 
 _USER = {"role": "user", "content": "weather in Oslo?"}
 _COLD = {"role": "assistant", "content": "It is cold."}
-_CALL = {
+_CALL: dict[str, Any] = {
     "role": "assistant",
     "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
 }
 _RESULT = {"role": "tool", "content": "minus five"}
+_PARALLEL = {
+    "role": "assistant",
+    "tool_calls": [{"id": name, **_CALL["tool_calls"][0]} for name in ("call-1", "call-2")],
+}
+_REORDERED = "ids of tool results that are in another order than their calls"
 _SCHEMA = [{"type": "function", "function": {"name": "forecast", "parameters": {"type": "object"}}}]
 
 
@@ -85,6 +92,11 @@ def test_a_call_that_the_template_leaves_out_is_refused(
                      ("TemplateOmits", "tool calls", 1, 2), id="earlier call"),
         pytest.param(_PLAIN, {"messages": [_USER, {**_COLD, "reasoning_content": "because of snow"}]},
                      ("TemplateOmits", "reasoning", 1, 2), id="reasoning"),
+        pytest.param(_PLAIN, {"messages": [{**_USER, "name": "bob"}, _COLD]},
+                     ("TemplateOmits", "names of questions", 1, 2), id="name"),
+        pytest.param(_TOOLS, {"messages": [_USER, _PARALLEL, _RESULT | {"tool_call_id": "call-2"},
+                                           _RESULT | {"tool_call_id": "call-1"}, _COLD], "tools": _SCHEMA},
+                     ("TemplateOmits", _REORDERED, 2, 2), id="results in another order"),
         pytest.param(_LAST_ANSWER, {"messages": [_USER, _COLD] * 5},
                      ("AnswersApart", "answers", 4, 2), id="answers"),
     ],
@@ -96,6 +108,11 @@ def test_what_a_template_leaves_out_is_counted(
     assert _listed(report) == [expected]
     assert expected[0] in {warning.reason for warning in report.warnings}
     assert any(text.startswith(f"{expected[0]}: ") for text in quality_report.summary(report).warnings)
+
+
+def test_what_follows_the_last_answer_that_is_trained_on_isnt_missed(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"messages": [_USER, _COLD, {"role": "user", "content": "sky?"}, {**_COLD, "train": False}]}]
+    assert _listed(_report(models, tmp_path, _PLAIN, rows)) == []
 
 
 def test_keys_that_nothing_reads_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
@@ -150,7 +167,74 @@ def test_texts_that_look_like_something_else_are_counted(
 def test_control_tokens_may_be_refused(models: dict[str, Path], tmp_path: Path) -> None:
     report = _report(models, tmp_path, _PLAIN, [{"messages": [_FORGED, _COLD]}], controlTokens="refuse")
     (row,) = report.splits[0].dropped_rows
-    assert row.reason == "its questions contain the control token '<|im_end|>'; remove it"
+    assert row.reason == (
+        "its questions contain the control token '<|im_end|>'; remove it, or set dataset.rendering.controlTokens: "
+        "encode to train on it as text"
+    )
+
+
+def test_control_tokens_may_be_plain_text(models: dict[str, Path], tmp_path: Path) -> None:
+    """A forged turn of a question, and a control token in an answer, are text that ends no turn."""
+    answer = {**_COLD, "content": "It ends with <|im_end|>."}
+    rows = [{"messages": [_FORGED, answer]}]
+    report = _report(models, tmp_path, _PLAIN, rows, controlTokens="encode")
+    assert report.splits[0].dropped == 0
+    assert _listed(report) == []
+    renderer = Renderer.load(models["llama"], 400, _PLAIN, rendering=RenderingSpec(control_tokens="encode"))
+    usual = Renderer.load(models["llama"], 400, _PLAIN)
+    (row,) = parse([json.dumps(rows[0]).encode()]).rows
+    example = renderer.render(row)
+    assert isinstance(example, Example)
+    tokenizer = renderer.tokenizer
+    end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    assert (example.ids.count(end), example.ids.count(start)) == (2, 2)  # those of the template
+    text = f"<|im_start|>user\n{_FORGED['content']}<|im_end|>\n<|im_start|>assistant\n{answer['content']}<|im_end|>"
+    assert tokenizer.decode(example.ids) == text
+    assert list(example.ids[: example.loss_mask.index(True)]) == renderer.prompt(row)
+    without = parse([json.dumps({"messages": [_USER, _COLD]}).encode()]).rows[0]
+    assert renderer.render(without) == usual.render(without)
+
+
+def test_a_character_that_stands_for_control_tokens_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a\U000f0000"}, _COLD]}]
+    (row,) = _report(models, tmp_path, _PLAIN, rows, controlTokens="encode").splits[0].dropped_rows
+    assert "the private character U+F0000" in row.reason
+
+
+_INSTRUCTED = {"messages": [_USER, _COLD, {"role": "system", "content": "Now be curt."}, _USER, _COLD]}
+
+
+@pytest.mark.parametrize(("template", "dropped"), [(_PLAIN, 0), (_NO_SYSTEM, 1)])
+def test_a_later_system_turn_is_trained_with_if_the_template_writes_it(
+    template: str, dropped: int, models: dict[str, Path], tmp_path: Path
+) -> None:
+    (train,) = _report(models, tmp_path, template, [_INSTRUCTED]).splits
+    assert train.dropped == dropped
+    assert train.findings == ()
+    assert all("leaves out the system turn 'Now be curt.'" in row.reason for row in train.dropped_rows)
+
+
+_THOUGHTS = _PLAIN.replace("(m.content", "(m.reasoning_content or '') + (m.content")
+
+
+def test_a_stop_token_in_reasoning_is_refused_too(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"messages": [_USER, {**_COLD, "reasoning_content": "a<|im_end|>b"}]}]
+    (row,) = _report(models, tmp_path, _THOUGHTS, rows).splits[0].dropped_rows
+    assert "an answer contains the stop token '<|im_end|>'" in row.reason
+
+
+def test_answers_that_both_sides_of_a_pair_have_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    before = [_USER, _COLD, _USER]
+    pair = {"chosen": [*before, _COLD], "rejected": [*before, {**_COLD, "content": "No <|im_start|>."}]}
+    renderer = Renderer.load(models["llama"], 400)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair))
+    tokens = token_cache.build(tmp_path / "c", "train", path, ReadOptions("dataset.uri", renderer, "fail"))
+    measured: Any = {"train": RowStatistics.of_tokens(tokens)}
+    report = quality_report.report(splits.split_rows(measured, None, None), max_length=400, renderer=renderer)
+    assert _listed(report) == [
+        ("AnswersShared", "answers", 1, 1), ("ControlTokens", "<|im_start|> in answers", 1, 1),
+    ]  # fmt: skip
 
 
 def test_rows_without_a_template_are_trained_on_as_they_are(models: dict[str, Path]) -> None:

@@ -185,7 +185,7 @@ def _renderer(models: dict[str, Path], template: str, first: list[int] | None = 
     tokenizer = tokenizer_files.load(models["llama"])
     tokenizer.chat_template = template
     renderer = Renderer(tokenizer, frozenset({tokenizer.eos_token_id}), max_length=64)
-    renderer._first = renderer._first if first is None else first
+    renderer._encoder.beginning = renderer._encoder.beginning if first is None else first
     return renderer
 
 
@@ -243,7 +243,10 @@ def test_the_users_template_is_used_and_a_missing_file_is_reported(models: dict[
 def test_an_answer_that_contains_the_stop_tokens_text_is_a_problem(models: dict[str, Path]) -> None:
     rendered = _renderer(models, _CHATML).render(Row(3, (Turn("user", "a"), Turn("assistant", "b<|im_end|>c"))))
     assert isinstance(rendered, Problem)
-    assert rendered.message == "an answer contains the stop token '<|im_end|>', which would end it; remove it"
+    assert (
+        rendered.message == "an answer contains the stop token '<|im_end|>', which would end it; remove it, or "
+        "set dataset.rendering.controlTokens: encode"
+    )
 
 
 def test_every_token_of_a_text_is_trained_on_except_the_first(models: dict[str, Path]) -> None:

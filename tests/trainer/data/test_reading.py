@@ -94,7 +94,7 @@ def test_numbers_are_lines_in_csv_and_positions_in_other_formats(tmp_path: Path)
     read = _read(tmp_path, array, "c.json")
     assert [row.number for row in read.rows] == [1, 4]
     assert [str(problem) for problem in read.problems] == [
-        "row 2: isn't a JSON object",
+        "row 2: is 7, which isn't a JSON object; write an object with keys such as prompt and completion",
         "row 3: completion is missing (it has prompt); map one in dataset.columns.completion",
     ]
 

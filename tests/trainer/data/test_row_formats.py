@@ -58,7 +58,7 @@ def test_equal_rows_are_counted_but_not_removed() -> None:
 
 _BAD: list[tuple[str, Any, str]] = [
     ("broken", '{"prompt": ', "isn't JSON (Expecting value at column 12)"),
-    ("list", [1], "isn't a JSON object"),
+    ("list", [1], "is [1], which isn't a JSON object"),
     ("no completion", {"prompt": "a"}, "completion is missing"),
     ("no prompt", {"completion": "a"}, "prompt is missing"),
     ("empty completion", {"prompt": "a", "completion": " \n"}, "completion is empty"),
@@ -71,16 +71,15 @@ _BAD: list[tuple[str, Any, str]] = [
     ),
 ]
 _BAD_CHATS: list[tuple[str, Any, str]] = [
-    ("no messages", {"prompt": "a"}, "messages is missing"),
-    ("not a list", {"messages": "a"}, "messages is 'a', a text that isn't JSON"),
+    ("no messages", {"prompt": "a"}, "is a row of prompt-completion, but those before it are rows of messages"),
+    ("no keys", {"a": 1}, "messages is missing (it has a)"),
+    ("not a list", {"messages": "a"}, "messages is 'a', a text that isn't a JSON list of turns"),
     ("empty", {"messages": []}, "messages is []; it must be a list with at least one turn"),
     ("role", {"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role is 'bot'"),
-    ("turn", {"messages": ["hi"]}, "messages[0] isn't an object"),
+    ("turn", {"messages": ["hi"]}, "messages[0] is 'hi'; it must be an object"),
     ("content", {"messages": [{"role": "user"}]}, "messages[0].content is missing"),
     ("last", {"messages": _CHAT["messages"][:1]}, "the last turn's role is 'user'"),
     ("first", {"messages": _CHAT["messages"][1:]}, "there is nothing to answer"),
-    ("system", {"messages": [_CHAT["messages"][0], {"role": "system", "content": "s"}, _CHAT["messages"][1]]},
-     "role 'system' must be the first turn"),
 ]  # fmt: skip
 
 

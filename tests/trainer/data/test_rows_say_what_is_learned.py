@@ -82,37 +82,64 @@ _REGIONS = [
 ]
 
 
+_ALICE = {"text": "Alice", "labels": ["PER"], "start": 0, "end": 5}
+_OSLO = {"text": "Oslo", "labels": ["LOC"], "start": 15, "end": 19}
+_LIVES_IN = {"from_id": "a", "to_id": "b", "type": "relation", "direction": "right", "labels": ["lives in"]}
+
+
+def _task(values: list[Any], *further: Any) -> dict[str, Any]:
+    results = [
+        {"id": name, "value": value, "from_name": "label", "to_name": "text", "type": "labels"}
+        for name, value in zip("ba", reversed(values), strict=False)
+    ]
+    return {"id": 1, "data": {"text": "Alice lives in Oslo."}, "annotations": [{"result": [*results, *further]}]}
+
+
+def _record_of(label: Any) -> dict[str, Any]:
+    return {"id": 1, "text": "Alice lives in Oslo.", "label": label, "annotator": 1, "annotation_id": 2}
+
+
 @pytest.mark.parametrize(
-    "record",
+    ("record", "expected"),
     [
-        pytest.param(
-            {"id": 1, "data": {"text": "Alice lives in Oslo."},
-             "annotations": [{"result": [{"value": region, "from_name": "label", "to_name": "text", "type": "labels"}
-                                         for region in _REGIONS]}]},
-            id="JSON",
-        ),
-        pytest.param({"id": 1, "text": "Alice lives in Oslo.", "label": _REGIONS, "annotator": 1, "annotation_id": 2},
-                     id="JSON-MIN"),
-        pytest.param({"text": "Alice lives in Oslo.", "label": json.dumps(_REGIONS), "annotator": 1,
-                      "annotation_id": 2}, id="CSV"),
-        pytest.param({"text": "A.", "label": [{"start": "/p[1]", "end": "/p[1]", "text": "A", "hypertextlabels": ["X"]}
-                                               ], "annotator": 1, "annotation_id": 2}, id="HTML"),
-        pytest.param({"text": "A.", "label": [{"start": 0, "end": 1, "text": "A", "choices": ["X"]}],
-                      "annotator": 1, "annotation_id": 2}, id="a choice per region"),
-        pytest.param(
-            {"id": 1, "data": {"text": "A."},
-             "annotations": [{"result": [
-                 {"value": {"choices": ["X"]}, "from_name": "label", "to_name": "text", "type": "choices"},
-                 {"from_id": "a", "to_id": "b", "type": "relation", "labels": ["lives_in"]}]}]},
-            id="a relation",
-        ),
+        pytest.param(_task(_REGIONS), [_ALICE, _OSLO], id="JSON"),
+        pytest.param(_record_of(_REGIONS), [_ALICE, _OSLO], id="JSON-MIN"),
+        pytest.param(_record_of(json.dumps(_REGIONS)), [_ALICE, _OSLO], id="CSV"),
+        pytest.param(_record_of([{"start": "/p[1]", "end": "/p[1]", "globalOffsets": {"start": 15, "end": 19},
+                                  "hypertextlabels": ["LOC"]}]), [_OSLO], id="HTML"),
+        pytest.param(_task(_REGIONS, _LIVES_IN),
+                     {"regions": [{"id": 1, **_ALICE}, {"id": 2, **_OSLO}],
+                      "relations": [{"from": 1, "to": 2, "labels": ["lives in"]}]}, id="a relation"),
+        pytest.param(_task(_REGIONS, _LIVES_IN | {"direction": "left"}),
+                     {"regions": [{"id": 1, **_ALICE}, {"id": 2, **_OSLO}],
+                      "relations": [{"from": 2, "to": 1, "labels": ["lives in"]}]}, id="a relation to the left"),
     ],
 )  # fmt: skip
-def test_labels_of_regions_are_refused_instead_of_lost(record: dict[str, Any]) -> None:
+def test_labels_of_regions_are_the_answer_as_json(record: dict[str, Any], expected: Any) -> None:
+    read = _read(record)
+    assert read.problems == ()
+    assert json.loads(read.rows[0].turns[1].content) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        pytest.param(_record_of([{"start": "/p[1]", "end": "/p[1]", "text": "A", "hypertextlabels": ["X"]}]),
+                     "none of the regions of a text", id="HTML without offsets"),
+        pytest.param(_record_of([{"start": 0, "end": 1, "text": "A", "choices": ["X"]}]),
+                     "none of the regions of a text", id="a choice per region"),
+        pytest.param(_record_of([{"x": 1, "y": 2, "rectanglelabels": ["cat"]}]),
+                     "none of the regions of a text", id="a part of an image"),
+        pytest.param(_record_of([{"start": 9, "end": 99, "labels": ["X"]}]), "9 to 99 isn't in its text",
+                     id="beyond the text"),
+        pytest.param(_task([{"choices": ["X"]}], _LIVES_IN), "relations between parts", id="a relation of choices"),
+        pytest.param(_task(_REGIONS, _LIVES_IN | {"to_id": "z"}), "refers to 'z'", id="an unknown region"),
+    ],
+)  # fmt: skip
+def test_labels_of_what_isnt_text_are_refused_instead_of_lost(record: dict[str, Any], message: str) -> None:
     read = _read(record)
     assert read.rows == ()
-    assert "regions" in read.problems[0].message
-    assert "TextArea or Choices" in read.problems[0].message
+    assert message in read.problems[0].message
 
 
 _CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}

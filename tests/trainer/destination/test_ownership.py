@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from finetune_api.messages.run import JobRef, RunConfig
+from finetune_api.messages.run import JobRef
 from finetune_trainer.destination import claim, output_check, predecessor
 from finetune_trainer.destination.output_check import Role
 from finetune_trainer.destination.signing import Signer, is_signed
 from finetune_trainer.errors import RunError
-from finetune_trainer.manifest import Contents, build_manifest, write_checkpoint_manifest
 from finetune_trainer.storage.local import LocalStorage
 from trainer.support import supervisor_process
+from trainer.support.output_folder import FORMER, NEIGHBOR, OWN, RECIPE, STRANGER, place
 from trainer.support.supervisor_process import JobSetup
-
-RECIPE = {"model": "m1", "dataset": "d1", "method": "h1", "training": "t1"}
-OWN = JobRef(namespace="ns", name="job", uid="uid-2", attempt=1)
-FORMER = JobRef(namespace="ns", name="job", uid="uid-1", attempt=3)
-STRANGER = JobRef(namespace="ns", name="other", uid="uid-3", attempt=1)
-NEIGHBOR = JobRef(namespace="elsewhere", name="job", uid="uid-4", attempt=1)
-
-
-@dataclass(frozen=True)
-class Place:
-    """An output folder, and the job that is about to use it."""
-
-    storage: LocalStorage
-    folder: Path
-    run: RunConfig
-
-    def with_checkpoint(self, step: int, job: JobRef) -> None:
-        folder = self.folder / "checkpoints" / f"step-{step}"
-        folder.mkdir(parents=True)
-        (folder / "weights.safetensors").write_text(f"weights {step}")
-        write_checkpoint_manifest(folder, job, step)
-
-    def with_result(self, job: JobRef) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "adapter_model.safetensors").write_text("adapter")
-        manifest = build_manifest(self.folder, Contents("adapter", job, 4))
-        (self.folder / "finetune").mkdir(exist_ok=True)
-        (self.folder / "finetune/manifest.json").write_text(manifest.model_dump_json(by_alias=True))
-
-    def with_claim(self, job: JobRef, recipe: dict[str, str]) -> None:
-        claim.create(self.storage, job, recipe)
-
-    @property
-    def owner(self) -> str | None:
-        owner = claim.read(self.storage)
-        return owner.uid if owner else None
-
-    @property
-    def files(self) -> list[str]:
-        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-
-
-def place(tmp_path: Path, **changes: object) -> Place:
-    run = JobSetup(tmp_path).run().model_copy(update={"job": OWN, "recipe": RECIPE, **changes})
-    return Place(LocalStorage(tmp_path / "out", role="output", display="s3://models/v1"), tmp_path / "out", run)
-
 
 REFUSALS = {
     "another job's claim": ("claim", STRANGER, RECIPE, "is claimed by ns/other since"),
@@ -184,6 +137,21 @@ def test_what_a_predecessor_left_is_deleted_on_request(left: str, tmp_path: Path
     (here.folder / "notes.txt").write_text("the user's own")
     assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == ()
     assert here.files == ["finetune/owner.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("existing", ["resume", "discard"])
+def test_files_beside_checkpoints_that_are_none_stay(existing: str, tmp_path: Path) -> None:
+    """A folder in checkpoints/ may be the output of another job, or have notes of a person."""
+    here = place(tmp_path, existing=existing)
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(4, FORMER)
+    others = ["checkpoints/adapter_model.safetensors", "checkpoints/finetune/manifest.json", "checkpoints/notes.txt"]
+    own = ["checkpoints/memory.json", "checkpoints/scarce-memory-0.json", "checkpoints/tokens/abc/complete.json"]
+    for path in (*others, *own):
+        here.write(path, "{}")
+    output_check.take(here.storage, here.run, Role("leads"))
+    assert set(others) <= set(here.files)
+    assert not set(own) & set(here.files)
 
 
 def test_files_outside_of_the_destination_are_never_deleted(tmp_path: Path) -> None:

@@ -34,22 +34,34 @@ def _ignore(_: str) -> None:
     pass
 
 
-@pytest.fixture
-def setup(tmp_path: Path) -> JobSetup:
-    setup = JobSetup(tmp_path).write_inputs()
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> JobSetup:
+    setup = JobSetup(tmp_path_factory.mktemp("job")).write_inputs()
     shutil.rmtree(setup.model)
     tiny_llama(setup.model)
     data = DataConfig(train=supervisor_process.location(f"file://{setup.train}"), max_sequence_length=64)
     return setup.with_changes(data=data, world=WorldConfig(processes_per_node=1, device="cuda"))
 
 
-@pytest.fixture
-def stored(setup: JobSetup, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """The output after a preflight, whose few tokens count as many."""
-    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
+@pytest.fixture(scope="module")
+def output_of_preflight(setup: JobSetup) -> Path:
+    """A copy of the output after a preflight, whose few tokens count as many."""
     run = setup.run(scratch="preflight")
-    preflight.check(run, Paths(Path(run.scratch)), _ACCESS, preflight.Activity(_ignore))
-    return schemes.open_folder(run.output, "output", _ACCESS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_store, "MIN_BYTES", 1)
+        preflight.check(run, Paths(Path(run.scratch)), _ACCESS, preflight.Activity(_ignore))
+    return Path(shutil.copytree(setup.output, setup.folder / "output-of-preflight"))
+
+
+@pytest.fixture
+def stored(setup: JobSetup, output_of_preflight: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """The output after the preflight, and nothing of another test."""
+    monkeypatch.setattr(token_store, "MIN_BYTES", 1)
+    for folder in (setup.output, setup.folder / "another-node", setup.folder / "second-preflight"):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(output_of_preflight, setup.output)
+    setup.train.write_text(supervisor_process.ROWS)
+    return schemes.open_folder(setup.run().output, "output", _ACCESS)
 
 
 def _fetched(run: RunConfig, storage: Storage) -> tuple[Paths, list[str]]:

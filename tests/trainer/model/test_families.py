@@ -14,7 +14,7 @@ import torch
 from finetune_api.messages import events
 from testkit.rows import pairs
 from trainer.support import family_matrix, reference_implementation, transformers_trainer
-from trainer.support.family_matrix import FAMILIES, METHODS, Cell, Outcome
+from trainer.support.family_matrix import FAMILIES, METHODS, STRATEGIES, Cell, Outcome
 from trainer.support.rank_runs import finish_all, prepare
 
 _SLICE = [*(Cell(family, "all-linear", "ddp") for family in FAMILIES), Cell("llama", "modulesToSave", "fsdp")]
@@ -100,27 +100,23 @@ def test_pairs_are_evaluated_on_their_training_rows(tmp_path: Path) -> None:
     assert paths.data("test").read_text() == paths.data("train").read_text()
 
 
-def test_an_older_run_of_pairs_is_marked(tmp_path: Path) -> None:
-    results, lines = tmp_path / "results.jsonl", []
-    for strategy in family_matrix.STRATEGIES:
-        lines.append(["llama", "DPO", strategy, "", "", [0.7]])
-        lines.append(["gemma2", "DPO", strategy, "", "", [0.7], False])
-    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    outcomes, notes = family_matrix._read_results(results), list[str]()
-    cells = [
-        family_matrix._cell({s: outcomes[Cell(family, "DPO", s)] for s in family_matrix.STRATEGIES}, notes)
-        for family in ("llama", "gemma2")
-    ]
-    assert cells == ["✓ [1]", "✓"]
-    assert notes == ["an older run: the loss that fell was that of three pairs that it wasn't trained on"]
+def test_the_page_says_which_revision_a_cell_was_run_at() -> None:
+    outcomes = {Cell("llama", method, s): Outcome(revision="aaa") for method in METHODS for s in STRATEGIES}
+    outcomes |= {Cell("gemma2", method, "ddp"): Outcome(revision="aaa") for method in METHODS}
+    assert "They were run at revision aaa." in family_matrix.page(outcomes)
+    outcomes |= {Cell("gpt2", method, "ddp"): Outcome(revision="bbb") for method in METHODS}
+    outcomes[Cell("llama", "int8", "ddp")] = Outcome(revision="ccc+")
+    expected = "They were run at revision aaa, except GPT-2 at bbb; Llama, SmolLM2 (tied) (int8) at ccc+."
+    assert expected in family_matrix.page(outcomes)
 
 
 def test_stored_outcomes_of_an_interrupted_run_arent_run_again(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    lines = [["llama", "LoRA", "ddp", "", "", [1.5]], ["llama", "LoRA", "zero3", "no", "", []]]
+    lines = [["llama", "LoRA", "ddp", "", "", [1.5], "aaa"], ["llama", "LoRA", "zero3", "no", "", [], "bbb"]]
     results.write_text("".join(json.dumps(line) + "\n" for line in lines) + '["llama", "LoRA", "fs')
     assert family_matrix._read_results(results) == {
-        Cell("llama", "LoRA", "ddp"): Outcome(losses=(1.5,)), Cell("llama", "LoRA", "zero3"): Outcome(rejection="no"),
+        Cell("llama", "LoRA", "ddp"): Outcome(losses=(1.5,), revision="aaa"),
+        Cell("llama", "LoRA", "zero3"): Outcome(rejection="no", revision="bbb"),
     }  # fmt: skip
     arguments = ["--families", "llama", "--methods", "LoRA", "--strategies", "ddp,zero3", "--results", str(results)]
     assert family_matrix.main(arguments) == 0

@@ -259,6 +259,20 @@ def test_what_peft_refuses_to_adapt_is_a_wrong_setting(tmp_path: Path) -> None:
     assert "incompatible with Mamba" in before[1]
 
 
+def test_int8_is_refused_for_layers_that_get_more_than_sequences(tmp_path: Path) -> None:
+    folder = tiny_families.tiny_deepseek_v3(tmp_path / "base")
+    options: dict[str, Any] = {"quantization": "int8", "lora": {"target_modules": ("q_b_proj",)}}
+    job = prepare(tmp_path / "job", folder, pairs(4), **options, training={"max_steps": 1})
+    with pytest.raises(RunError) as refused:
+        trial.build(job.run, folder, [])
+    by_ranks = job.finish().failure
+    for reason, message in ((refused.value.reason, refused.value.message), (by_ranks.reason, by_ranks.message)):
+        assert reason == "InvalidConfig"
+        assert message.startswith("model.quantization: int8 can't be used with this model, whose layer ")
+        assert "kv_b_proj gets tensors of 4 dimensions" in message
+        assert message.endswith("; use nf4, or none")
+
+
 def _without_an_expert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in weights.items() if "layers.0" not in name or "experts.3." not in name}
 

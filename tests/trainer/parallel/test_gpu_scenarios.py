@@ -39,6 +39,7 @@ class Scenario:
     longest: int = 2048
     nodes: int = 1
     strategy: Any = "auto"
+    parts: int = 1
 
     @property
     def size(self) -> ModelSize:
@@ -50,11 +51,13 @@ class Scenario:
     def setup(self) -> TrainingSetup:
         full = self.method == "full"
         quantized = "nf4" if self.method == "qlora" else "none"
-        return TrainingSetup(self.ranks, "adamw", 4 if full else 2, True, full, quantized, nodes=self.nodes)
+        return TrainingSetup(
+            self.ranks, "adamw", 4 if full else 2, True, full, quantized, nodes=self.nodes, parts=self.parts
+        )
 
     def choose(self) -> Choice:
         memory = FreeMemory("cuda", int(self.free * _GIB), int(self.host * _GIB))
-        user_choice = UserChoice(self.strategy, "none", "auto", self.longest)
+        user_choice = UserChoice(self.strategy, "none", "auto", self.longest, parts=self.parts)
         return strategy_choice.choose(user_choice, self.size, self.setup, memory)
 
 
@@ -182,6 +185,52 @@ def test_an_error_about_the_host_names_its_memory(scenario: Scenario, parts: tup
     for part in parts:
         assert part in str(error.value)
     assert "GPU memory" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "parts"),
+    [
+        pytest.param(_LORA_8B_H100, 4, id="LoRA"),
+        pytest.param(_FULL_8B_H100, 4, id="full"),
+        pytest.param(replace(_LORA_8B_H100, longest=786432), 8, id="LoRA, rows of 786,432"),
+    ],
+)
+def test_an_error_about_a_long_row_names_how_many_processes_would_have_to_share_it(
+    scenario: Scenario, parts: int
+) -> None:
+    scenario = replace(scenario, longest=max(scenario.longest, 262144))
+    with pytest.raises(TooLittleMemory) as error:
+        scenario.choose()
+    assert f"With distribution.sequenceParallelSize {parts}, as many processes share each row" in str(error.value)
+    choice = replace(scenario, parts=parts).choose()
+    assert scenario.longest // parts <= choice.tokens < scenario.longest
+    assert f"{scenario.longest} tokens, divided among {parts} processes" in choice.tokens_reason
+    with pytest.raises(TooLittleMemory):
+        replace(scenario, parts=parts // 2).choose()
+
+
+def test_an_error_names_no_number_of_processes_that_cannot_share_a_row() -> None:
+    """28 attention heads can be divided among 7 processes, but not among 8."""
+    heads = replace(_LORA_8B_H100.size, heads=28)
+    scenario = replace(_LORA_8B_H100, longest=786432)
+    with pytest.raises(TooLittleMemory) as error:
+        strategy_choice.choose(
+            UserChoice("auto", "none", "auto", scenario.longest), heads, scenario.setup,
+            FreeMemory("cuda", int(78.5 * _GIB), 120 * _GIB),
+        )  # fmt: skip
+    assert "sequenceParallelSize" not in str(error.value)
+
+
+def test_exchanging_heads_takes_time_and_more_of_it_between_nodes() -> None:
+    scenario = replace(_LORA_8B_H100, ranks=16, nodes=2, longest=65536)
+    config = ParallelConfig("ddp", recompute=EVERYTHING)
+    seconds = [
+        seconds_per_token(scenario.size, replace(scenario.setup, parts=parts), config, 8192, scenario.longest)
+        for parts in (1, 2, 8, 16)
+    ]
+    assert sorted(seconds) == seconds
+    assert seconds[2] < 1.1 * seconds[0]
+    assert seconds[3] > 1.1 * seconds[0]
 
 
 def test_an_error_about_the_gpu_names_its_memory() -> None:

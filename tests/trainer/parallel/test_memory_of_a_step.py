@@ -50,17 +50,20 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Describes what is measured. `strategy` is that of `ranks` ranks."""
+    """Describes what is measured. `strategy` is that of `ranks` ranks, of which `parts` share each
+    row."""
 
     model: str
     method: str
     recompute: Recomputation = NOTHING
     strategy: Any = "ddp"
     ranks: int = 1
+    parts: int = 1
 
     def __str__(self) -> str:
         again = f", {self.recompute}" if self.recompute else ""
-        return f"{self.model} {self.method} {self.strategy}{again}"
+        shared = f", {self.parts} share rows" if self.parts > 1 else ""
+        return f"{self.model} {self.method} {self.strategy}{again}{shared}"
 
 
 _CASES = (
@@ -84,6 +87,9 @@ _CASES = (
     Case("8B", "all-linear", strategy="fsdp", ranks=8),
     Case("8B", "full", strategy="fsdp", ranks=8),
     Case("8B", "full", recompute=EVERYTHING, strategy="fsdp", ranks=8),
+    Case("8B", "no dropout", ranks=16, parts=16),
+    Case("8B", "q and v", recompute=SELECTIVE, ranks=4, parts=4),
+    Case("8B", "full", strategy="fsdp", ranks=8, parts=8),
 )
 
 
@@ -122,16 +128,19 @@ def _step(case: Case) -> Step:
         recompute=case.recompute,
         tokens=_TOKENS,
         ranks=case.ranks if case.strategy == "fsdp" else None,
+        parts=case.parts,
     )
 
 
 def _estimated(case: Case) -> int:
     """Returns the estimate without what exists between steps."""
-    setup = TrainingSetup(case.ranks, "adamw", 4 if case.method == "full" else 2, True, case.method == "full")
+    full = case.method == "full"
+    setup = TrainingSetup(case.ranks, "adamw", 4 if full else 2, True, full, parts=case.parts)
     size = _size(case)
     estimate = memory_estimate(size, setup, ParallelConfig(case.strategy, recompute=case.recompute))
     stored = (size.parameters - size.trained) * setup.stored + size.trained * 4
-    return estimate.total(_TOKENS) - stored // case.ranks - estimate.optimizer
+    shards = 1 if case.strategy == "ddp" else case.ranks
+    return estimate.total(_TOKENS) - stored // shards - estimate.optimizer
 
 
 def _size(case: Case) -> ModelSize:

@@ -12,6 +12,7 @@ import obstore
 import pytest
 
 from finetune_api.messages.run import AzureConfig, GcsConfig, Location, S3Config
+from finetune_trainer.destination.cleanup import clean
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage import bucket
 from finetune_trainer.storage.base import FileInfo, Role, Storage
@@ -19,6 +20,7 @@ from finetune_trainer.storage.schemes import Access, open_file, open_files, open
 from trainer.storage.conftest import ObjectStore
 from trainer.support import supervisor_process
 from trainer.support.network_outage import Relay
+from trainer.support.output_folder import OWN, RECIPE, place
 from trainer.support.store_proxy import LostAnswer
 
 HTTP = {"allow_http": True}
@@ -191,6 +193,19 @@ def test_every_operation_on_a_store_that_doesnt_answer_is_tried_again_and_then_u
             supervisor_process.wait_until(lambda least=before + 3: relay.refused >= least)  # type: ignore[misc]
         relay.restore()
         assert storage.list() == ()
+
+
+def test_what_a_deleted_job_leaves_is_deleted(folder: Callable[..., Storage], tmp_path: Path) -> None:
+    storage, here = folder(), place(tmp_path, deletion_policy="Delete")
+    here.with_claim(OWN, RECIPE)
+    here.with_checkpoint(2, OWN)
+    here.write("checkpoints/step-4/weights.safetensors", "half")
+    here.with_result(OWN)
+    here.write("notes.txt", "the user's own")
+    for path, content in here.contents.items():
+        storage.write(path, content)
+    assert "deleted 1 checkpoint and the result (1 file" in clean(storage, here.run, lambda _: None)
+    assert [entry.path for entry in storage.list()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("status", [None, 503], ids=["no answer", "an error"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.messages.run import DataConfig, S3Config, WorldConfig
+from finetune_api.messages.run import DataConfig, ModelConfig, S3Config, WorldConfig
 from finetune_api.resource import CheckpointSpec, LoraSpec, TrainingSpec
 from finetune_trainer.errors import RunError
 from finetune_trainer.model_folder import Capacity
@@ -64,6 +64,26 @@ def test_a_preflight_ends_immediately(setup: JobSetup) -> None:
         silent.accept()
         running.terminate()
         assert running.process.wait(timeout=10) == 143
+
+
+def test_a_preflight_that_is_stopped_gives_the_output_back(setup: JobSetup) -> None:
+    """Otherwise a job that is deleted while it is checked keeps its output from all others."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        keys = supervisor_process.secret(
+            setup.folder / "keys", {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        )
+        place = supervisor_process.location("s3://models/base", keys)
+        run = setup.with_changes(
+            model=ModelConfig(location=place),
+            s3=S3Config(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", allow_http=True),
+        ).run()
+        running = supervisor_process.start(run, setup.folder, command="preflight")
+        silent.settimeout(20)
+        silent.accept()
+        assert (setup.output / "finetune/owner.json").is_file()
+        running.terminate()
+        assert running.process.wait(timeout=10) == 143
+    assert not (setup.output / "finetune/owner.json").exists()
 
 
 def test_preflight_counts_rows_and_tokens_and_leaves_no_weights_behind(setup: JobSetup) -> None:

@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 from finetune_api.resource import LoraSpec
 from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.collator import Batch
+from finetune_trainer.data.batching.sequence_part import SequencePart
 from finetune_trainer.kernels import attention_cpu, attention_cuda, fast_dropout, packed_attention
 from finetune_trainer.kernels.cuda import lora as kernels_of_adapters
 from finetune_trainer.kernels.cuda import modules, softmax
@@ -52,7 +53,8 @@ class Step:
 
     `lora` is None for full training. With `fused`, the fused kernels are used, as on GPUs. `ranks`
     is the number of ranks that fsdp shards the model over; None means that it isn't sharded. `rows`
-    is the number of examples in the packed row. With `quantized`, the base is in nf4.
+    is the number of examples in the packed row. With `quantized`, the base is in nf4. `parts` ranks
+    share the row, of which this rank has `tokens` tokens.
     """
 
     shape: tuple[tuple[str, Any], ...]
@@ -63,6 +65,7 @@ class Step:
     ranks: int | None = None
     rows: int = ROWS
     quantized: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ def peak_bytes(step: Step, layers: int) -> int:
     return few + (layers - first) * (more - few) // further
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations create inside, while they exist."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations create inside, while they exist. Those of
+    tensors on the meta device have none."""
 
     def __init__(self, known: Iterator[torch.Tensor]) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self._count(tensor.untyped_storage())
         return out
 
@@ -145,20 +149,20 @@ def training(step: Step) -> Iterator[FakeTraining]:
     """Prepares a step. What runs inside computes shapes only."""
     packed_attention.register()
     waits: Counter[str] = Counter()
-    with _process_group(step.ranks), _cuda_branches(waits), FakeTensorMode(allow_non_fake_inputs=True):
+    with _process_group(step.ranks), cuda_branches(waits), FakeTensorMode(allow_non_fake_inputs=True):
         loaded = _model(step)
-        loss_sum, batch = LossSum.of(loaded.base, torch.bfloat16, "cpu"), _batch(step.tokens, step.rows)
+        loss_sum = LossSum.of(loaded.base, torch.bfloat16, "cpu")
         if step.ranks is not None:
             loss_sum = replace(loss_sum, context=lambda _: nullcontext())
         waits.clear()
-        yield FakeTraining(loaded, loss_sum, batch, waits)
+        yield FakeTraining(loaded, loss_sum, batch(step.tokens, step.rows, step.parts), waits)
 
 
 def _measured(step: Step) -> int:
     with training(step) as fake:
         model = fake.loaded.model
         tensors = [*model.parameters(), *model.buffers()]
-        live = _LiveBytes(getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
+        live = LiveBytes(getattr(tensor, "_local_tensor", tensor) for tensor in tensors)
         with live, live.resizable():
             for _ in range(2):
                 live.peak = live.current
@@ -183,7 +187,7 @@ def _model(step: Step) -> LoadedModel:
         mesh = fsdp_shards.Mesh.of(World(0, 0, step.ranks, step.ranks, torch.device("cpu")), 1)
         fsdp_shards.shard_model(loaded.model, mesh, offload=False, half=torch.bfloat16)
     if step.fused:
-        with _always_equal():
+        with always_equal():
             modules.replace_modules(base, torch.device("cpu"))
         kernels_of_adapters.replace_modules(loaded.model)
     loaded.model.train()
@@ -219,10 +223,17 @@ def _quantize(base: torch.nn.Module) -> None:
                 setattr(parent, name, replacement)
 
 
-def _batch(tokens: int, rows: int) -> Batch:
-    layout = packed_layout.pack([tokens // rows] * rows, [0] * rows, packed_layout.grain("cuda")).layout
-    row = torch.zeros((1, layout.size), dtype=torch.int64)
-    predicted = torch.zeros(layout.size - rows, dtype=torch.int64)
+def batch(tokens: int, rows: int, parts: int = 1) -> Batch:
+    """Returns one of the `parts` of a packed row of as many examples of the same length.
+
+    Each part has `tokens` tokens. There is a target for each of them but the last of an example.
+    """
+    part = SequencePart(0, parts, "shared")
+    length = tokens * parts // rows
+    layout = packed_layout.pack([length] * rows, [0] * rows, packed_layout.grain("cuda") * parts).layout
+    own = layout.size // parts
+    row = torch.zeros((1, own), dtype=torch.int64)
+    predicted = torch.zeros(own - (rows if parts == 1 else 0), dtype=torch.int64)
     inputs = {"input_ids": row, "position_ids": row.clone()}
     return Batch(
         inputs,
@@ -231,6 +242,7 @@ def _batch(tokens: int, rows: int) -> Batch:
         keep=predicted.clone(),
         layout=layout,
         sorted_chosen=np.arange(len(predicted)),
+        sequence=part,
     )
 
 
@@ -249,12 +261,13 @@ def _process_group(ranks: int | None) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
+def cuda_branches(waits: Counter[str] | None = None) -> Iterator[None]:
     """Makes the kernels behave on the CPU as on a GPU.
 
     Fake tensors have no values, so whatever waits for one on a GPU is an error here.
     """
     as_tensor, new_tensor = torch.as_tensor, torch.tensor
+    counts: Counter[str] = Counter() if waits is None else waits
 
     def dropout(module: Any, values: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(values, module.p, True)[0] if module.training and module.p else values
@@ -264,7 +277,7 @@ def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
 
     def sent(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def send(data: Any, **options: Any) -> torch.Tensor:
-            waits[make.__name__] += "device" in options and not isinstance(data, torch.Tensor)
+            counts[make.__name__] += "device" in options and not isinstance(data, torch.Tensor)
             return make(data, **options)
 
         return send
@@ -299,7 +312,7 @@ def _cuda_branches(waits: Counter[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _always_equal() -> Iterator[None]:
+def always_equal() -> Iterator[None]:
     """Tensors without values can't be compared, so a replacement counts as equal if its shape and
     format are."""
 

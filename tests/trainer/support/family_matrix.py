@@ -16,8 +16,10 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -54,6 +56,7 @@ _BESIDES = (
     "  name of an expert's weights is refused, because they are no linear layers.",
     "",
 )
+_CODE = ("operator", "trainer_image", "tests/testkit", "tests/trainer/support")
 _TOLERANCE = 2e-4  # the largest difference of two losses: float32, summed in another order
 
 
@@ -143,7 +146,7 @@ class Outcome:
     rejection: str = ""
     failure: str = ""
     losses: tuple[float, ...] = ()
-    elsewhere: bool = False  # pairs of an older run: the loss that fell was that of pairs it wasn't trained on
+    revision: str = ""  # of the code that ran
     run: FinishedRun | None = field(default=None, repr=False)
 
     @property
@@ -152,7 +155,6 @@ class Outcome:
 
 
 _UNKNOWN = Outcome(rejection="Not run yet.")
-_ELSEWHERE = "an older run: the loss that fell was that of three pairs that it wasn't trained on"
 
 
 def run(root: Path, cells: Iterable[Cell], known: Mapping[Cell, Outcome] | None = None) -> dict[Cell, Outcome]:
@@ -172,7 +174,19 @@ def run(root: Path, cells: Iterable[Cell], known: Mapping[Cell, Outcome] | None 
         outcomes.update(_run_group(group_jobs))
     for cell in [cell for cell in chosen if cell in outcomes and outcomes[cell].run]:
         _check_result(cell, {**(known or {}), **outcomes}, root / f"tokens-{cell.family}-{cell.method}")
+    revision = _revision()
+    for outcome in outcomes.values():
+        outcome.revision = revision
     return {cell: outcomes[cell] for cell in chosen}
+
+
+def _revision() -> str:
+    """Returns the commit of the code, with a plus sign if the code was changed since."""
+    commit, changes = (
+        subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=False).stdout
+        for arguments in (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--", *_CODE))
+    )
+    return commit.strip() + ("+" if changes else "")
 
 
 def _base(folder: Path, family: Family) -> Path:
@@ -352,10 +366,11 @@ def page(outcomes: Mapping[Cell, Outcome], layers: Mapping[str, tuple[str, str]]
         "  on the original base. With DPO, the test pairs are the training pairs, their loss fell from log 2",
         "  within two steps, and the written result gives the logits of the trained model.",
         "- A number refers to a note: strategies that are rejected before anything is trained, with the",
-        "  reason; or what an older run didn't check.",
+        "  reason.",
         "- – means that all strategies are rejected.",
         "",
-        f"{holding} of {len(outcomes)} cells ran. None has run on a GPU yet.",
+        f"{holding} of {len(outcomes)} cells hold; the others are rejected, as the notes say. {_revisions(outcomes)}",
+        "None has run on a GPU yet.",
         "",
         f"| family | {' | '.join(METHODS)} |",
         f"| --- |{' --- |' * len(METHODS)}",
@@ -368,6 +383,27 @@ def page(outcomes: Mapping[Cell, Outcome], layers: Mapping[str, tuple[str, str]]
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), "", *_BESIDES, ""]
     lines += _layers_table(layers or {})
     return "\n".join(lines)
+
+
+def _revisions(outcomes: Mapping[Cell, Outcome]) -> str:
+    """Says which commits the cells were run at."""
+    by_revision: dict[str, list[Cell]] = {}
+    for cell, outcome in outcomes.items():
+        by_revision.setdefault(outcome.revision, []).append(cell)
+    most, *others = sorted(by_revision, key=lambda revision: len(by_revision[revision]), reverse=True) or [""]
+    exceptions = "; ".join(f"{_named(by_revision[revision])} at {revision}" for revision in others)
+    return f"They were run at revision {most}{f', except {exceptions}' if exceptions else ''}."
+
+
+def _named(cells: Iterable[Cell]) -> str:
+    """Names cells by family and method; a family whose methods are all there stands alone."""
+    methods: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        methods.setdefault(cell.family, {})[cell.method] = None
+    return ", ".join(
+        FAMILIES[family].title + ("" if len(names) == len(METHODS) else f" ({', '.join(names)})")
+        for family, names in methods.items()
+    )
 
 
 def _layers_table(layers: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -393,8 +429,6 @@ def _cell(by_strategy: Mapping[str, Outcome], notes: list[str]) -> str:
     for strategy, outcome in by_strategy.items():
         if not outcome.holds:
             grouped.setdefault(outcome.rejection or f"**wrong**: {outcome.failure}", []).append(strategy)
-        elif outcome.elsewhere:
-            grouped.setdefault(_ELSEWHERE, []).append(strategy)
     numbers = []
     for reason, strategies in grouped.items():
         note = reason if len(strategies) == len(by_strategy) else f"{', '.join(strategies)}: {reason}"
@@ -434,12 +468,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_and_store(cells: list[Cell], outcomes: Mapping[Cell, Outcome], results: Path) -> dict[Cell, Outcome]:
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
         new = run(Path(root), cells, outcomes)
+    seconds = time.monotonic() - start
+    print(f"  {cells[0].family} {cells[0].strategy}: {len(cells)} cells, {seconds:.0f} s", flush=True)
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.writelines(
-            json.dumps([*astuple(c), o.rejection, o.failure, o.losses, o.elsewhere]) + "\n" for c, o in new.items()
+            json.dumps([*astuple(c), o.rejection, o.failure, o.losses, o.revision]) + "\n" for c, o in new.items()
         )
     for cell, outcome in new.items():
         if outcome.failure:
@@ -459,14 +496,12 @@ def _results_path() -> Path:
 
 
 def _read_results(results: Path) -> dict[Cell, Outcome]:
-    """Reads stored outcomes. The last line of a cell counts, and a line that was cut off doesn't.
-    Older lines lack the flag of the pairs' test rows."""
+    """Reads stored outcomes. The last line of a cell counts, one that was cut off doesn't."""
     outcomes = {}
     for line in results.read_text().splitlines(keepends=True) if results.is_file() else ():
         if line.endswith("\n"):
-            family, method, strategy, rejection, failure, losses, *rest = json.loads(line)
-            (elsewhere,) = rest or [METHODS[method].objective == "dpo"]
-            outcomes[Cell(family, method, strategy)] = Outcome(rejection, failure, tuple(losses), elsewhere)
+            family, method, strategy, rejection, failure, losses, revision = json.loads(line)
+            outcomes[Cell(family, method, strategy)] = Outcome(rejection, failure, tuple(losses), revision)
     return outcomes
 
 

@@ -84,9 +84,9 @@ ALL = (
         f"{_RENDER}test_an_end_token_is_trained_on_even_if_it_is_the_padding_token",
     ),
     _one(
-        8, "a BOS token is always prepended", "data/chat_rendering.py",
-        "return ids if ids[: len(self._first)] == self._first else [*self._first, *ids]",
-        "return [*self._first, *ids]",
+        8, "a BOS token is always prepended", "data/rendering/encoder.py",
+        "return ids if ids[: len(self.beginning)] == self.beginning else [*self.beginning, *ids]",
+        "return [*self.beginning, *ids]",
         f"{_RENDER}test_plain_text_begins_with_one_beginning_token",
     ),
     _one(

@@ -98,6 +98,7 @@ def prepare(
     nodes: int = 1,
     strategy: str = "ddp",
     offload: str = "none",
+    sequence: int = 1,
     lora: Mapping[str, Any] | None = None,
     full: bool | FullSpec = False,
     validation: Iterable[Mapping[str, Any]] | float | None = None,
@@ -116,7 +117,8 @@ def prepare(
     """Fills a scratch folder as the supervisor does.
 
     The defaults are LoRA on q and v, no dropout, and 8 examples a step. `world` ranks run on
-    `nodes` nodes; node 1's disk is the folder `node-1` in `scratch`.
+    `nodes` nodes; node 1's disk is the folder `node-1` in `scratch`. `sequence` ranks share each
+    row.
     """
     paths = Paths(scratch)
     paths.data("train").parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +152,7 @@ def prepare(
             processes_per_node=world // nodes,
             strategy=strategy,
             offload=offload,  # type: ignore[arg-type]
+            sequence_parallel_size=sequence,
         ),
         checkpoint=CheckpointSpec(every=every, shards=shards),
         evaluation=EvaluationSpec(**{"samples": samples, "max_new_tokens": 12, **(evaluation or {})}),

@@ -40,6 +40,12 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, fsdp, recomputed except attention": {
         "world": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "selective"},
     },
+    **{
+        f"2 ranks, {strategy}, recomputed except attention": {
+            "world": 2, "strategy": strategy, "training": {"activation_checkpointing": "selective"},
+        }
+        for strategy in ("zero2", "zero3")
+    },
     "2 ranks, full, zero3, recomputed": {
         "world": 2, "strategy": "zero3", "full": True, "training": {"activation_checkpointing": "always"},
     },
@@ -57,9 +63,33 @@ _WAYS: dict[str, dict[str, Any]] = {
     "2 ranks, full, zero3, parameters offloaded": {
         "world": 2, "full": True, "strategy": "zero3", "offload": "parameters",
     },
+    **{
+        f"2 ranks, full, {strategy}, recomputed except attention": {
+            "world": 2, "full": True, "strategy": strategy,
+            "training": {"activation_checkpointing": "selective", "micro_batch_size": 1},
+        }
+        for strategy in ("zero2", "zero3")
+    },
     "2 ranks, full, fsdp": {"world": 2, "full": True, "strategy": "fsdp"},
     "2 ranks, full, fsdp, parameters offloaded": {
         "world": 2, "full": True, "strategy": "fsdp", "offload": "parameters", "training": {"micro_batch_size": 1},
+    },
+    "2 ranks that share rows": {"world": 2, "sequence": 2},
+    "2 ranks that share rows, accumulation, recomputed": {
+        "world": 2, "sequence": 2, "training": {"micro_batch_size": 1, "activation_checkpointing": "selective"},
+    },
+    "2 ranks that share rows, zero2": {"world": 2, "sequence": 2, "strategy": "zero2"},
+    "2 ranks that share rows, zero3": {"world": 2, "sequence": 2, "strategy": "zero3"},
+    "2 ranks that share rows, fsdp, recomputed": {
+        "world": 2, "sequence": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "always"},
+    },
+    "2 ranks that share rows, full, fsdp": {"world": 2, "sequence": 2, "full": True, "strategy": "fsdp"},
+    "2 ranks that share rows, full, zero3": {"world": 2, "sequence": 2, "full": True, "strategy": "zero3"},
+    "4 ranks that share rows, full": {"world": 4, "sequence": 4, "full": True},
+    "4 ranks, of which 2 share rows": {"world": 4, "sequence": 2},
+    "4 ranks, of which 2 share rows, full, fsdp": {"world": 4, "sequence": 2, "full": True, "strategy": "fsdp"},
+    "2 ranks that share rows, gpt2": {
+        "world": 2, "sequence": 2, "family": "gpt2", "lora": {"target_modules": ("c_attn",)},
     },
     "2 ranks, t5, fsdp": {
         "world": 2, "family": "t5", "strategy": "fsdp", "lora": {"target_modules": ("q", "v")},
@@ -81,6 +111,11 @@ _HALF["2 ranks, zero3, bfloat16, recomputed"] = {
     "world": 2, "strategy": "zero3", "dtype": "bfloat16", "training": {"activation_checkpointing": "always"},
 }  # fmt: skip
 
+
+for _strategy in ("zero2", "zero3"):
+    _HALF[f"2 ranks, {_strategy}, bfloat16, recomputed except attention"] = {
+        "world": 2, "strategy": _strategy, "dtype": "bfloat16", "training": {"activation_checkpointing": "selective"},
+    }  # fmt: skip
 
 _Key = tuple[str, bool, bool]
 
@@ -190,6 +225,18 @@ def test_a_frozen_base_in_bfloat16_works_with_every_strategy(way: str, ended: di
     """
     assert ended[way].losses == pytest.approx(ended["2 ranks, ddp, bfloat16"].losses, rel=1e-4)
     assert ended[way].losses == pytest.approx(ended["2 ranks"].losses, rel=1e-2)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_gives_the_same_bits_if_activations_are_recomputed_except_attention(
+    strategy: str, half: bool, ended: dict[str, FinishedRun]
+) -> None:
+    name = f"2 ranks, {strategy}{', bfloat16' if half else ''}"
+    recomputed = ended[f"{name}, recomputed except attention"]
+    assert recomputed.losses == ended[name].losses
+    kinds = {event.topic: event.choice for event in recomputed.events(events.DecisionEvent)}
+    assert kinds["activationCheckpointing"].startswith("selective" if strategy == "zero2" else "on")
 
 
 def test_zero3_gives_the_adapter_of_ddp_to_five_digits(ended: dict[str, FinishedRun]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_trainer.data import pipeline
+from finetune_trainer.data import pipeline, splits
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.dataset import Data, read
 from finetune_trainer.model import loading
@@ -69,6 +69,22 @@ def test_a_window_that_is_overlooked_keeps_rows_apart(dtype: torch.dtype, tmp_pa
     loss = trial.loss(micro_batch, replace(trial.padded, packed=True), loss_sum)
     assert 1e-4 < abs(loss - reference) / reference < 2e-2, figures
     assert differs
+
+
+def test_long_examples_are_compared_by_their_beginnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that several processes have to share don't fit on one of them."""
+    trial, loss_sum, _ = _trial(tmp_path, tiny_models.tiny_llama, torch.float32)
+    monkeypatch.setattr(packing_setup, "_EXCERPT_TOKENS", 12)
+    assert trial.train.lengths.max() > 12
+    for number in range(len(trial.train)):
+        ids, loss_mask, _ = trial.train.example(number)
+        beginning, own_mask, _ = trial.excerpts.example(number)
+        assert beginning.tolist() == ids[:12].tolist()
+        assert own_mask.tolist() == (loss_mask.tolist() if len(ids) <= 12 else [False] + [True] * 11)
+        assert trial.excerpts.lengths[number] == len(beginning)
+    for shared in (False, True):
+        assert packing_setup._compare(trial, (0, 1, 2), loss_sum, shared=shared)[0] is False
+    assert splits.excerpts(replace(trial.train, pairs=True), 12).lengths.max() > 12
 
 
 def test_the_noise_of_rounding_is_measured_and_repeats(tmp_path: Path) -> None:

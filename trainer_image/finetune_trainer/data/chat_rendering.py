@@ -22,7 +22,10 @@ from finetune_trainer.data.reading.row import Omission, Problem, Row
 from finetune_trainer.data.rendering import answers, suspicious_text
 from finetune_trainer.data.rendering.answers import Texts
 from finetune_trainer.data.rendering.chat_template import ChatTemplate, TemplateRefusal
+from finetune_trainer.data.rendering.encoder import Encoder
 from finetune_trainer.data.rendering.suspicious_text import ControlTokens
+
+_ROLES_SHOWN = 12
 
 
 class Renderer:
@@ -44,11 +47,11 @@ class Renderer:
         self._encoder_decoder = encoder_decoder
         self._chat = bool(tokenizer.chat_template) and not encoder_decoder
         self._stop_texts = tuple(str(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops))
-        added = list(tokenizer("").input_ids)
-        self._first = [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
         self._rendering = rendering or RenderingSpec()
         self._chat_template = ChatTemplate(tokenizer, self._rendering.date)
         self._control_tokens = ControlTokens(tokenizer)
+        literals = self._control_tokens.all if self._rendering.control_tokens == "encode" else ()
+        self._encoder = Encoder(tokenizer, literals)
 
     @classmethod
     def load(
@@ -121,7 +124,7 @@ class Renderer:
     @property
     def beginning(self) -> tuple[int, ...]:
         """The token that the tokenizer puts before any text, if it does."""
-        return tuple(self._first)
+        return tuple(self._encoder.beginning)
 
     def render(self, row: Row) -> Example | Problem:
         """Return a row's tokens, truncated to `max_length`, or why the row can't be used."""
@@ -143,28 +146,35 @@ class Renderer:
 
         They are everything before the last answer, as at inference.
         """
+        row = self._encoder.prepared(row)
         if self._encoder_decoder:
-            return self._source(row.plain_prompt or row.turns[0].content)
+            return self._encoder.source(row.plain_prompt or row.turns[0].content)
         if not self._chat:
-            return self._with_beginning(self._ids(row.plain_prompt or row.turns[0].content))
-        return self._ids(self._chat_template.render(row.turns[:-1], row, answer=True))
+            return self._encoder.with_beginning(self._encoder.ids(row.plain_prompt or row.turns[0].content))
+        return self._encoder.ids(self._chat_template.render(row.turns[:-1], row, answer=True))
 
     def _rendered(self, rows: Sequence[Row], max_length: int) -> list[Example | Problem]:
-        sides = [(side, bool(row.rejected)) for row in rows for side in preference_rows.sides(row)]
-        parts_of_sides = [self._parts(side, is_pair=is_pair) for side, is_pair in sides]
+        sides = [self._side(side, is_pair=bool(row.rejected)) for row in rows for side in preference_rows.sides(row)]
         token_ids = self._tokenized(
-            pair for parts in parts_of_sides if not isinstance(parts, Problem) for texts in parts for pair in texts
+            pair for _, parts in sides if not isinstance(parts, Problem) for texts in parts for pair in texts
         )
         examples = (
             parts if isinstance(parts, Problem) else self._joined(side, parts, token_ids, max_length)
-            for (side, _), parts in zip(sides, parts_of_sides, strict=True)
+            for side, parts in sides
         )
         return [
             example.of_pair(row, next(examples), next(examples)) if row.rejected else next(examples) for row in rows
         ]
 
+    def _side(self, row: Row, *, is_pair: bool) -> tuple[Row, list[Texts] | Problem]:
+        """Return a row as it is rendered, with the texts of each example that it becomes."""
+        try:
+            prepared = self._encoder.prepared(row)
+        except ValueError as error:
+            return row, Problem(row.number, str(error))
+        return prepared, self._parts(prepared, is_pair=is_pair)
+
     def _parts(self, row: Row, *, is_pair: bool) -> list[Texts] | Problem:
-        """Return the texts of each example that a row becomes."""
         if row.is_text and self._encoder_decoder:
             return Problem(row.number, "a text has no prompt for the encoder; give prompt and completion")
         if not self._chat and not row.plain:
@@ -173,12 +183,14 @@ class Renderer:
                 "messages need a chat template, which this tokenizer doesn't have; give one in dataset.chatTemplate",
             )
         for turn in row.turns:
-            stop = next((text for text in self._stop_texts if text in turn.content), None)
-            if stop is not None and turn.role == "assistant" and turn.in_loss:
-                return Problem(row.number, f"an answer contains the stop token {stop!r}, which would end it; remove it")
-            if self._rendering.control_tokens == "refuse" and (tokens := self._control_tokens.within(turn.content)):
-                where = findings.SUBJECTS[turn.role]
-                return Problem(row.number, f"its {where} contain the control token {tokens[0]!r}; remove it")
+            if turn.role != "assistant" or not turn.in_loss:
+                continue
+            stop = next((text for text in self._stop_texts if text in turn.content or text in turn.more), None)
+            if stop is not None:
+                remedy = "remove it, or set dataset.rendering.controlTokens: encode"
+                return Problem(row.number, f"an answer contains the stop token {stop!r}, which would end it; {remedy}")
+        if self._rendering.control_tokens == "refuse" and (problem := self._control_tokens.refusal(row)):
+            return Problem(row.number, problem)
         if row.is_text:
             return [[("", row.turns[0].content)]]
         if not self._chat:
@@ -186,7 +198,8 @@ class Renderer:
         try:
             return self._dialogue(row, is_pair=is_pair)
         except TemplateRefusal as refusal:
-            return Problem(row.number, f"the chat template refuses it: {refusal}")
+            roles = ", ".join(turn.role for turn in row.turns[:_ROLES_SHOWN])
+            return Problem(row.number, f"the chat template refuses it: {refusal} (its roles: {roles})")
         except answers.Inseparable as inseparable:
             return Problem(row.number, f"{inseparable}; fix it, or set dataset.chatTemplate")
 
@@ -196,8 +209,7 @@ class Renderer:
         for before, answer in pairs:
             texts |= dict.fromkeys((answer,) if self._encoder_decoder else (before, before + answer))
         texts.pop("", None)
-        ids = tokenizer_files.encode(self._tokenizer, list(texts)) if texts else []
-        return {"": [], **dict(zip(texts, ids, strict=True))}
+        return {"": [], **self._encoder.encode(texts)}
 
     def _joined(
         self, row: Row, parts: list[Texts], token_ids: dict[str, list[int]], max_length: int
@@ -241,15 +253,15 @@ class Renderer:
     def _segments(self, row: Row, texts: Texts, token_ids: dict[str, list[int]]) -> list[tuple[list[int], bool]]:
         """Split a row into runs of tokens, each with whether it counts in the loss."""
         if row.is_text:
-            ids = self._with_beginning(token_ids[texts[0][1]])
+            ids = self._encoder.with_beginning(token_ids[texts[0][1]])
             return [(ids if ids[-1:] == [self._stop] else [*ids, self._stop], True)]
         if self._chat:
             return self._turns(texts, token_ids)
         ((prompt, completion),) = texts
         if self._encoder_decoder:
-            return [(self._source(prompt), False), ([*token_ids[completion], self._stop], True)]
+            return [(self._encoder.source(prompt), False), ([*token_ids[completion], self._stop], True)]
         before, answer = self._split(prompt, prompt + completion, token_ids)
-        return [(self._with_beginning(before), False), ([*answer, self._stop], True)]
+        return [(self._encoder.with_beginning(before), False), ([*answer, self._stop], True)]
 
     def _turns(self, texts: Texts, token_ids: dict[str, list[int]]) -> list[tuple[list[int], bool]]:
         """Alternate prompts and answers.
@@ -275,6 +287,8 @@ class Renderer:
         for piece in (piece for part in parts for piece in part):
             if problem := findings.changed_answer(row.turns[piece.turn], piece.answer):
                 return Problem(row.number, f"the chat template {problem}")
+        if problem := answers.missing_instruction(row, parts):
+            return Problem(row.number, f"the chat template {problem}")
         parts = parts[-1:] if is_pair else parts
         return [answers.texts(part, row, masked=self._rendering.reasoning == "mask") for part in parts]
 
@@ -283,13 +297,4 @@ class Renderer:
         prompt, both = token_ids[before], token_ids[full]
         if both[: len(prompt)] == prompt:
             return prompt, both[len(prompt) :]
-        return prompt, self._ids(full[len(before) :])  # a token would extend over the border
-
-    def _source(self, prompt: str) -> list[int]:
-        return list(self._tokenizer(prompt).input_ids)
-
-    def _with_beginning(self, ids: list[int]) -> list[int]:
-        return ids if ids[: len(self._first)] == self._first else [*self._first, *ids]
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids) if text else []
+        return prompt, self._encoder.ids(full[len(before) :])  # a token would extend over the border

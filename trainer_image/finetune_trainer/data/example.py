@@ -6,8 +6,12 @@ The example of a preference pair has both of its answers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
-from finetune_trainer.data.reading.row import Omission, Problem, Row
+from finetune_trainer.data.reading.row import Omission, Problem, Row, union
+
+_OF_ONE_ANSWER = ("AnswersNotTrained", "AnswersApart")
+"""Reasons of omissions that don't apply to a pair, which compares only what differs."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,23 @@ def of_pair(pair: Row, chosen: Example | Problem, rejected: Example | Problem) -
     shorter = min(len(chosen.ids), len(rejected.ids))
     common = next((index for index in range(shorter) if chosen.ids[index] != rejected.ids[index]), shorter)
     if common == shorter:
-        return Problem(pair.number, "chosen and rejected are the same within dataset.maxSequenceLength")
+        within = "" if pair.turns == pair.rejected else " within dataset.maxSequenceLength"
+        return Problem(pair.number, f"chosen and rejected are the same{within}; remove the row")
     if not chosen.loss_mask[common] or not rejected.loss_mask[common]:
-        return Problem(pair.number, "chosen and rejected differ before the answer begins")
+        return Problem(
+            pair.number,
+            "chosen and rejected differ before the last answer that the chat template renders with them begins; give a "
+            "row for each answer, with the same turns before it",
+        )
+    omissions = [omission for omission in chosen.omissions if omission[0] not in _OF_ONE_ANSWER]
+    same = takewhile(lambda sides: sides[0] == sides[1], zip(pair.turns, pair.rejected, strict=False))
+    shared = sum(turn.role == "assistant" and turn.in_loss for turn, _ in same)
+    omissions += [("AnswersShared", "answers", shared)] if shared else []
     prompt = next((index for index in range(common, 0, -1) if not chosen.loss_mask[index - 1]), 0)
     return replace(
         chosen,
         ids=chosen.ids + rejected.ids[prompt:],
         loss_mask=(False,) * prompt + chosen.loss_mask[prompt:] + rejected.loss_mask[prompt:],
         source=len(chosen.ids),
+        omissions=tuple(union(omissions, (o for o in rejected.omissions if o[0] not in _OF_ONE_ANSWER))),
     )

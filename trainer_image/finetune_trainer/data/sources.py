@@ -75,7 +75,7 @@ def held_out_files(train: SplitReport) -> Iterator[DataWarning]:
     """Yield a warning if files among others are named as rows that must not be trained on."""
     if train.split != "train" or len(train.files) < 2:
         return
-    common = len(posixpath.commonprefix([posixpath.dirname(file.name) + "/" for file in train.files]))
+    common = posixpath.commonprefix([posixpath.dirname(file.name) + "/" for file in train.files]).rfind("/") + 1
     names = [file.name for file in train.files if _HELD_OUT.search("/" + file.name[common:])]
     if 0 < len(names) < len(train.files):
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -75,6 +75,32 @@ class Split:
         return int(self.tokens.line_numbers[self.index[number]])
 
 
+@dataclass(frozen=True)
+class Excerpts(Split):
+    """Holds the first `limit` tokens of each example that is longer, all of which count in the
+    loss, so that what is computed with them needs little time and memory."""
+
+    limit: int = 0
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.minimum(self.tokens.lengths[self.index], self.limit)
+
+    def example(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], int]:
+        ids, loss_mask, source = super().example(number)
+        if len(ids) <= self.limit:
+            return ids, loss_mask, source
+        return ids[: self.limit], np.arange(self.limit) > 0, source
+
+
+def excerpts(split: Split, limit: int) -> Split:
+    """Return the first `limit` tokens of the examples of a split. Pairs, and rows with a source,
+    have parts that belong together, and stay complete."""
+    if split.pairs or split.tokens.sources[split.index].any():
+        return split
+    return Excerpts(split.tokens, split.index, limit=limit)
+
+
 def all_rows(tokens: Tokens) -> Split:
     """Return a split with every row of a token cache, in order."""
     return Split(tokens, np.arange(len(tokens)))

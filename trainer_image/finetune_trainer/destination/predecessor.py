@@ -18,7 +18,7 @@ from finetune_api import recipe
 from finetune_api.messages.manifest import Manifest, ManifestJob
 from finetune_api.messages.run import JobRef, RunConfig
 from finetune_api.names import CHECKPOINT_MANIFEST, CHECKPOINTS_DIR, MANIFEST_PATH, checkpoint_dir
-from finetune_trainer.destination import claim
+from finetune_trainer.destination import claim, file_names
 from finetune_trainer.destination.claim import Owner
 from finetune_trainer.errors import RunError
 from finetune_trainer.paths import split_checkpoint_path
@@ -108,16 +108,18 @@ def take_over(storage: Storage, left: Leftovers, run: RunConfig, sign: Callable[
 
 
 def _delete_incomplete(storage: Storage, complete: frozenset[int]) -> None:
-    """Deletes partial checkpoints, and the files beside them that concern the predecessor only."""
-    paths = [entry.path for entry in storage.list(CHECKPOINTS_DIR)]
-    splits = {path: split_checkpoint_path(path) for path in paths}
-    storage.delete(
-        tuple(
-            path
-            for path, split in splits.items()
-            if split is None or split[0] not in complete or split[1].startswith("node-")
-        )
-    )
+    """Deletes partial checkpoints, and the files beside them that concern the predecessor only.
+
+    A file whose name no job would give it stays.
+    """
+    storage.delete(tuple(e.path for e in storage.list(CHECKPOINTS_DIR) if _is_obsolete(e.path, complete)))
+
+
+def _is_obsolete(path: str, complete: frozenset[int]) -> bool:
+    if file_names.is_record(path) or file_names.is_of_tokens(path):
+        return True
+    step = file_names.step_of(path)
+    return step is not None and (step not in complete or path.startswith(f"{checkpoint_dir(step)}/node-"))
 
 
 def _discard(storage: Storage, left: Leftovers) -> None:

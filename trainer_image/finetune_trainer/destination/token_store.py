@@ -26,7 +26,7 @@ from finetune_trainer.storage.base import FileInfo, Storage
 FOLDER = f"{CHECKPOINTS_DIR}/tokens"
 MIN_BYTES = 16 << 20
 """Fewer bytes are computed sooner than they are stored."""
-_MARKER = "complete.json"
+MARKER = "complete.json"
 
 Report = Callable[[str], None]
 
@@ -135,7 +135,7 @@ def _read(storage: Storage, folder: str) -> _Marker | None:
 
 
 def _marker_path(folder: str) -> str:
-    return f"{FOLDER}/{folder}/{_MARKER}"
+    return f"{FOLDER}/{folder}/{MARKER}"
 
 
 def _download_file(storage: Storage, key: str, name: str, file: _File, folder: Path) -> None:

@@ -62,11 +62,12 @@ class Evaluator:
         row_losses: dict[int, float] = {}
         with self._evaluating():
             for micro_batch, batch in self.for_each_micro_batch(split):
-                losses = torch.empty(batch.targets.shape, device=self.world.device) if by_row and micro_batch else None
+                count = batch.answers // 2 if split.pairs else batch.targets.numel()
+                losses = torch.empty(count, device=self.world.device) if by_row and micro_batch else None
                 with self.loss_sum.packed_context(batch):
                     own += self.loss_sum(self.strategy.model, batch, losses, sums)
                 if losses is not None:
-                    row_losses.update(_by_row(split, micro_batch, losses))
+                    row_losses.update(_by_row(split, micro_batch, losses, batch.own))
         total, *metrics = self.world.all_reduce_sum(float(own), *sums.tolist())
         rows = self._gathered(row_losses, len(split)) if by_row else None
         return SplitLoss(total / label_count, label_count, rows, dpo.rewards(metrics, label_count))
@@ -81,7 +82,7 @@ class Evaluator:
         for begin in range(0, len(split), _EXAMPLES_PER_ROUND):
             examples = range(begin, min(begin + _EXAMPLES_PER_ROUND, len(split)))
             by_rank = split_into_micro_batches(examples, split.lengths, self.shape, prefixes)
-            for micro_batch in by_rank[self.world.rank]:
+            for micro_batch in by_rank[self.world.data_rank]:
                 yield micro_batch, self.collate(split, micro_batch)
                 self.heartbeat()
 
@@ -94,10 +95,11 @@ class Evaluator:
         return logits.float().cpu()
 
     def _gathered(self, own: dict[int, float], count: int) -> NDArray[np.float64]:
-        """Returns the losses of all ranks' rows, ordered by row, (count,)."""
+        """Returns the losses of all ranks' rows, ordered by row, (count,). Those of the parts of a
+        row are added."""
         rows = np.zeros(count)
         for part in self.world.all_gather(own, dict[int, float]):
-            rows[list(part)] = list(part.values())
+            rows[list(part)] += list(part.values())
         return rows
 
     @contextmanager
@@ -108,9 +110,17 @@ class Evaluator:
         self.strategy.model.train()
 
 
-def _by_row(split: Split, micro_batch: MicroBatch, losses: torch.Tensor) -> dict[int, float]:
+def _by_row(
+    split: Split, micro_batch: MicroBatch, losses: torch.Tensor, own: NDArray[np.int64] | None
+) -> dict[int, float]:
     """Returns the sum of the losses of each example. The targets of a batch are in the order of its
-    examples."""
+    examples. If this rank has only a part of the row, `own` are its targets among those of all. A
+    pair has one loss."""
     ends = np.cumsum(split.label_counts[list(micro_batch)])
-    parts = np.split(losses.double().cpu().numpy(), ends[:-1])
+    values = losses.double().cpu().numpy()
+    if own is not None and not split.pairs:
+        whole = np.zeros(ends[-1])
+        whole[own] = values
+        values = whole
+    parts = np.split(values, ends[:-1])
     return {example: float(part.sum()) for example, part in zip(micro_batch, parts, strict=True)}

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from finetune_trainer.kernels import attention_cpu, attention_cuda, attention_reference, packed_row
-from finetune_trainer.kernels.attention import chunked
+from finetune_trainer.kernels.attention import chunked, head_exchange
 from finetune_trainer.kernels.packed_row import CurrentRow
 
 NAME = "finetune_documents"
@@ -73,8 +73,20 @@ def _attention_or_eager(
 
 
 def _packed(row: CurrentRow, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    """Computes attention with the fastest kernel that supports these tensors and options."""
+    """Computes attention over the whole row, for all heads, or for this rank's share of them if
+    ranks share the row."""
+    part, heads, sinks = row.sequence, query.shape[1], options.get("s_aux")
     query, key, value = _in_one_dtype(query, key, value)
+    if not part:
+        return _whole_rows(row, query, key, value, options)
+    if sinks is not None:
+        options = {**options, "s_aux": sinks[head_exchange.own_heads(part, heads)]}
+    query, key, value = (head_exchange.to_own_heads(part, heads, tensor) for tensor in (query, key, value))
+    return head_exchange.to_own_tokens(part, _whole_rows(row, query, key, value, options))
+
+
+def _whole_rows(row: CurrentRow, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    """Computes attention with the fastest kernel that supports these tensors and options."""
     scaling = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     dropout = float(options.get("dropout") or 0.0)

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from finetune_trainer.data.batching.packed_layout import Layout
+from finetune_trainer.data.batching.sequence_part import WHOLE, SequencePart
 from finetune_trainer.kernels.attention_avx512 import NativeLayout
 from finetune_trainer.kernels.bucketed_layout import BucketedLayout
 from finetune_trainer.kernels.length_buckets import length_buckets
@@ -21,10 +22,14 @@ _T = TypeVar("_T")
 
 class CurrentRow:
     """Holds a row's layout in the form of each kernel. Each form is built once and shared by all
-    layers."""
+    layers.
 
-    def __init__(self, layout: Layout) -> None:
+    `sequence` is the part of the row whose tokens this rank has outside of attention.
+    """
+
+    def __init__(self, layout: Layout, sequence: SequencePart = WHOLE) -> None:
         self.layout = layout
+        self.sequence = sequence
         self._forms: dict[Hashable, Any] = {}
 
     @cached_property
@@ -65,13 +70,14 @@ _current: CurrentRow | None = None
 
 
 @contextmanager
-def computing(layout: Layout | None) -> Iterator[None]:
-    """Declares the layout of the row whose forward and backward passes run inside.
+def computing(layout: Layout | None, sequence: SequencePart = WHOLE) -> Iterator[None]:
+    """Declares the layout of the row whose forward and backward passes run inside, and the part of
+    it that this rank has.
 
     None declares that the batch isn't packed.
     """
     global _current
-    previous, _current = _current, None if layout is None else CurrentRow(layout)
+    previous, _current = _current, None if layout is None else CurrentRow(layout, sequence)
     try:
         yield
     finally:

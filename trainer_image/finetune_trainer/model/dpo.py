@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from finetune_api.messages.events import Rewards
 from finetune_trainer.data.batching.collator import Batch
+from finetune_trainer.kernels.attention import head_exchange
 from finetune_trainer.model.loss import LossSum
 
 
@@ -45,6 +46,9 @@ class PreferenceSum(LossSum):
         """Returns the loss as a float32 scalar, in which all pairs count equally. Call it inside
         `packed_context(batch)`.
 
+        If ranks share a row, all of them have the gradient, but only the first one has the loss and
+        the metrics, and the others zeros, so that sums over ranks count each pair once.
+
         `losses_out` is filled with -log p of each chosen answer, followed by zeros, so that
         perplexity is that of the chosen answers.
         """
@@ -53,11 +57,13 @@ class PreferenceSum(LossSum):
             return log_p.sum() * 0.0
         gains = log_p - batch.reference.to(log_p.dtype)
         losses = loss_of(gains[:, 0], gains[:, 1], self.beta)
+        counts = batch.sequence.rank == 0
         if losses_out is not None:
-            losses_out.zero_()[: len(losses)] = -log_p[:, 0].detach()
-        if metric_sums is not None:
+            losses_out.zero_()[: len(losses)] = -log_p[:, 0].detach() * counts
+        if metric_sums is not None and counts:
             metric_sums += _reward_sums(log_p.detach(), self.beta * gains.detach())
-        return losses.sum()
+        total = losses.sum()
+        return total if counts else total - total.detach()
 
 
 def loss_of(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -86,10 +92,13 @@ def _reward_sums(log_p: Tensor, reward: Tensor) -> Tensor:
 def log_probabilities(loss_sum: LossSum, model: Callable[..., Any], batch: Batch) -> Tensor:
     """Returns log p of the chosen and of the rejected answer, summed over their tokens, (pairs, 2).
 
-    An empty batch gives zeros, (1, 2).
+    If ranks share the row, all of them get the sums over the whole row, and call it together. An
+    empty batch gives zeros, (1, 2).
     """
     losses = loss_sum.per_token(model, batch)
     if batch.answer is None:
         return losses.reshape(-1, 1).sum().reshape(1, 1).expand(1, 2)
-    answers = losses.new_zeros(int(batch.answer.max()) + 1).index_add(0, batch.answer, -losses)
-    return answers.view(-1, 2)
+    zeros = losses.new_zeros(batch.answers)
+    # A part of a row without targets has one loss, a zero that takes part in the backward pass.
+    answers = zeros.index_add(0, batch.answer, -losses) if batch.targets.numel() else zeros + losses.sum()
+    return head_exchange.group_sum(batch.sequence, answers).view(-1, 2)

@@ -56,7 +56,7 @@ class LossSum:
     def packed_context(self, batch: Batch) -> Iterator[None]:
         """Declares a batch's layout and padding. Both its forward and its backward pass must run
         inside."""
-        with packed_row.computing(batch.layout), padding.masked(batch.padding):
+        with packed_row.computing(batch.layout, batch.sequence), padding.masked(batch.padding):
             yield
 
     def calling(self, model: Any) -> AbstractContextManager[Any]:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from finetune_trainer.errors import RunError
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -92,6 +94,37 @@ def warning(kind: str, device_type: str, dtype: torch.dtype) -> str:
         "are skipped because of values that aren't finite, or the loss is unexpectedly high, use model.quantization "
         "nf4, which computes in bfloat16"
     )
+
+
+@contextmanager
+def refusing_wide_inputs(model: Any, kind: str) -> Iterator[None]:
+    """Refuses a model inside whose linear layers get tensors that an int8 layer can't multiply.
+
+    bitsandbytes flattens a batch of sequences, [batch, tokens, features], and nothing wider
+    (`MatMul8bitLt`). The latent attention of DeepSeek-V3 has another dimension. Raises
+    RunError(InvalidConfig) with the name of the layer.
+    """
+    hooks = []
+
+    def check(name: str) -> Any:
+        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
+            if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 3:
+                raise RunError(
+                    "InvalidConfig",
+                    f"model.quantization: int8 can't be used with this model, whose layer {name} gets tensors of "
+                    f"{inputs[0].dim()} dimensions (int8 layers take at most 3); use nf4, or none",
+                )
+
+        return hook
+
+    if kind == "int8":
+        linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        hooks = [module.register_forward_pre_hook(check(name)) for name, module in linear]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_packed(module: Any) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finetune_trainer.parallel.gradient_clipping import clip_by_global_norm
-from finetune_trainer.parallel.limits import GRADIENT_BUCKET
+from finetune_trainer.parallel.network import gradients
 from finetune_trainer.parallel.optimizers import Optimizer, OptimizerConfig
 from finetune_trainer.parallel.strategy import TensorSource, autocast, to_cpu, trained
 from finetune_trainer.parallel.world import World
@@ -22,22 +22,35 @@ class DataParallel:
     """Keeps everything on every rank.
 
     Gradients are averaged once per step, after all ranks have reported that theirs are complete, so
-    a rank that runs out of memory in a micro-batch doesn't leave the other ranks waiting.
+    a rank that runs out of memory in a micro-batch doesn't leave the other ranks waiting, unless
+    they share its rows.
     """
 
-    independent_micro_batches = True
-
-    def __init__(self, model: Any, config: OptimizerConfig, world: World, half: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: OptimizerConfig,
+        world: World,
+        half: torch.dtype | None = None,
+        message: torch.dtype = torch.float32,
+    ) -> None:
+        """`half` is the half-precision format of matrix products, or None for that of the weights.
+        Gradients are sent in the number format `message`."""
         self._world = world
         self._half = half
+        self._message = message
         self._max_norm = config.max_grad_norm
         self._model = model.to(world.device)
         self._parameters = trained(model)
         self._optimizer = Optimizer(model, self._parameters, config)
-        self._buckets = buckets(list(self._parameters.values()))
+        self._buckets = gradients.buckets(list(self._parameters.values()))
         if world.size > 1:
             for parameter in self._parameters.values():
                 dist.broadcast(parameter.data, src=0)
+
+    @property
+    def independent_micro_batches(self) -> bool:
+        return not self._world.sequence
 
     @property
     def model(self) -> Any:
@@ -59,7 +72,7 @@ class DataParallel:
     def step(self, rate: float) -> float:
         if self._world.size > 1:
             for bucket in self._buckets:
-                average_gradients(bucket, self._world)
+                gradients.average(bucket, self._world, self._message)
         norm = clip_by_global_norm(list(self._parameters.values()), self._max_norm)
         if math.isfinite(norm):
             self._optimizer.step(rate)
@@ -96,34 +109,3 @@ class DataParallel:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])
-
-
-def buckets(parameters: list[Any]) -> list[list[Any]]:
-    """Returns the parameters in their order, divided into lists whose gradients are each sent in
-    one message.
-
-    A bucket ends with the parameter that fills it up to GRADIENT_BUCKET values.
-    """
-    filled: list[list[Any]] = []
-    size = GRADIENT_BUCKET
-    for parameter in parameters:
-        if size >= GRADIENT_BUCKET:
-            filled.append([])
-            size = 0
-        filled[-1].append(parameter)
-        size += parameter.numel()
-    return filled
-
-
-def average_gradients(parameters: list[Any], world: World) -> None:
-    """Replaces the gradients with their mean over all ranks, in one message.
-
-    A gradient that a rank lacks counts as zeros. A gradient that no rank has stays None.
-    """
-    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=world.device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    message = torch.cat([*(gradient.reshape(-1) for gradient in gradients), present])
-    dist.all_reduce(message)
-    *means, present = torch.split(message.div_(world.size), [*(p.numel() for p in parameters), len(parameters)])
-    for parameter, mean, on_any_rank in zip(parameters, means, present.tolist(), strict=True):
-        parameter.grad = mean.view_as(parameter).to(parameter.dtype) if on_any_rank else None

@@ -14,8 +14,13 @@ from finetune_trainer.parallel.estimate.recomputation import EVERYTHING
 from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 
+# Beyond a few hundred tokens, matrix products on a CPU hardly get faster while memory use grows. A
+# GPU needs thousands of tokens.
+_MAX_USEFUL_TOKENS = {"cpu": 768, "cuda": 16384}
 _USABLE = 0.85  # of free memory: the estimate ignores fragmentation and libraries
 _MAX_RANKS = 1024
+MAX_PARTS = 64
+"""The most ranks that may share a row: the limit of distribution.sequenceParallelSize."""
 _GIB = 2**30
 
 
@@ -86,6 +91,16 @@ def fits(estimate: MemoryEstimate, tokens: int, free_memory: FreeMemory) -> bool
     return estimate.total(tokens) <= free_memory.usable and fits_host(estimate, tokens, free_memory)
 
 
+def micro_batch_tokens(estimate: MemoryEstimate, free_memory: FreeMemory, longest: int) -> int:
+    """Returns how many tokens a rank computes at a time: as many as fit and make computing faster,
+    but at least the `longest` tokens that it has of the longest row."""
+    usable = free_memory.usable
+    if free_memory.device == "cpu":  # copies for checkpoints are in the same memory
+        usable = min(usable, free_memory.host - estimate.host.training // estimate.host.ranks)
+    fitting = estimate.fitting_tokens(usable)
+    return max(longest, min(_MAX_USEFUL_TOKENS[free_memory.device], fitting))
+
+
 def shortage(need: Need, free_memory: FreeMemory) -> str:
     """Returns, for a configuration that doesn't fit, what it needs and what is free."""
     if need.total > free_memory.usable:
@@ -131,7 +146,7 @@ def _too_little_on_device(
 ) -> TooLittleMemory:
     """Returns the error for a device that is too small even for the configuration that needs the
     least."""
-    more = _more_ranks(need.tokens, size, setup, free_memory)
+    more = _shared_rows(need, size, setup, free_memory) or _more_ranks(need.tokens, size, setup, free_memory)
     device = "GPU memory" if free_memory.device == "cuda" else "memory"
     adapters = "method lora, " if setup.full else ""
     return TooLittleMemory(
@@ -142,6 +157,24 @@ def _too_little_on_device(
         f"more {device} for each, or a smaller dataset.maxSequenceLength (micro-batches have at least {need.tokens} "
         "tokens)",
     )
+
+
+def _shared_rows(need: Need, size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory) -> str:
+    """Returns, as a sentence, how few of the ranks would have to share each row for it to fit;
+    nothing if that isn't enough, or if the ranks or the heads can't be divided."""
+    row = need.tokens * setup.parts
+    for parts in range(setup.parts + 1, min(setup.ranks, MAX_PARTS) + 1):
+        if setup.ranks % parts or not size.heads or size.heads % parts:
+            continue
+        shared, tokens = replace(setup, parts=parts), -(-row // parts)
+        for parallel in (need.parallel, ParallelConfig("fsdp", recompute=EVERYTHING)):
+            estimate = memory_estimate(size, shared, replace(parallel, recompute=EVERYTHING))
+            if setup.supports(parallel.strategy) and fits(estimate, tokens, free_memory):
+                return (
+                    f"With distribution.sequenceParallelSize {parts}, as many processes share each row, and "
+                    f"{parallel.strategy} would do."
+                )
+    return ""
 
 
 def _more_ranks(tokens: int, size: ModelSize, setup: TrainingSetup, free_memory: FreeMemory) -> str:

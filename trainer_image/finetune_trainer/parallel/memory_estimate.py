@@ -42,7 +42,8 @@ class TrainingSetup:
     bfloat16. `full` means full fine-tuning, as opposed to adapters. With `reads_base`, the method
     reads the base's weights outside of their layers. The ranks run on `nodes` nodes. Unless
     `shards_checkpoints`, rank 0 holds a copy of everything that a checkpoint contains. With
-    `shares_prefixes`, a prefix that packed examples share may be computed once.
+    `shares_prefixes`, a prefix that packed examples share may be computed once. `parts` is the
+    number of ranks that share each row.
     """
 
     ranks: int
@@ -56,6 +57,7 @@ class TrainingSetup:
     nodes: int = 1
     shards_checkpoints: bool = True
     shares_prefixes: bool = True
+    parts: int = 1
 
     @property
     def ranks_per_node(self) -> int:
@@ -191,7 +193,7 @@ def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
     )
     known = size if setup.device == "cuda" else replace(size, layer=None)
     return activations.bytes_per_token(
-        known, precision, recompute=parallel.recompute, shares_prefixes=setup.shares_prefixes
+        known, precision, recompute=parallel.recompute, shares_prefixes=setup.shares_prefixes, parts=setup.parts
     )
 
 

@@ -59,7 +59,8 @@ class ModelSize:
     adapters, a copy of the embeddings or the output layer is trained. `layer` is known only for
     layers that are built like those of Llama. `formats` are the number formats of the files, as
     safetensors names them, if they are known. With `chunks_scores`, the flash kernel doesn't
-    support the model's attention, and its scores are computed in chunks.
+    support the model's attention, and its scores are computed in chunks. `heads` and `kv_heads` are
+    the numbers of attention heads of a layer and of their keys; 0 if they aren't known.
     """
 
     parameters: int
@@ -74,6 +75,8 @@ class ModelSize:
     layer: LayerShape | None = None
     formats: frozenset[str] = frozenset()
     chunks_scores: bool = False
+    heads: int = 0
+    kv_heads: int = 0
 
 
 def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> ModelSize:
@@ -127,6 +130,7 @@ def size_of(
     copied = lora.modules_to_save if lora is not None else ()
     if lora is not None:
         adapters += len(lora.added_tokens) * hidden * (2 if untied else 1)
+    heads = _first(config, 0, "num_attention_heads", "n_head")
     matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not _is_outside_layers(name)]
     return ModelSize(
         parameters=total + adapters,
@@ -141,6 +145,8 @@ def size_of(
         trains_head=any(_belongs(name, module) for name in outside for module in copied),
         layer=_layer_shape(config, shapes, lora),
         chunks_scores=_chunks_scores(config),
+        heads=heads,
+        kv_heads=_first(config, heads, "num_key_value_heads"),
     )
 
 

@@ -21,6 +21,7 @@ from finetune_trainer.parallel.free_memory import (
     Need,
     fits,
     fits_host,
+    micro_batch_tokens,
     refusal,
     shortage,
     too_little_on_host,
@@ -28,9 +29,6 @@ from finetune_trainer.parallel.free_memory import (
 from finetune_trainer.parallel.memory_estimate import MemoryEstimate, ParallelConfig, TrainingSetup, memory_estimate
 from finetune_trainer.parallel.model_size import ModelSize
 
-# Beyond a few hundred tokens, matrix products on a CPU hardly get faster while memory use grows. A
-# GPU needs thousands of tokens.
-_MAX_USEFUL_TOKENS = {"cpu": 768, "cuda": 16384}
 _LITTLE = 0.05  # of the memory needed: zero2 or offloading isn't considered if it saves less
 _PAIRS: tuple[tuple[Strategy, Offload], ...] = (
     ("ddp", "none"),
@@ -47,10 +45,10 @@ _QUANTIZED_PAIRS: tuple[tuple[Strategy, Offload], ...] = (("ddp", "none"), ("fsd
 class UserChoice:
     """Holds what the user configured.
 
-    `longest` is the number of tokens in the longest row. `tokens` is how many are computed at a
-    time, if microBatchSize is a number. With `from_checkpoint`, strategy and offload are those of
-    the checkpoint that the run resumes from. `mesh` is that checkpoint's: the copies of the model,
-    and the ranks that share one; None unless it was trained with fsdp.
+    `longest` is the number of tokens in the longest row, which `parts` ranks share. `tokens` is how
+    many a rank computes at a time, if microBatchSize is a number. With `from_checkpoint`, strategy
+    and offload are those of the checkpoint that the run resumes from. `mesh` is that checkpoint's:
+    the copies of the model, and the ranks that share one; None unless it was trained with fsdp.
     """
 
     strategy: StrategyOption
@@ -60,11 +58,12 @@ class UserChoice:
     tokens: int | None = None
     from_checkpoint: bool = False
     mesh: tuple[int, int] | None = None
+    parts: int = 1
 
     @property
     def min_tokens(self) -> int:
         """The fewest tokens that a rank can compute at a time."""
-        return self.tokens or self.longest
+        return self.tokens or -(-self.longest // self.parts)
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,10 @@ class Choice:
 def user_choice(run: RunConfig, longest: int) -> UserChoice:
     """Returns what a run's configuration says. `longest` is the number of tokens in the longest
     row."""
-    micro_batch_size = run.training.micro_batch_size
-    return UserChoice(
-        run.world.strategy,
-        run.world.offload,
-        run.training.activation_checkpointing,
-        longest,
-        micro_batch_size * run.data.max_sequence_length if isinstance(micro_batch_size, int) else None,
-    )
+    micro_batch_size, parts = run.training.micro_batch_size, run.world.sequence_parallel_size
+    rows = micro_batch_size * run.data.max_sequence_length if isinstance(micro_batch_size, int) else 0
+    strategy, offload, recompute = run.world.strategy, run.world.offload, run.training.activation_checkpointing
+    return UserChoice(strategy, offload, recompute, longest, -(-rows // parts) or None, parts=parts)
 
 
 def training_setup(run: RunConfig, *, half: bool) -> TrainingSetup:
@@ -117,6 +112,7 @@ def training_setup(run: RunConfig, *, half: bool) -> TrainingSetup:
         nodes=run.world.nodes,
         shards_checkpoints=run.checkpoint.shards != "never",
         shares_prefixes=run.data.packing and run.data.shared_prefix != "off",
+        parts=run.world.sequence_parallel_size,
     )
 
 
@@ -200,21 +196,11 @@ def _configs(
     ]
 
 
-def micro_batch_tokens(estimate: MemoryEstimate, free_memory: FreeMemory, longest: int) -> int:
-    """Returns how many tokens to compute at a time: as many as fit and make computing faster, but
-    at least those of the longest row."""
-    usable = free_memory.usable
-    if free_memory.device == "cpu":  # copies for checkpoints are in the same memory
-        usable = min(usable, free_memory.host - estimate.host.training // estimate.host.ranks)
-    fitting = estimate.fitting_tokens(usable)
-    return max(longest, min(_MAX_USEFUL_TOKENS[free_memory.device], fitting))
-
-
 def _option(
     choice: UserChoice, size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, free_memory: FreeMemory
 ) -> _Option:
     estimate = memory_estimate(size, setup, parallel)
-    tokens = choice.tokens or micro_batch_tokens(estimate, free_memory, choice.longest)
+    tokens = choice.tokens or micro_batch_tokens(estimate, free_memory, choice.min_tokens)
     need = Need(parallel, estimate, tokens)
     seconds = seconds_per_token(size, setup, parallel, tokens, choice.longest)
     return _Option(need, fits(estimate, tokens, free_memory), seconds)
@@ -249,7 +235,7 @@ def _choice(choice: UserChoice, option: _Option, auto_reason: str, free_memory: 
         tokens_reason="set by training.microBatchSize"
         if choice.tokens
         else f"each token needs about {estimate.per_token / 2**20:.2f} MiB, {free_memory} may be used, and the longest "
-        f"row has {choice.longest} tokens",
+        f"row has {choice.longest} tokens{f', divided among {choice.parts} processes' if choice.parts > 1 else ''}",
         estimate=estimate,
         table=f"{estimate.table(tokens)}: {gib(estimate.total(tokens))} in total; {free_memory} may be used",
     )

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
+from finetune_trainer.data.batching.sequence_part import WHOLE, SequencePart
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import gpu_access, messages
 
@@ -28,13 +29,25 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 @dataclass(frozen=True)
 class World:
     """Holds the numbers of this rank and of all ranks, as torchrun counts them. `device` is for its
-    tensors."""
+    tensors. `sequence` is the part of each packed row that this rank computes."""
 
     rank: int
     local_rank: int
     size: int
     local_size: int
     device: torch.device
+    sequence: SequencePart = WHOLE
+
+    @property
+    def data_size(self) -> int:
+        """The number of groups of ranks among which the rows of a step are divided. The ranks of a
+        group share each row; usually, a group is one rank."""
+        return self.size // self.sequence.size
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group."""
+        return self.rank // self.sequence.size
 
     @property
     def is_first(self) -> bool:

@@ -7,6 +7,7 @@ the cheap ones again before it starts the ranks. None of them loads the model's 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from finetune_trainer.supervisor.inspection.parent import Inspection
 from finetune_trainer.supervisor.signals import in_thread
 
 _RELEASE_SECONDS = 20.0  # at the deadline
+_TICK_SECONDS = 0.1
 
 
 class Activity:
@@ -50,8 +52,17 @@ class Activity:
         return self._sentence
 
 
-def check_in_time(run: RunConfig, paths: Paths, access: Access, report: Report, tick: float = 0.1) -> Result:
+def check_in_time(
+    run: RunConfig,
+    paths: Paths,
+    access: Access,
+    report: Report,
+    waiting: Callable[[], None] = lambda: None,
+    tick: float = _TICK_SECONDS,
+) -> Result:
     """Runs all checks in a thread, so that signals are handled meanwhile, and until the deadline.
+
+    Meanwhile `waiting` is called every `tick` seconds; it may raise to abandon the checks.
 
     Raises RunError as `check` does, and RunError(PreflightTimeout) with what took so long.
     """
@@ -60,6 +71,7 @@ def check_in_time(run: RunConfig, paths: Paths, access: Access, report: Report, 
 
     def wait() -> None:
         """Raises RunError at the deadline."""
+        waiting()
         if time.monotonic() < deadline:
             return
         transfers = str(access.transfers)
@@ -73,14 +85,14 @@ def check_in_time(run: RunConfig, paths: Paths, access: Access, report: Report, 
         return in_thread(lambda: check(run, paths, access, activity), wait, tick)
     except RunError as error:
         if error.reason == "PreflightTimeout":
-            _give_back(run, access, tick)
+            give_back(run, access, _RELEASE_SECONDS)
         raise
 
 
-def _give_back(run: RunConfig, access: Access, tick: float) -> None:
+def give_back(run: RunConfig, access: Access, seconds: float) -> None:
     """Releases the output if the job has stored nothing there; a store that doesn't answer isn't
-    waited for."""
-    limit = time.monotonic() + _RELEASE_SECONDS
+    waited for longer than this."""
+    limit = time.monotonic() + seconds
 
     def wait() -> None:
         """Raises TimeoutError when the time is up."""
@@ -88,7 +100,11 @@ def _give_back(run: RunConfig, access: Access, tick: float) -> None:
             raise TimeoutError
 
     with suppress(RunError, TimeoutError):
-        in_thread(lambda: predecessor.release_if_empty(open_folder(run.output, "output", access), run.job), wait, tick)
+        in_thread(
+            lambda: predecessor.release_if_empty(open_folder(run.output, "output", access), run.job),
+            wait,
+            _TICK_SECONDS,
+        )
 
 
 def check(run: RunConfig, paths: Paths, access: Access, activity: Activity) -> Result:

@@ -77,7 +77,7 @@ class Reference:
             for micro_batch, batch in self.evaluator.for_each_micro_batch(split):
                 with loss_sum.packed_context(batch):
                     answers = log_probabilities(loss_sum, strategy.model, batch)
-                if micro_batch:
+                if micro_batch and world.sequence.rank == 0:
                     log_p[list(micro_batch)] = answers.double()
         strategy.model.train()
         if world.size > 1:

@@ -155,7 +155,7 @@ def _answers(t: Training, data: Data, model: Literal["base", "tuned"], digest: s
         t.strategy,
         t.world,
         settings,
-        tokens=shape.tokens if shape.packed else shape.rows * data.longest,
+        tokens=shape.tokens // t.world.sequence.size if shape.packed else shape.rows * data.longest,
         folder=t.paths.answers,
         key=f"{model}-{digest}" if t.loss_sum.autocast is None else f"{model}-{digest}-half",
         seed=t.run.training.seed,

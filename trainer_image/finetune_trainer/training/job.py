@@ -12,6 +12,7 @@ from finetune_trainer.data.dataset import read
 from finetune_trainer.errors import RunError
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.result import export, export_check
+from finetune_trainer.parallel.sequence import groups
 from finetune_trainer.reporting import model_card
 from finetune_trainer.training import final_evaluation, loop, setup
 from finetune_trainer.training.context import RankContext, Training
@@ -23,6 +24,7 @@ def run_job(context: RankContext) -> None:
     Reports a SavedEvent at the end, or a PreemptedEvent after a request to stop. All ranks call it
     together. Raises RunError.
     """
+    context = replace(context, world=groups.divide(context.world, context.run.world.sequence_parallel_size))
     paths, reporter = context.paths, context.reporter
     with reporter.beating():
         saved = _read_checkpoint(context)

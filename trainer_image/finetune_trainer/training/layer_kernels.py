@@ -106,7 +106,7 @@ def _failure(context: RankContext, trial: Trial, batches: MicroBatches, loss_sum
     Its gradients are discarded. A lack of memory is left to training.
     """
     strategy = trial.strategy
-    micro_batches = batches.plan.step(1).micro_batches[context.world.rank]
+    micro_batches = batches.plan.step(1).micro_batches[context.world.data_rank]
     if not micro_batches:
         return ""
     batch = batches.collate(trial.train, micro_batches[0])

@@ -11,6 +11,7 @@ from finetune_trainer import model_folder
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.dataset import Data
 from finetune_trainer.model import activation_checkpointing, loading, method
+from finetune_trainer.model.check import shared_rows
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.result import adapter_merge, weight_files
 from finetune_trainer.parallel import deepspeed, deepspeed_config, fsdp, fsdp_shards, optimizers
@@ -23,6 +24,7 @@ _LOADING = {
     True: ("mapped", "each process copies its own rows from the mapped files"),
     False: ("by rank 0", "the files have another number format than the run, or the base is changed first"),
 }
+_GRADIENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STAGES: dict[str, deepspeed_config.Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -75,6 +77,7 @@ def load_and_wrap(context: RankContext, resolved: ResolvedRun, data: Data) -> Wr
             mapped=mapped,
             quantized=method.quantized(run, world.device, dtype, context.reporter),
         )
+    shared_rows.check(loaded.base.config, world.sequence.size, loaded.packing_obstacle)
     loaded = method.apply(run, context.paths.model, loaded, data.renderer.tokenizer, data.needs, context.reporter)
     if resolved.recompute:
         again = resolved.recompute
@@ -122,7 +125,7 @@ def _wrapped(context: RankContext, resolved: ResolvedRun, loaded: LoadedModel) -
         )
     options = _zero_options(resolved)
     if options is None:
-        return DataParallel(loaded.model, config, world, dtype)
+        return DataParallel(loaded.model, config, world, dtype, _GRADIENTS[resolved.gradient_messages])
     return deepspeed.DeepSpeedZero(loaded.model, config, world, options)
 
 

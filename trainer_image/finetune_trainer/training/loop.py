@@ -93,7 +93,7 @@ def load_best(t: Training, state: CheckpointState) -> None:
 def _accumulate_gradients(t: Training, step: Step, clock: StepClock) -> OwnMicroBatches:
     """Forward and backward of this rank's micro-batches. If one runs out of memory, the rest is
     left out."""
-    begin, micro_batches = time.perf_counter(), step.micro_batches[t.world.rank]
+    begin, micro_batches = time.perf_counter(), step.micro_batches[t.world.data_rank]
     losses, metric_sums = [], t.loss_sum.metric_sums()
     for index, micro_batch in enumerate(micro_batches):
         t.reporter.heartbeat()

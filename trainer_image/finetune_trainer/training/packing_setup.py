@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from finetune_trainer.data import splits
 from finetune_trainer.data.batching import batch_plan
 from finetune_trainer.data.batching.batch_plan import BatchPlan, MicroBatch
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.splits import Split
-from finetune_trainer.errors import insufficient_memory
+from finetune_trainer.errors import RunError, insufficient_memory
 from finetune_trainer.kernels import attention_avx512
 from finetune_trainer.kernels.cuda import softmax
 from finetune_trainer.model.loading import LoadedModel
@@ -30,6 +32,7 @@ from finetune_trainer.training.load import WrappedModel
 from finetune_trainer.training.resolve import ResolvedRun
 
 _MIN_SAVED_SHARE = 0.05  # of the tokens that shared prefixes must save
+_EXCERPT_TOKENS = 4096  # of an example that is compared
 _TOLERANCE = 1e-4  # of the loss
 _MOST = 2e-2  # of the loss, however much rounding matters
 _SPREAD = 4.0  # standard deviations of what rounding changes
@@ -38,17 +41,24 @@ _SPREAD = 4.0  # standard deviations of what rounding changes
 @dataclass(frozen=True)
 class Trial:
     """What the comparisons need; the same on every rank. `padded` collates without any shortcut.
-    `layers` are those of the model."""
+    `layers` are those of the model, and `window` is its attention window if it matters."""
 
     strategy: ParallelStrategy
     train: Split
     reporter: EventWriter
     padded: Collator
     layers: tuple[torch.nn.Module, ...] = ()
+    window: int = 0
+
+    @cached_property
+    def excerpts(self) -> Split:
+        """The beginnings of long examples: rows that several ranks have to share, and all logits of
+        long ones, don't fit on one rank."""
+        return splits.excerpts(self.train, max(_EXCERPT_TOKENS, 2 * self.window))
 
     def loss(self, micro_batch: MicroBatch, collate: Collator, loss_sum: LossSum) -> float:
         """The summed loss of these examples in one batch, without dropout or gradients."""
-        batch = collate(self.train, micro_batch)
+        batch = collate(self.excerpts, micro_batch)
         self.strategy.model.eval()
         with loss_sum.packed_context(batch), torch.no_grad():
             loss = float(loss_sum(self.strategy.model, batch))
@@ -76,7 +86,7 @@ class Trial:
         losses = []
         self.strategy.model.eval()
         for index in micro_batch:
-            batch = self.padded(self.train, (index,))
+            batch = self.padded(self.excerpts, (index,))
             with loss_sum.packed_context(batch), torch.no_grad():
                 losses.append(loss_sum.per_token(self.strategy.model, batch).flatten().double())
         self.strategy.model.train()
@@ -125,7 +135,18 @@ def plan_micro_batches(
         trial.reporter.decision("attention", *attention_avx512.choice(loss_sum.autocast))
     size, tokens, longest = run.training.micro_batch_size, resolved.micro_batch_tokens, resolved.longest
     device_type = trial.padded.device.type
-    shape = batch_plan.shape(run.world.size, size, tokens, longest, packed=packed, device_type=device_type)
+    part = context.world.sequence
+    if part:
+        _check_divided_rows(context, trial, loss_sum, wrapped.loaded, packed=packed)
+    shape = batch_plan.shape(
+        context.world.data_size,
+        size,
+        part.size * tokens,
+        longest,
+        packed=packed,
+        device_type=device_type,
+        parts=part.size,
+    )
     options = batch_plan.PlanOptions(
         seed=run.training.seed,
         global_batch=run.training.global_batch_size,
@@ -145,7 +166,7 @@ def plan_micro_batches(
     if resolved.halvings:
         reason = f"halved {resolved.halvings} times, since an earlier attempt had no memory for more"
     trial.reporter.decision("microBatchSize", str(plan.shape), reason)
-    return MicroBatches(plan, unhalved, replace(trial.padded, packed=packed, shared=shared))
+    return MicroBatches(plan, unhalved, replace(trial.padded, packed=packed, shared=shared, sequence=part))
 
 
 def _packs(trial: Trial, loss_sum: LossSum, loaded: LoadedModel, *, enabled: bool) -> bool:
@@ -162,6 +183,31 @@ def _packs(trial: Trial, loss_sum: LossSum, loaded: LoadedModel, *, enabled: boo
     windows = f", also beyond the attention window of {loaded.window} tokens" if loaded.window else ""
     report("packing", "on", f"examples that share a row don't see each other{windows} ({figures})")
     return True
+
+
+def _check_divided_rows(
+    context: RankContext, trial: Trial, loss_sum: LossSum, loaded: LoadedModel, *, packed: bool
+) -> None:
+    """Check that a row has the same loss if ranks share it. All ranks call it together.
+
+    The row has little padding, so that an example crosses the border between two ranks. Raises
+    RunError(InvalidConfig).
+    """
+    world, part = context.world, context.world.sequence
+    field = f"distribution.sequenceParallelSize {part.size}"
+    if not packed:
+        raise RunError("InvalidConfig", f"{field}: only packed rows can be shared, and packing is off; set it to 1")
+    micro_batch = _shortest(trial.train, loaded.window)
+    divided = replace(trial.padded, packed=True, sequence=part, grain=1)
+    (total,) = world.all_reduce_sum(trial.loss(micro_batch, divided, loss_sum))
+    loss, one_by_one = total / world.data_size, trial.one_by_one_loss(micro_batch, loss_sum)
+    figures = f"loss {loss:.6f} divided, {one_by_one:.6f} one by one"
+    if trial.differ(loss, one_by_one, micro_batch, loss_sum):
+        raise RunError(
+            "InvalidConfig", f"{field}: in this model a divided row has another loss ({figures}); set it to 1"
+        )
+    reason = f"set by distribution.sequenceParallelSize; {world.data_size} groups of processes share rows ({figures})"
+    trial.reporter.decision("sequenceParallel", str(part.size), reason)
 
 
 def _shares_prefixes(trial: Trial, loss_sum: LossSum, plan: BatchPlan, *, enabled: bool, dropout: float) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from finetune_api.messages.run import RunConfig
+from finetune_api.spec.hardware import Strategy
+from finetune_api.spec.recipe import GradientFormat
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.errors import RunError
 from finetune_trainer.parallel import strategy_choice
@@ -67,6 +69,7 @@ class ResolvedRun:
     ran_out_of_memory: bool
     size: ModelSize
     replicas: int
+    gradient_messages: GradientFormat
     decisions: tuple[Decision, ...]
 
     @property
@@ -92,6 +95,7 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
         value = f" {run.world.strategy}" if error.field == "distribution.strategy" else ""
         raise RunError("InvalidConfig", f"{error.field}{value}: {error}") from None
     tokens, tokens_reason = _micro_batch_tokens(run, choice, saved)
+    messages = gradient_messages(run, choice.parallel.strategy, half=half)
     return ResolvedRun(
         run=_with_strategy(run, choice),
         dtype=dtype[0],
@@ -103,14 +107,35 @@ def resolve(run: RunConfig, facts: Facts) -> ResolvedRun:
         ran_out_of_memory=facts.halvings > saved_halvings,
         size=facts.size,
         replicas=choice.parallel.replicas,
+        gradient_messages=messages[0],
         decisions=(
             Decision("dtype", *dtype),
             Decision("strategy", choice.parallel.kind, choice.reason),
             *_mesh(setup.ranks, choice),
             Decision("memory", gib(choice.estimate.total(choice.tokens)), choice.table),
             _activation_checkpointing(run, choice, facts.size.layers),
+            *([Decision("gradientMessages", *messages)] if run.world.size > 1 else []),
         ),
     )
+
+
+def gradient_messages(run: RunConfig, strategy: Strategy, *, half: bool) -> tuple[GradientFormat, str]:
+    """Returns the number format in which gradients are sent, and why. `half` says whether products
+    are computed in bfloat16.
+
+    The gradient of a matrix is then computed in bfloat16, too, so of a single micro-batch nothing
+    is lost when it is sent. Those of adapters are small.
+    """
+    option = run.training.gradient_messages
+    if strategy != "ddp":
+        return "float32", f"{strategy} sends them in float32"
+    if option != "auto":
+        return option, "set by training.gradientMessages"
+    if run.world.device == "cpu":
+        return "float32", "on a CPU"
+    if run.method == "full" and half:
+        return "bfloat16", "all weights are trained, and gradients of matrices are computed in bfloat16"
+    return "float32", "adapters have few gradients" if half else "products are computed in float32"
 
 
 def _with_strategy(run: RunConfig, choice: Choice) -> RunConfig:

@@ -17,7 +17,7 @@ from finetune_trainer.checkpoint import resume
 from finetune_trainer.checkpoint.state import CheckpointState
 from finetune_trainer.data.dataset import Data, of_objective
 from finetune_trainer.errors import RunError
-from finetune_trainer.model import loading, precision
+from finetune_trainer.model import loading, precision, quantization
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.network import bandwidth
@@ -66,7 +66,7 @@ def build(context: RankContext, data: Data, saved: CheckpointState | None) -> Pr
     strategy, loaded = wrapped.strategy, wrapped.loaded
     sharding = resume.sharding(run, strategy, world, reporter, wrapped.trainable)
     layers = tuple(loading.layers(loaded.base))
-    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers)
+    trial = packing_setup.Trial(strategy, data.train, reporter, wrapped.collate, layers, loaded.window)
     loss_sum = _checked_loss(resolved, wrapped, trial)
     batches = packing_setup.plan_micro_batches(context, resolved, wrapped, trial, loss_sum)
     if run.training.objective == "dpo":
@@ -102,7 +102,8 @@ def _checked_loss(resolved: ResolvedRun, wrapped: WrappedModel, trial: packing_s
     loss_sum = LossSum.of(base, half(resolved), trial.padded.device.type)
     loss_sum = replace(loss_sum, context=strategy.autocast)
     computing = refusals.raising("ModelInvalid", "model.uri: the model can't compute a row", _AS_PUBLISHED)
-    with computing, precision.observing(base) as layers:
+    dimensions = quantization.refusing_wide_inputs(base, resolved.run.model.quantization)
+    with computing, dimensions, precision.observing(base) as layers:
         loss_sum = packing_setup.choose_head(trial, loss_sum)
         if not layers.called:
             trial.one_by_one_loss((0,), loss_sum)

@@ -42,6 +42,7 @@ def pods_digest(job: FineTuneJob, settings: Settings) -> str:
     """
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     policy = spec.pop("runPolicy", {})
+    spec.get("output", {}).pop("deletionPolicy", None)  # it doesn't concern pods that train
     chart = {
         "image": trainer_image(job, settings),
         "pullPolicy": settings.image_pull_policy,

@@ -24,6 +24,7 @@ Manifest = dict[str, Any]
 # A preflight check that fails for a reason that only a person can fix isn't retried.
 _PERMANENT_EXIT_CODES = sorted({r.exit_code for r in REASONS.values() if r.cause == "user" and r.exit_code > 1})
 _MAX_PREFLIGHT_RETRIES = 10
+_CLEANUP_RETRIES = 4
 
 
 def service(job: FineTuneJob) -> Manifest:
@@ -110,19 +111,36 @@ def with_rendezvous_secret(attempt: Manifest, secret: str) -> Manifest:
 
 def preflight_job(job: FineTuneJob, run: RunConfig, settings: Settings) -> Manifest:
     """Returns the Job that checks inputs and output; it retries transient errors."""
-    labels = _child_labels(job, names.ROLE_PREFLIGHT)
+    name = names.preflight_job_name(job.metadata.name)
+    limits = {"backoffLimit": min(job.spec.run_policy.max_restarts.infrastructure, _MAX_PREFLIGHT_RETRIES)}
+    return _single_pod(job, run, settings, names.ROLE_PREFLIGHT, name, limits)
+
+
+def cleanup_job(job: FineTuneJob, run: RunConfig, settings: Settings) -> Manifest:
+    """Returns the Job that deletes what a deleted FineTuneJob leaves; its tries and its time are
+    limited."""
+    run = run.model_copy(update={"deletion_policy": job.spec.output.deletion_policy})
+    limits = {"backoffLimit": _CLEANUP_RETRIES, "activeDeadlineSeconds": settings.pods.cleanup_seconds}
+    return _single_pod(job, run, settings, names.ROLE_CLEANUP, names.cleanup_job_name(job.metadata.name), limits)
+
+
+def _single_pod(
+    job: FineTuneJob, run: RunConfig, settings: Settings, role: str, name: str, limits: Manifest
+) -> Manifest:
+    """Returns a Job of one pod, which is tried again unless only a person can fix the cause."""
+    labels = _child_labels(job, role)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.preflight_job_name(job.metadata.name),
+            "name": name,
             "namespace": job.metadata.namespace,
             "labels": labels,
             "annotations": {names.ANNOTATION_PODS_DIGEST: pods_digest(job, settings)},
             "ownerReferences": [owner_reference(job)],
         },
         "spec": {
-            "backoffLimit": min(job.spec.run_policy.max_restarts.infrastructure, _MAX_PREFLIGHT_RETRIES),
+            **limits,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {
                 "rules": [
@@ -142,7 +160,7 @@ def preflight_job(job: FineTuneJob, run: RunConfig, settings: Settings) -> Manif
             },
             "template": {
                 "metadata": _pod_metadata(job, run, labels),
-                "spec": pod_spec(job, run, settings, names.ROLE_PREFLIGHT),
+                "spec": pod_spec(job, run, settings, role),
             },
         },
     }

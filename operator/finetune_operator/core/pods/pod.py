@@ -19,6 +19,7 @@ from finetune_operator.core.pods.volumes import Manifest, Mount, claims, volumes
 from finetune_operator.pod_settings import NetworkProfile
 from finetune_operator.settings import Settings
 
+_COMMANDS = {names.ROLE_TRAINER: [], names.ROLE_PREFLIGHT: ["preflight"], names.ROLE_CLEANUP: ["cleanup"]}
 _USER_ID = 65532
 _TOKEN_LIFETIME_SECONDS = 3600
 _GROUP_READABLE = 0o440
@@ -30,15 +31,15 @@ _LOG_BYTES = 1 << 30  # the container's log, which the kubelet rotates well belo
 def pod_spec(
     job: FineTuneJob, run: RunConfig, settings: Settings, role: str, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
-    """Returns the pod spec of a role (names.ROLE_TRAINER or names.ROLE_PREFLIGHT)."""
+    """Returns the pod spec of a role: names.ROLE_TRAINER, ROLE_PREFLIGHT or ROLE_CLEANUP."""
     network = network_profile(job, settings, role)
     multi_node = role == names.ROLE_TRAINER and run.world.nodes > 1
     mounts = (
         *_scratch(job, run, role),
         *_run_config(multi_node),
-        *_progress_token(settings),
-        *_credentials(job),
-        *claims(job),
+        *_progress_token(settings, role),
+        *_credentials(job, role),
+        *claims(job, role),
         *volumes(job, role),
         *_network_volumes(network),
         *_ca_bundle(settings),
@@ -70,7 +71,7 @@ def pod_spec(
                     "image": trainer_image(job, settings),
                     "imagePullPolicy": settings.image_pull_policy,
                     "command": ["python", "-m", "finetune_trainer"],
-                    "args": ["preflight"] if role == names.ROLE_PREFLIGHT else [],
+                    "args": _COMMANDS[role],
                     "env": _environment(job, settings, network),
                     "ports": _ports(run, role),
                     "resources": _resources(job, run, settings, role, network),
@@ -136,9 +137,9 @@ def _ca_bundle(settings: Settings) -> tuple[Mount, ...]:
 
 
 def _model_cache(settings: Settings, role: str) -> tuple[Mount, ...]:
-    """Returns the mount of the model cache; a preflight pod downloads no weights."""
+    """Returns the mount of the model cache; only a pod that trains downloads weights."""
     claim = settings.models.cache.claim
-    if not claim or role == names.ROLE_PREFLIGHT:
+    if not claim or role != names.ROLE_TRAINER:
         return ()
     source = {"persistentVolumeClaim": {"claimName": claim}}
     return (Mount("model-cache", source, names.MODEL_CACHE_ROOT, read_only=False),)
@@ -158,7 +159,7 @@ def _network_volumes(network: NetworkProfile) -> tuple[Mount, ...]:
 
 
 def _ports(run: RunConfig, role: str) -> list[Manifest]:
-    if role == names.ROLE_PREFLIGHT or run.metrics_port == 0:
+    if role != names.ROLE_TRAINER or run.metrics_port == 0:
         return []
     return [{"name": names.METRICS_PORT_NAME, "containerPort": run.metrics_port}]
 
@@ -170,7 +171,7 @@ def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str, 
     """
     pod = amounts(job.spec, run.model.size_bytes)
     requests = {"cpu": pod.cpu, "memory": pod.memory}
-    if role == names.ROLE_PREFLIGHT:
+    if role != names.ROLE_TRAINER:
         requests = {"cpu": settings.pods.preflight_cpu, "memory": settings.pods.preflight_memory}
     else:
         requests |= {**network.resources, **job.spec.resources.extra}
@@ -178,7 +179,7 @@ def _resources(job: FineTuneJob, run: RunConfig, settings: Settings, role: str, 
             requests[job.spec.resources.gpu.name] = str(job.spec.distribution.processes_per_node)
     # Disk that isn't requested is overcommitted, and the eviction then hits other pods of the node.
     on_node = role == names.ROLE_PREFLIGHT or not job.spec.resources.scratch_storage_class
-    scratch = int(quantity_value(pod.scratch)) if on_node else 0
+    scratch = int(quantity_value(pod.scratch)) if on_node and role != names.ROLE_CLEANUP else 0
     requests["ephemeral-storage"] = str(scratch + _TMP_BYTES + _LOG_BYTES)
     limits = {name: amount for name, amount in requests.items() if name != "cpu" or settings.pods.cpu_limit}
     return {"requests": requests, "limits": limits}
@@ -193,6 +194,8 @@ def _scratch(job: FineTuneJob, run: RunConfig, role: str) -> tuple[Mount, ...]:
     )
     scratch = Mount("scratch", source, names.SCRATCH_ROOT, read_only=False)
     tmp = Mount("tmp", {"emptyDir": {"sizeLimit": str(_TMP_BYTES)}}, "/tmp", read_only=False)  # noqa: S108
+    if role == names.ROLE_CLEANUP:
+        return (tmp,)
     if role == names.ROLE_PREFLIGHT:
         return (scratch, tmp)
     memory = {"emptyDir": {"medium": "Memory", "sizeLimit": requested.shared_memory}}
@@ -223,15 +226,17 @@ def _run_config(multi_node: bool) -> tuple[Mount, ...]:
     return (Mount("run-config", source, folder),)
 
 
-def _progress_token(settings: Settings) -> tuple[Mount, ...]:
-    if not settings.progress.url:
+def _progress_token(settings: Settings, role: str) -> tuple[Mount, ...]:
+    if not settings.progress.url or role == names.ROLE_CLEANUP:
         return ()
     folder, _, file = names.PROGRESS_TOKEN_PATH.rpartition("/")
     token = {"audience": names.PROGRESS_AUDIENCE, "expirationSeconds": _TOKEN_LIFETIME_SECONDS, "path": file}
     return (Mount("progress-token", {"projected": {"sources": [{"serviceAccountToken": token}]}}, folder),)
 
 
-def _credentials(job: FineTuneJob) -> tuple[Mount, ...]:
+def _credentials(job: FineTuneJob, role: str) -> tuple[Mount, ...]:
+    """Returns the mounts of the job's Secrets; a cleanup has only that of the output, since the
+    others may be gone."""
     references = {
         "model": job.spec.model.credentials_ref,
         "dataset": job.spec.dataset.credentials_ref,
@@ -241,12 +246,12 @@ def _credentials(job: FineTuneJob) -> tuple[Mount, ...]:
     }
     return tuple(
         Mount(
-            f"credentials-{role}",
+            f"credentials-{use}",
             {"secret": {"secretName": reference.name, "defaultMode": _GROUP_READABLE}},
-            f"{names.CREDENTIALS_ROOT}/{role}",
+            f"{names.CREDENTIALS_ROOT}/{use}",
         )
-        for role, reference in references.items()
-        if reference
+        for use, reference in references.items()
+        if reference and (use == "output" or role != names.ROLE_CLEANUP)
     )
 
 

@@ -27,11 +27,11 @@ def scheduling(
 ) -> Manifest:
     """Returns the keys of a pod's spec that say where it may run.
 
-    A preflight pod ignores those of the job: it needs no GPU, and on an autoscaled pool it would
-    start a GPU node only to find that a key is wrong.
+    A pod that doesn't train ignores those of the job: it needs no GPU, and on an autoscaled pool it
+    would start a GPU node only to find that a key is wrong.
     """
     pods, own = settings.pods, job.spec.pod
-    if role == names.ROLE_PREFLIGHT:
+    if role != names.ROLE_TRAINER:
         tolerations = pods.tolerations if pods.preflight_tolerations is None else pods.preflight_tolerations
         return {
             "schedulerName": pods.scheduler_name,

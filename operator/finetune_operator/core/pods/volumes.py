@@ -33,10 +33,10 @@ class Mount:
         return {**mount, "readOnly": True} if self.read_only else mount
 
 
-def claims(job: FineTuneJob) -> tuple[Mount, ...]:
+def claims(job: FineTuneJob, role: str) -> tuple[Mount, ...]:
     """Returns the mounts of the PersistentVolumeClaims; only that of the output is writable."""
     output_claim = claim_of(job.spec.output.uri)
-    present = dict.fromkeys(claim for uri in _uris(job) if (claim := claim_of(uri)))
+    present = dict.fromkeys(claim for uri in _uris(job, role) if (claim := claim_of(uri)))
     return tuple(
         Mount(
             f"claim-{number}",
@@ -49,8 +49,8 @@ def claims(job: FineTuneJob) -> tuple[Mount, ...]:
 
 
 def volumes(job: FineTuneJob, role: str) -> tuple[Mount, ...]:
-    """Returns the mounts of pod.volumes. The preflight pod has only those that a URI names."""
-    named = {volume_name(uri) for uri in _uris(job)}
+    """Returns the mounts of pod.volumes. Other than training pods have those that a URI names."""
+    named = {volume_name(uri) for uri in _uris(job, role)}
     return tuple(
         Mount(
             f"volume-{volume.name}",
@@ -76,9 +76,11 @@ def _source(volume: VolumeSpec) -> Manifest:
     return {"csi": {**csi, "nodePublishSecretRef": {"name": secret.name}} if secret else csi}
 
 
-def _uris(job: FineTuneJob) -> tuple[str | None, ...]:
+def _uris(job: FineTuneJob, role: str) -> tuple[str | None, ...]:
     """Returns the locations of everything that the pods read and write; None for what is absent."""
     dataset = job.spec.dataset
+    if role == names.ROLE_CLEANUP:
+        return (job.spec.output.uri,)
     return (
         job.spec.model.uri,
         *(source.uri for source in dataset.training_sources()),

@@ -33,10 +33,10 @@ MicroBatch = tuple[int, ...]
 class MicroBatchShape:
     """Describes how a global batch is divided. It changes speed and memory, but never the result.
 
-    If `packed`, a micro-batch is a row of examples end to end with at most `tokens` tokens.
-    Otherwise it has at most `rows` examples, padded to the longest of them. If `shared`, a prefix
-    that packed examples have in common is computed only once. The sizes of packed rows are
-    multiples of `grain`.
+    `world` is the number of ranks, of which those that share rows count as one. If `packed`, a
+    micro-batch is a row of examples end to end with at most `tokens` tokens. Otherwise it has at
+    most `rows` examples, padded to the longest of them. If `shared`, a prefix that packed examples
+    have in common is computed only once. The sizes of packed rows are multiples of `grain`.
     """
 
     world: int
@@ -73,7 +73,8 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Step:
-    """Describes one optimizer step. All `micro_batches[rank]` have the same length."""
+    """Describes one optimizer step. All `micro_batches[rank]` have the same length; ranks that
+    share rows count as one."""
 
     number: int
     epoch: float  # passes over the data that are complete after this step
@@ -222,17 +223,18 @@ def make(
 
 
 def shape(
-    world: int, micro_batch_size: int | str, tokens: int, longest: int, *, packed: bool, device_type: str = "cpu"
-) -> MicroBatchShape:
+    world: int, micro_batch_size: int | str, tokens: int, longest: int, *, packed: bool, device_type: str = "cpu",
+    parts: int = 1,
+) -> MicroBatchShape:  # fmt: skip
     """Return the shape for a run. Packed examples share prefixes.
 
-    `micro_batch_size` is training.microBatchSize, `tokens` is how many tokens a rank can
-    compute at a time, and `longest` is the number of tokens in the longest row. If the size is
-    chosen automatically, padding doesn't make a packed row longer than `tokens` on a GPU, unless
-    the longest row alone does.
+    `micro_batch_size` is training.microBatchSize, `tokens` is how many tokens a rank, or the ranks
+    that share a row, can compute at a time, and `longest` is the number of tokens in the longest
+    row. `parts` is how many ranks share a row. If the size is chosen automatically, padding doesn't
+    make a packed row longer than `tokens` on a GPU, unless the longest row alone does.
     """
     rows = micro_batch_size if isinstance(micro_batch_size, int) else max(1, tokens // longest)
-    grain = packed_layout.grain(device_type)
+    grain = packed_layout.grain(device_type) * parts
     if packed and device_type != "cpu" and micro_batch_size == "auto":
         tokens = max(longest, tokens // grain * grain)
     return MicroBatchShape(world, rows, tokens, packed, shared=packed, grain=grain)

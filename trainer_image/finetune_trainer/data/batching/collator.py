@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune_trainer.data.batching import packed_layout, transfer
 from finetune_trainer.data.batching.batch_plan import MicroBatch
 from finetune_trainer.data.batching.packed_layout import Layout
+from finetune_trainer.data.batching.sequence_part import WHOLE, SequencePart
 from finetune_trainer.data.splits import Split
 
 
@@ -39,6 +40,9 @@ class Batch:
     these (rows, kept columns), something is predicted at the flat indices `positions`, or at all of
     them if it is None. `targets[i]` is predicted at the position with the index `chosen[i]`.
     `sorted_chosen` are the same indices in ascending order, in the host's memory.
+
+    If ranks share a row, `sequence` is the part that the tensors belong to, while `layout` is that
+    of the whole row. `own` are then the indices of these targets among those of the whole row.
     """
 
     inputs: dict[str, Tensor]
@@ -49,15 +53,20 @@ class Batch:
     layout: Layout | None = None
     padding: Padding | None = None
     answer: Tensor | None = None  # pairs: the answer of each target; a pair has two, the chosen one first
+    answers: int = 0  # pairs: the number of answers
     reference: Tensor | None = None  # pairs: log-probabilities of the reference model, (examples, 2)
     sorted_chosen: NDArray[np.int64] | None = None
+    sequence: SequencePart = WHOLE
+    own: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
 class Collator:
     """Makes batches of the examples of a split.
 
-    `decoder_start_token` is the first token of the decoder of an encoder-decoder.
+    `decoder_start_token` is the first token of the decoder of an encoder-decoder. Of a packed row,
+    only the part `sequence` is returned. The size of a part is a multiple of `grain`, or if that is
+    None, of what suits the device.
     """
 
     packed: bool
@@ -66,6 +75,8 @@ class Collator:
     pad_token: int
     decoder_start_token: int
     device: torch.device
+    sequence: SequencePart = WHOLE
+    grain: int | None = None
 
     def __call__(self, split: Split, micro_batch: MicroBatch) -> Batch:
         """Return the batch of these examples of the split.
@@ -106,7 +117,8 @@ class Collator:
         reference = None if split.reference is None else split.reference[list(micro_batch)]
         return replace(
             batch,
-            answer=self._tensor(answer),
+            answer=self._tensor(answer if batch.own is None else answer[batch.own]),
+            answers=len(rows),
             reference=None if reference is None else transfer.to_device(reference, self.device),
         )
 
@@ -120,20 +132,31 @@ class Collator:
 
         The target of a token is the next one of its example.
         """
-        row = packed_layout.pack([len(ids) for ids, *_ in rows], shared, packed_layout.grain(self.device.type))
+        part, grain = self.sequence, packed_layout.grain(self.device.type) if self.grain is None else self.grain
+        row = packed_layout.pack([len(ids) for ids, *_ in rows], shared, grain * part.size)
         ids = np.concatenate([ids[common:] for (ids, *_), common in zip(rows, shared, strict=True)])
         positions = np.concatenate([np.arange(s, len(ids)) for (ids, *_), s in zip(rows, shared, strict=True)])
         ids, positions = (np.append(array, array[row.padding]) for array in (ids, positions))
         labels = [np.flatnonzero(mask) for _, mask, *_ in rows]
         before = np.concatenate([position[at - 1] for position, at in zip(row.positions, labels, strict=True)])
+        targets = np.concatenate([ids[at] for (ids, *_), at in zip(rows, labels, strict=True)])
+        own = None
+        if part:
+            columns, own = part.columns(row.layout.size), part.within(before, row.layout.size)
+            ids, positions = ids[columns], positions[columns]
+            before, targets = before[own] - columns.start, targets[own]
         keep, chosen = np.unique(before, return_inverse=True)
+        if not len(keep):  # the output layer gets one position nevertheless, so that it takes part
+            keep = np.zeros(1, dtype=np.int64)
         return Batch(
             {"input_ids": self._tensor(ids[None]), "position_ids": self._tensor(positions[None])},
-            targets=self._tensor(np.concatenate([ids[at] for (ids, *_), at in zip(rows, labels, strict=True)])),
+            targets=self._tensor(targets),
             chosen=self._tensor(chosen),
             keep=self._tensor(keep),
             layout=row.layout,
             sorted_chosen=np.sort(chosen),
+            sequence=part,
+            own=own,
         )
 
     def _padded(self, rows: list[Any]) -> Batch:

@@ -125,11 +125,14 @@ class _ExpansionGuard:
         try:
             data = bytes(self._stream.read(size))
         except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-            raise CorruptData(f"the {self._codec} data can't be unpacked ({error or type(error).__name__})") from None
+            cause = error or type(error).__name__
+            raise CorruptData(
+                f"the {self._codec} data can't be unpacked ({cause}); if it was cut off, download it again"
+            ) from None
         self._unpacked_bytes += len(data)
         if self._unpacked_bytes > self._limit:
             raise CorruptData(
-                f"the {self._codec} data expands to more than {self._limit >> 20} MiB from {self._file_bytes >> 10} "
-                "KiB, which no text does; unpack the file and check its content"
+                f"the {self._codec} data expands to more than {self._limit >> 20} MiB from "
+                f"{self._file_bytes >> 10} KiB, which no text does; unpack the file and check its content"
             )
         return data

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from finetune_api.spec.rendering import RenderingSpec
 from finetune_trainer.data.reading import reasoning
-from finetune_trainer.data.reading.row import Omission, Row, Turn
+from finetune_trainer.data.reading.row import Omission, Row, Turn, union
 
 
 def adjusted(row: Row, rendering: RenderingSpec) -> Row:
@@ -20,7 +20,8 @@ def adjusted(row: Row, rendering: RenderingSpec) -> Row:
     rejected: tuple[Turn, ...] = ()
     if row.rejected:
         try:
-            rejected, _ = _adjusted(row.rejected, rendering)
+            rejected, lost_of_rejected = _adjusted(row.rejected, rendering)
+            lost = union(lost, lost_of_rejected)
         except ValueError as error:
             raise ValueError(f"rejected: {error}") from None
     if turns is row.turns and rejected is row.rejected and not lost:
@@ -38,6 +39,8 @@ def _adjusted(turns: tuple[Turn, ...], rendering: RenderingSpec) -> tuple[tuple[
     if rendering.whitespace == "strip":
         turns = tuple(replace(turn, content=turn.content.strip()) for turn in turns)
     _check(turns)
+    questions = sum(turn.role == "user" and not turn.content.strip() and not turn.more for turn in turns)
+    lost += [("EmptyQuestions", "questions", questions)] if questions else []
     empty = [index for index, turn in enumerate(turns) if _is_empty_answer(turn)]
     if empty:
         lost.append(("EmptyAnswers", "answers", len(empty)))
@@ -58,8 +61,6 @@ def _check(turns: tuple[Turn, ...]) -> None:
         raise ValueError(f"the first turn's role is 'assistant'; there is nothing to answer; {cut}")
     if not last.content.strip() and not last.more:
         raise ValueError("the last turn's content is empty")
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise ValueError("role 'system' must be the first turn")
 
 
 def _without_open_turns(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:

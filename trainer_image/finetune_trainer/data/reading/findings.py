@@ -21,14 +21,16 @@ SUBJECTS = {
 }  # fmt: skip
 """What the turns of each role are called."""
 _TURN_KEYS = frozenset(("role", "content", "from", "value", "function_call", *LOSS_KEYS, *FURTHER_KEYS))
-_CONVERSATION = frozenset(("system", "tools", "functions", "label", "kto_tag"))
+_CONVERSATION = frozenset(("system", "tools", "functions"))
+_DESIRED = ("label", "kto_tag")
+"""Keys that may say that the answer is a desired one, as in rows for KTO."""
 _KEYS = {
-    "prompt-completion": frozenset(("prompt", "completion", "system", "label", "kto_tag")),
+    "prompt-completion": frozenset(("prompt", "completion", *_CONVERSATION)),
     "messages": frozenset(("messages", *_CONVERSATION)),
     "text": frozenset(("text",)),
     "alpaca": frozenset(("instruction", "input", "output", "history", "system")),
     "sharegpt": frozenset(("conversations", *_CONVERSATION)),
-    "preference": frozenset(("prompt", "chosen", "rejected", *_CONVERSATION)) - {"label", "kto_tag"},
+    "preference": frozenset(("prompt", "chosen", "rejected", *_CONVERSATION)),
 }
 _LISTS = {
     "prompt-completion": (("prompt", _TURN_KEYS), ("completion", _TURN_KEYS)),
@@ -41,6 +43,8 @@ _LISTS = {
 _FINDINGS = {
     "AnswersNotTrained": "their prompt is too long, or the chat template doesn't separate them from it, so these "
     "aren't trained on:",
+    "AnswersShared": "chosen and rejected have these in common, so they are part of the prompt and aren't trained on:",
+    "EmptyQuestions": "these have no text, so their answers are trained on without a question:",
     "EmptyAnswers": "these have no text and aren't trained on:",
     "TemplateOmits": "the chat template leaves out",
     "KeysNotRead": "nothing reads",
@@ -48,7 +52,7 @@ _FINDINGS = {
     "RenderedTwice": "these look as if they were rendered already, and the chat template renders them again (if so, "
     "set dataset.chatTemplate: none):",
     "ControlTokens": "texts contain control tokens, which look like the border of a turn (dataset.rendering."
-    "controlTokens: refuse makes such rows unusable):",
+    "controlTokens: encode makes them plain text, refuse makes such rows unusable):",
     "Blanks": "the chat template keeps blanks at the beginning or the end of these, so they are trained on "
     "(dataset.rendering.whitespace: strip removes them):",
     "AnswersApart": "the chat template renders these differently once others follow, so each is an example of its own "
@@ -89,6 +93,8 @@ def unread(format: str, value: Values) -> list[Omission]:
     names = (
         [] if known_keys.issuperset(value) else [k for k in value if k not in known_keys and not _is_empty(value[k])]
     )
+    if names and format != "preference":
+        names = [key for key in names if key not in _DESIRED or not is_desired(value[key])]
     for name, known in _LISTS.get(format, ()):
         turns = value.get(name)
         if isinstance(turns, list):
@@ -97,6 +103,11 @@ def unread(format: str, value: Values) -> list[Omission]:
             if value.get("system") and isinstance(turns[0], Mapping) and _begins_with_system(turns[0]):
                 names.append("system")
     return [("KeysNotRead", key, 1) for key in sorted(set(names))] if names else []
+
+
+def is_desired(label: Any) -> bool:
+    """Whether the label of an answer, as rows for KTO have it, says that it is a desired one."""
+    return label is True or label == 1 or (isinstance(label, str) and label.lower() == "true")
 
 
 def omitted(
@@ -111,20 +122,25 @@ def omitted(
     rendered = "".join(text for pair in texts for text in pair)
     answers = 0
     omissions: list[Omission] = []
-    for turn in row.turns:
+    last = max(index for index, turn in enumerate(row.turns) if turn.role == "assistant" and turn.in_loss)
+    for turn in row.turns[: last + 1]:  # nobody trains on what follows
         if turn.role == "assistant" and turn.in_loss:
             answers += 1
-        if turn.content not in rendered and not _has(rendered, turn.content):
+        if turn.content not in rendered and not has_text(rendered, turn.content):
             thought = reasoning.inline(turn.content) if turn.role == "assistant" else ""
-            if not thought or not _has(rendered, thought):
+            if not thought or not has_text(rendered, thought):
                 omissions.append(("TemplateOmits", "reasoning" if thought else SUBJECTS[turn.role], 1))
-            if thought and not _has(rendered, reasoning.without_block(turn.content)):
+            if thought and not has_text(rendered, reasoning.without_block(turn.content)):
                 omissions.append(("TemplateOmits", SUBJECTS[turn.role], 1))
         if turn.more:
             more = json.loads(turn.more)
             thoughts = {more[key] for key in reasoning.KEYS if isinstance(more.get(key), str)}
-            omissions += [("TemplateOmits", "reasoning", 1) for text in thoughts if not _has(rendered, text)]
+            omissions += [("TemplateOmits", "reasoning", 1) for text in thoughts if not has_text(rendered, text)]
             omissions += [("TemplateOmits", "tool calls", 1) for name in _called(more) if name not in rendered]
+            if isinstance(more.get("name"), str) and more["name"] not in rendered:
+                omissions.append(("TemplateOmits", f"names of {SUBJECTS[turn.role]}", 1))
+    if reordered := _reordered_results(row.turns, rendered):
+        omissions.append(("TemplateOmits", "ids of tool results that are in another order than their calls", reordered))
     if row.tools and not all(name in rendered for name in _names(json.loads(row.tools))):
         omissions.append(("TemplateOmits", "tools", 1))
     missing = (answers if expected is None else expected) - len(texts)
@@ -165,7 +181,7 @@ def changed_answer(turn: Turn, rendered: str) -> str:
             "dataset.chatTemplate to a template that writes tool_calls"
         )
     answer = turn.content.rpartition("</think>")[2].strip()
-    if not rendered or answer in rendered or _has(_squeezed(rendered), _squeezed(answer)):
+    if not rendered or answer in rendered or has_text(_squeezed(rendered), _squeezed(answer)):
         return ""
     return f"{CHANGED}: {answer[:80]!r} is trained as {rendered.strip()[:80]!r}; set dataset.chatTemplate"
 
@@ -192,10 +208,27 @@ def missing_call(turn: Turn, answer: str) -> str:
     return ""
 
 
-def _has(rendered: str, content: str) -> bool:
+def has_text(rendered: str, content: str) -> bool:
     """Whether a text contains `content`, as it is or escaped as in JSON."""
     text = content.strip()
     return text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
+
+
+def _reordered_results(turns: Sequence[Turn], rendered: str) -> int:
+    """Return how many results of tools only their ids assign to a call, if a text lacks these.
+
+    A template that writes the ids writes each with its call and with its result.
+    """
+    count = 0
+    calls: list[str] = []
+    for turn in turns:
+        more = json.loads(turn.more) if turn.more and turn.role in ("assistant", "tool") else {}
+        if turn.role == "assistant":
+            calls = [str(call.get("id")) for call in more.get("tool_calls", ())]
+        elif turn.role == "tool" and calls:
+            expected, name = calls.pop(0), more.get("tool_call_id")
+            count += name is not None and str(name) != expected and rendered.count(str(name)) < 2
+    return count
 
 
 def _called(more: Mapping[str, Any]) -> list[str]:

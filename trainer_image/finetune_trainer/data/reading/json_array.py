@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_trainer.data.reading.compression import Readable
+from finetune_trainer.data.reading.containers import encodings, json_text
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
 
 READ_BYTES = 1 << 20
@@ -26,7 +27,7 @@ def json_values(file: Readable) -> Iterator[Record]:
     if window.next_character(1) == "[":
         yield from _array(window)
         return
-    decode = json.JSONDecoder().raw_decode
+    decode = json_text.DECODER.raw_decode
     first = window.element(decode, 1)
     if not window.has_more_text():
         yield from _rows_of(first)
@@ -41,7 +42,7 @@ def json_values(file: Readable) -> Iterator[Record]:
 
 def _record(value: Any, problem: str | None) -> dict[str, Any] | str:
     if problem or not isinstance(value, dict):
-        return problem or "isn't a JSON object"
+        return problem or json_text.no_object(value)
     return value
 
 
@@ -63,13 +64,15 @@ def _unwrapped(value: Any) -> list[dict[str, Any]] | None:
     if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
         return list(lists[0])
     columns = list(value.values())
+    if all(isinstance(row, dict) for row in columns) and all(key.isdecimal() for key in value):
+        return columns  # rows by their index
     if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
     return None
 
 
 def _array(window: _Window) -> Iterator[Record]:
-    decode = json.JSONDecoder().raw_decode
+    decode = json_text.DECODER.raw_decode
     window.skip("[")
     number = 0
     while True:
@@ -98,6 +101,7 @@ class _Window:
         self._text = ""
         self._position = 0
         self._ended = False
+        self._bytes = 0
 
     def next_character(self, number: int) -> str:
         """Move the window to the first character that isn't blank, and return it."""
@@ -125,11 +129,15 @@ class _Window:
                 value, end = decode(self._text, self._position)
             except RecursionError:
                 raise Unreadable(number, "isn't a row (nested too deeply)") from None
+            except json_text.RepeatedKey as error:
+                raise Unreadable(number, json_text.refusal(error)) from None
             except ValueError as error:
                 if characters > MAX_RECORD_BYTES:
                     raise Unreadable(number, f"isn't JSON, or is longer than {MAX_RECORD_BYTES >> 20} MiB") from None
                 if not self._grow(characters, number):
-                    raise Unreadable(number, f"isn't JSON ({error})") from None
+                    hint = json_text.hint(error) if isinstance(error, json.JSONDecodeError) else ""
+                    message = f"isn't JSON ({error}){hint}" if hint or isinstance(error, json.JSONDecodeError) else ""
+                    raise Unreadable(number, message or json_text.refusal(error)) from None
                 continue
             if end == len(self._text) and self._read_more(number):
                 continue  # the digits of a number may continue
@@ -164,7 +172,8 @@ class _Window:
         self._ended = not data
         try:
             decoded = self._decode(data, final=self._ended)
-        except UnicodeDecodeError:
-            raise Unreadable(number, "isn't UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise Unreadable(number, encodings.not_utf8(data, error.start, self._bytes)) from None
+        self._bytes += len(data)
         self._text, self._position = self._text[self._position :] + decoded, 0
         return not self._ended

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune_trainer.data.reading.labeling import regions
 from finetune_trainer.data.reading.row import Omission, Row, Turn, Values, short_repr, text
 
 _STUDIO_META = {
@@ -23,9 +24,8 @@ _PROMPTS = ("prompt", "text", "question", "instruction", "input")
 _ANSWERS = ("completion", "response", "answer", "output")
 _LABELS = ("label", "labels", "preds", "pred", "prediction")
 _PROBABILITIES = ("probs", "probabilities", "proba", "label_probs")
+_NOT_ACCEPTED = ("reject", "ignore")  # of Prodigy
 _NUMBERED = ("prob_", "probs_", "proba_", "probability_", "p_")
-
-_REGIONS = "labels regions of a text or relations between them, which isn't text; use a TextArea or Choices"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def snorkel(number: int, value: Values, options: Options) -> Row:
     """
     key = _key_of(value, _PROMPTS, "prompt")
     prompt = text(value, key)
+    if value.get("answer") in _NOT_ACCEPTED:
+        raise Unlabelled(f"its label wasn't accepted (answer is {value['answer']!r})")
     answer = _class_name(value, options)
     labels = {*_LABELS, *_PROBABILITIES, *_numbered_keys(value), "completion", key}
+    labels |= {"answer"} if value.get("answer") == "accept" else set()
     unread = tuple(("KeysNotRead", name, 1) for name in sorted(set(value) - labels) if value[name] not in (None, ""))
     return Row(number, (Turn("user", prompt), Turn("assistant", answer)), plain=True, unread=unread)
 
@@ -97,8 +100,6 @@ def _task(value: Values, options: Options) -> tuple[str, str, set[str]]:
         raise Unlabelled("has no annotation (not labeled yet, or skipped)")
     annotation = max(annotations, key=lambda a: (bool(a.get("ground_truth")), str(a.get("updated_at") or "")))
     results = [r for r in annotation.get("result") or [] if isinstance(r, Mapping) and "value" in r]
-    if any(isinstance(r, Mapping) and r.get("type") == "relation" for r in annotation.get("result") or []):
-        raise ValueError(f"the annotation {_REGIONS}")
     names = sorted({str(r.get("from_name")) for r in results})
     answer = options.columns.get("completion") or (names[0] if len(names) == 1 else None)
     if answer is None and names:
@@ -117,8 +118,17 @@ def _task(value: Values, options: Options) -> tuple[str, str, set[str]]:
     prompt = prompt or (texts[0] if len(texts) == 1 else next((name for name in _PROMPTS if name in texts), None))
     if prompt is None:
         raise ValueError(f"data has the keys {', '.join(sorted(data)[:8])}; name one in dataset.columns.prompt")
-    completion = "\n".join(_as_text(result["value"], str(answer)) for result in answers)
-    return text(data, prompt, "data."), completion, {f"data.{prompt}", f"annotations.{answer}"}
+    question = text(data, prompt, "data.")
+    used = {f"data.{prompt}", f"annotations.{answer}"}
+    relations = [r for r in annotation["result"] if isinstance(r, Mapping) and r.get("type") == "relation"]
+    if all(regions.is_region(result["value"]) for result in answers):
+        labeled = [(str(result.get("id", index)), result["value"]) for index, result in enumerate(answers)]
+        return question, regions.as_json(labeled, relations, question), used
+    if relations:
+        raise ValueError(
+            f"{answer} has relations between parts that aren't regions of a text; use a TextArea or Choices"
+        )
+    return question, "\n".join(_as_text(result["value"], str(answer)) for result in answers), used
 
 
 def _flat_record(value: Values, options: Options) -> tuple[str, str, set[str]]:
@@ -138,7 +148,11 @@ def _flat_record(value: Values, options: Options) -> tuple[str, str, set[str]]:
         )
     if answer not in value or value[answer] in ("", None):
         raise Unlabelled(f"has no annotation {answer!r} (not labeled yet, or skipped)")
-    return text(value, prompt), _as_text(_parsed(value[answer]), answer), {prompt, answer}
+    question, labels = text(value, prompt), _parsed(value[answer])
+    if isinstance(labels, list) and labels and all(map(regions.is_region, labels)):
+        labeled = [(str(index), label) for index, label in enumerate(labels)]
+        return question, regions.as_json(labeled, (), question), {prompt, answer}
+    return question, _as_text(labels, answer), {prompt, answer}
 
 
 def _unread(value: Values, used: set[str]) -> tuple[Omission, ...]:
@@ -156,8 +170,8 @@ def _unread(value: Values, used: set[str]) -> tuple[Omission, ...]:
 def _as_text(value: Any, name: str) -> str:
     """Return as text what a person wrote or chose."""
     if isinstance(value, Mapping):
-        if "start" in value or any(key.endswith("labels") for key in value):
-            raise ValueError(f"{name} {_REGIONS}")
+        if regions.is_region(value):
+            raise ValueError(f"{name} has regions of a text beside other answers; use only one of both")
         for key in ("text", "choices", "rating", "number", "taxonomy"):
             if key in value:
                 return _as_text(value[key], name)
@@ -211,7 +225,10 @@ def _class_name(value: Values, options: Options) -> str:
             raise ValueError(f"{key} is empty")
         return name
     if not isinstance(label, int) or isinstance(label, bool):
-        raise ValueError(f"{key} is {short_repr(label)}; it must be the number or the name of a class")
+        raise ValueError(
+            f"{key} is {short_repr(label)}; it must be the number or the name of a class (write labels of parts of a "
+            "text as prompt and completion)"
+        )
     if label == -1:
         raise Unlabelled(f"{key} is -1: every labeling function abstains")
     return _name_of(label, options.labels)

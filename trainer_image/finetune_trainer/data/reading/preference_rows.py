@@ -14,6 +14,8 @@ from finetune_trainer.data.reading.row import Row, missing, short_repr
 from finetune_trainer.data.reading.turns import role
 
 FORMAT = "preference"
+_RANKED = ("responses", "completions", "answers", "ranking", "scores", "answer_0", "answer_1", "response_a",
+           "response_b", "winner")  # fmt: skip
 _KEYS = ("prompt", "chosen", "rejected", "label")
 
 
@@ -33,6 +35,12 @@ def _side(
         if "completion" in value and ("label" in value or "kto_tag" in value):
             raise ValueError(
                 "has one answer with a label (a row for KTO, which isn't supported); give chosen and rejected answers"
+            )
+        ranked = [name for name in _RANKED if name in value]
+        if ranked:
+            raise ValueError(
+                f"has answers that are ranked or scored ({', '.join(ranked)}), which isn't supported; write a row with "
+                "prompt, chosen and rejected for each comparison"
             )
         raise ValueError(missing(value, key))
     rest = {name: content for name, content in value.items() if name not in _KEYS}

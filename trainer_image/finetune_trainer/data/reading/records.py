@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from finetune_trainer.data.reading import compression, parquet
 from finetune_trainer.data.reading.compression import CorruptData, Readable
-from finetune_trainer.data.reading.containers import arrow, encodings
+from finetune_trainer.data.reading.containers import arrow, encodings, foreign, json_text
 from finetune_trainer.data.reading.json_array import READ_BYTES, json_values
 from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unreadable, too_long
 
@@ -64,8 +64,8 @@ def file_format(path: Path, name: str) -> FileFormat:
         if compression.kind(path):
             raise Unreadable(0, "is Arrow inside a compressed file; unpack it")
         return "arrow"
-    if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
-        raise Unreadable(0, "is an archive of several files; unpack it, and give a folder or a single file")
+    if message := foreign.refusal(head, name):
+        raise Unreadable(0, message)
     if encoding := encodings.of_head(head):
         raise Unreadable(0, encodings.remedy(encoding))
     text = head.removeprefix(_BOM).lstrip()
@@ -78,6 +78,8 @@ def file_format(path: Path, name: str) -> FileFormat:
     if text.startswith((b"{", b"[")) or stem.endswith((".jsonl", ".ndjson", ".json")) or not text:
         return "jsonl"
     first = text.split(b"\n", 1)[0]
+    if b"{" not in first and b'"' not in first and not any(first.count(mark.encode()) for mark in _DELIMITERS):
+        raise Unreadable(0, foreign.no_rows(first))
     return "csv" if any(first.count(mark.encode()) for mark in _DELIMITERS) and b"{" not in first else "jsonl"
 
 
@@ -227,13 +229,17 @@ def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 def _object(line: bytes) -> dict[str, Any] | str:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return encodings.not_utf8(line, error.start)
+    if not text.strip():
+        return "is empty (it has only a byte order mark)"
+    try:
+        value = json_text.decode(text)
     except json.JSONDecodeError as error:
-        return f"isn't JSON ({error.msg} at column {error.colno})"
+        return f"isn't JSON ({error.msg} at column {error.colno}){json_text.hint(error)}"
     except RecursionError:
         return "isn't a row (nested too deeply)"
     except ValueError as error:
-        return f"isn't a row ({error})"
-    return value if isinstance(value, dict) else "isn't a JSON object"
+        return json_text.refusal(error)
+    return value if isinstance(value, dict) else json_text.no_object(value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,21 @@ class Problem:
         return f"{f'{self.file} ' if self.file else ''}row {self.number}: {self.message}"
 
 
+def union(omissions: Iterable[Omission], others: Iterable[Omission]) -> list[Omission]:
+    """Return what two versions of a row lose; of what both lose, the larger number counts."""
+    numbers: dict[tuple[str, str], int] = {}
+    for reason, subject, number in (*_added(omissions), *_added(others)):
+        numbers[reason, subject] = max(number, numbers.get((reason, subject), 0))
+    return [(reason, subject, number) for (reason, subject), number in numbers.items()]
+
+
+def _added(omissions: Iterable[Omission]) -> Iterator[Omission]:
+    numbers: dict[tuple[str, str], int] = {}
+    for reason, subject, number in omissions:
+        numbers[reason, subject] = numbers.get((reason, subject), 0) + number
+    yield from ((reason, subject, number) for (reason, subject), number in numbers.items())
+
+
 def text(value: Values, key: str, prefix: str = "") -> str:
     """Return the string at `key`, which can be encoded as UTF-8.
 
@@ -94,9 +109,9 @@ def text(value: Values, key: str, prefix: str = "") -> str:
 
 def missing(value: Values, key: str, prefix: str = "") -> str:
     """Return the message that a record, or a part of it, has no `key`."""
-    others = ", ".join(sorted(map(str, value))[:8]) or "nothing"
-    remedy = "" if prefix else f"; map one in dataset.columns.{key}" if value else ""
-    return f"{prefix}{key} is missing (it has {others}){remedy}"
+    others = ", ".join(sorted(str(name) for name, inner in value.items() if inner is not None)[:8]) or "nothing"
+    remedy = f"; write {key}, or remove the row" if prefix else f"; map one in dataset.columns.{key}" if value else ""
+    return f"{prefix}{key} is {'null' if key in value else 'missing'} (it has {others}){remedy}"
 
 
 def short_repr(value: Any) -> str:

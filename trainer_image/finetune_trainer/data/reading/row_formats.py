@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from finetune_trainer.data.reading import preference_rows
+from finetune_trainer.data.reading import content_parts, preference_rows
 from finetune_trainer.data.reading.row import Row, Turn, Values, missing, short_repr, text
-from finetune_trainer.data.reading.turns import canonical, turns
+from finetune_trainer.data.reading.turns import canonical, parsed_list, turns
 
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -26,6 +26,8 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_MARKS = ("<image>", "<audio>", "<video>")
 
 RowFormat = Callable[[int, Values], Row]
 
@@ -35,6 +37,7 @@ def prompt_completion(number: int, value: Values) -> Row:
     for key in ("prompt", "completion"):
         if value.get(key) is None:
             raise ValueError(missing(value, key))
+    value = _with_turns(value)
     if isinstance(value["prompt"], list) and isinstance(value["completion"], list):
         before = tuple(replace(turn, in_loss=False) for turn in turns(value["prompt"], "prompt"))
         after = turns(value["completion"], "completion")
@@ -45,6 +48,18 @@ def prompt_completion(number: int, value: Values) -> Row:
         raise ValueError("completion is empty")
     system = _system(value)
     return Row(number, (*system, Turn("user", prompt), Turn("assistant", completion)), plain=not system)
+
+
+def _with_turns(value: Values) -> Values:
+    """Return a record whose prompt and completion are turns if one of them is."""
+    prompt, completion = parsed_list(value["prompt"]), value["completion"]
+    if isinstance(completion, Mapping) and "content" in completion:
+        completion = [{"role": "assistant", **completion}]
+    if isinstance(prompt, list) and isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if isinstance(completion, list) and completion and isinstance(completion[0], Mapping) and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return {**value, "prompt": prompt, "completion": completion} if isinstance(prompt, list) else value
 
 
 def messages(number: int, value: Values) -> Row:
@@ -105,6 +120,7 @@ FORMATS: dict[str, RowFormat] = {
 
 def _conversation(number: int, turns: tuple[Turn, ...], value: Values) -> Row:
     _refuse_undesired(value)
+    _refuse_media(value, turns)
     if turns[0].role != "system":
         turns = (*_system(value), *turns)
     return Row(number, turns, tools=_tools(value.get("tools")) or _functions(value.get("functions")))
@@ -114,11 +130,20 @@ def _refuse_undesired(value: Values) -> None:
     """Refuse an answer that must not be learned. Raises ValueError."""
     key = next((key for key in ("label", "kto_tag") if value.get(key) is not None), None)
     label = value[key] if key else True
-    if label in (False, "false", "False", "FALSE"):
+    if label in (False, "false", "False", "FALSE", "undesirable", "bad", "rejected"):
         raise ValueError(
             f"{key} is {short_repr(label)}, which marks the answer as undesired (a row for KTO, which isn't supported);"
             " remove the row, or rename the key if it means something else"
         )
+
+
+def _refuse_media(value: Values, turns: tuple[Turn, ...]) -> None:
+    """Refuse a question about an image or a sound that only its marker stands for. Raises
+    ValueError."""
+    key = next((key for key in _MEDIA if value.get(key)), None)
+    mark = next((mark for mark in _MARKS if any(mark in turn.content for turn in turns)), None)
+    if key and mark:
+        raise ValueError(f"its turns contain {mark} and it has {key}; only text can be trained on: remove the row")
 
 
 def _tools(value: Any) -> str:
@@ -129,11 +154,12 @@ def _tools(value: Any) -> str:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise ValueError("tools isn't JSON") from None
+            raise ValueError(f"tools is {short_repr(value)}, which isn't JSON; write a list of functions") from None
         if not value:
             return ""
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise ValueError("tools isn't a list of functions")
+        raise ValueError(f"tools is {short_repr(value)}; it must be a list of functions")
     return canonical(value, "tools")
 
 
@@ -148,7 +174,8 @@ def _functions(value: Any) -> str:
 def _system(value: Values) -> tuple[Turn, ...]:
     if value.get("system") in (None, ""):
         return ()
-    return (Turn("system", text(value, "system")),)
+    content, _ = content_parts.text_and_reasoning(value["system"], "system", "system")
+    return (Turn("system", text({**value, "system": content}, "system")),)
 
 
 def _history(value: Any) -> tuple[Turn, ...]:

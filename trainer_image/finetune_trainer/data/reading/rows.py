@@ -23,9 +23,10 @@ from finetune_trainer.data.reading import (
     records,
     row_formats,
 )
+from finetune_trainer.data.reading.labeling import column_hints
 from finetune_trainer.data.reading.record import Record, Unreadable
 from finetune_trainer.data.reading.records import FileFormat
-from finetune_trainer.data.reading.row import Problem, Row, Turn, Values
+from finetune_trainer.data.reading.row import Problem, Row, Turn, Values, short_repr
 from finetune_trainer.errors import RunError
 
 FORMATS = ("auto", *row_formats.FORMATS, *labeling_tools.FORMATS)
@@ -91,9 +92,22 @@ class Stream:
                 row = replace(row, file_index=self._file_index, unread=(*row.unread, *unread))
                 yield dialogues.adjusted(row, self._input_file.rendering)
             except ValueError as error:
-                yield Problem(number, str(error), self._name, isinstance(error, labeling_tools.Unlabelled))
+                message = self._of_other_format(value) or str(error)
+                yield Problem(number, message, self._name, isinstance(error, labeling_tools.Unlabelled))
             except RecursionError:
                 yield Problem(number, "isn't a row (nested too deeply)", self._name)
+
+    def _of_other_format(self, value: Mapping[str, Any]) -> str:
+        """Return a message if a record has the keys of another format than those before it."""
+        if self._input_file.format != "auto" or self.format is None or self._input_file.columns:
+            return ""
+        try:
+            format = detect(_without_nulls(value))
+        except ValueError:
+            return ""
+        if format == self.format or (format == "text" and self.format in labeling_tools.FORMATS):
+            return ""
+        return f"is a row of {format}, but those before it are rows of {self.format}; put it into a file of its own"
 
     def _record(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a record under the names that its format has; a null is an absent key."""
@@ -176,12 +190,13 @@ def detect(value: Values) -> str:
     if labeling_tools.is_snorkel(value):
         return "snorkel"
     if "text" in value:
+        if "role" in value:
+            raise ValueError(
+                f"has a text with a role ({short_repr(value['role'])}), which is one turn; write each dialogue as a "
+                "row with messages, or set dataset.format: text"
+            )
         return "text"
-    keys = ", ".join(sorted(value)[:8]) or "none"
-    raise ValueError(
-        f"has neither prompt and completion nor messages, text, instruction and output, or conversations (its keys: "
-        f"{keys}); map its keys in dataset.columns"
-    )
+    raise ValueError(column_hints.unknown_keys(value))
 
 
 def renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
@@ -247,7 +262,11 @@ def _records(file: InputFile, file_format: FileFormat, field: str, named: bool) 
 
 def _run_error(unreadable: Unreadable, file: InputFile, field: str, named: bool) -> RunError:
     name = f"{file.name} " if named else ""
-    row = f"row {unreadable.number}: " if unreadable.number else ("" if named else "the file ")
+    row = (
+        f"row {unreadable.number}: "
+        if unreadable.number
+        else ("" if named or unreadable.message.startswith("the ") else "the file ")
+    )
     rest = ", and nothing after it can be read" if unreadable.number else ""
     return RunError("DatasetInvalid", f"{field}: {name}{row}{unreadable.message}{rest}")
 

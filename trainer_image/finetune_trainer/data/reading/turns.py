@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_trainer.data.reading import reasoning
+from finetune_trainer.data.reading import content_parts, reasoning
 from finetune_trainer.data.reading.row import ROLES, Turn, short_repr, text
 
 FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", *reasoning.KEYS)
@@ -33,7 +33,8 @@ def turns(value: Any, path: str) -> tuple[Turn, ...]:
     value = parsed_list(value)
     if isinstance(value, str):
         raise ValueError(
-            f"{path} is {short_repr(value)}, a text that isn't JSON; write a list of turns, or its JSON (json.dumps)"
+            f"{path} is {short_repr(value)}, a text that isn't a JSON list of turns; write the list, or its JSON "
+            "(json.dumps)"
         )
     if not isinstance(value, list) or not value:
         raise ValueError(f"{path} is {short_repr(value)}; it must be a list with at least one turn")
@@ -73,26 +74,30 @@ def is_in_loss(path: str, turn: Mapping[str, Any]) -> bool:
 
 def _turn(path: str, turn: Any) -> Turn:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"{path} isn't an object with role and content")
+        raise ValueError(f"{path} is {short_repr(turn)}; it must be an object with role and content")
     name = role(turn)
     if name not in ROLES:
         key = "role" if "role" in turn or "from" not in turn else "from"
         names = ROLES if key == "role" else (*ROLES, *_ALIASES)
         raise ValueError(f"{path}.{key} is {short_repr(turn.get(key))}; it must be one of {', '.join(names)}")
     in_loss = is_in_loss(path, turn)
+    key = "value" if turn.get("content") is None and "value" in turn else "content"
+    content, thought = content_parts.text_and_reasoning(turn.get(key), f"{path}.{key}", name)
     further = {key: turn[key] for key in FURTHER_KEYS if turn.get(key)}
+    if thought and not any(key in further for key in reasoning.KEYS):
+        further["reasoning_content"] = thought
+    for thinking in reasoning.KEYS:
+        if not isinstance(further.get(thinking, ""), str):
+            value = short_repr(further[thinking])
+            raise ValueError(f"{path}.{thinking} is {value}, which isn't text; write the reasoning as a string")
     if turn.get("function_call") and "tool_calls" not in further:
         further = {"tool_calls": [{"type": "function", "function": turn["function_call"]}], **further}
     if "tool_calls" in further:
         further["tool_calls"] = _calls(further["tool_calls"], f"{path}.tool_calls")
-    key = "value" if turn.get("content") is None and "value" in turn else "content"
-    content = turn.get(key)
     if content is None and "tool_calls" in further:
         content = ""
-    elif isinstance(content, list):
-        content = "".join(_part(f"{path}.{key}[{index}]", part) for index, part in enumerate(content))
-    else:
-        content = text(turn, key, f"{path}.")
+    elif not isinstance(content, str):
+        content = text(turn if content is None else {**turn, key: content}, key, f"{path}.")
     return Turn(name, content, in_loss=in_loss, more=canonical(further, path) if further else "")
 
 
@@ -101,31 +106,26 @@ def _calls(value: Any, path: str) -> list[Any]:
 
     APIs give their arguments as JSON text, but chat templates serialize objects themselves.
     """
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
-        raise ValueError(f"{path} isn't a list of calls")
-    return [_call(call) for call in value]
+        raise ValueError(f"{path} is {short_repr(value)}; it must be a list of calls")
+    return [_call(call, f"{path}[{index}]") for index, call in enumerate(value)]
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _call(call: Mapping[str, Any], path: str) -> dict[str, Any]:
     inner = call.get("function")
     if isinstance(inner, Mapping):
-        return {**call, "function": _call(inner)}
+        return {**call, "function": _call(inner, f"{path}.function")}
     arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return dict(call)
-        if isinstance(parsed, Mapping):
-            return {**call, "arguments": parsed}
-    return dict(call)
-
-
-def _part(path: str, part: Any) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        raise ValueError(f"{path} is of type {short_repr(kind)}; only text is supported")
-    return text(part, "text", f"{path}.")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        return {**call, "arguments": json.loads(arguments) if arguments.strip() else {}}
+    except (ValueError, RecursionError):
+        raise ValueError(
+            f"{path}.arguments is {short_repr(arguments)}, which isn't JSON; write an object, or its JSON"
+        ) from None
 
 
 def canonical(value: Any, path: str) -> str:

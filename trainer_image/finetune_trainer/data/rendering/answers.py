@@ -11,8 +11,8 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune_trainer.data.reading import reasoning
-from finetune_trainer.data.reading.row import Row, Turn
+from finetune_trainer.data.reading import findings, reasoning
+from finetune_trainer.data.reading.row import Row, Turn, short_repr
 from finetune_trainer.data.rendering.chat_template import ChatTemplate
 
 INSEPARABLE = (
@@ -76,6 +76,21 @@ def texts(pieces: Sequence[Piece], row: Row, *, masked: bool) -> Texts:
         pairs.append((piece.before[end:] + piece.answer[:hidden], piece.answer[hidden:]))
         end = len(piece.before) + len(piece.answer)
     return pairs
+
+
+def missing_instruction(row: Row, parts: Sequence[Sequence[Piece]]) -> str:
+    """Return what a template does to a system turn after the first one, in words that follow "the
+    template"; empty if it writes all of them.
+
+    `parts` are the rendered answers of each example.
+    """
+    for turn in row.turns[1:]:
+        if turn.role == "system" and not any(findings.has_text(part[-1].before, turn.content) for part in parts):
+            return (
+                f"leaves out the system turn {short_repr(turn.content)}, which isn't the first turn; remove it, or set "
+                "dataset.chatTemplate to a template that writes it"
+            )
+    return ""
 
 
 def _piece(template: ChatTemplate, row: Row, index: int) -> Piece:

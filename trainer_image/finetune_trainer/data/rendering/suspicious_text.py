@@ -18,14 +18,17 @@ _FRAMES = (
     "### Instruction:", "### Response:", "\n\nHuman:", "\n\nAssistant:", "<｜User｜>", "<｜Assistant｜>",
 )  # fmt: skip
 
+_FURTHER = "tool calls or reasoning"
+
 
 class ControlTokens:
-    """Finds control tokens of a tokenizer inside texts."""
+    """Finds control tokens of a tokenizer inside texts. `all` are they, the longest first."""
 
     def __init__(self, tokenizer: Any) -> None:
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A word such as "unk" could be meant as a word.
         tokens = sorted({t for t in (*tokenizer.all_special_tokens, *added) if not t.isalnum()}, key=len, reverse=True)
+        self.all = tuple(tokens)
         self._beginnings = tuple({token[:2] for token in tokens})
         self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
@@ -37,11 +40,25 @@ class ControlTokens:
 
     def omissions(self, row: Row) -> list[Omission]:
         """Return the control tokens inside the texts of a row."""
-        return [
-            ("ControlTokens", f"{token} in {SUBJECTS[turn.role]}", 1)
-            for turn in row.turns
-            for token in self.within(turn.content)
-        ]
+        return [("ControlTokens", f"{token} in {subject}", 1) for subject, token in self._of(row)]
+
+    def refusal(self, row: Row) -> str:
+        """Return why a row that must not have control tokens can't be used, or an empty string."""
+        subject, token = next(self._of(row), ("", ""))
+        return (
+            f"its {subject} contain the control token {token!r}; remove it, or set dataset.rendering.controlTokens: "
+            "encode to train on it as text"
+            if token
+            else ""
+        )
+
+    def _of(self, row: Row) -> Iterator[tuple[str, str]]:
+        for turn in row.turns:
+            yield from ((SUBJECTS[turn.role], token) for token in self.within(turn.content))
+            if turn.more:
+                yield from ((_FURTHER, token) for token in self.within(turn.more))
+        if row.tools:
+            yield from (("tools", token) for token in self.within(row.tools))
 
 
 def frames(row: Row) -> Iterator[Omission]:

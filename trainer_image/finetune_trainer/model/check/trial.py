@@ -12,8 +12,9 @@ from finetune_api.messages.run import RunConfig
 from finetune_trainer import refusals
 from finetune_trainer.data import pipeline
 from finetune_trainer.model import loading, method
+from finetune_trainer.model.check import shared_rows
 from finetune_trainer.model.loading import LoadedModel
-from finetune_trainer.model.quantization import Quantization
+from finetune_trainer.model.quantization import Quantization, refusing_wide_inputs
 from finetune_trainer.model_folder import Capacity, RowNeeds
 
 _TOKENS = 8
@@ -31,7 +32,9 @@ def build(run: RunConfig, folder: Path, decisions: list[str]) -> Capacity:
     tokenizer = pipeline.load_renderer(folder, run.data, run.added_tokens).tokenizer
     dtype = torch.bfloat16  # nothing depends on it, but products of experts have no shapes in other formats
     loaded = loading.load(folder, dtype=dtype, longest=0, headers_only=True)
-    call(loaded)
+    shared_rows.check(loaded.base.config, run.world.sequence_parallel_size, loaded.packing_obstacle)
+    with refusing_wide_inputs(loaded.base, run.model.quantization):
+        call(loaded)
     if run.model.quantization != "none":
         quantized = Quantization(run.model.quantization, torch.device("cpu"))
         loading.load(folder, dtype=dtype, longest=0, outline=True, quantized=quantized)

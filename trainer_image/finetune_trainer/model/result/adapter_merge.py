@@ -189,12 +189,15 @@ def _parsed(name: str) -> tuple[str, str | None] | None:
 def _base_tensor(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
     """Returns the stored tensor of a weight.
 
-    A file may omit the first part of a module's name (GPT-2's `transformer.`), or put another part
-    in front of it. Raises RunError(InvalidConfig) if the weight has no tensor of its own, or one
-    that is stored in a format that an adapter can't be merged into.
+    A file may omit the first part of a module's name (GPT-2's `transformer.`), put another part
+    in front of it, or have the text part of a model that reads images under its older name.
+
+    Raises RunError(InvalidConfig) if the weight has no tensor of its own, or one that is stored in
+    a format that an adapter can't be merged into.
     """
     short = name.partition(".")[2]
-    matches = [tensors[key] for key in (name, short) if key in tensors][:1]
+    older = name.replace("model.language_model.", "language_model.model.", 1)
+    matches = [tensors[key] for key in (name, short, older) if key in tensors][:1]
     matches = matches or [tensor for key, tensor in tensors.items() if key.endswith(f".{name}")]
     if len(matches) != 1:
         tied = name.endswith("lm_head.weight")

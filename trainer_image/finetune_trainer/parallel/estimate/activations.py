@@ -6,8 +6,9 @@ compares the formulas with the trainer's own step on fake tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from finetune_trainer.data.batching.sequence_part import key_copies
 from finetune_trainer.kernels.sizes import GATHERED_KEYS
 from finetune_trainer.parallel.estimate.recomputation import Recomputation
 from finetune_trainer.parallel.model_size import LayerShape, ModelSize
@@ -49,9 +50,10 @@ class TokenBytes:
 
 
 def bytes_per_token(
-    size: ModelSize, precision: Precision, *, recompute: Recomputation, shares_prefixes: bool = False
+    size: ModelSize, precision: Precision, *, recompute: Recomputation, shares_prefixes: bool = False, parts: int = 1
 ) -> TokenBytes:
-    """Returns the bytes that each token needs.
+    """Returns the bytes that each token needs. `parts` ranks share each row, and each of them
+    computes its own tokens.
 
     Of a layer that is recomputed, only its input is stored, and perhaps the output of attention;
     the rest exists for one layer at a time. If other layers aren't recomputed, their backward pass
@@ -60,17 +62,27 @@ def bytes_per_token(
     """
     if size.layer is None or not precision.half:
         return _generic(size, half=precision.half, recompute=recompute)
-    layer = _layer(size, size.layer, precision)
+    shape = _exchanged(size.layer, size.kv_heads, parts)
+    layer = _layer(size, shape, precision)
+    if parts > 1 and (precision.trained or (shape.adapter_inputs and not shape.dropout_masks)):
+        layer += 2 * shape.queries  # the input of o is no longer what attention stored
     # The masks of the layer's last product are freed before most of these gradients exist.
-    gated = _GRADIENTS * size.intermediate - min(2 * size.intermediate, size.layer.dropout_masks)
-    gradients = max(gated, _attention_gradients(size.layer, shares_prefixes=shares_prefixes))
+    gated = _GRADIENTS * size.intermediate - min(2 * size.intermediate, shape.dropout_masks)
+    gradients = max(gated, _attention_gradients(shape, shares_prefixes=shares_prefixes))
     outside = size.hidden * (_WIDE_OUTSIDE if precision.wide else _OUTSIDE)
     again = recompute.layers(size.layers)
     remaining = size.hidden * (4 if precision.wide else 2)
     if recompute.keeps_attention:
-        remaining += 2 * size.layer.queries
+        remaining += 2 * shape.queries
     stored = again * remaining + (size.layers - again) * layer
     return TokenBytes(stored, outside, gradients if again < size.layers else layer + gradients)
+
+
+def _exchanged(shape: LayerShape, kv_heads: int, parts: int) -> LayerShape:
+    """Returns the widths in attention if `parts` ranks share each row. Each rank then has all
+    tokens of its part of the heads, which are as many values as all heads of its tokens, except
+    that key heads which can't be divided are sent several times."""
+    return replace(shape, keys=shape.keys * key_copies(max(1, kv_heads), parts))
 
 
 def _layer(size: ModelSize, shape: LayerShape, precision: Precision) -> int:

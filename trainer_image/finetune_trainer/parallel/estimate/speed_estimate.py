@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from finetune_trainer.data.batching.sequence_part import key_copies
 from finetune_trainer.parallel.memory_estimate import QUANTIZED_BYTES, ParallelConfig, TrainingSetup
 from finetune_trainer.parallel.model_size import ModelSize
 
-_GRADIENT_BYTES = 4  # per trained weight, since gradients are sent in float32
+_GRADIENT_BYTES = 4  # per trained weight that is sent in float32
+_ROUNDED_GRADIENT_BYTES = 2  # in bfloat16, in full training with ddp on GPUs
 _OPTIMIZER_BYTES = 8  # per trained weight of a rank: its gradient to the host, and the weight back
 _MICRO_BATCHES = 4  # of a step, over which what happens once per step is spread
 
@@ -60,6 +62,7 @@ def seconds_per_token(
         seconds = max(computing, sending) + min(computing, sending) / 4
     else:
         seconds = computing + sending
+    seconds += _exchange_seconds(size, setup, parallel, rates) * tokens
     return (seconds + _host_seconds(size, setup, parallel, rates)) / tokens
 
 
@@ -74,12 +77,28 @@ def _sending_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
     return _sent_bytes(size, replace(setup, ranks=shards, nodes=1), parallel) / rates.same_node + between
 
 
+def _exchange_seconds(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, rates: _Rates) -> float:
+    """Returns the seconds in which a rank exchanges heads for a token, in the forward pass, in the
+    backward pass, and wherever they are recomputed, if ranks share each row. It waits for them."""
+    if setup.parts == 1:
+        return 0.0
+    queries, keys = (size.layer.queries, size.layer.keys) if size.layer else (size.hidden, size.hidden)
+    keys *= key_copies(max(1, size.kv_heads), setup.parts)
+    values = (2 * queries + 2 * keys) * size.layers * (2 + parallel.recompute.share)
+    others = (setup.parts - 1) / setup.parts
+    rate = rates.same_node if setup.parts <= setup.ranks_per_node else rates.other_nodes
+    return values * (2 if setup.half else 4) * others / rate
+
+
 def _sent_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> float:
     """Returns the bytes that a rank sends in a micro-batch: gradients, and gathered weights for the
     forward pass and for the backward pass. ddp sends gradients once per step, and all of them
     twice."""
     others = (setup.ranks - 1) / setup.ranks
-    gradients = size.trained * _GRADIENT_BYTES * (2 / _MICRO_BATCHES if parallel.strategy == "ddp" else 1)
+    gradients: float = size.trained * _GRADIENT_BYTES
+    if parallel.strategy == "ddp":
+        rounded = setup.full and setup.half and setup.device == "cuda"
+        gradients = size.trained * (_ROUNDED_GRADIENT_BYTES if rounded else _GRADIENT_BYTES) * 2 / _MICRO_BATCHES
     stored = 2 if setup.half and parallel.strategy == "fsdp" else setup.stored
     weights = 2 * _base_bytes(size, setup, stored) if parallel.strategy in ("zero3", "fsdp") else 0
     return others * (gradients + weights)

@@ -74,7 +74,7 @@ def agree(
     if any_out_of_memory:
         message = _first_out_of_memory(world, own.out_of_memory)
         return StepOutcome(0.0, any_stop > 0, any_due > 0, out_of_memory=message)
-    lines = _bad_rows(world, step.micro_batches[world.rank], train, own.nll) if any_bad else ()
+    lines = _bad_rows(world, step.micro_batches[world.data_rank], train, own.nll) if any_bad else ()
     return StepOutcome(
         loss / step.label_tokens,
         any_stop > 0,

@@ -35,11 +35,14 @@ def remedy(encoding: str) -> str:
     return f"is {encoding}; save it as UTF-8, for example with `iconv -f {encoding} -t UTF-8`"
 
 
-def not_utf8(data: bytes, position: int) -> str:
-    """Return the message about bytes that can't be decoded, with the encoding they look like."""
+def not_utf8(data: bytes, position: int, before: int = 0) -> str:
+    """Return the message about bytes that can't be decoded, with the encoding they look like.
+
+    `before` is the number of bytes that come before `data`.
+    """
     guess = _guess(data)
     looks = f"; it looks like {guess}: save it as UTF-8, for example with `iconv -f {guess} -t UTF-8`" if guess else ""
-    return f"isn't UTF-8 (byte {position}){looks}"
+    return f"isn't UTF-8 (byte {before + position}){looks}"
 
 
 def _guess(data: bytes) -> str:

@@ -1,0 +1,1 @@
+"""Decides how a FineTuneJob ends whose output is cleaned when it is deleted."""

@@ -1,0 +1,1 @@
+"""What people label in a text, as text that a model can be trained on."""

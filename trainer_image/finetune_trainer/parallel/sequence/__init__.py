@@ -1,0 +1,1 @@
+"""Sequence parallelism: the ranks that share a row, and how many of them a row needs."""
