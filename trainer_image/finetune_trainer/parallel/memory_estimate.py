@@ -270,8 +270,8 @@ def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: Parallel
     """Returns the bytes of what is gathered at a time, and of trained weights in bfloat16."""
     casts = size.trained * 2 if setup.half and setup.full else 0
     if parallel.strategy == "zero3":
-        kept = size.layers - parallel.recompute.layers(size.layers) if casts else 0
-        stored = zero_memory.casts_in_stage_3(_layer_values(size), kept, casts // setup.ranks)
+        count = size.layers - parallel.recompute.layers(size.layers) if casts else 0
+        stored = zero_memory.casts_in_stage_3(_layer_values(size), count, casts // setup.ranks)
         return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
         value = 2 if setup.half else setup.stored
