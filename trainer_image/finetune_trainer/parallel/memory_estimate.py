@@ -253,9 +253,9 @@ def _quantized_values(size: ModelSize, setup: TrainingSetup) -> int:
 
 def _gradient_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     ranks, largest = setup.ranks // parallel.replicas, size.vocabulary * size.hidden
-    if parallel.strategy == "zero2":
+    if parallel.strategy == "zero2" and parallel.offload == "none":
         return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if setup.full or size.trains_head else 0)
-    return size.trained * 4 // (ranks if parallel.strategy in ("zero3", "fsdp") else 1)
+    return size.trained * 4 // (ranks if parallel.strategy in ("zero2", "zero3", "fsdp") else 1)
 
 
 def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
