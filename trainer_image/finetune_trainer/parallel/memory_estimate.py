@@ -253,9 +253,9 @@ def _quantized_values(size: ModelSize, setup: TrainingSetup) -> int:
 
 def _gradient_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     ranks, largest = setup.ranks // parallel.replicas, size.vocabulary * size.hidden
-    if parallel.strategy == "zero2":
+    if parallel.strategy == "zero2" and parallel.offload == "none":
         return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if setup.full or size.trains_head else 0)
-    return size.trained * 4 // (ranks if parallel.strategy in ("zero3", "fsdp") else 1)
+    return size.trained * 4 // (ranks if parallel.strategy in ("zero2", "zero3", "fsdp") else 1)
 
 
 def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
@@ -270,8 +270,8 @@ def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: Parallel
     """Returns the bytes of what is gathered at a time, and of trained weights in bfloat16."""
     casts = size.trained * 2 if setup.half and setup.full else 0
     if parallel.strategy == "zero3":
-        stored_layers = size.layers - parallel.recompute.layers(size.layers) if casts else 0
-        stored = zero_memory.casts_in_stage_3(_layer_values(size), stored_layers, casts // setup.ranks)
+        count = size.layers - parallel.recompute.layers(size.layers) if casts else 0
+        stored = zero_memory.casts_in_stage_3(_layer_values(size), count, casts // setup.ranks)
         return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
         value = 2 if setup.half else setup.stored
