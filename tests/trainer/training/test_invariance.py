@@ -79,18 +79,10 @@ _WAYS: dict[str, dict[str, Any]] = {
         "world": 2, "sequence": 2, "training": {"micro_batch_size": 1, "activation_checkpointing": "selective"},
     },
     "2 ranks that share rows, zero2": {"world": 2, "sequence": 2, "strategy": "zero2"},
-    "2 ranks that share rows, zero3": {"world": 2, "sequence": 2, "strategy": "zero3"},
-    "2 ranks that share rows, fsdp, recomputed": {
-        "world": 2, "sequence": 2, "strategy": "fsdp", "training": {"activation_checkpointing": "always"},
-    },
-    "2 ranks that share rows, full, fsdp": {"world": 2, "sequence": 2, "full": True, "strategy": "fsdp"},
+    "2 ranks that share rows, fsdp": {"world": 2, "sequence": 2, "strategy": "fsdp"},
     "2 ranks that share rows, full, zero3": {"world": 2, "sequence": 2, "full": True, "strategy": "zero3"},
-    "4 ranks that share rows, full": {"world": 4, "sequence": 4, "full": True},
-    "4 ranks, of which 2 share rows": {"world": 4, "sequence": 2},
+    "2 ranks that share rows, full, fsdp": {"world": 2, "sequence": 2, "full": True, "strategy": "fsdp"},
     "4 ranks, of which 2 share rows, full, fsdp": {"world": 4, "sequence": 2, "full": True, "strategy": "fsdp"},
-    "2 ranks that share rows, gpt2": {
-        "world": 2, "sequence": 2, "family": "gpt2", "lora": {"target_modules": ("c_attn",)},
-    },
     "2 ranks, t5, fsdp": {
         "world": 2, "family": "t5", "strategy": "fsdp", "lora": {"target_modules": ("q", "v")},
     },
