@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, Phi3Config
 
 from finetune_trainer.data import pipeline, splits
 from finetune_trainer.data.batching.collator import Collator
 from finetune_trainer.data.dataset import Data, read
 from finetune_trainer.model import loading
+from finetune_trainer.model.check import rotary_positions
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.training import packing_setup, rounding_noise
 from testkit import tiny_models
 from testkit.rows import pairs
-from trainer.support.rank_runs import prepare
+from trainer.support.rank_runs import finish_all, prepare
 
 
 class _NoReporter:
@@ -98,3 +101,59 @@ def test_the_noise_of_rounding_is_measured_and_repeats(tmp_path: Path) -> None:
     assert measure(trial.layers) == measure(trial.layers)
     assert measure(trial.layers) < 1e-3 * trial.one_by_one_loss((0, 1), loss_sum)
     assert not any(layer._forward_hooks and "move" in str(layer._forward_hooks) for layer in trial.layers)
+
+
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def _phi3(limit: int, **options: Any) -> Phi3Config:
+    return Phi3Config(
+        num_attention_heads=8, hidden_size=64, max_position_embeddings=128, original_max_position_embeddings=limit,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "longest", "limit"),
+    [
+        pytest.param(_phi3(32, rope_parameters=_LONGROPE), 32, None, id="within the limit"),
+        pytest.param(_phi3(32, rope_parameters=_LONGROPE), 33, 32, id="beyond the limit"),
+        pytest.param(
+            LlamaConfig(rope_parameters=_LONGROPE | {"original_max_position_embeddings": 16}),
+            17, 16, id="a limit among the parameters",
+        ),
+        pytest.param(_phi3(32), 128, None, id="usual positions"),
+        pytest.param(LlamaConfig(max_position_embeddings=64, rope_parameters=_DYNAMIC), 64, None, id="dynamic, within"),
+        pytest.param(LlamaConfig(max_position_embeddings=64, rope_parameters=_DYNAMIC), 65, 64, id="dynamic, beyond"),
+    ],
+)  # fmt: skip
+def test_examples_beyond_a_limit_of_positions_are_computed_one_by_one(
+    config: Any, longest: int, limit: int | None
+) -> None:
+    obstacle = rotary_positions.company_obstacle(config, longest)
+    assert obstacle.startswith(f"an example of more than {limit} tokens") is (limit is not None)
+    assert bool(obstacle) is (limit is not None)
+
+
+def test_a_long_example_changes_no_other_example(tmp_path: Path) -> None:
+    """The rotary positions of this model change for a whole batch that has a long example."""
+    base = tiny_models.tiny_phi3(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 40}
+    (base / "config.json").write_text(json.dumps(config))
+    rows = pairs(24)
+    apart = {"micro_batch_size": 1, "max_steps": 4}
+    lora = {"target_modules": ("all-linear",)}
+    automatic, reference = finish_all(
+        [
+            prepare(tmp_path / "automatic", base, rows, lora=lora, validation=rows, training={"max_steps": 4}),
+            prepare(
+                tmp_path / "apart", base, rows, lora=lora, validation=rows, training=apart, data={"packing": False}
+            ),
+        ]
+    )
+    assert automatic.losses == pytest.approx(reference.losses, rel=1e-6)
+    assert automatic.evals("validation") == pytest.approx(reference.evals("validation"), rel=1e-6)
+    assert automatic.decision("packing").choice == "off"
+    assert "40 tokens changes the rotary positions (longrope)" in automatic.decision("microBatchSize").reason

@@ -22,6 +22,7 @@ from finetune_trainer.data.splits import Split
 from finetune_trainer.errors import RunError, insufficient_memory
 from finetune_trainer.kernels import attention_avx512
 from finetune_trainer.kernels.cuda import softmax
+from finetune_trainer.model.check import rotary_positions
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.loss import LossSum
 from finetune_trainer.parallel.strategy import ParallelStrategy
@@ -130,10 +131,12 @@ def plan_micro_batches(
     can't get smaller than they were.
     """
     run, train = context.run, trial.train
-    packed = _packs(trial, loss_sum, wrapped.loaded, enabled=run.data.packing)
+    apart = rotary_positions.company_obstacle(wrapped.loaded.base.config.get_text_config(), resolved.longest)
+    packed = _packs(trial, loss_sum, wrapped.loaded, apart, enabled=run.data.packing)
     if packed and trial.padded.device.type == "cpu":
         trial.reporter.decision("attention", *attention_avx512.choice(loss_sum.autocast))
-    size, tokens, longest = run.training.micro_batch_size, resolved.micro_batch_tokens, resolved.longest
+    size = 1 if apart else run.training.micro_batch_size
+    tokens, longest = resolved.micro_batch_tokens, resolved.longest
     device_type = trial.padded.device.type
     part = context.world.sequence
     if part:
@@ -162,17 +165,17 @@ def plan_micro_batches(
     if resolved.ran_out_of_memory and unhalved.halved(resolved.halvings - 1).is_smallest:
         raise insufficient_memory("an earlier attempt ran out of memory")
     plan = unhalved.halved(resolved.halvings)
-    reason = resolved.micro_batch_reason
+    reason = apart or resolved.micro_batch_reason
     if resolved.halvings:
         reason = f"halved {resolved.halvings} times, since an earlier attempt had no memory for more"
     trial.reporter.decision("microBatchSize", str(plan.shape), reason)
     return MicroBatches(plan, unhalved, replace(trial.padded, packed=packed, shared=shared, sequence=part))
 
 
-def _packs(trial: Trial, loss_sum: LossSum, loaded: LoadedModel, *, enabled: bool) -> bool:
-    """Whether several examples share a row. Those that are compared exceed the model's window, if
-    it has one that matters."""
-    report, obstacle = trial.reporter.decision, loaded.packing_obstacle
+def _packs(trial: Trial, loss_sum: LossSum, loaded: LoadedModel, apart: str, *, enabled: bool) -> bool:
+    """Whether several examples share a row, unless `apart` says why they must not. Those that are
+    compared exceed the model's window, if it has one that matters."""
+    report, obstacle = trial.reporter.decision, loaded.packing_obstacle or apart
     if not enabled or obstacle:
         report("packing", "off", obstacle or "dataset.packing is false")
         return False

@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_trainer.errors import RunError
+from finetune_trainer.model.check import rotary_positions
 
 _FIELD = "distribution.sequenceParallelSize"
-_BY_LONGEST_POSITION = ("longrope", "dynamic")
-"""Kinds of rotary positions whose frequencies follow the longest position that a rank computes, as
-Transformers names them."""
 
 
 def check(config: Any, size: int, packing_obstacle: str) -> None:
@@ -35,10 +33,10 @@ def _obstacle(config: Any, size: int, packing_obstacle: str) -> str:
                 f"the model's {heads} attention heads can't be divided among {size} processes; use a divisor of both "
                 f"{heads} and the number of processes"
             )
-    kinds = rope_kinds(text) & set(_BY_LONGEST_POSITION)
+    kinds = rotary_positions.by_longest_position(text)
     if kinds:
         return (
-            f"the model's rotary positions ({', '.join(sorted(kinds))}) depend on the longest position that a process "
+            f"the model's rotary positions ({', '.join(kinds)}) depend on the longest position that a process "
             "computes, which differs between processes that share a row; set it to 1"
         )
     return ""
@@ -50,14 +48,3 @@ def _head_counts(config: Any) -> tuple[int, ...]:
     value = getattr(config, "num_attention_heads", None)
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(dict.fromkeys(heads for heads in values if isinstance(heads, int)))
-
-
-def rope_kinds(config: Any) -> set[str]:
-    """Returns the kinds of rotary positions that a configuration names, for all kinds of layers."""
-    kinds: set[str] = set()
-    for name in ("rope_parameters", "rope_scaling"):
-        section = getattr(config, name, None)
-        for part in (section, *section.values()) if isinstance(section, dict) else ():
-            if isinstance(part, dict):
-                kinds.add(str(part.get("rope_type") or part.get("type") or "default"))
-    return kinds
