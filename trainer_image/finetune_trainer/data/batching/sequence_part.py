@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the command line has no numpy without its extra
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class SequencePart:
     def within(self, positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Returns the indices of those of the `positions` in such a row that are in this part."""
         columns = self.columns(length)
-        return np.flatnonzero((positions >= columns.start) & (positions < columns.stop))
+        indices: NDArray[np.int64] = ((positions >= columns.start) & (positions < columns.stop)).nonzero()[0]
+        return indices
 
 
 WHOLE = SequencePart()
