@@ -91,7 +91,8 @@ def test_pod_security_admits_the_operators_pods(installed: ControlPlane) -> None
         ("create", "jobs.batch", True),
         ("delete", "jobs.batch", True),
         ("create", "tokenreviews.authentication.k8s.io", True),
-        ("patch", "finetunejobs.finetune-operator.io", False),
+        ("patch", "finetunejobs.finetune-operator.io", True),  # one finalizer, says an admission policy
+        ("update", "finetunejobs.finetune-operator.io", False),
         ("delete", "finetunejobs.finetune-operator.io", False),
         ("get", "secrets", False),
         ("list", "secrets", False),

@@ -357,7 +357,7 @@ BUSY = CALM | {
         f"finetune_job_{name}{{{JOB}}}": "0.5x90"
         for name in ("train_loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "progress_ratio",
                      "eta_seconds", "train_reward_margin", "train_reward_accuracy_ratio", "eval_reward_margin",
-                     "eval_reward_accuracy_ratio")
+                     "eval_reward_accuracy_ratio", "steps_at_risk")
     },
     f"finetune_train_loss{{{_POD}}}": "2-0.01x90",
     f'finetune_eval_loss{{{_POD}, split="validation"}}': "2x90",

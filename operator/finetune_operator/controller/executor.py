@@ -145,7 +145,8 @@ class Executor:
         """
         await self._creator.check_offered(observed)
         run = output.with_origin(plan(observed.job, self._settings), observed).model_copy(update={"progress": None})
-        await self._creator.close_pods(observed, first=False)
+        with contextlib.suppress(NameTaken):  # by the job's own, which was orphaned and still closes its pods
+            await self._creator.close_pods(observed, first=False)
         await self._creator.create("jobs", manifests.cleanup_job(observed.job, run, self._settings), observed)
 
     def forget(self, uid: str) -> None:

@@ -49,6 +49,7 @@ class _Tries:
 
     jobs: int = 0
     blocked_since: float | None = None  # monotonic
+    reported: str = ""  # the message of the last Event
 
 
 @dataclass
@@ -151,7 +152,9 @@ class Ending:
         if snapshot.cleanup:
             uids = (snapshot.cleanup.job.uid, *(pod.uid for pod in snapshot.cleanup.pods))
             self.warning_events.forget(uids)
-        if step.message:
+        tries = self._tries_of(snapshot)
+        if step.message and step.message != tries.reported:  # the finalizer may need another try
+            tries.reported = step.message
             (log.info if step.reason == CLEANED else log.warning)("%s", step.message, extra=_extra(snapshot))
             happening = Happening("Normal" if step.reason == CLEANED else "Warning", step.reason, step.message)
             await self.recorder.post(deleting.job.metadata, happening, datetime.now(UTC))

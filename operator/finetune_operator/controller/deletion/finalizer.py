@@ -79,7 +79,10 @@ class Finalizer:
             except NotFound:
                 self._cache.drop_body(snapshot.body)
             raise OutOfDate from error
-        self._cache.put_body(body)
+        if "deletionTimestamp" in body["metadata"] and not meta["finalizers"]:
+            self._cache.drop_body(snapshot.body)  # it is gone, and the answer has no newer version
+        else:
+            self._cache.put_body(body)
         log.info("finalizer %s", "added" if add else "removed", extra={"namespace": namespace, "job": name})
 
 
