@@ -70,13 +70,13 @@ def test_a_result_and_its_job_are_deleted_together_on_a_claim(world: World, volu
 
 
 def test_another_job_continues_what_was_deleted_and_gets_the_result_it_would_have_had(world: World) -> None:
-    whole = world.apply(fine_tune_job("whole", training=long_training(40)))
-    first = world.apply(deleting("deleted-at-10", "Retain", training=long_training(40)))
+    whole = world.apply(fine_tune_job("whole", training=long_training(300)))
+    first = world.apply(deleting("deleted-at-10", "Retain", training=long_training(300)))
     world.until(first, lambda s: (s.get("checkpoint") or {}).get("step", 0) >= 10, 180, "at step 10")
     assert delete(world, first) == []
     model = fine_tune_job("then")["spec"]["model"]
     place = {"uri": f"s3://outputs/{first}", "credentialsRef": {"name": "s3"}}
-    then = world.apply(fine_tune_job("then", training=long_training(40), model={**model, "checkpoint": place}))
+    then = world.apply(fine_tune_job("then", training=long_training(300), model={**model, "checkpoint": place}))
     world.until_phase(then, "Succeeded")
     world.until_phase(whole, "Succeeded")
     (line,) = world.artifact(then)["provenance"]["startedFrom"]
