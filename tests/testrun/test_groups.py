@@ -108,10 +108,10 @@ _IS_NICE = """
 import os
 from pathlib import Path
 def test_b():
-    assert os.nice(0) == 5
+    assert os.nice(0) == NICENESS
     session = Path("/proc/self/autogroup")
     assert not session.exists() or session.read_text().endswith(" nice 5\\n")
-"""
+""".replace("NICENESS", str(min(19, os.nice(0) + 5)))
 
 
 @pytest.mark.parametrize(

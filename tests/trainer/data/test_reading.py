@@ -382,7 +382,7 @@ _REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
      "is annotated with x, y; name the answer in dataset.columns.completion"),
     ("spans",
      {"data": {"text": "a"}, "annotations": [{"result": [{"from_name": "x", "value": {"labels": ["P"], "start": 0}}]}]},
-     {}, "which isn't text; use a TextArea or Choices"),
+     {}, "is none of the regions of a text with a place (start, end) and labels; use a TextArea or Choices"),
     ("abstains", {"text": "a", "label": -1}, {"labels": ("x", "y")}, "-1: every labeling function abstains"),
     ("a tie", {"text": "a", "probs": [0.5, 0.5]}, {"labels": ("x", "y")}, "equally probable"),
     ("no class names", {"text": "a", "label": 1}, {}, "name the classes in dataset.labels"),

@@ -292,7 +292,11 @@ def test_perplexity_is_that_of_the_chosen_answers(runs: dict[str, FinishedRun], 
         (_rows(4), "supervised", "the rows have chosen and rejected answers; set training.objective: dpo"),
         (drawn(4), "dpo", "objective dpo needs rows with prompt, chosen and rejected"),
         ([{"prompt": "a", "chosen": " b", "rejected": " b"}], "dpo", "row 1: chosen and rejected are the same"),
-        ([{"prompt": "a", "chosen": " b", "rejected": [7]}], "dpo", "row 1: rejected: messages[1] isn't an object"),
+        (
+            [{"prompt": "a", "chosen": " b", "rejected": [7]}],
+            "dpo",
+            "row 1: rejected: messages[1] is 7; it must be an object",
+        ),
     ],
     ids=["supervised", "no pairs", "the same answer", "no text"],
 )
