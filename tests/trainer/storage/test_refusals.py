@@ -90,25 +90,6 @@ def test_rotated_keys_are_read_again_and_nothing_is_trained_twice(bench: Bench, 
     assert "secret" not in ended.output
 
 
-def test_temporary_keys_are_read_again_when_their_session_has_expired(bench: Bench) -> None:
-    """As those of an identity provider, which come with a token and last for an hour."""
-    with StoreProxy(bench.s3.endpoint) as store:
-        bench.use(store.url)
-        store.session = "session-1"
-        (bench.keys / "AWS_SESSION_TOKEN").write_text("session-1")
-        running = bench.start()
-        bench.wait_for_first_checkpoint()
-        store.session = "session-2"
-        bench.go_on()
-        supervisor_process.wait_until(lambda: store.refused > 0, 60)
-        (bench.keys / "AWS_SESSION_TOKEN").write_text("session-2")
-        ended = running.wait(120)
-    assert ended.code == 0, ended.output
-    assert ended.output.count("ranks started") == 1
-    assert supervisor_process.manifest(bench.output).step == 6
-    assert "session-" not in ended.output
-
-
 REFUSALS = {"permissions": (DENIED, "AccessDenied"), "quota": (FULL, "DiskFull")}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,8 @@ def finished(setup: JobSetup, start: StartConfig | None = None) -> FinishedSuper
 def outputs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Outputs:
     root = tmp_path_factory.mktemp("start")
     first, whole, then = (job(root / name, models["llama"], name) for name in ("first", "whole", "then"))
-    running = supervisor_process.start(first.run(), first.folder, ranks=None)
+    ranks = f"{sys.executable} {supervisor_process.ROOT}/tests/trainer/support/paced_rank.py"
+    running = supervisor_process.start(first.run(), first.folder, ranks=ranks)
     supervisor_process.wait_until(lambda: (first.output / "checkpoints/step-4/manifest.json").exists(), 120)
     running.process.kill()
     running.process.wait()
@@ -174,8 +176,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -
 
 def test_a_continued_run_ends_with_the_same_bytes_as_an_undisturbed_one(outputs: Outputs) -> None:
     assert outputs.end.code == 0, outputs.end.output
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (outputs.continued / name).read_bytes() == (outputs.undisturbed / name).read_bytes()
+    weights = "adapter_model.safetensors"
+    assert (outputs.continued / weights).read_bytes() == (outputs.undisturbed / weights).read_bytes()
+    configurations = [
+        json.loads((f / "adapter_config.json").read_text()) | {"base_model_name_or_path": "each job's own link"}
+        for f in (outputs.continued, outputs.undisturbed)
+    ]
+    assert configurations[0] == configurations[1]
     losses = [
         [(line["step"], line["loss"]) for line in map(json.loads, lines) if line["type"] == "step"]
         for lines in (

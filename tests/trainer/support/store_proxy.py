@@ -30,14 +30,11 @@ class Refusal:
 
 
 DENIED = Refusal(403, "AccessDenied", "User is not authorized to perform: s3:PutObject")
-EXPIRED = Refusal(400, "ExpiredToken", "The provided token has expired.")
 FULL = Refusal(400, "QuotaExceeded", "The bucket quota of 10 GiB is reached")
 
 
 class StoreProxy:
-    """Passes requests on to `target` (a URL). While `refusal` is set, writes get that answer. If
-    `session` is set, all requests without this session token get the answer of a store whose
-    temporary credentials have expired.
+    """Passes requests on to `target` (a URL). While `refusal` is set, writes get that answer.
 
     Each request takes `delay` seconds more than the server needs.
     """
@@ -45,7 +42,6 @@ class StoreProxy:
     def __init__(self, target: str, delay: float = 0.0) -> None:
         self.refusal: Refusal | None = None
         self.refused = 0
-        self.session: str | None = None
         parts, proxy = urlsplit(target), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,10 +50,6 @@ class StoreProxy:
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 time.sleep(delay)
-                if proxy.session not in (None, self.headers.get("X-Amz-Security-Token")):
-                    proxy.refused += 1
-                    self._answer(EXPIRED.status, {"Content-Type": "application/xml"}, EXPIRED.body)
-                    return
                 if proxy.refusal is not None and self.command != "GET" and self.command != "HEAD":
                     proxy.refused += 1
                     self._answer(proxy.refusal.status, {"Content-Type": "application/xml"}, proxy.refusal.body)

@@ -221,12 +221,13 @@ def test_a_frozen_base_in_bfloat16_works_with_every_strategy(way: str, ended: di
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_deepspeed_gives_the_same_bits_if_activations_are_recomputed_except_attention(
+def test_deepspeed_gives_the_same_losses_if_activations_are_recomputed_except_attention(
     strategy: str, half: bool, ended: dict[str, FinishedRun]
 ) -> None:
+    """In float32 they have the same bits. In bfloat16, products may be rounded at other places."""
     name = f"2 ranks, {strategy}{', bfloat16' if half else ''}"
     recomputed = ended[f"{name}, recomputed except attention"]
-    assert recomputed.losses == ended[name].losses
+    assert recomputed.losses == (pytest.approx(ended[name].losses, rel=1e-4) if half else ended[name].losses)
     kinds = {event.topic: event.choice for event in recomputed.events(events.DecisionEvent)}
     assert kinds["activationCheckpointing"].startswith("selective" if strategy == "zero2" else "on")
 
