@@ -1,4 +1,8 @@
-"""Limits how often something may happen, for each address and in all. It does no I/O."""
+"""Limits how often something may happen, for each address and in all. It does no I/O.
+
+A few addresses that do all they may can use up what all of them may. An address that does little is
+therefore admitted from a reserve that only such addresses have.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,11 @@ class Rate:
 
     per_second: float
     burst: float
+
+
+# What an address may do from the reserve: a pod posts its progress every few seconds, on a
+# connection that it keeps.
+_FEW = Rate(per_second=2.0, burst=10.0)
 
 
 class _Bucket:
@@ -35,23 +44,43 @@ class _Bucket:
         self._tokens -= 1.0
 
 
+class _Address:
+    """Holds the tokens of one address."""
+
+    def __init__(self, rate: Rate, now: float) -> None:
+        self.all = _Bucket(rate, now)
+        self.few = _Bucket(_FEW, now)
+
+
 class Rates:
-    """Counts events by address. What an address may not do costs the others nothing."""
+    """Counts events by address. What an address may not do costs the others nothing.
+
+    `total` is what all may do together, and the reserve is as large again.
+    """
 
     def __init__(self, per_address: Rate, total: Rate) -> None:
         self._per_address = per_address
         self._total = _Bucket(total, 0.0)
-        self._addresses: dict[str, _Bucket] = {}
+        self._reserve = _Bucket(total, 0.0)
+        self._addresses: dict[str, _Address] = {}
 
     def admits(self, address: str, now: float) -> bool:
-        """Whether an event of this address is within both rates; it counts if it is."""
-        bucket = self._addresses.get(address)
-        if bucket is None:
+        """Whether an event of this address is within the rates; it counts if it is."""
+        known = self._addresses.get(address)
+        if known is None:
             if len(self._addresses) >= MAX_ADDRESSES:
                 self._addresses.clear()
-            bucket = self._addresses[address] = _Bucket(self._per_address, now)
-        if bucket.refilled(now) < 1.0 or self._total.refilled(now) < 1.0:
+            known = self._addresses[address] = _Address(self._per_address, now)
+        does_little = known.few.refilled(now) >= 1.0
+        if does_little:
+            known.few.take()
+        if known.all.refilled(now) < 1.0:
             return False
-        bucket.take()
-        self._total.take()
+        if self._total.refilled(now) >= 1.0:
+            self._total.take()
+        elif does_little and self._reserve.refilled(now) >= 1.0:
+            self._reserve.take()
+        else:
+            return False
+        known.all.take()
         return True

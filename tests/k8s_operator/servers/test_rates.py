@@ -31,10 +31,26 @@ def test_an_address_has_a_burst_and_a_rate() -> None:
 
 
 def test_what_an_address_may_not_do_costs_the_others_nothing() -> None:
+    limits = Rates(Rate(per_second=2.0, burst=40.0), Rate(per_second=1.0, burst=60.0))
+    assert _admitted(limits, "flood", 1000, 0.0) == 40
+    assert _admitted(limits, "b", 1000, 0.0) == 20, "all addresses together have a rate, too"
+
+
+def test_floods_of_several_addresses_leave_those_that_do_little_alone() -> None:
+    limits = Rates(Rate(per_second=100.0, burst=400.0), Rate(per_second=500.0, burst=1000.0))
+    lost = []
+    for tick in range(1500):  # 15 seconds
+        now = tick / 100
+        for flood in range(20):
+            _admitted(limits, f"flood-{flood}", 5, now)
+        if tick % 100 == 99:
+            lost += [now for pod in range(50) if not limits.admits(f"pod-{pod}", now)]
+    assert not lost
+
+
+def test_the_reserve_has_a_rate() -> None:
     limits = Rates(_SLOW, Rate(per_second=1.0, burst=12.0))
-    assert _admitted(limits, "flood", 1000, 0.0) == 5
-    assert _admitted(limits, "b", 5, 0.0) == 5
-    assert _admitted(limits, "c", 5, 0.0) == 2, "all addresses together have a rate, too"
+    assert sum(limits.admits(f"address-{number}", 0.0) for number in range(100)) == 24
 
 
 def test_addresses_without_end_cost_a_bounded_memory() -> None:
