@@ -176,7 +176,7 @@ def api_of(layout: Layout) -> Api:
     return Api(layout.server, layout.paths.pki)
 
 
-def wait(done: Callable[[], bool], component: str, paths: ClusterPaths, seconds: float = 90) -> None:
+def wait(done: Callable[[], bool], component: str, paths: ClusterPaths, seconds: float = 240) -> None:
     """Polls until `done`.
 
     On time-out, raises LocalClusterError with the last lines of the component's log.

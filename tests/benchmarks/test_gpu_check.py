@@ -267,7 +267,7 @@ def test_a_short_rehearsal_of_every_stage_on_the_products_own_code(tmp_path: Pat
 
 def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=3600)
 
 
 def _runs(pid: int) -> bool:

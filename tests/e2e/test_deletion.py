@@ -27,7 +27,7 @@ def long_training(steps: int) -> dict[str, Any]:
     return {"maxSteps": steps, "globalBatchSize": 8, "learningRate": 1e-3, "evalEverySteps": 0}
 
 
-def delete(world: World, name: str, seconds: float = 180) -> list[str]:
+def delete(world: World, name: str, seconds: float = 360) -> list[str]:
     """Delete a job, wait until it is gone, and return its Events about the output."""
     world.delete(name)
     end = time.monotonic() + seconds
@@ -44,7 +44,7 @@ def delete(world: World, name: str, seconds: float = 180) -> list[str]:
 
 def test_a_job_deleted_while_it_trains_leaves_only_what_is_not_its_own(world: World) -> None:
     name = world.apply(deleting("leaves-nothing", "Delete", training=long_training(400)))
-    world.until(name, lambda s: s.get("checkpoint"), 180, "with a checkpoint")
+    world.until(name, lambda s: s.get("checkpoint"), 360, "with a checkpoint")
     obstore.put(install.s3_store(world.cluster, "outputs"), f"{name}/notes.txt", b"the user's own")
     (message,) = delete(world, name)
     assert message.startswith("OutputCleaned: deleted "), message
@@ -62,7 +62,7 @@ def test_a_result_and_its_job_are_deleted_together_on_a_claim(world: World, volu
     )
     job["spec"]["output"] = {"uri": f"pvc://{CLAIM}/out", "deletionPolicy": "Delete"}
     world.apply(job)
-    world.until_phase("on-a-volume", "Succeeded", seconds=180)
+    world.until_phase("on-a-volume", "Succeeded", seconds=360)
     (message,) = delete(world, "on-a-volume")
     assert "the result (" in message
     assert not [path for path in (volume / "out").rglob("*") if path.is_file()]
@@ -72,7 +72,7 @@ def test_a_result_and_its_job_are_deleted_together_on_a_claim(world: World, volu
 def test_another_job_continues_what_was_deleted_and_gets_the_result_it_would_have_had(world: World) -> None:
     whole = world.apply(fine_tune_job("whole", training=long_training(300)))
     first = world.apply(deleting("deleted-at-10", "Retain", training=long_training(300)))
-    world.until(first, lambda s: (s.get("checkpoint") or {}).get("step", 0) >= 10, 180, "at step 10")
+    world.until(first, lambda s: (s.get("checkpoint") or {}).get("step", 0) >= 10, 360, "at step 10")
     assert delete(world, first) == []
     model = fine_tune_job("then")["spec"]["model"]
     place = {"uri": f"s3://outputs/{first}", "credentialsRef": {"name": "s3"}}

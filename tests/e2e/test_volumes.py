@@ -64,7 +64,7 @@ def test_a_claim_can_hold_model_data_and_result(world: World, volume: Path) -> N
         training={"maxSteps": 4, "globalBatchSize": 8},
     )
     world.apply(job)
-    status = world.until_phase("on-a-volume", "Succeeded", seconds=180)
+    status = world.until_phase("on-a-volume", "Succeeded", seconds=360)
     assert status["artifact"]["uri"] == f"pvc://{CLAIM}/out"
     assert (volume / "out" / "adapter_model.safetensors").stat().st_size > 0
     assert json.loads((volume / "out" / MANIFEST_PATH).read_text())["kind"] == "adapter"

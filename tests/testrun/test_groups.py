@@ -164,7 +164,7 @@ def test_both_groups_decide_the_exit_code(
         env={**os.environ, "PYTHONPATH": str(TESTS.parent / "hack"), **_ONLY_XDIST},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert ended.returncode == code, ended.stdout + ended.stderr
     for text in shown:

@@ -90,7 +90,7 @@ class World:
         ]
 
     def until(
-        self, name: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 180, what: str = ""
+        self, name: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 360, what: str = ""
     ) -> dict[str, Any]:
         """Return the first status for which `holds` is true. Fails with all that a person would
         look at."""
@@ -102,14 +102,14 @@ class World:
             time.sleep(0.5)
         raise AssertionError(f"{name}: not {what or 'as awaited'} after {seconds:.0f} s\n{self.account(name)}")
 
-    def until_phase(self, name: str, *phases: str, seconds: float = 180) -> dict[str, Any]:
+    def until_phase(self, name: str, *phases: str, seconds: float = 360) -> dict[str, Any]:
         status = self.until(
             name, lambda s: s.get("phase") in (*phases, "Succeeded", "Failed"), seconds, " or ".join(phases)
         )
         assert status["phase"] in phases, f"{name} is {status['phase']}\n{self.account(name)}"
         return status
 
-    def until_step(self, name: str, step: int, seconds: float = 180) -> None:
+    def until_step(self, name: str, step: int, seconds: float = 360) -> None:
         """Wait until the trainer's own metrics report that `step` steps are done."""
         end = time.monotonic() + seconds
         query = f'max(finetune_train_steps_total{{namespace="{NAMESPACE}",job="{name}"}})'
