@@ -345,3 +345,36 @@ def test_preemptions_have_a_generous_budget() -> None:
 
     assert after(999).actions == (CreateAttempt(4, Restarts(preemption=1000)),)
     assert _desired(after(1000)).reason == "RestartBudgetSpent"
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason", "limit"), [("infrastructure", "RankKilled", 0), ("preemption", "Evicted", 2)]
+)
+def test_a_spent_budget_is_named_and_its_hint_leads_on(cause: str, reason: str, limit: int) -> None:
+    dead = a_dead_pod(0, 72, failed(reason, "signal 9"))
+    ended = an_attempt(3, dead, failed=True, restarts=Restarts(**{cause: limit}))
+    job = a_job(_status("Running", 3), **_policy(maxRestarts={cause: limit}))
+    desired = _desired(decide(an_observation(job, ended), NOW))
+    assert (desired.phase, desired.reason) == ("Failed", "RestartBudgetSpent")
+    assert desired.message == f"runPolicy.maxRestarts.{cause} is {limit}; pod train-1-0: signal 9"
+    assert desired.failure is not None
+    assert (desired.failure.reason, desired.failure.message) == (reason, "pod train-1-0: signal 9")
+    assert f"runPolicy.maxRestarts.{cause} is {limit}. Raise runPolicy.retry" in desired.failure.hint
+    assert "Nothing to do" not in desired.failure.hint
+
+
+@pytest.mark.parametrize("paused", ["Queued", "Suspended"])
+def test_a_pause_that_ends_in_a_failure_does_not_count_against_the_deadline_of_a_retry(paused: Phase) -> None:
+    before = _status(paused, start_time=_ago(500), paused_since=_ago(400), paused_seconds=7)
+    observed = an_observation(a_job(before), an_attempt(1, a_dead_pod(0, 65, failed("DatasetInvalid")), failed=True))
+    ended = _written(observed, decide(observed, NOW)).job.status
+    assert (ended.phase, ended.paused_seconds, ended.paused_since) == ("Failed", 407, None)
+
+
+def test_a_pod_that_outlives_its_deletion_on_a_node_that_answers_is_told_apart() -> None:
+    overdue = a_pod(0, node="node-a", deleting=True, delete_by=_ago(61))
+    failure = _desired(decide(an_observation(a_job(_status("Running")), an_attempt(1, overdue)), NOW)).failure
+    assert failure is not None
+    assert failure.message == (
+        f"pod train-1-0: its node node-a hasn't removed it, although its grace period was over at {_ago(61)}"
+    )
