@@ -86,7 +86,8 @@ class Reconciler:
         reading = await self._specs.read(key, snapshot.body)
         job = reading.job
         if job is None:
-            message = f"{reading.problem}; this version of the operator can't read the spec: upgrade the operator"
+            remedy = "upgrade the operator or, if the CRD is older than it, the CRD, and correct the field"
+            message = f"{reading.problem}; this version of the operator can't read the spec: {remedy}"
             await self._stall(snapshot, SPEC_UNREADABLE, message, now)
             return
         observed = self._observe(snapshot, job)
