@@ -19,12 +19,16 @@ from finetune_operator.core.actions import Blocked, NameTaken, OutOfDate, SpecRe
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.pods import offers
 from finetune_operator.core.pods.network_policy import network_policy
-from finetune_operator.kube.client import AlreadyExists, KubeClient, NotFound, Refused
+from finetune_operator.kube.client import AlreadyExists, KubeClient, NotFound, Refused, Unavailable
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _REFUSED_FOR_NOW = (401, 403, 408)
+# What the API server says if a webhook or a policy of the administrator refuses an object, whatever
+# the code is that they have chosen; and if a webhook doesn't answer.
+_DENIALS = ("admission webhook", "ValidatingAdmissionPolicy", "MutatingAdmissionPolicy")
+_FAILED_WEBHOOK = "failed calling webhook"
 
 
 class Creator:
@@ -88,8 +92,12 @@ class Creator:
             created = await self._existing(resource, manifest, observed)
         except NotFound as error:
             raise OutOfDate from error
+        except Unavailable as error:
+            if _FAILED_WEBHOOK in error.message:
+                raise Blocked(error.message) from error
+            raise
         except Refused as error:
-            if error.code in _REFUSED_FOR_NOW:
+            if error.code in _REFUSED_FOR_NOW or any(text in error.message for text in _DENIALS):
                 raise Blocked(error.message) from error
             raise SpecRefused(error.message) from error
         if resource == "jobs":
