@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -14,8 +17,10 @@ from finetune_trainer.destination.signing import Signer, is_signed
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.local import LocalStorage
 from trainer.support import supervisor_process
-from trainer.support.output_folder import FORMER, NEIGHBOR, OWN, RECIPE, STRANGER, place
+from trainer.support.output_folder import FORMER, NEIGHBOR, OWN, RECIPE, STRANGER, Place, place
 from trainer.support.supervisor_process import JobSetup
+
+T = TypeVar("T")
 
 REFUSALS = {
     "another job's claim": ("claim", STRANGER, RECIPE, "is claimed by ns/other since"),
@@ -124,6 +129,98 @@ def test_a_takeover_that_was_interrupted_is_completed(tmp_path: Path) -> None:
     here.with_checkpoint(4, OWN)  # the newest is written first
     assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == (4, 2)
     assert here.owner == OWN.uid
+
+
+class Death(BaseException):
+    """Ends a pod, as SIGKILL does."""
+
+
+class Mortal(LocalStorage):
+    """A folder whose writer dies at one of its writes, before or after it."""
+
+    def __init__(self, root: Path, fatal: int, *, after: bool) -> None:
+        super().__init__(root, role="output", display="s3://models/v1")
+        self.writes = 0
+        self._fatal = fatal
+        self._after = after
+
+    def _write(self, action: Callable[[], T]) -> T:
+        number, self.writes = self.writes, self.writes + 1
+        if number == self._fatal and not self._after:
+            raise Death
+        answer = action()
+        if number == self._fatal:
+            raise Death
+        return answer
+
+    def create(self, path: str, data: bytes) -> bool:
+        return self._write(lambda: LocalStorage.create(self, path, data))
+
+    def write(self, path: str, data: bytes) -> None:
+        self._write(lambda: LocalStorage.write(self, path, data))
+
+    def delete(self, paths: tuple[str, ...]) -> None:
+        for path in paths:  # a store deletes them one by one, and may be interrupted in between
+            self._write(lambda path=path: LocalStorage.delete(self, (path,)))  # type: ignore[misc]
+
+
+def _predecessor(here: Place) -> None:
+    """A deleted job of the same name, killed while it uploaded its third checkpoint."""
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(2, FORMER)
+    here.with_checkpoint(4, FORMER)
+    here.write("checkpoints/step-6/weights.safetensors", "half")
+    here.write("checkpoints/memory.json", "{}")
+
+
+def _predecessor_with_result(here: Place) -> None:
+    here.with_result(FORMER)
+    here.write("checkpoints/step-8/weights.safetensors", "late")
+
+
+LIVES: dict[str, tuple[Callable[[Place], None], str]] = {
+    "nobody was there": (lambda here: None, "resume"),
+    "applied again": (_predecessor, "resume"),
+    "applied again, to begin anew": (_predecessor, "discard"),
+    "applied again after its end, to begin anew": (_predecessor_with_result, "discard"),
+}
+
+
+def _take(here: Place, storage: LocalStorage) -> None:
+    """Do what a preflight pod does, and then what the first pod that trains does."""
+    output_check.take(storage, here.run, Role("preflight"))
+    output_check.probe(storage, here.run.job)
+    output_check.take(storage, here.run, Role("leads"))
+
+
+def _bytes(here: Place) -> dict[str, bytes]:
+    """Return all files, without the times that are in them."""
+    return {path: re.sub(rb"\d{4}-\d\d-\d\dT[0-9:.]+Z", b"", content) for path, content in here.contents.items()}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before each write", "after each write"])
+@pytest.mark.parametrize(("prepare", "existing"), LIVES.values(), ids=LIVES)
+def test_a_pod_that_dies_at_any_write_of_a_takeover_leaves_it_to_the_next_one(
+    prepare: Callable[[Place], None], existing: str, after: bool, tmp_path: Path
+) -> None:
+    def one(folder: str, fatal: int) -> tuple[Place, Mortal]:
+        here = place(tmp_path / folder, existing=existing)
+        prepare(here)
+        return here, Mortal(here.folder, fatal, after=after)
+
+    steady, storage = one("steady", fatal=-1)
+    _take(steady, storage)
+    assert storage.writes >= 3
+    for fatal in range(storage.writes):
+        here, mortal = one(f"died-{fatal}", fatal)
+        with pytest.raises(Death):
+            _take(here, mortal)
+        if "finetune/owner.json" in here.files:  # nobody else gets it meanwhile
+            stranger = here.run.model_copy(update={"job": STRANGER})
+            with pytest.raises(RunError, match="OutputOccupied"):
+                output_check.take(here.storage, stranger, Role("preflight"))
+        _take(here, here.storage)
+        assert _bytes(here) == _bytes(steady)
 
 
 @pytest.mark.parametrize("left", ["checkpoint", "result", "both"])

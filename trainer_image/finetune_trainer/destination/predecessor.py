@@ -123,14 +123,15 @@ def _is_obsolete(path: str, complete: frozenset[int]) -> bool:
 
 
 def _discard(storage: Storage, left: Leftovers) -> None:
-    """Deletes a predecessor's checkpoints and result, each manifest before its files."""
+    """Deletes a predecessor's checkpoints, each manifest before its files, and its result, whose
+    manifest lists the files for the next try and is deleted last."""
     steps = frozenset(left.checkpoints)
     own = frozenset(manifests(storage)) - steps
     storage.delete(tuple(f"{checkpoint_dir(step)}/{CHECKPOINT_MANIFEST}" for step in steps))
     _delete_incomplete(storage, own)
     if left.result is not None:
-        storage.delete((MANIFEST_PATH,))
         storage.delete(tuple(file.path for file in left.result.files if _is_below(file.path)))
+        storage.delete((MANIFEST_PATH,))
 
 
 def _is_below(path: str) -> bool:
