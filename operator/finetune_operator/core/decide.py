@@ -126,7 +126,7 @@ def _before_first_attempt(case: Case) -> Decision:
         actions = () if check.job.deleting else (delete(check, wait=False),)
         return Decision(case.desired("Pending", CHECKING, message), actions)
     if preflight.state == "failed":
-        return Decision(stopping.failed(case, preflight, preflight.reason))
+        return Decision(stopping.check_failed(case, preflight))
     if preflight.state == "queued":
         return Decision(case.desired("Queued", preflight.reason, preflight.message))
     if preflight.state == "waiting" and preflight.reason != STARTING:

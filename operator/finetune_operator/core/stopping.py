@@ -28,6 +28,7 @@ from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.verdict import STARTING, Verdict
 
 _SPENT = "Raise runPolicy.retry to go on from the last checkpoint with new budgets."
+_UNCHECKED = "The check isn't repeated by itself any more. Raise runPolicy.retry to check again."
 _REPLACED = "the pods are created again, because the spec or the chart has changed before they started"
 
 
@@ -98,16 +99,28 @@ def finished(observed: Observed, now: datetime) -> Decision:
     return Decision(None, tuple(delete(child, wait=False) for child in remaining_children if not child.job.deleting))
 
 
+def check_failed(case: Case, verdict: Verdict) -> DesiredStatus:
+    """Returns the status of a job whose preflight check has failed, and isn't tried again."""
+    desired = failed(case, verdict, verdict.reason)
+    if verdict.cause == "user" or desired.failure is None:
+        return desired
+    hint = f"{_UNCHECKED}{_advice(verdict, desired.failure)}"
+    return replace(desired, failure=desired.failure.model_copy(update={"hint": hint}))
+
+
 def budget_spent(case: Case, verdict: Verdict, budget: int) -> DesiredStatus:
     """Returns the status of a job that has failed as often as it may for a cause."""
     field = f"runPolicy.maxRestarts.{verdict.cause}"
     desired = failed(case, replace(verdict, message=f"{field} is {budget}; {verdict.message}"), "RestartBudgetSpent")
     if desired.failure is None:
         return desired
-    # What the reason itself advises is for the time before; an eviction leaves nothing to be done.
-    advice = "" if verdict.cause == "preemption" else f" {desired.failure.hint}"
-    hint = f"No restart is left, because {field} is {budget}. {_SPENT}{advice}"
+    hint = f"No restart is left, because {field} is {budget}. {_SPENT}{_advice(verdict, desired.failure)}"
     return replace(desired, failure=desired.failure.model_copy(update={"message": verdict.message, "hint": hint}))
+
+
+def _advice(verdict: Verdict, failure: FailureStatus) -> str:
+    """Returns what the reason itself advises; after an eviction, that is nothing."""
+    return "" if verdict.cause == "preemption" else f" {failure.hint}"
 
 
 def failed(case: Case, verdict: Verdict, reason: str) -> DesiredStatus:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_api.messages.result import Result
+from finetune_api.reasons import REASONS
 from finetune_api.status import Condition, FailureStatus, Phase, Restarts, Status
 from finetune_operator.core import parsing
 from finetune_operator.core.actions import CreateAttempt, CreatePreflight, Decision, DeleteJob, DesiredStatus
@@ -378,3 +379,24 @@ def test_a_pod_that_outlives_its_deletion_on_a_node_that_answers_is_told_apart()
     assert failure.message == (
         f"pod train-1-0: its node node-a hasn't removed it, although its grace period was over at {_ago(61)}"
     )
+
+
+@pytest.mark.parametrize("place", ["the first attempt", "a check"])
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_way_in_which_a_job_fails_has_a_way_on(reason: str, place: str) -> None:
+    dead = a_dead_pod(0, 1, failed(reason))
+    budgets = {"application": 0, "memory": 0, "infrastructure": 0, "preemption": 0}
+    if place == "a check":
+        job = a_job(_status("Pending", 0), resources={"gpu": {}}, **_policy(maxRestarts=budgets))
+        observed = an_observation(job, preflight=a_check(dead, failed=True))
+    else:
+        observed = an_observation(
+            a_job(_status("Running"), **_policy(maxRestarts=budgets)), an_attempt(1, dead, failed=True)
+        )
+    after = _written(observed, decide(observed, NOW)).job.status
+    assert (after.phase, after.reason) == ("Failed", reason)
+    assert after.failure is not None
+    assert "runPolicy.retry" in after.failure.hint or "reate a job" in after.failure.hint
+    assert "Nothing to do" not in after.failure.hint
+    assert len(after.message) <= 110
+    assert len(after.failure.hint) < 1000
