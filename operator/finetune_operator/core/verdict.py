@@ -90,6 +90,9 @@ def verdict(attempt: Attempt, warning_events: Mapping[str, str] | None = None) -
     if len(_present(pods)) >= job.expected_pods and all(pod.started for pod in live):
         if keepers := _keepers(live):
             return Verdict("running", "Running", keepers)
+        if 0 < len(live) < job.expected_pods:
+            part = f"{len(live)} of {job.expected_pods} pods of {job.name} still run; the others have completed"
+            return Verdict("running", "Running", part)
         verb = "is" if job.expected_pods == 1 else "are"
         return Verdict("running", "Running", f"{_count(job.expected_pods)} of {job.name} {verb} running")
     return _waiting(attempt, warning_events or {})

@@ -111,6 +111,10 @@ ENDS: dict[str, tuple[Raw, str, str]] = {
         pod("Failed", conditions=[disrupted("DeletionByTaintManager", _TAINT)]), "NodeLost", "NoExecute"),
     "a deleted node": (
         pod("Failed", conditions=[disrupted("DeletionByPodGC", "PodGC: node no longer exists")]), "NodeLost", "exists"),
+    "a deadline that a policy gives to the pod": (
+        pod("Failed", terminated(143, result=PREEMPTED), reason="DeadlineExceeded",
+            message="Pod was active on the node longer than the specified deadline"),
+        "PodDeleted", "somebody has set its spec.activeDeadlineSeconds"),
     "an init container fails": (
         pod("Failed", INITIALIZING, inits={"vault-agent": terminated(1, message="permission denied")}), "PodFailed",
         "init container vault-agent ended with exit code 1: permission denied"),
@@ -200,6 +204,15 @@ def test_events_are_read_only_for_what_no_status_explains() -> None:
     assert asks(pod("Pending", CREATING))
     assert not asks(pod("Pending", INITIALIZING, inits={"tcpx": _NOT_FOUND}))
     assert not asks(_GATED)
+
+
+def test_pods_that_have_completed_are_not_called_running() -> None:
+    done, uploading = pod("Succeeded", terminated(0, result=DONE), index=1), pod("Running", RUNNING)
+    met = ("SuccessCriteriaMet", "CompletionsReached", "Reached expected number of succeeded pods")
+    for conditions in ((), (met,)):
+        now = outcome([job(1, 2, *conditions)], [uploading, done])
+        assert now.status.phase == "Running"
+        assert now.text == "1 of 2 pods of train-1 still run; the others have completed"
 
 
 # -- a container that keeps a pod whose trainer has ended ------

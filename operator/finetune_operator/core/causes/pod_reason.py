@@ -7,6 +7,7 @@ a mistake that a person has to correct, which no other pod would survive either.
 
 from __future__ import annotations
 
+import re
 import signal
 
 from finetune_api import reasons
@@ -31,6 +32,7 @@ _KUBELET_DEEDS = {
     "NodeLost": "NodeLost",
 }
 _OVERDUE = "DeadlineExceeded"
+_TRAINER_POD = re.compile(r".+-[0-9]+-[0-9]+-[a-z0-9]+")
 _START_ERRORS = ("StartError", "ContainerCannotRun")
 # Of runc and crun, if the image has no program of that name, or not for this processor.
 _NO_PROGRAM = ('exec: "', "executable file", "exec format error")
@@ -77,8 +79,8 @@ def _deed_of_the_cluster(pod: Pod) -> tuple[str, str] | None:
         return "NodeLost", _loss(pod)
     if pod.disruption:
         return _reason_of_disruption(pod), pod.disruption_message or message or pod.disruption
-    if pod.status_reason == _OVERDUE:  # only a preflight pod has a deadline
-        return "PreflightTimeout", message or pod.status_reason
+    if pod.status_reason == _OVERDUE:
+        return _reason_of_deadline(pod, message or pod.status_reason)
     if pod.status_reason in _KUBELET_DEEDS:
         return _KUBELET_DEEDS[pod.status_reason], message or pod.status_reason
     # The kubelet gives a reason to a pod that it refuses, whose containers are never created.
@@ -86,6 +88,15 @@ def _deed_of_the_cluster(pod: Pod) -> tuple[str, str] | None:
     if is_refused and not _gpu_refusal(pod):
         return "PodRefused", f"{pod.status_reason}: {pod.status_message}".rstrip(": ")
     return None
+
+
+def _reason_of_deadline(pod: Pod, message: str) -> tuple[str, str]:
+    """Returns why the kubelet ended a pod at its deadline. The operator gives one to the pods of
+    checks only."""
+    if not _TRAINER_POD.fullmatch(pod.name):
+        return "PreflightTimeout", message
+    remedy = "somebody has set its spec.activeDeadlineSeconds, for example a policy of the cluster"
+    return "PodDeleted", f"the kubelet ended it: {message}; {remedy}"
 
 
 def _loss(pod: Pod) -> str:
