@@ -28,8 +28,8 @@ def with_ended_pods(observed: Observed, now: datetime) -> Observed:
     preflight = observed.preflight
     return replace(
         observed,
-        attempts=tuple(_marked(attempt, now) for attempt in observed.attempts),
-        preflight=_marked(preflight, now) if preflight else None,
+        attempts=tuple(marked(attempt, now) for attempt in observed.attempts),
+        preflight=marked(preflight, now) if preflight else None,
         orphaned_pods=tuple(pod for pod in observed.orphaned_pods if not pod.keepers),
     )
 
@@ -40,7 +40,8 @@ def seconds_until_ended(observed: Observed, now: datetime) -> float | None:
     return min((seconds for seconds in remaining if seconds > 0), default=None)
 
 
-def _marked(attempt: Attempt, now: datetime) -> Attempt:
+def marked(attempt: Attempt, now: datetime) -> Attempt:
+    """Returns the attempt, check or cleanup in which such pods have ended."""
     return replace(attempt, pods=tuple(_ended(pod, now) for pod in attempt.pods))
 
 
