@@ -61,12 +61,12 @@ class OutputSpec(Model):
     )  # fmt: skip
     deletion_policy: DeletionPolicy = Field(
         default="Retain",
-        description="What happens to the files in uri when this FineTuneJob is deleted. Retain leaves all of them, and "
-        "gives uri back if a preflight has claimed it and nothing is stored there yet. DeleteCheckpoints deletes its "
-        "checkpoints and its claim. Delete also deletes its result and its report. A pod without GPUs does this after "
-        "the job's pods have stopped, with the job's credentials; until it has ended, the FineTuneJob has a finalizer. "
-        "An Event says what was deleted, or what is left and why: the FineTuneJob is removed even if the files can't "
-        "be deleted. What another job has stored is never touched.",
+        description="What happens to the files in uri when this FineTuneJob is deleted. Retain leaves all of them; if "
+        "that is only its claim, any job can use uri next. DeleteCheckpoints deletes its checkpoints and its claim. "
+        "Delete also deletes its result and its report. A pod without GPUs does this after the job's pods have "
+        "stopped, with the job's credentials; until it has ended, the FineTuneJob has a finalizer. An Event says what "
+        "was deleted, or what is left and why: the FineTuneJob is removed even if the files can't be deleted. What "
+        "another job has stored is never touched.",
     )
     merge: bool = Field(
         default=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from finetune_api import names
 from finetune_api.messages.run import RunConfig
 from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache
+from finetune_operator.controller.deletion.rivals import rivals
 from finetune_operator.core.actions import Blocked, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.pods import offers
@@ -49,11 +51,16 @@ class Creator:
             if refusal := entry.refusal(existing):
                 raise refusal
 
-    def with_authority(self, run: RunConfig) -> RunConfig:
-        """Returns the RunConfig with the authority of the operator's certificate, as it is now.
+    def completed(self, run: RunConfig, observed: Observed, now: datetime) -> RunConfig:
+        """Returns the RunConfig with what only the controller knows: who else could own the output,
+        and the authority of the operator's certificate, as it is now.
 
-        Raises OSError if the file can't be read.
+        Raises OSError if its file can't be read.
         """
+        known = rivals(self._cache, observed.job, self._settings.watch_namespaces, now)
+        return self._with_authority(run.model_copy(update={"rivals": known}))
+
+    def _with_authority(self, run: RunConfig) -> RunConfig:
         progress = self._settings.progress
         if run.progress is None or not progress.certificate:
             return run

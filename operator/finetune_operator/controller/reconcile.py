@@ -55,7 +55,7 @@ class Reconciler:
         self._settings = settings
         self._recorder = recorder
         self._finalizer = Finalizer(client, state.cache)
-        self._executor = Executor(client, state.cache, settings, self._finalizer)
+        self._executor = Executor(client, state.cache, settings, self._finalizer, state.clock)
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
         self._ending = Ending(
