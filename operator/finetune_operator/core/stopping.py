@@ -29,6 +29,10 @@ from finetune_operator.core.verdict import STARTING, Verdict
 
 _SPENT = "Raise runPolicy.retry to go on from the last checkpoint with new budgets."
 _UNCHECKED = "The check isn't repeated by itself any more. Raise runPolicy.retry to check again."
+_MEMORY_OF_A_CHECK = (
+    " Its pod has the chart's pods.preflightMemory: have that raised, or set runPolicy.preflight to never, so that the "
+    "training pods check their inputs by themselves."
+)
 _REPLACED = "the pods are created again, because the spec or the chart has changed before they started"
 
 
@@ -104,7 +108,8 @@ def check_failed(case: Case, verdict: Verdict) -> DesiredStatus:
     desired = failed(case, verdict, verdict.reason)
     if verdict.cause == "user" or desired.failure is None:
         return desired
-    hint = f"{_UNCHECKED}{_advice(verdict, desired.failure)}"
+    advice = _MEMORY_OF_A_CHECK if verdict.cause == "memory" else _advice(verdict, desired.failure)
+    hint = f"{_UNCHECKED}{advice}"
     return replace(desired, failure=desired.failure.model_copy(update={"hint": hint}))
 
 

@@ -381,6 +381,14 @@ def test_a_pod_that_outlives_its_deletion_on_a_node_that_answers_is_told_apart()
     )
 
 
+def test_a_check_that_runs_out_of_memory_names_the_memory_of_checks() -> None:
+    check = a_check(a_dead_pod(0, 137, reason="OOMKilled"), failed=True)
+    failure = _desired(decide(an_observation(a_job(resources={"gpu": {}}), preflight=check), NOW)).failure
+    assert failure is not None
+    assert "pods.preflightMemory" in failure.hint
+    assert "micro-batches" not in failure.hint
+
+
 @pytest.mark.parametrize("place", ["the first attempt", "a check"])
 @pytest.mark.parametrize("reason", REASONS)
 def test_each_way_in_which_a_job_fails_has_a_way_on(reason: str, place: str) -> None:
