@@ -84,8 +84,11 @@ def verdict(attempt: Attempt, warning_events: Mapping[str, str] | None = None) -
     ends = job.is_finished or job.failing or job.deleting or is_over
     if job.suspended and not ends and not live:
         return Verdict("queued", QUEUED, _suspension(job))
-    if ends or job.suspended or _has_failed_pod(attempt):
+    deleted = [pod.name for pod in live if pod.deleting]
+    if ends or job.suspended or deleted or _has_failed_pod(attempt):
         cause = f"{_suspension(job)}; " if job.suspended and not ends else ""
+        if deleted and not ends and not job.suspended:
+            cause = f"pod {deleted[0]} is being deleted; "
         return Verdict("ending", "PodsEnding", cause + _first_failure(attempt) + _ending(live))
     if len(_present(pods)) >= job.expected_pods and all(pod.started for pod in live):
         if keepers := _keepers(live):
@@ -262,8 +265,8 @@ def _precedence(reason: str) -> int:
 
 def _pod_verdict(pod: Pod) -> tuple[str, Verdict]:
     """Returns when a pod failed (a sort key; unknown times come last), and the verdict on it."""
-    end = pod.termination
-    finished = end.finished_at if end else ""
+    ends = (pod.termination, *(other.termination for other in pod.companions))
+    finished = next((end.finished_at for end in ends if end), "")
     reason, message = pod_reason(pod)
     result = pod.result or _bare_result(pod, reason)
     return finished or "9", Verdict("failed", reason, f"pod {pod.name}: {message}".rstrip(": "), result)

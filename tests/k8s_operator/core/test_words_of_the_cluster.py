@@ -18,6 +18,7 @@ from k8s_operator.support.raw_objects import (
     RUNNING,
     Outcome,
     Raw,
+    ago,
     disrupted,
     job,
     outcome,
@@ -213,6 +214,21 @@ def test_pods_that_have_completed_are_not_called_running() -> None:
         now = outcome([job(1, 2, *conditions)], [uploading, done])
         assert now.status.phase == "Running"
         assert now.text == "1 of 2 pods of train-1 still run; the others have completed"
+
+
+def test_a_container_that_failed_first_is_the_cause() -> None:
+    pods = (
+        pod("Failed", terminated(143, result=PREEMPTED, age=10), index=0),
+        pod("Failed", INITIALIZING, index=1, inits={"vault-agent": terminated(1, message="denied", age=30)}),
+    )
+    assert "init container vault-agent ended with exit code 1: denied" in outcome([job(1, 2, BACKOFF)], pods).text
+
+
+def test_a_pod_that_somebody_deletes_is_not_called_running() -> None:
+    leaving = {"deletionTimestamp": ago(-20)}
+    now = outcome([job(1, 2)], [pod("Running", RUNNING, metadata=leaving), pod("Running", RUNNING, index=1)])
+    assert (now.status.phase, now.decision.actions) == ("Running", ())
+    assert now.text.startswith("pod train-1-0-abcde is being deleted; waiting for 2 pods to stop: ")
 
 
 # -- a container that keeps a pod whose trainer has ended ------
