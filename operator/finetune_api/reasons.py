@@ -75,20 +75,23 @@ _ALL = (
            "none. Raise resources.memory, use GPUs with more memory, or set distribution.strategy to zero3 or fsdp, "
            "and raise runPolicy.retry; or create a job with a lower dataset.maxSequenceLength."),
     Reason("NonFiniteLoss", "application", 71, "The loss or the gradient was NaN or infinite in too many steps.",
-           "Look at the rows that the message lists, or create a job with a lower training.learningRate; see "
-           "training.maxSkippedSteps."),
+           "Look at the rows that the message lists. If a restart doesn't help, create a job with other rows, a lower "
+           "training.learningRate or a higher training.maxSkippedSteps."),
     Reason("LossSpike", "user", 77, "The training loss jumped far above the recent losses and stayed there.",
            "Create a job with a lower training.learningRate or training.maxGradNorm, or with "
            "training.lossSpike.action: rollback."),
     Reason("TrainingError", "application", 1, "The training program raised an error.",
-           "Read failure.logTail. If the same error occurs again after a restart, it has a permanent cause."),
+           "Read failure.logTail. If the same error occurs again after a restart, it has a permanent cause: correct "
+           "it, for example by another pod.image, and raise runPolicy.retry."),
     Reason("ResultNotStored", "application", 82, "The storage didn't accept the result within output.holdSeconds.",
-           "The message has the words of the storage. Correct the permissions or make room; the restart trains the "
-           "steps since the last stored checkpoint again."),
+           "The message has the words of the storage. Correct the permissions or make room. A restart trains the steps "
+           "since the last stored checkpoint again; if there was none, the whole run. If no restart is left, raise "
+           "runPolicy.retry."),
     Reason("ResultMismatch", "application", 78, "The written result, loaded again, differs from the trained model.",
            "Nothing was uploaded; a restart writes the result again from the last checkpoint. If that fails too, this "
-           "is a bug with this model family and method: report it with the message. output.merge: false leaves the "
-           "merged model out."),
+           "is a bug with this model family and method: report it with the message. If it is the merged model that "
+           "differs, create a job with output.merge: false, which can start from this one's checkpoint by "
+           "model.checkpoint."),
     Reason("GpuUnavailable", "infrastructure", 79, "A GPU was requested, and the pod can't use it.",
            "The message names the driver of the node and the one that is needed. Usual causes are a driver that is "
            "too old or still being installed, and libraries of the driver that aren't mounted into the container. A "
@@ -99,36 +102,40 @@ _ALL = (
            "prefers other nodes. Drain the node and reset or replace the GPU. Xid errors that programs cause (13, 31, "
            "43, 45, 68, 109) are TrainingErrors."),
     Reason("RankKilled", "infrastructure", 72, "A process was killed by a signal that this project didn't send.",
-           "The node is the usual cause: look at its events. The group is restarted from the last checkpoint."),
+           "The node is the usual cause: look at its events. A restart resumes from the last checkpoint."),
     Reason("Stalled", "infrastructure", 73, "No step finished for runPolicy.stallSeconds.",
            "The message names the rank that the others wait for, also by the collectives that each rank has called "
            "(PyTorch's flight recorder). failure.logTail has its stack trace, and the logs of the pods have all stack "
            "traces and the last collectives. Look at the node and the network of that pod. If steps really take that "
-           "long, raise stallSeconds."),
+           "long, raise runPolicy.stallSeconds and, if the job has failed, runPolicy.retry."),
     Reason("StorageUnavailable", "infrastructure", 74, "Object storage didn't respond.",
-           "The operation is retried. Look at the storage endpoint and the network."),
+           "The operation was tried several times. Look at the storage endpoint and the network. A restart resumes "
+           "from the last checkpoint."),
     Reason("PeerLost", "infrastructure", 75, "Another pod of the group is gone.",
-           "Look at why the other pod ended. The whole group is restarted."),
+           "Look at why the other pod ended. A restart of the whole group resumes from the last checkpoint."),
     Reason("DiskFull", "user", 76, "A pod used more local disk than resources.scratch allows, or the output is full.",
            "Raise resources.scratch above the size of the model, the rows, a checkpoint and the result together, or "
            "free space on the volume that the message names; then raise runPolicy.retry. A restart would fill the disk "
            "again, so there is none."),
     # Detected by the operator.
     Reason("PodDeleted", "infrastructure", 0, "A pod was deleted while it was running.",
-           "The group is restarted from the last checkpoint."),
-    Reason("NodeLost", "infrastructure", 0, "The node of a pod is gone, or hasn't answered for 5 minutes.",
-           "The group is restarted on other nodes. Look at the node; if it comes back, it removes the pod by itself."),
+           "A restart resumes from the last checkpoint. If nobody has deleted the pod, look at its events, and at "
+           "those of its Job."),
+    Reason("NodeLost", "infrastructure", 0,
+           "The node of a pod is gone, hasn't answered for 5 minutes, or doesn't remove a pod that was deleted.",
+           "A restart uses other nodes. Look at the node; if it comes back, it removes the pod by itself."),
     Reason("PodRefused", "infrastructure", 0, "The kubelet refused a pod that the scheduler had sent to its node.",
            "The message is the kubelet's. Usual causes are a node that is full, a device that has become unhealthy, "
-           "and labels that have changed; the group is restarted."),
+           "and labels that have changed. A restart goes through the scheduler again."),
     Reason("PodFailed", "infrastructure", 0, "A pod ended without reporting a reason.",
-           "Look at the events and the logs of the pod."),
+           "The message names the container that ended, if it wasn't the trainer's. Look at the events and the logs of "
+           "the pod. A restart resumes from the last checkpoint."),
     Reason("Preempted", "preemption", 143, "The pods were asked to stop and saved a checkpoint.",
            "Nothing to do: training resumes from the checkpoint."),
     Reason("Evicted", "preemption", 0, "The cluster removed a pod (drain, preemption or pressure).",
            "Nothing to do: training resumes from the last checkpoint."),
     Reason("NameConflict", "user", 0, "An object whose name the job needs belongs to another owner.",
-           "Rename the FineTuneJob, or remove the other object and raise runPolicy.retry."),
+           "Remove the other object and raise runPolicy.retry, or create a job with another metadata.name."),
     Reason("InvalidSpec", "user", 0, "The spec can't be run.",
            "Change the field that the message names and raise runPolicy.retry; if it can't be changed, create a new "
            "job."),

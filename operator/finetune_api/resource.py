@@ -173,8 +173,10 @@ class Spec(Model):
              lambda m: m.model.quantization == "none" or not m.method.lora or m.method.lora.init == "default"),
         Rule("model.checkpoint.uri", "is this job's own output, from which it resumes by itself; remove it, or name "
              "another job's output",
-             "!has(self.model.checkpoint) || self.model.checkpoint.uri != self.output.uri",
-             lambda m: m.model.checkpoint is None or m.model.checkpoint.uri != m.output.uri),
+             "!has(self.model.checkpoint) || !(self.model.checkpoint.uri in [self.output.uri, self.output.uri + '/']"
+             " || self.model.checkpoint.uri + '/' == self.output.uri)",
+             lambda m: m.model.checkpoint is None
+             or m.model.checkpoint.uri.removesuffix("/") != m.output.uri.removesuffix("/")),
         Rule("model.checkpoint.use", "can't be weights with method.lora.init pissa or olora, which change the base "
              "that these weights belong to; use init default",
              "!has(self.model.checkpoint) || self.model.checkpoint.use != 'weights' || !has(self.method.lora)"

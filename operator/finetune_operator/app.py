@@ -47,7 +47,7 @@ class App:
         self._settings = settings
         self._client = client
         self._metrics = metrics
-        self._state = ControllerState(WorkQueue(metrics.observe_wait))
+        self._state = ControllerState(WorkQueue(metrics.observe_wait), clock=client.clock)
         self._leadership = Leadership(client, settings.leader_election, identity)
         self._reconciler = Reconciler(client, self._state, settings, EventRecorder(client, identity.pod_name))
         self._synced = False

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import Model
+from finetune_api.messages.rivals import Rivals
 from finetune_api.names import SCRATCH_ROOT, TRAINER_METRICS_PORT
 from finetune_api.resource import (
     CheckpointSpec,
@@ -257,10 +258,9 @@ class RunConfig(Model):
         default=None, description="Public keys of the pods of earlier attempts. None if no operator vouches for them."
     )
     token_signers: tuple[str, ...] | None = Field(
-        default=None,
-        description="Public keys of the preflight pods, which sign the tokens of the rows. None if no operator vouches "
-        "for them.",
+        default=None, description="Public keys of the preflight pods, which sign the tokens of the rows. None as above."
     )
+    rivals: Rivals | None = Field(default=None, description="Who else could own the output. None if nobody knows.")
     merge: bool = Field(default=False, description="Also write base and adapter as one model.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
@@ -282,9 +282,7 @@ class RunConfig(Model):
         default=False, description="Whether a preflight pod has checked the inputs; else the training pods do."
     )
     preflight_seconds: int = Field(default=14400, description="How long all checks of a preflight pod may take.")
-    memory_restarts: int = Field(
-        default=0, ge=0, description="How often the job was restarted because an attempt ran out of memory."
-    )
+    memory_restarts: int = Field(default=0, ge=0, description="How many attempts have run out of memory so far.")
     grace_seconds: int = Field(
         default=120, description="Seconds from SIGTERM to SIGKILL; saving the checkpoint must fit into them."
     )

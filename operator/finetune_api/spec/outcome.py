@@ -56,15 +56,17 @@ class OutputSpec(Model):
         default=14400, ge=0, le=604800,
         description="Seconds for which a pod holds a finished result that the storage doesn't accept, because it "
         "refuses the credentials, is full or doesn't respond. The upload is tried again every 30 s with the "
-        "credentials that the Secret has by then. After that the attempt fails with ResultNotStored.",
+        "credentials that the Secret has by then. After that the attempt fails with ResultNotStored: the result is "
+        "lost, and the next attempt trains the steps since the last stored checkpoint again.",
     )  # fmt: skip
     deletion_policy: DeletionPolicy = Field(
         default="Retain",
-        description="What happens to the files in uri when this FineTuneJob is deleted. Retain leaves all of them. "
-        "DeleteCheckpoints deletes its checkpoints and its claim. Delete also deletes its result and its report. A pod "
-        "without GPUs does this after the job's pods have stopped, with the job's credentials; until it has ended, the "
-        "FineTuneJob has a finalizer. An Event says what was deleted, or what is left and why: the FineTuneJob is "
-        "removed even if the files can't be deleted. What another job has stored is never touched.",
+        description="What happens to the files in uri when this FineTuneJob is deleted. Retain leaves all of them; if "
+        "that is only its claim, any job can use uri next. DeleteCheckpoints deletes its checkpoints and its claim. "
+        "Delete also deletes its result and its report. A pod without GPUs does this after the job's pods have "
+        "stopped, with the job's credentials; until it has ended, the FineTuneJob has a finalizer. An Event says what "
+        "was deleted, or what is left and why: the FineTuneJob is removed even if the files can't be deleted. What "
+        "another job has stored is never touched.",
     )
     merge: bool = Field(
         default=False,
@@ -196,8 +198,9 @@ class RunPolicySpec(Model):
         default=0,
         ge=0,
         le=31536000,
-        description="Seconds after which a job that hasn't finished fails. The time for which it is suspended, queued "
-        "or failed doesn't count. 0 means never.",
+        description="Seconds after which a job that hasn't finished fails, from the creation of its first training "
+        "pods; the checks before have preflightSeconds. The time for which it is suspended, queued or failed doesn't "
+        "count. 0 means never.",
     )
     stall_seconds: int = Field(
         default=600, ge=0, le=86400,

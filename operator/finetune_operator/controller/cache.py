@@ -61,6 +61,10 @@ class Cache:
         """Iterates over the raw bodies of all FineTuneJobs."""
         return iter(tuple(self._bodies.values()))
 
+    def pods(self) -> Iterator[Pod]:
+        """Iterates over all pods."""
+        return iter(tuple(self._pods.values()))
+
     def pod(self, uid: str) -> Pod | None:
         """Returns the pod with a uid; None if it is unknown."""
         return self._pods.get(uid)
@@ -78,10 +82,7 @@ class Cache:
     # -- updates -----------------------------------------------------------------------------------
 
     def put_body(self, body: Raw) -> Key:
-        """Stores a FineTuneJob unless a newer version is cached, or it was deleted.
-
-        Returns its key.
-        """
+        """Stores a FineTuneJob unless a newer one is cached, or it was deleted. Returns its key."""
         key = key_of(body)
         if self._was_deleted(body["metadata"]["uid"], _version(body)):
             return key
@@ -94,10 +95,7 @@ class Cache:
         return key
 
     def drop_body(self, body: Raw) -> Key:
-        """Removes a FineTuneJob unless another one of the same name has replaced it.
-
-        Returns its key.
-        """
+        """Removes a FineTuneJob unless another one of its name has replaced it. Returns its key."""
         key = key_of(body)
         cached = self._bodies.get(key)
         self._record_deletion(body["metadata"]["uid"], _version(body))

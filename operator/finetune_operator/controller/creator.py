@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ from finetune_api import names
 from finetune_api.messages.run import RunConfig
 from finetune_operator.controller import ownership
 from finetune_operator.controller.cache import Cache
+from finetune_operator.controller.deletion.rivals import rivals
 from finetune_operator.core.actions import Blocked, NameTaken, OutOfDate, SpecRefused
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.pods import offers
 from finetune_operator.core.pods.network_policy import network_policy
-from finetune_operator.kube.client import AlreadyExists, KubeClient, NotFound, Refused
+from finetune_operator.kube.client import AlreadyExists, KubeClient, NotFound, Refused, Unavailable
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _REFUSED_FOR_NOW = (401, 403, 408)
+# What the API server says if a webhook or a policy of the administrator refuses an object, whatever
+# the code is that they have chosen; and if a webhook doesn't answer.
+_DENIALS = ("admission webhook", "ValidatingAdmissionPolicy", "MutatingAdmissionPolicy")
+_FAILED_WEBHOOK = "failed calling webhook"
 
 
 class Creator:
@@ -45,11 +51,16 @@ class Creator:
             if refusal := entry.refusal(existing):
                 raise refusal
 
-    def with_authority(self, run: RunConfig) -> RunConfig:
-        """Returns the RunConfig with the authority of the operator's certificate, as it is now.
+    def completed(self, run: RunConfig, observed: Observed, now: datetime) -> RunConfig:
+        """Returns the RunConfig with what only the controller knows: who else could own the output,
+        and the authority of the operator's certificate, as it is now.
 
-        Raises OSError if the file can't be read.
+        Raises OSError if its file can't be read.
         """
+        known = rivals(self._cache, observed.job, self._settings.watch_namespaces, now)
+        return self._with_authority(run.model_copy(update={"rivals": known}))
+
+    def _with_authority(self, run: RunConfig) -> RunConfig:
         progress = self._settings.progress
         if run.progress is None or not progress.certificate:
             return run
@@ -88,8 +99,12 @@ class Creator:
             created = await self._existing(resource, manifest, observed)
         except NotFound as error:
             raise OutOfDate from error
+        except Unavailable as error:
+            if _FAILED_WEBHOOK in error.message:
+                raise Blocked(error.message) from error
+            raise
         except Refused as error:
-            if error.code in _REFUSED_FOR_NOW:
+            if error.code in _REFUSED_FOR_NOW or any(text in error.message for text in _DENIALS):
                 raise Blocked(error.message) from error
             raise SpecRefused(error.message) from error
         if resource == "jobs":

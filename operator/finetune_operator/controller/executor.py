@@ -37,6 +37,7 @@ from finetune_operator.core.plan import model_bytes, plan
 from finetune_operator.core.pods import manifests
 from finetune_operator.core.status import timestamp
 from finetune_operator.kube.client import Conflict, KubeClient, NotFound, Refused
+from finetune_operator.kube.server_clock import ServerClock
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,16 @@ _SINGLE_READS = 3  # of pods; more of them are listed
 class Executor:
     """Carries out the actions of all jobs."""
 
-    def __init__(self, client: KubeClient, cache: Cache, settings: Settings, finalizer: Finalizer) -> None:
+    def __init__(
+        self,
+        client: KubeClient,
+        cache: Cache,
+        settings: Settings,
+        finalizer: Finalizer,
+        clock: ServerClock | None = None,
+    ) -> None:
         self._client = client
+        self._clock = clock or ServerClock()
         self._finalizer = finalizer
         self._cache = cache
         self._settings = settings
@@ -175,7 +184,7 @@ class Executor:
         await self._creator.check_offered(observed)
         size, memory_restarts = model_bytes(observed), action.restarts.memory
         run = output.with_origin(plan(observed.job, self._settings, action.number, size, memory_restarts), observed)
-        run = self._creator.with_authority(run)
+        run = self._creator.completed(run, observed, self._clock.now())
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=action.number > 1)
         manifest = manifests.attempt_job(observed.job, run, self._settings, action.restarts, action.avoided_nodes)
@@ -190,7 +199,7 @@ class Executor:
         self._finalizer.require(snapshot, observed.job)
         await self._creator.check_offered(observed)
         run = output.with_origin(plan(observed.job, self._settings), observed)
-        run = self._creator.with_authority(run)
+        run = self._creator.completed(run, observed, self._clock.now())
         if not _is_new(observed):
             await self._confirm(snapshot, with_children=False)
         await self._creator.close_pods(observed, first=_is_new(observed))

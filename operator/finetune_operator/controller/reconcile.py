@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 
 from finetune_api.resource import FineTuneJob
 from finetune_api.status import TERMINAL_PHASES, Status, read
@@ -51,10 +51,11 @@ class Reconciler:
         self._cache = state.cache
         self._queue = state.queue
         self._progress = state.progress
+        self._clock = state.clock
         self._settings = settings
         self._recorder = recorder
         self._finalizer = Finalizer(client, state.cache)
-        self._executor = Executor(client, state.cache, settings, self._finalizer)
+        self._executor = Executor(client, state.cache, settings, self._finalizer, state.clock)
         self._warning_events = WarningEvents(client)
         self._specs = SpecReader(client)
         self._ending = Ending(
@@ -82,11 +83,12 @@ class Reconciler:
         if await self._executor.look_up(snapshot):
             self._queue.add_after(key, _LOOK_UP_SECONDS)
             snapshot = self._cache.snapshot(key) or snapshot
-        now = datetime.now(UTC)
+        now = self._clock.now()
         reading = await self._specs.read(key, snapshot.body)
         job = reading.job
         if job is None:
-            message = f"{reading.problem}; this version of the operator can't read the spec: upgrade the operator"
+            remedy = "upgrade the operator or, if the CRD is older than it, the CRD, and correct the field"
+            message = f"{reading.problem}; this version of the operator can't read the spec: {remedy}"
             await self._stall(snapshot, SPEC_UNREADABLE, message, now)
             return
         observed = self._observe(snapshot, job)
@@ -208,7 +210,7 @@ class Reconciler:
             f"the operator can't process this job: {type(error).__name__}; it tries again in {delay:.0f} s, and its "
             "log has the cause"
         )
-        after = reduced_status.hindered(before, snapshot.generation, OPERATOR_ERROR, message, datetime.now(UTC))
+        after = reduced_status.hindered(before, snapshot.generation, OPERATOR_ERROR, message, self._clock.now())
         reported = any(c.reason == OPERATOR_ERROR for c in before.conditions)
         if before.phase in TERMINAL_PHASES or reported:
             return

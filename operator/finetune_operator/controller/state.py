@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.progress_store import ProgressStore
 from finetune_operator.controller.workqueue import WorkQueue
+from finetune_operator.kube.server_clock import ServerClock
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,4 @@ class ControllerState:
     queue: WorkQueue
     cache: Cache = field(default_factory=Cache)
     progress: ProgressStore = field(default_factory=ProgressStore)
+    clock: ServerClock = field(default_factory=ServerClock)

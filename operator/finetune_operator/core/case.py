@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api import names
 from finetune_api.amounts import amounts
 from finetune_api.status import CONDITION_SUSPENDED, Phase, Restarts, Status
 from finetune_operator.core import output, plan
@@ -12,6 +14,11 @@ from finetune_operator.core.actions import OWN_DEEDS, RETRYING, SUSPENDED, SUSPE
 from finetune_operator.core.causes.failure import last_failure
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.verdict import Verdict, verdict
+
+_VOLUME_ADVICE = {
+    "shm": "; raise resources.sharedMemory",
+    "tmp": "; its size is fixed, and training.compile: never keeps most compiled kernels out of it",
+}
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,18 @@ def result_message(case: Case) -> str:
     return output.message(case.verdict.result if case.verdict else None, case.observed.job)
 
 
-def disk_advice(observed: Observed) -> str:
-    """Returns a clause that says how much scratch a job would get by itself; empty if it does."""
+def disk_advice(observed: Observed, message: str) -> str:
+    """Returns a clause that says what to change after the volume that a message names was full;
+    empty if nothing more can be said.
+
+    The kubelet names the volume of the pod, or the container whose files were too large.
+    """
+    volume = re.search(r'volume "(shm|tmp)"', message)
+    if volume:
+        return _VOLUME_ADVICE[volume[1]]
+    container = re.search(r"Container (\S+) exceeded", message)
+    if container and container[1] != names.CONTAINER_TRAINER:
+        return "; that container isn't the trainer's: have whoever adds it to the pods raise its limit"
     spec = observed.job.spec
     if spec.resources.scratch == "auto":
         return ""

@@ -37,7 +37,7 @@ from finetune_operator.core.case import (
     result_message,
     seconds_to_deadline,
 )
-from finetune_operator.core.causes import lost_nodes
+from finetune_operator.core.causes import ended_trainers, lost_nodes
 from finetune_operator.core.causes.failure import failure_of, last_failure
 from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.verdict import STARTING, Verdict, verdict
@@ -54,8 +54,9 @@ _RESUMES = {
 
 def decide(observed: Observed, now: datetime) -> Decision:
     """Returns the next actions for a job, and the status that it should have afterwards."""
-    observed = lost_nodes.with_lost_pods(observed, now)
-    return _without_old_attempts(observed, _decision(observed, now))
+    observed = ended_trainers.with_ended_pods(lost_nodes.with_lost_pods(observed, now), now)
+    decision = _requeued(_decision(observed, now), ended_trainers.seconds_until_ended(observed, now))
+    return _without_old_attempts(observed, decision)
 
 
 def _decision(observed: Observed, now: datetime) -> Decision:
@@ -125,7 +126,7 @@ def _before_first_attempt(case: Case) -> Decision:
         actions = () if check.job.deleting else (delete(check, wait=False),)
         return Decision(case.desired("Pending", CHECKING, message), actions)
     if preflight.state == "failed":
-        return Decision(stopping.failed(case, preflight, preflight.reason))
+        return Decision(stopping.check_failed(case, preflight))
     if preflight.state == "queued":
         return Decision(case.desired("Queued", preflight.reason, preflight.message))
     if preflight.state == "waiting" and preflight.reason != STARTING:
@@ -176,8 +177,9 @@ def _restart(case: Case, verdict: Verdict, lifetime: float, ended: float) -> Dec
     budget = case.observed.job.spec.run_policy.max_restarts
     restart = restart_policy.next_attempt(verdict.cause, case.restarts, budget, lifetime)
     if isinstance(restart, restart_policy.GiveUp):
-        reason = "RestartBudgetSpent" if restart.budget else verdict.reason
-        return Decision(stopping.failed(case, verdict, reason))
+        if restart.budget is None:
+            return Decision(stopping.failed(case, verdict, verdict.reason))
+        return Decision(stopping.budget_spent(case, verdict, restart.budget))
     case = replace(case, verdict=verdict)
     wait = restart.delay - ended
     message = f"attempt {case.number} ended: {verdict.reason}: {verdict.message}"
@@ -214,11 +216,14 @@ def _ends_by_own_deed(case: Case) -> bool:
 
 def _with_lost_nodes(case: Case, decision: Decision, lost_after: float | None) -> Decision:
     """Returns the decision that also names nodes that don't answer, and removes the Jobs of earlier
-    attempts that have lost one: their pods can't be removed as long as a Job counts them."""
+    attempts that have lost one: their pods can't be removed as long as a Job counts them. Pods that
+    another container keeps hold their GPUs until then."""
     lost = tuple(
-        delete(attempt, wait=False)
-        for attempt in case.observed.attempts
-        if attempt.number < case.number and not attempt.job.deleting and any(pod.lost for pod in attempt.pods)
+        delete(child, wait=False)
+        for child in case.children
+        if child.number < case.number
+        and not child.job.deleting
+        and any(pod.lost or pod.abandoned for pod in child.pods)
     )
     decision = replace(decision, actions=(*decision.actions, *lost))
     current, desired = case.observed.current, decision.desired

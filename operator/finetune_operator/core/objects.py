@@ -35,6 +35,19 @@ class Termination:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """Describes a container beside the trainer's: a network profile's, or one that the cluster
+    injects into every pod, such as a proxy's."""
+
+    name: str
+    is_init: bool = False  # it runs before the trainer; one that runs beside it ends with it
+    running: bool = False
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    termination: Termination | None = None
+
+
+@dataclass(frozen=True)
 class Pod:
     """Describes a pod of an attempt, of a preflight check or of a cleanup."""
 
@@ -59,6 +72,8 @@ class Pod:
     started: bool = False  # its container is running, or has run
     service_account: str = ""
     unschedulable: str = ""  # the scheduler's message
+    unscheduled_reason: str = ""  # the scheduler's reason: Unschedulable, SchedulingGated …
+    prepared: bool = False  # its volumes are mounted, and it has a network
     waiting_reason: str = ""
     waiting_message: str = ""
     disruption: str = ""  # reason of the DisruptionTarget condition
@@ -67,6 +82,15 @@ class Pod:
     status_message: str = ""
     termination: Termination | None = None
     result: Result | None = None  # from its termination message
+    companions: tuple[Companion, ...] = ()
+    abandoned: bool = False  # by core.causes.ended_trainers: its trainer ended long before the pod
+
+    @property
+    def keepers(self) -> tuple[str, ...]:
+        """The names of the containers that run on in a pod whose trainer has ended."""
+        if self.termination is None or self.phase in (SUCCEEDED, FAILED):
+            return ()
+        return tuple(other.name for other in self.companions if other.running and not other.is_init)
 
     @property
     def job_name(self) -> str:

@@ -16,11 +16,14 @@ from finetune_api import names
 from finetune_api import untrusted as u
 from finetune_api.messages.result import decode
 from finetune_api.status import Restarts
-from finetune_operator.core.objects import MAX_PODS, PENDING, ChildJob, Pod, Termination
+from finetune_operator.core.objects import MAX_PODS, PENDING, ChildJob, Companion, Pod, Termination
 
 Raw = Mapping[str, Any]
 
 _MAX_NODES = 16
+_MAX_COMPANIONS = 16
+_MAX_GATES = 8
+_MAX_NAME_CHARACTERS = 253
 _NOBODY = "unknown"  # the field manager of a client that doesn't say who it is
 
 
@@ -40,7 +43,6 @@ def pod(raw: Raw) -> Pod:
     state = _container_state(status)
     waiting, terminated = _section(state, "waiting"), _section(state, "terminated")
     unscheduled = not spec.get("nodeName") and scheduled.get("status") == "False"
-    unschedulable = unscheduled and scheduled.get("reason") == "Unschedulable"
     disrupted = disruption.get("status") == "True"
     message = terminated.get("message")
     return Pod(
@@ -61,7 +63,9 @@ def pod(raw: Raw) -> Pod:
         silent_since=u.time(ready.get("lastTransitionTime")) if is_silent else "",
         started="running" in state or "terminated" in state,
         service_account=u.string(spec.get("serviceAccountName")),
-        unschedulable=u.string(scheduled.get("message")) if unschedulable else "",
+        unschedulable=_why_unscheduled(scheduled, spec) if unscheduled else "",
+        unscheduled_reason=u.string(scheduled.get("reason")) if unscheduled else "",
+        prepared=conditions.get("PodReadyToStartContainers", {}).get("status") == "True",
         waiting_reason=u.string(waiting.get("reason")),
         waiting_message=u.string(waiting.get("message")),
         disruption=u.string(disruption.get("reason")) if disrupted else "",
@@ -70,6 +74,7 @@ def pod(raw: Raw) -> Pod:
         status_message=u.string(status.get("message")),
         termination=_termination(terminated) if terminated else None,
         result=decode(message) if isinstance(message, str) else None,
+        companions=_companions(status),
     )
 
 
@@ -140,6 +145,34 @@ def _metadata(raw: Raw) -> Mapping[str, Any]:
 def _container_state(status: Raw) -> Mapping[str, Any]:
     containers = _objects(status, "containerStatuses")
     return next((_section(c, "state") for c in containers if c.get("name") == names.CONTAINER_TRAINER), {})
+
+
+def _companions(status: Raw) -> tuple[Companion, ...]:
+    """Returns the containers of a pod that aren't the trainer's."""
+    listed = [(True, c) for c in _objects(status, "initContainerStatuses")]
+    listed += [(False, c) for c in _objects(status, "containerStatuses") if c.get("name") != names.CONTAINER_TRAINER]
+    return tuple(_companion(c, is_init=is_init) for is_init, c in listed[:_MAX_COMPANIONS])
+
+
+def _companion(raw: Raw, *, is_init: bool) -> Companion:
+    state = _section(raw, "state")
+    waiting, terminated = _section(state, "waiting"), _section(state, "terminated")
+    return Companion(
+        name=u.string(raw.get("name"), _MAX_NAME_CHARACTERS),
+        is_init=is_init,
+        running="running" in state,
+        waiting_reason=u.string(waiting.get("reason")),
+        waiting_message=u.string(waiting.get("message")),
+        termination=_termination(terminated) if terminated else None,
+    )
+
+
+def _why_unscheduled(condition: Raw, spec: Raw) -> str:
+    """Returns what the scheduler says of a pod without a node, with the gates that it waits for."""
+    gates = [u.string(gate.get("name"), _MAX_NAME_CHARACTERS) for gate in _objects(spec, "schedulingGates")]
+    listed = ", ".join(gate for gate in gates[:_MAX_GATES] if gate)
+    message = u.string(condition.get("message")) or u.string(condition.get("reason"))
+    return f"{message} ({listed})" if listed else message
 
 
 def _termination(raw: Raw) -> Termination:

@@ -106,7 +106,7 @@ def _pauses(before: Status, desired: DesiredStatus, now: datetime) -> dict[str, 
     since = before.paused_since or (before.completion_time if before.phase == "Failed" else None)
     if desired.phase in ("Suspended", "Queued"):
         return {"paused_since": since or timestamp(now), "paused_seconds": before.paused_seconds}
-    if desired.is_terminal or since is None:
+    if since is None or (desired.is_terminal and before.phase == desired.phase):
         return {"paused_since": None, "paused_seconds": before.paused_seconds}
     return {"paused_since": None, "paused_seconds": before.paused_seconds + max(0, int(seconds_between(since, now)))}
 

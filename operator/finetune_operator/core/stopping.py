@@ -27,6 +27,12 @@ from finetune_operator.core.causes.failure import failure_of
 from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.verdict import STARTING, Verdict
 
+_SPENT = "Raise runPolicy.retry to go on from the last checkpoint with new budgets."
+_UNCHECKED = "The check isn't repeated by itself any more. Raise runPolicy.retry to check again."
+_MEMORY_OF_A_CHECK = (
+    " Its pod has the chart's pods.preflightMemory: have that raised, or set runPolicy.preflight to never, so that the "
+    "training pods check their inputs by themselves."
+)
 _REPLACED = "the pods are created again, because the spec or the chart has changed before they started"
 
 
@@ -85,6 +91,9 @@ def finished(observed: Observed, now: datetime) -> Decision:
     if status.phase == "Failed" and policy.retry > status.retry:
         return _retry(observed)
     remaining_children = children(observed)
+    occupied = tuple(child for child in remaining_children if any(pod.abandoned for pod in child.pods))
+    if any(not child.job.deleting for child in occupied):  # their pods hold GPUs for nothing
+        return Decision(None, tuple(delete(child, wait=False) for child in occupied if not child.job.deleting))
     ttl = policy.ttl_seconds_after_finished
     if ttl == 0 or not remaining_children:
         return Decision(None)
@@ -94,10 +103,35 @@ def finished(observed: Observed, now: datetime) -> Decision:
     return Decision(None, tuple(delete(child, wait=False) for child in remaining_children if not child.job.deleting))
 
 
+def check_failed(case: Case, verdict: Verdict) -> DesiredStatus:
+    """Returns the status of a job whose preflight check has failed, and isn't tried again."""
+    desired = failed(case, verdict, verdict.reason)
+    if verdict.cause == "user" or desired.failure is None:
+        return desired
+    advice = _MEMORY_OF_A_CHECK if verdict.cause == "memory" else _advice(verdict, desired.failure)
+    hint = f"{_UNCHECKED}{advice}"
+    return replace(desired, failure=desired.failure.model_copy(update={"hint": hint}))
+
+
+def budget_spent(case: Case, verdict: Verdict, budget: int) -> DesiredStatus:
+    """Returns the status of a job that has failed as often as it may for a cause."""
+    field = f"runPolicy.maxRestarts.{verdict.cause}"
+    desired = failed(case, replace(verdict, message=f"{field} is {budget}; {verdict.message}"), "RestartBudgetSpent")
+    if desired.failure is None:
+        return desired
+    hint = f"No restart is left, because {field} is {budget}. {_SPENT}{_advice(verdict, desired.failure)}"
+    return replace(desired, failure=desired.failure.model_copy(update={"message": verdict.message, "hint": hint}))
+
+
+def _advice(verdict: Verdict, failure: FailureStatus) -> str:
+    """Returns what the reason itself advises; after an eviction, that is nothing."""
+    return "" if verdict.cause == "preemption" else f" {failure.hint}"
+
+
 def failed(case: Case, verdict: Verdict, reason: str) -> DesiredStatus:
     """Returns the status of a job that has failed for good."""
     if verdict.reason == "DiskFull":
-        verdict = replace(verdict, message=verdict.message + disk_advice(case.observed))
+        verdict = replace(verdict, message=verdict.message + disk_advice(case.observed, verdict.message))
     failure = failure_of(verdict, case.number)
     return replace(case.desired("Failed", reason, verdict.message), failure=failure, verdict=verdict)
 

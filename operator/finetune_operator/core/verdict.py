@@ -26,6 +26,11 @@ QUEUED = "Queued"
 
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff")  # the kubelet alternates between them
 _NORMAL_WAITING = ("", "ContainerCreating", "PodInitializing")
+_GATED = "SchedulingGated"
+# Warnings that no longer hold once a pod has a node, or once its volumes and its network are there.
+_OF_SCHEDULING = ("FailedScheduling",)
+_OF_PREPARATION = ("FailedMount", "FailedMapVolume", "FailedAttachVolume", "FailedCreatePodSandBox", "NetworkNotReady",
+                   "FailedPrepareDynamicResources")  # fmt: skip
 
 # One dead pod takes the others down with it, so the root cause is the pod reason with the highest
 # precedence: first what a person or the program did, then what the cluster did, last what is only a
@@ -41,6 +46,8 @@ _PRECEDENCE = (
     ("Stalled",),
     ("PodFailed", "PeerLost", "Preempted", "PodDeleted"),
 )
+_CONSEQUENCES = _PRECEDENCE[-1]
+_OVERDUE = "DeadlineExceeded"  # of a Job
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,26 @@ def verdict(attempt: Attempt, warning_events: Mapping[str, str] | None = None) -
     live = [pod for pod in pods if pod.is_live]
     if (job.complete or _all_succeeded(attempt)) and not live:
         return Verdict("succeeded", "Trained", "all pods have completed", _leading_result(pods))
-    # The Job controller waits for pods on lost nodes, whose end nobody will report.
-    is_lost = any(pod.lost for pod in pods)
-    if (job.failed or is_lost) and not live:
+    # The Job controller waits for pods on lost nodes, whose end nobody will report, and for pods
+    # that another container keeps.
+    is_over = any(pod.lost or pod.abandoned for pod in pods)
+    if (job.failed or is_over) and not live:
         return _root_cause(attempt)
-    ends = job.is_finished or job.failing or job.deleting or is_lost
+    ends = job.is_finished or job.failing or job.deleting or is_over
     if job.suspended and not ends and not live:
         return Verdict("queued", QUEUED, _suspension(job))
-    if ends or job.suspended or _has_failed_pod(attempt):
+    deleted = [pod.name for pod in live if pod.deleting]
+    if ends or job.suspended or deleted or _has_failed_pod(attempt):
         cause = f"{_suspension(job)}; " if job.suspended and not ends else ""
+        if deleted and not ends and not job.suspended:
+            cause = f"pod {deleted[0]} is being deleted; "
         return Verdict("ending", "PodsEnding", cause + _first_failure(attempt) + _ending(live))
     if len(_present(pods)) >= job.expected_pods and all(pod.started for pod in live):
+        if keepers := _keepers(live):
+            return Verdict("running", "Running", keepers)
+        if 0 < len(live) < job.expected_pods:
+            part = f"{len(live)} of {job.expected_pods} pods of {job.name} still run; the others have completed"
+            return Verdict("running", "Running", part)
         verb = "is" if job.expected_pods == 1 else "are"
         return Verdict("running", "Running", f"{_count(job.expected_pods)} of {job.name} {verb} running")
     return _waiting(attempt, warning_events or {})
@@ -95,7 +111,7 @@ def needs_warning_events(attempt: Attempt) -> tuple[str, ...]:
     unexplained = tuple(
         pod.uid
         for pod in attempt.pods
-        if pod.is_live and not pod.started and not pod.unschedulable and pod.waiting_reason in _NORMAL_WAITING
+        if pod.is_live and not pod.started and not pod.unschedulable and not _waiting_of(pod)[0]
     )
     missing_pods = len(_present(attempt.pods)) < attempt.job.expected_pods
     return (attempt.job.uid, *unexplained) if missing_pods else unexplained
@@ -150,23 +166,57 @@ def _has_failed_pod(attempt: Attempt) -> bool:
     return attempt.number > 0 and any(pod.phase == objects.FAILED for pod in _present(attempt.pods))
 
 
+def _keepers(live: list[Pod]) -> str:
+    """Names the containers that run on after their trainers have ended; empty if there are none."""
+    pod = next((pod for pod in live if pod.keepers), None)
+    if pod is None:
+        return ""
+    return f"pod {pod.name}: the trainer has ended, but container {', '.join(pod.keepers)} still runs"
+
+
 def _waiting(attempt: Attempt, warning_events: Mapping[str, str]) -> Verdict:
+    waiting = [pod for pod in attempt.pods if pod.is_live and not pod.started]
+    for pod in waiting:
+        if pod.unschedulable:
+            reason = pod.unscheduled_reason or UNSCHEDULABLE
+            state: State = "queued" if reason == _GATED else "waiting"
+            return Verdict(state, reason, f"pod {pod.name}: {pod.unschedulable}")
     for pod in attempt.pods:
-        if pod.is_live and not pod.started and pod.unschedulable:
-            return Verdict("waiting", UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}")
-    for pod in attempt.pods:
-        if pod.is_live and pod.waiting_reason not in _NORMAL_WAITING:
-            reason = IMAGE_PULL if pod.waiting_reason in _IMAGE_REASONS else pod.waiting_reason
-            return Verdict("waiting", reason, f"pod {pod.name}: {reason}: {pod.waiting_message}".rstrip(": "))
-    for pod in attempt.pods:
-        if pod.is_live and not pod.started and pod.uid in warning_events:
-            warning = warning_events[pod.uid]
+        reason, message = _waiting_of(pod)
+        if pod.is_live and reason:
+            return Verdict("waiting", reason, f"pod {pod.name}: {message}")
+    for pod in waiting:
+        warning = warning_events.get(pod.uid, "")
+        if warning and not _is_obsolete(warning, pod):
             return Verdict("waiting", _reason_of_warning(warning), f"pod {pod.name}: {warning}")
     if attempt.job.uid in warning_events and len(_present(attempt.pods)) < attempt.job.expected_pods:
         warning = warning_events[attempt.job.uid]
         return Verdict("waiting", _reason_of_warning(warning), f"job {attempt.job.name}: {warning}")
     started = sum(pod.started for pod in attempt.pods)
     return Verdict("waiting", STARTING, f"{started} of {_count(attempt.job.expected_pods)} running")
+
+
+def _waiting_of(pod: Pod) -> tuple[str, str]:
+    """Returns why a container of a pod can't start, as a reason and a message; empty if none waits
+    for something unusual. The trainer waits in vain for another container that can't start."""
+    others = () if pod.started else pod.companions
+    for container in (None, *others):
+        reason, message = (
+            (container.waiting_reason, container.waiting_message)
+            if container
+            else (pod.waiting_reason, pod.waiting_message)
+        )
+        if reason not in _NORMAL_WAITING:
+            reason = IMAGE_PULL if reason in _IMAGE_REASONS else reason
+            subject = f"container {container.name}: " if container else ""
+            return reason, f"{subject}{reason}: {message}".rstrip(": ")
+    return "", ""
+
+
+def _is_obsolete(warning: str, pod: Pod) -> bool:
+    """Whether a warning is about something that has succeeded since."""
+    reason = _reason_of_warning(warning)
+    return (bool(pod.node) and reason in _OF_SCHEDULING) or (pod.prepared and reason in _OF_PREPARATION)
 
 
 def _reason_of_warning(warning: str) -> str:
@@ -191,11 +241,19 @@ def _ending(live: list[Pod]) -> str:
 
 def _root_cause(attempt: Attempt) -> Verdict:
     """Returns the verdict on the pod whose failure caused the others."""
+    job = attempt.job
     failures = [_pod_verdict(pod) for pod in attempt.pods if pod.phase != objects.SUCCEEDED]
-    if not failures:
-        reason = "PodDeleted" if attempt.job.failure_reason != "DeadlineExceeded" else "DeadlineExceeded"
-        return Verdict("failed", reason, f"no pod of {attempt.job.name} exists anymore; {attempt.job.failure_message}")
-    return min(failures, key=lambda failure: (_precedence(failure[1].reason), failure[0]))[1]
+    cause = min(failures, key=lambda failure: (_precedence(failure[1].reason), failure[0]), default=("", None))[1]
+    if job.failure_reason == _OVERDUE and (cause is None or cause.reason in _CONSEQUENCES):
+        # The operator sets no deadline for it, and pods only notice that they are to stop.
+        message = (
+            f"the Job controller stopped the pods of {job.name}: {_OVERDUE}: {job.failure_message}; somebody has set "
+            "the Job's spec.activeDeadlineSeconds, for example a policy of the cluster"
+        )
+        return Verdict("failed", "PodDeleted", message, cause.result if cause else None)
+    if cause is None:
+        return Verdict("failed", "PodDeleted", f"no pod of {job.name} exists anymore; {job.failure_message}")
+    return cause
 
 
 def _precedence(reason: str) -> int:
@@ -207,8 +265,8 @@ def _precedence(reason: str) -> int:
 
 def _pod_verdict(pod: Pod) -> tuple[str, Verdict]:
     """Returns when a pod failed (a sort key; unknown times come last), and the verdict on it."""
-    end = pod.termination
-    finished = end.finished_at if end else ""
+    ends = (pod.termination, *(other.termination for other in pod.companions))
+    finished = next((end.finished_at for end in ends if end), "")
     reason, message = pod_reason(pod)
     result = pod.result or _bare_result(pod, reason)
     return finished or "9", Verdict("failed", reason, f"pod {pod.name}: {message}".rstrip(": "), result)

@@ -7,8 +7,8 @@ decides nothing and never retries. No other module imports the client library.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,33 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_api import names
-from finetune_api.untrusted import line
+from finetune_operator.kube.answers import (
+    AlreadyExists,
+    ApiError,
+    Conflict,
+    NotFound,
+    Refused,
+    TooLarge,
+    Unavailable,
+    error_of,
+    object_in,
+)
 from finetune_operator.kube.encoding import yaml_safe
 from finetune_operator.kube.rate_limiter import ORDINARY, URGENT, RateLimiter
+from finetune_operator.kube.server_clock import ServerClock
+
+__all__ = [
+    "AlreadyExists",
+    "ApiError",
+    "Conflict",
+    "KubeClient",
+    "NotFound",
+    "Refused",
+    "TooLarge",
+    "Unavailable",
+    "connect",
+    "wait_until_available",
+]
 
 Raw = dict[str, Any]
 Count = Callable[[str, str, str], None]
@@ -30,7 +54,6 @@ _TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
 _LEASE_TIMEOUT = aiohttp.ClientTimeout(total=5, connect=3)
 _PAGE_SIZE = 500
 _APPLY = "application/apply-patch+yaml; charset=utf-8"
-_TOO_LARGE = ("request is too large", "Request entity too large", "exceeds")  # etcd's limit, as a 500 or 413
 _CHILD_SELECTOR = f"app.kubernetes.io/managed-by={names.COMMON_LABELS['app.kubernetes.io/managed-by']}"
 
 _UNTHROTTLED = ("leases", "tokenreviews")  # reviews have a budget of their own
@@ -47,40 +70,6 @@ _API_PATHS = {
 }
 
 
-class ApiError(Exception):
-    """Is raised if the API server rejects a request; `message` is its own."""
-
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        super().__init__(f"{code} {reason}: {message}")
-        self.code = code
-        self.reason = reason
-        self.message = message
-
-
-class NotFound(ApiError):
-    """Is raised for code 404: the object, or its namespace, is gone."""
-
-
-class AlreadyExists(ApiError):
-    """Is raised for code 409 if the name is taken."""
-
-
-class Conflict(ApiError):
-    """Is raised for code 409 if the request is based on an outdated version."""
-
-
-class Refused(ApiError):
-    """Is raised for another 4xx: the same request fails again unless something else changes."""
-
-
-class TooLarge(Refused):
-    """Is raised if the object is too large for the server, whatever code it answers with."""
-
-
-class Unavailable(ApiError):
-    """Is raised if the server doesn't respond or is overloaded; the request may succeed later."""
-
-
 class KubeClient:
     """Wraps one connection pool and one rate limiter, and a pool of its own for the Lease.
 
@@ -95,6 +84,7 @@ class KubeClient:
         self._lease_api = lease_api or api
         self._limiter = limiter
         self._count = count
+        self.clock = ServerClock()
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -224,6 +214,7 @@ class KubeClient:
         headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": names.FIELD_MANAGER}
         await api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         verb = verb or method.lower()
+        sent = time.time()
         try:
             response = await api.call_api(method, url, headers, body, _request_timeout=timeout)
             content = await response.read()
@@ -231,9 +222,10 @@ class KubeClient:
             self._count(verb, resource, "error")
             raise Unavailable(0, type(error).__name__, f"{method} {path}: {error}") from error
         self._count(verb, resource, str(response.status))
+        self.clock.observe(response.headers.get("Date"), sent, time.time())
         if response.status < 300:
-            return _object(content)
-        raise _error(response.status, content)
+            return object_in(content)
+        raise error_of(response.status, content)
 
 
 async def connect(rate: float, burst: int, count: Count, kubeconfig: Path | None = None) -> KubeClient:
@@ -270,31 +262,3 @@ def _path(resource: str, namespace: str, name: str = "") -> str:
     prefix = _API_PATHS[resource]
     scope = f"/namespaces/{quote(namespace)}" if namespace else ""
     return f"{prefix}{scope}/{resource}" + (f"/{quote(name)}" if name else "")
-
-
-def _object(content: bytes) -> Raw:
-    """Parses a response. Raises Unavailable if a proxy answered with something else."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise Unavailable(0, "InvalidResponse", f"the response isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Unavailable(0, "InvalidResponse", "the response isn't an object")
-    return value
-
-
-def _error(code: int, content: bytes) -> ApiError:
-    try:
-        status = json.loads(content)
-        reason, message = line(str(status.get("reason", "")), 128), line(str(status.get("message", "")))
-    except (ValueError, AttributeError, RecursionError):
-        reason, message = "", line(content[:500].decode(errors="replace"))
-    if code == 413 or (code == 500 and any(text in message for text in _TOO_LARGE)):
-        return TooLarge(code, reason, message)
-    if code == 404:
-        return NotFound(code, reason, message)
-    if code == 409:
-        return (AlreadyExists if reason == "AlreadyExists" else Conflict)(code, reason, message)
-    if code == 429 or code >= 500:
-        return Unavailable(code, reason, message)
-    return Refused(code, reason, message)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
@@ -67,6 +66,7 @@ class ProgressServer:
         self._cache = state.cache
         self._queue = state.queue
         self._progress = state.progress
+        self._clock = state.clock
         self._leadership = leadership
         self._settings = settings
         self._count = count
@@ -106,7 +106,7 @@ class ProgressServer:
             raise Refusal(
                 403, f"the pod belongs to attempt {attempt}, but reports progress of attempt {progress.attempt}"
             )
-        is_news = self._progress.put(uid, progress, timestamp(datetime.now(UTC)))
+        is_news = self._progress.put(uid, progress, timestamp(self._clock.now()))
         self._enqueue(key, uid, is_news)
         snapshot = self._cache.snapshot(key)
         return PostAnswer(signers=read(snapshot.body.get("status")).signers if snapshot else ())

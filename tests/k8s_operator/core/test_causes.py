@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_api.messages.result import Result
+from finetune_api.reasons import REASONS
 from finetune_api.status import Condition, FailureStatus, Phase, Restarts, Status
 from finetune_operator.core import parsing
 from finetune_operator.core.actions import CreateAttempt, CreatePreflight, Decision, DeleteJob, DesiredStatus
@@ -345,3 +346,65 @@ def test_preemptions_have_a_generous_budget() -> None:
 
     assert after(999).actions == (CreateAttempt(4, Restarts(preemption=1000)),)
     assert _desired(after(1000)).reason == "RestartBudgetSpent"
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason", "limit"), [("infrastructure", "RankKilled", 0), ("preemption", "Evicted", 2)]
+)
+def test_a_spent_budget_is_named_and_its_hint_leads_on(cause: str, reason: str, limit: int) -> None:
+    dead = a_dead_pod(0, 72, failed(reason, "signal 9"))
+    ended = an_attempt(3, dead, failed=True, restarts=Restarts(**{cause: limit}))
+    job = a_job(_status("Running", 3), **_policy(maxRestarts={cause: limit}))
+    desired = _desired(decide(an_observation(job, ended), NOW))
+    assert (desired.phase, desired.reason) == ("Failed", "RestartBudgetSpent")
+    assert desired.message == f"runPolicy.maxRestarts.{cause} is {limit}; pod train-1-0: signal 9"
+    assert desired.failure is not None
+    assert (desired.failure.reason, desired.failure.message) == (reason, "pod train-1-0: signal 9")
+    assert f"runPolicy.maxRestarts.{cause} is {limit}. Raise runPolicy.retry" in desired.failure.hint
+    assert "Nothing to do" not in desired.failure.hint
+
+
+@pytest.mark.parametrize("paused", ["Queued", "Suspended"])
+def test_a_pause_that_ends_in_a_failure_does_not_count_against_the_deadline_of_a_retry(paused: Phase) -> None:
+    before = _status(paused, start_time=_ago(500), paused_since=_ago(400), paused_seconds=7)
+    observed = an_observation(a_job(before), an_attempt(1, a_dead_pod(0, 65, failed("DatasetInvalid")), failed=True))
+    ended = _written(observed, decide(observed, NOW)).job.status
+    assert (ended.phase, ended.paused_seconds, ended.paused_since) == ("Failed", 407, None)
+
+
+def test_a_pod_that_outlives_its_deletion_on_a_node_that_answers_is_told_apart() -> None:
+    overdue = a_pod(0, node="node-a", deleting=True, delete_by=_ago(61))
+    failure = _desired(decide(an_observation(a_job(_status("Running")), an_attempt(1, overdue)), NOW)).failure
+    assert failure is not None
+    assert failure.message == (
+        f"pod train-1-0: its node node-a hasn't removed it, although its grace period was over at {_ago(61)}"
+    )
+
+
+def test_a_check_that_runs_out_of_memory_names_the_memory_of_checks() -> None:
+    check = a_check(a_dead_pod(0, 137, reason="OOMKilled"), failed=True)
+    failure = _desired(decide(an_observation(a_job(resources={"gpu": {}}), preflight=check), NOW)).failure
+    assert failure is not None
+    assert "pods.preflightMemory" in failure.hint
+    assert "micro-batches" not in failure.hint
+
+
+@pytest.mark.parametrize("place", ["the first attempt", "a check"])
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_way_in_which_a_job_fails_has_a_way_on(reason: str, place: str) -> None:
+    dead = a_dead_pod(0, 1, failed(reason))
+    budgets = {"application": 0, "memory": 0, "infrastructure": 0, "preemption": 0}
+    if place == "a check":
+        job = a_job(_status("Pending", 0), resources={"gpu": {}}, **_policy(maxRestarts=budgets))
+        observed = an_observation(job, preflight=a_check(dead, failed=True))
+    else:
+        observed = an_observation(
+            a_job(_status("Running"), **_policy(maxRestarts=budgets)), an_attempt(1, dead, failed=True)
+        )
+    after = _written(observed, decide(observed, NOW)).job.status
+    assert (after.phase, after.reason) == ("Failed", reason)
+    assert after.failure is not None
+    assert "runPolicy.retry" in after.failure.hint or "reate a job" in after.failure.hint
+    assert "Nothing to do" not in after.failure.hint
+    assert len(after.message) <= 110
+    assert len(after.failure.hint) < 1000

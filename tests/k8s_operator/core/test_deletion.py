@@ -11,7 +11,7 @@ from finetune_api import names
 from finetune_api.messages.result import Result
 from finetune_api.status import Status
 from finetune_operator.core.deletion.step import MAX_TRIES, Deleting, next_step
-from finetune_operator.core.objects import Attempt, Pod, Termination
+from finetune_operator.core.objects import Attempt, Companion, Pod, Termination
 from k8s_operator.support.observed_states import (
     BEFORE,
     NOW,
@@ -31,6 +31,11 @@ DONE = Result(outcome="succeeded", message="deleted 2 checkpoints in s3://output
 def a_cleanup(*pods: Pod, **fields: Any) -> Attempt:
     check = a_check(*pods, **{"created": RECENTLY, **fields})
     return Attempt(replace(check.job, name="train-clean", role=names.ROLE_CLEANUP), pods)
+
+
+def kept_by_a_proxy(since: str) -> Pod:
+    done = Termination(0, "Completed", finished_at=since)
+    return a_pod(termination=done, result=DONE, companions=(Companion("istio-proxy", running=True),))
 
 
 def deleting(*attempts: Attempt, policy: str = "Delete", status: Status | None = None, **fields: Any) -> Deleting:
@@ -74,6 +79,10 @@ CASES: dict[str, tuple[Deleting, str, str]] = {
         deleting(ended(), cleanup=a_cleanup(a_done_pod(result=DONE), complete=True)), "finish", "deleted 2 check"),
     "the cleanup is done, and nobody heard what": (
         deleting(ended(), cleanup=a_cleanup(a_done_pod(), complete=True)), "finish", "no message"),
+    "the cleanup is done, and a proxy keeps its pod": (
+        deleting(ended(), cleanup=a_cleanup(kept_by_a_proxy(BEFORE))), "finish", "deleted 2 check"),
+    "the cleanup is done, and a proxy still sends its logs": (
+        deleting(ended(), cleanup=a_cleanup(kept_by_a_proxy(RECENTLY))), "wait", "container istio-proxy still runs"),
     "the cleanup tries again": (
         deleting(ended(), cleanup=a_cleanup(a_dead_pod(0, 74))), "wait", ""),
     "the store refuses": (

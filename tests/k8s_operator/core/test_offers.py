@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from kubernetes.aio.client.models import V1Job
 
+from finetune_api.resource import FineTuneJob
 from finetune_api.scalars import quantity_value
 from finetune_api.status import Restarts
 from finetune_operator.core.plan import plan
 from finetune_operator.core.pods import manifests
-from finetune_operator.core.pods.offers import NotOffered, check_offered
+from finetune_operator.core.pods.offers import NotOffered, check_offered, unlisted
 from finetune_operator.settings import Settings, parse
 from k8s_operator.support.observed_states import a_job
 
@@ -92,3 +93,43 @@ def test_the_model_cache_is_a_claim_of_training_pods() -> None:
     assert cache is not None
     assert (cache.root, cache.max_bytes) == ("/mnt/model-cache", 2 * 2**30)
     assert plan(a_job(), Settings()).model_cache is None
+
+
+_KEYS = {"key": "x.test/a"}
+# What nobody offers, and what a job that waits for it can do instead.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an image": ({"pod": {"image": "evil.test/a:1"}}, "change pod.image of this job"),
+    "a network": ({"pod": {"network": "infiniband"}}, "change pod.network of this job"),
+    "a toleration": ({"pod": {"tolerations": [{**_KEYS, "operator": "Exists"}]}}, "change pod.tolerations of this job"),
+    "a label of nodes": ({"pod": {"nodeSelector": {"x.test/a": "b"}}}, "change pod.nodeSelector of this job"),
+    "a priority": ({"pod": {"priorityClassName": "high"}}, "change pod.priorityClassName of this job"),
+    "a protection": (
+        {"pod": {"annotations": {"seccomp.security.alpha.kubernetes.io/pod": "unconfined"}}},
+        "change pod.annotations of this job"),
+    "a Secret": ({"output": {"credentialsRef": {"name": "other"}}}, "change output.credentialsRef of this job"),
+    "a Secret of what the job starts from": (
+        {"model": {"checkpoint": {"uri": "s3://models/first", "credentialsRef": {"name": "other"}}}},
+        "create a job without it"),
+    "a GPU": ({"resources": {"gpu": {"name": "nvidia.com/x"}}}, "change resources.gpu.name of this job"),
+    "a queue": ({"run_policy": {"queueName": "other"}}, "set runPolicy.suspend to true, and then change"),
+    "a driver": (
+        {"pod": {"volumes": [{"name": "v", "csi": {"driver": "evil.test"}}]}}, "create a job without this volume"),
+    "an account": ({"pod": {"serviceAccountName": "other"}}, "change pod.serviceAccountName of this job"),
+    "a claim": ({"dataset": {"uri": "pvc://other/rows"}}, "create a job without it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "advice"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_offered_says_what_this_job_may_change(sections: dict[str, Any], advice: str) -> None:
+    tenants = "tenants: {secrets: [s3], gpus: [nvidia.com/gpu], queues: [team], claims: [team]}"
+    with pytest.raises(NotOffered) as refusal:
+        _offer(a_job(**sections), parse(tenants))
+    assert advice in str(refusal.value)
+
+
+def _offer(job: FineTuneJob, settings: Settings) -> None:
+    """Raise NotOffered as the operator does in a namespace without labeled objects."""
+    check_offered(job, settings)
+    for entry in unlisted(job, settings):
+        if refusal := entry.refusal(None):
+            raise refusal

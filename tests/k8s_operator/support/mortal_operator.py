@@ -42,6 +42,7 @@ class MortalOperator:
     def __init__(self, kubeconfig: Path, namespace: str, settings: Settings, moment: Moment | None = None) -> None:
         self.writes: dict[str, int] = {}  # by what it writes: how often
         self.deaths: list[str] = []
+        self.era = ""  # precedes what is written, so that the same write later is another one
         self._kubeconfig = kubeconfig
         self._namespace = namespace
         self._settings = settings
@@ -102,7 +103,7 @@ class MortalOperator:
         """Returns the function that sends all requests, which dies at the first of each write."""
 
         async def call(method: str, url: str, headers: Any, body: Any, **options: Any) -> Any:
-            write = _described(method, url, body) if method in _WRITES else ""
+            write = f"{self.era}{_described(method, url, body)}" if method in _WRITES else ""
             first = bool(write) and write not in self.writes
             if write:
                 self.writes[write] = self.writes.get(write, 0) + 1
@@ -138,6 +139,6 @@ def _described(method: str, url: str, body: Any) -> str:
 
 
 def _summary(status: Mapping[str, Any]) -> str:
-    suspended = next((c["reason"] for c in status["conditions"] if c["type"] == "Suspended"), "")
+    suspended = next((c["reason"] for c in status["conditions"] if c["type"] == "Suspended"), "NotSuspended")
     announced = f" ({suspended})" if suspended != "NotSuspended" else ""
     return f"{status['phase']}{announced}, attempt {status['attempt']}"

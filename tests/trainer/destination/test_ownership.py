@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-from finetune_api.messages.run import JobRef
+from finetune_api.messages.rivals import Rivals
+from finetune_api.messages.run import JobRef, ProgressConfig
 from finetune_trainer.destination import claim, output_check, predecessor
 from finetune_trainer.destination.output_check import Role
 from finetune_trainer.destination.signing import Signer, is_signed
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.local import LocalStorage
 from trainer.support import supervisor_process
-from trainer.support.output_folder import FORMER, NEIGHBOR, OWN, RECIPE, STRANGER, place
+from trainer.support.output_folder import FORMER, NEIGHBOR, OWN, RECIPE, STRANGER, Place, place
 from trainer.support.supervisor_process import JobSetup
+
+T = TypeVar("T")
 
 REFUSALS = {
     "another job's claim": ("claim", STRANGER, RECIPE, "is claimed by ns/other since"),
@@ -124,6 +130,168 @@ def test_a_takeover_that_was_interrupted_is_completed(tmp_path: Path) -> None:
     here.with_checkpoint(4, OWN)  # the newest is written first
     assert output_check.take(here.storage, here.run, Role("leads")).checkpoints == (4, 2)
     assert here.owner == OWN.uid
+
+
+AUTHORITY = "-----BEGIN CERTIFICATE-----"
+LATER = "2999-01-01T00:00:00Z"
+
+
+def _of_operator(uids: tuple[str, ...] = (), **fields: object) -> dict[str, object]:
+    """Return what an operator that knows these other jobs passes to the pods of a job."""
+    reporting = ProgressConfig(url="https://operator", token_path="token", authority=fields.pop("authority", AUTHORITY))
+    rivals = Rivals(as_of=str(fields.pop("as_of", LATER)), uids=uids, **fields)  # type: ignore[arg-type]
+    return {"progress": reporting, "rivals": rivals}
+
+
+def _claimed_by_a_stranger(here: Place) -> None:
+    """A job of another name that was deleted while its first checkpoint was uploaded."""
+    cluster = claim.cluster(here.run.model_copy(update=_of_operator()))
+    claim.create(here.storage, STRANGER, RECIPE, cluster)
+    here.write("checkpoints/step-2/weights.safetensors", "half")
+    here.write("checkpoints/memory.json", "{}")
+    here.write("notes.txt", "the user's own")
+
+
+@pytest.mark.parametrize("kind", ["preflight", "leads"])
+def test_an_empty_output_whose_owner_does_not_exist_any_more_is_claimed(kind: str, tmp_path: Path) -> None:
+    here = place(tmp_path, **_of_operator())
+    _claimed_by_a_stranger(here)
+    assert output_check.take(here.storage, here.run, Role(kind)).checkpoints == ()  # type: ignore[arg-type]
+    assert (here.owner, here.files) == (OWN.uid, ["finetune/owner.json", "notes.txt"])
+
+
+LIVING: dict[str, dict[str, object]] = {
+    "it exists": _of_operator((STRANGER.uid,)),
+    "its claim is younger than what the operator knew": _of_operator(as_of="2020-01-01T00:00:00Z"),
+    "it is of another cluster": _of_operator(authority="-----BEGIN OTHER CERTIFICATE-----"),
+    "nothing tells clusters apart": _of_operator(authority=""),
+    "its namespace isn't watched": _of_operator(namespaces=("elsewhere",)),
+    "nobody knows": {"rivals": None},
+}
+
+
+@pytest.mark.parametrize("knowledge", LIVING.values(), ids=LIVING)
+def test_an_empty_output_whose_owner_may_exist_stays_claimed(knowledge: dict[str, object], tmp_path: Path) -> None:
+    here = place(tmp_path, **{**_of_operator(), **knowledge})
+    _claimed_by_a_stranger(here)
+    before = here.contents
+    with pytest.raises(RunError, match="is claimed by ns/other since"):
+        output_check.take(here.storage, here.run, Role("leads"))
+    assert here.contents == before
+
+
+def test_claims_of_operators_without_an_authority_are_never_replaced(tmp_path: Path) -> None:
+    here = place(tmp_path, **_of_operator(authority=""))
+    here.with_claim(STRANGER, RECIPE)
+    with pytest.raises(RunError, match="is claimed by ns/other since"):
+        output_check.take(here.storage, here.run, Role("leads"))
+
+
+@pytest.mark.parametrize("content", ["checkpoint", "result"])
+def test_what_a_job_that_does_not_exist_any_more_has_stored_stays_its_own(content: str, tmp_path: Path) -> None:
+    here = place(tmp_path, **_of_operator())
+    _claimed_by_a_stranger(here)
+    if content == "checkpoint":
+        here.with_checkpoint(4, STRANGER)
+    else:
+        here.with_result(STRANGER)
+    with pytest.raises(RunError, match="is claimed by ns/other since"):
+        output_check.take(here.storage, here.run, Role("preflight"))
+    assert here.owner == STRANGER.uid
+
+
+class Death(BaseException):
+    """Ends a pod, as SIGKILL does."""
+
+
+class Mortal(LocalStorage):
+    """A folder whose writer dies at one of its writes, before or after it."""
+
+    def __init__(self, root: Path, fatal: int, *, after: bool) -> None:
+        super().__init__(root, role="output", display="s3://models/v1")
+        self.writes = 0
+        self._fatal = fatal
+        self._after = after
+
+    def _write(self, action: Callable[[], T]) -> T:
+        number, self.writes = self.writes, self.writes + 1
+        if number == self._fatal and not self._after:
+            raise Death
+        answer = action()
+        if number == self._fatal:
+            raise Death
+        return answer
+
+    def create(self, path: str, data: bytes) -> bool:
+        return self._write(lambda: LocalStorage.create(self, path, data))
+
+    def write(self, path: str, data: bytes) -> None:
+        self._write(lambda: LocalStorage.write(self, path, data))
+
+    def delete(self, paths: tuple[str, ...]) -> None:
+        for path in paths:  # a store deletes them one by one, and may be interrupted in between
+            self._write(lambda path=path: LocalStorage.delete(self, (path,)))  # type: ignore[misc]
+
+
+def _predecessor(here: Place) -> None:
+    """A deleted job of the same name, killed while it uploaded its third checkpoint."""
+    here.with_claim(FORMER, RECIPE)
+    here.with_checkpoint(2, FORMER)
+    here.with_checkpoint(4, FORMER)
+    here.write("checkpoints/step-6/weights.safetensors", "half")
+    here.write("checkpoints/memory.json", "{}")
+
+
+def _predecessor_with_result(here: Place) -> None:
+    here.with_result(FORMER)
+    here.write("checkpoints/step-8/weights.safetensors", "late")
+
+
+LIVES: dict[str, tuple[Callable[[Place], None], str]] = {
+    "nobody was there": (lambda here: None, "resume"),
+    "a stranger's that doesn't exist any more": (_claimed_by_a_stranger, "resume"),
+    "applied again": (_predecessor, "resume"),
+    "applied again, to begin anew": (_predecessor, "discard"),
+    "applied again after its end, to begin anew": (_predecessor_with_result, "discard"),
+}
+
+
+def _take(here: Place, storage: LocalStorage) -> None:
+    """Do what a preflight pod does, and then what the first pod that trains does."""
+    output_check.take(storage, here.run, Role("preflight"))
+    output_check.probe(storage, here.run.job)
+    output_check.take(storage, here.run, Role("leads"))
+
+
+def _bytes(here: Place) -> dict[str, bytes]:
+    """Return all files, without the times that are in them."""
+    return {path: re.sub(rb"\d{4}-\d\d-\d\dT[0-9:.]+Z", b"", content) for path, content in here.contents.items()}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before each write", "after each write"])
+@pytest.mark.parametrize(("prepare", "existing"), LIVES.values(), ids=LIVES)
+def test_a_pod_that_dies_at_any_write_of_a_takeover_leaves_it_to_the_next_one(
+    prepare: Callable[[Place], None], existing: str, after: bool, tmp_path: Path
+) -> None:
+    def one(folder: str, fatal: int) -> tuple[Place, Mortal]:
+        here = place(tmp_path / folder, existing=existing, **_of_operator())
+        prepare(here)
+        return here, Mortal(here.folder, fatal, after=after)
+
+    steady, storage = one("steady", fatal=-1)
+    _take(steady, storage)
+    assert storage.writes >= 3
+    for fatal in range(storage.writes):
+        here, mortal = one(f"died-{fatal}", fatal)
+        with pytest.raises(Death):
+            _take(here, mortal)
+        if "finetune/owner.json" in here.files:  # nobody else gets it meanwhile
+            living = Rivals(as_of=LATER, uids=(OWN.uid, STRANGER.uid))
+            stranger = here.run.model_copy(update={"job": NEIGHBOR, "rivals": living})
+            with pytest.raises(RunError, match="OutputOccupied"):
+                output_check.take(here.storage, stranger, Role("preflight"))
+        _take(here, here.storage)
+        assert _bytes(here) == _bytes(steady)
 
 
 @pytest.mark.parametrize("left", ["checkpoint", "result", "both"])

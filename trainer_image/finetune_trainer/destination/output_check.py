@@ -56,7 +56,10 @@ def take(storage: Storage, run: RunConfig, role: Role) -> Destination:
         return _follow(storage, run)
     owner = claim.read(storage)
     created = owner is None
-    owner = owner or claim.create(storage, run.job, run.recipe)
+    owner = owner or claim.create(storage, run.job, run.recipe, claim.cluster(run))
+    if owner.uid != run.job.uid and claim.is_abandoned(owner, run) and predecessor.is_empty(storage):
+        predecessor.delete_parts(storage)
+        owner = claim.take_over(storage, run.job, run.recipe, claim.cluster(run))
     if owner.uid != run.job.uid and not owner.precedes(run.job):
         raise claim.occupied(storage, owner, run.job)
     try:

@@ -104,7 +104,17 @@ def take_over(storage: Storage, left: Leftovers, run: RunConfig, sign: Callable[
             own = sign(manifest.model_copy(update={"job": job, "signature": None}))
             data = own.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
             storage.write(f"{checkpoint_dir(step)}/{CHECKPOINT_MANIFEST}", data)
-    claim.take_over(storage, run.job, run.recipe)
+    claim.take_over(storage, run.job, run.recipe, claim.cluster(run))
+
+
+def is_empty(storage: Storage) -> bool:
+    """Whether no checkpoint and no result is complete in a destination."""
+    return storage.head(MANIFEST_PATH) is None and not manifests(storage)
+
+
+def delete_parts(storage: Storage) -> None:
+    """Deletes the partial checkpoints and the records in a destination that is empty."""
+    _delete_incomplete(storage, frozenset())
 
 
 def _delete_incomplete(storage: Storage, complete: frozenset[int]) -> None:
@@ -123,14 +133,15 @@ def _is_obsolete(path: str, complete: frozenset[int]) -> bool:
 
 
 def _discard(storage: Storage, left: Leftovers) -> None:
-    """Deletes a predecessor's checkpoints and result, each manifest before its files."""
+    """Deletes a predecessor's checkpoints, each manifest before its files, and its result, whose
+    manifest lists the files for the next try and is deleted last."""
     steps = frozenset(left.checkpoints)
     own = frozenset(manifests(storage)) - steps
     storage.delete(tuple(f"{checkpoint_dir(step)}/{CHECKPOINT_MANIFEST}" for step in steps))
     _delete_incomplete(storage, own)
     if left.result is not None:
-        storage.delete((MANIFEST_PATH,))
         storage.delete(tuple(file.path for file in left.result.files if _is_below(file.path)))
+        storage.delete((MANIFEST_PATH,))
 
 
 def _is_below(path: str) -> bool:

@@ -19,7 +19,7 @@ _LIBRARIES = (
 )  # fmt: skip
 _POD_SETTINGS = {
     "scratch", "progress", "metrics_port", "metrics_linger_seconds", "stall_seconds", "grace_seconds", "signers",
-    "hold_seconds", "existing", "inherits", "deletion_policy",
+    "hold_seconds", "existing", "inherits", "deletion_policy", "rivals",
 }  # fmt: skip
 
 

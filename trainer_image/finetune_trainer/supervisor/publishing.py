@@ -86,7 +86,8 @@ def store(
     step = export.manifest.step
     manifest = pod.sign(export.manifest)
     patience = upload.Patience(
-        seconds, on_error=lambda error: on_hold(error, f"the pod holds the result of step {step} until {end}")
+        seconds,
+        on_error=lambda error: on_hold(error, f"the pod holds the result of step {step} until {end}; then it is lost"),
     )
     try:
         return upload.retry(
@@ -101,5 +102,6 @@ def store(
         raise RunError(
             "ResultNotStored",
             f"the storage didn't accept the result of step {step} within output.holdSeconds={seconds:.0f}: "
-            f"{error.reason}: {error.message}",
+            f"{error.reason}: {error.message}; it is lost, and the steps since the last stored checkpoint are trained "
+            "again",
         ) from None

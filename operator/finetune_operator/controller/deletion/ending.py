@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from finetune_api.resource import FineTuneJob, Metadata
 from finetune_api.status import read
@@ -77,11 +76,13 @@ class Ending:
             message = f"files in the output may be left, because this operator can't read the spec: {reading.problem}"
             log.warning("%s", message, extra=_extra(snapshot))
             happening = Happening("Warning", NOT_CLEANED, message)
-            await self.recorder.post(Metadata.model_validate(snapshot.body["metadata"]), happening, datetime.now(UTC))
+            await self.recorder.post(
+                Metadata.model_validate(snapshot.body["metadata"]), happening, self.state.clock.now()
+            )
             await self._remove(snapshot)
             return
         deleting = self._deleting(snapshot, reading.job)
-        await self._take(snapshot, deleting, next_step(deleting, datetime.now(UTC)))
+        await self._take(snapshot, deleting, next_step(deleting, self.state.clock.now()))
 
     def forget(self, key: Key) -> None:
         """Removes what is known of a job that is gone."""
@@ -157,7 +158,7 @@ class Ending:
             tries.reported = step.message
             (log.info if step.reason == CLEANED else log.warning)("%s", step.message, extra=_extra(snapshot))
             happening = Happening("Normal" if step.reason == CLEANED else "Warning", step.reason, step.message)
-            await self.recorder.post(deleting.job.metadata, happening, datetime.now(UTC))
+            await self.recorder.post(deleting.job.metadata, happening, self.state.clock.now())
         await self._remove(snapshot)
 
     async def _remove(self, snapshot: JobSnapshot) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api import names
+from finetune_api.crd.transitions import MUTABLE, WHILE_STOPPED
 from finetune_api.destinations import is_listed, is_listed_url
 from finetune_api.resource import FineTuneJob, SecretRef, Spec
 from finetune_operator.core.plan import PlanError
@@ -68,7 +69,7 @@ class Unlisted:
             self.field,
             self.name,
             f"{problem}, and isn't among the operator's tenants.{self.setting}; have its owner add the label, have it "
-            "added to the list, or create a job that names another one",
+            f"added to the list, or {_another(self.field)}",
             NOT_ALLOWED,
         )
 
@@ -85,7 +86,10 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
         allowed = _list(settings.tenants, entry.setting)
         if entry.field == "spec.pod.annotations" and entry.name.startswith(_PROTECTIONS):
             raise NotOffered(
-                entry.field, entry.name, "would change the protection of the pods; create a job without it", NOT_ALLOWED
+                entry.field,
+                entry.name,
+                f"would change the protection of the pods; {_another(entry.field)}",
+                NOT_ALLOWED,
             )
         if not is_listed(entry.name, allowed):
             raise _refused(entry, allowed)
@@ -129,8 +133,8 @@ def _check_image(job: FineTuneJob, settings: Settings) -> None:
     raise NotOffered(
         "spec.pod.image",
         image,
-        f"is not among the operator's pods.allowedImages: {_listed(allowed)}; have it added, or create a job without "
-        "pod.image",
+        f"is not among the operator's pods.allowedImages: {_listed(allowed)}; have it added, or "
+        f"{_another('spec.pod.image')}",
         "ImageNotAllowed",
     )
 
@@ -142,7 +146,7 @@ def _check_network(job: FineTuneJob, settings: Settings) -> None:
             "spec.pod.network",
             network,
             "is not one of the network profiles in the operator's pods.networkProfiles: "
-            f"{_listed(sorted(profiles))}; have it added, or create a job that names another one",
+            f"{_listed(sorted(profiles))}; have it added, or {_another('spec.pod.network')}",
             "UnknownNetwork",
         )
 
@@ -248,10 +252,21 @@ def _refused(entry: _Named, allowed: tuple[str, ...]) -> NotOffered:
     return NotOffered(
         entry.field,
         name,
-        f"is not among the operator's tenants.{entry.setting}: {_listed(allowed)}; have it added, or create a job "
-        "without it",
+        f"is not among the operator's tenants.{entry.setting}: {_listed(allowed)}; have it added, or "
+        f"{_another(entry.field)}",
         NOT_ALLOWED,
     )
+
+
+def _another(field: str) -> str:
+    """Returns how a job that waits can do without what it names."""
+    path = field.removeprefix("spec.")
+    section_and_name = tuple(path.split(".")[:2])
+    if section_and_name in WHILE_STOPPED:
+        return f"change {path} of this job, which may change while it waits"
+    if section_and_name in MUTABLE:
+        return f"set runPolicy.suspend to true, and then change {path}"
+    return "create a job without it"
 
 
 def _listed(entries: Iterable[str]) -> str:
