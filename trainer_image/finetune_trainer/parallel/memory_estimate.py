@@ -271,16 +271,14 @@ def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: Parallel
     casts = size.trained * 2 if setup.half and setup.full else 0
     if parallel.strategy == "zero3":
         count = size.layers - parallel.recompute.layers(size.layers) if casts else 0
-        stored = zero_memory.casts_in_stage_3(_layer_values(size), count, casts // setup.ranks)
+        stored = zero_memory.casts_in_stage_3(size.layer_values, count, casts // setup.ranks)
         return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
         value = 2 if setup.half else setup.stored
-        return size.largest * value + int(2 * _layer_values(size) * QUANTIZED_BYTES.get(setup.quantized, value))
+        quantized = _quantized_values(size, setup) // size.layers
+        layer = (size.layer_values - quantized) * value + quantized * QUANTIZED_BYTES.get(setup.quantized, 0.0)
+        return size.largest * value + int(2 * layer)
     return casts
-
-
-def _layer_values(size: ModelSize) -> int:  # in the matrices of a layer, or more if that isn't known
-    return size.matrices // size.layers or size.largest
 
 
 def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
@@ -291,7 +289,7 @@ def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) ->
     if parallel.strategy in _ZERO_STAGES:
         return zero_memory.buffers(_ZERO_STAGES[parallel.strategy], size.trained)
     if parallel.strategy == "fsdp":
-        return 2 * 4 * min(size.trained, _layer_values(size))
+        return 2 * 4 * min(size.trained, size.layer_values)
     return 2 * 4 * min(size.trained, GRADIENT_BUCKET)
 
 
