@@ -204,8 +204,7 @@ def _logits(size: ModelSize, setup: TrainingSetup) -> int:
     """
     unfused = UNFUSED_CHUNK_BYTES["cuda"] + _SOFTMAX_BYTES
     logits = max(CHUNK_BYTES["cuda"], unfused) if setup.device == "cuda" else _SOFTMAX_BYTES
-    trained = setup.full or size.trains_head
-    return logits + (4 * size.vocabulary * size.hidden if trained else 0)
+    return logits + (4 * size.vocabulary * size.hidden if setup.full or size.trains_head else 0)
 
 
 def _host_memory(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, offloaded: int) -> HostMemory:
@@ -254,7 +253,7 @@ def _quantized_values(size: ModelSize, setup: TrainingSetup) -> int:
 def _gradient_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     ranks, largest = setup.ranks // parallel.replicas, size.vocabulary * size.hidden
     if parallel.strategy == "zero2" and parallel.offload == "none":
-        return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if setup.full or size.trains_head else 0)
+        return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if size.trained >= largest else 0)
     return size.trained * 4 // (ranks if parallel.strategy in ("zero2", "zero3", "fsdp") else 1)
 
 
@@ -268,9 +267,10 @@ def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
 
 def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     """Returns the bytes of what is gathered at a time, and of trained weights in bfloat16."""
-    casts = size.trained * 2 if setup.half and setup.full else 0
+    trained = size.trained if setup.full else size.vocabulary * size.hidden * size.trains_head
+    casts = trained * 2 if setup.half else 0
     if parallel.strategy == "zero3":
-        count = size.layers - parallel.recompute.layers(size.layers) if casts else 0
+        count = size.layers - parallel.recompute.layers(size.layers) if setup.half and setup.full else 0
         stored = zero_memory.casts_in_stage_3(size.layer_values, count, casts // setup.ranks)
         return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
