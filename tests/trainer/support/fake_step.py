@@ -88,9 +88,10 @@ def peak_bytes(step: Step, layers: int) -> int:
 
     They include the gradients. If all weights are trained and activations recomputed, the peak is
     at the end of the forward pass only if there are some layers, so more of them are measured. With
-    trained copies of embeddings or of the output layer, all are.
+    trained copies of embeddings or of the output layer, or if both are the same weight, all are.
     """
-    if step.lora is not None and step.lora.modules_to_save:
+    tied = ("tie_word_embeddings", True) in step.shape
+    if step.lora.modules_to_save if step.lora else tied:
         return _measured(replace(step, shape=(*step.shape, ("num_hidden_layers", layers))))
     first = 5 if step.recompute and step.lora is None else 1
     if step.recompute and step.recompute.share < 1:
