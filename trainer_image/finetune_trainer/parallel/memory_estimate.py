@@ -188,6 +188,7 @@ def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
         setup.half,
         trained=setup.full,
         gathered=parallel.strategy == "fsdp",
+        stores_inputs=parallel.strategy == "zero3",
     )
     known = size if setup.device == "cuda" else replace(size, layer=None)
     return activations.bytes_per_token(
@@ -271,7 +272,8 @@ def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: Parallel
     casts = trained * 2 if setup.half else 0
     if parallel.strategy == "zero3":
         count = size.layers - parallel.recompute.layers(size.layers) if setup.half and setup.full else 0
-        stored = zero_memory.casts_in_stage_3(size.layer_values, count, casts // setup.ranks)
+        head = size.vocabulary * size.hidden if casts else 0
+        stored = zero_memory.casts_in_stage_3(size.layer_values, count, head)
         return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
         value = 2 if setup.half else setup.stored
