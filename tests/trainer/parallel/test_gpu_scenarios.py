@@ -210,10 +210,10 @@ def test_an_error_about_a_long_row_names_how_many_processes_would_have_to_share_
 
 
 def test_an_error_names_what_must_be_offloaded_if_processes_share_rows() -> None:
-    scenario = Scenario("Qwen2.5-0.5B", "full", 2, 4.7, 60, longest=8192)
+    scenario = Scenario("Qwen2.5-0.5B", "full", 2, 4.5, 60, longest=8192)
     with pytest.raises(TooLittleMemory, match="strategy zero3 with offload parameters would do"):
         scenario.choose()
-    memory = FreeMemory("cuda", int(4.7 * _GIB), 60 * _GIB)
+    memory = FreeMemory("cuda", int(4.5 * _GIB), 60 * _GIB)
     shared = replace(scenario, parts=2)
     user_choice = UserChoice("zero3", "parameters", "auto", 8192, parts=2)
     assert strategy_choice.choose(user_choice, shared.size, shared.setup, memory).parallel.offload == "parameters"

@@ -36,12 +36,12 @@ _VARIANT = re.compile(r"SXM\d?|PCIE|PCIe|HBM\w+|\d+GB|3e")
 
 def peak(gpu: str) -> float | None:
     """Returns the peak FLOP/s of a GPU by its name; None if it isn't listed, or is only a part."""
-    words = [word for word in gpu.replace("-", " ").split() if word not in _MAKERS]
-    matching = [name for name in PEAKS if words[: len(name.split())] == name.split()]
+    parts = [word for word in gpu.replace("-", " ").split() if word not in _MAKERS]
+    matching = [name for name in PEAKS if parts[: len(name.split())] == name.split()]
     if not matching:
         return None
     name = max(matching, key=len)
-    return PEAKS[name] if all(_VARIANT.fullmatch(word) for word in words[len(name.split()) :]) else None
+    return PEAKS[name] if all(_VARIANT.fullmatch(word) for word in parts[len(name.split()) :]) else None
 
 
 @dataclass(frozen=True)
