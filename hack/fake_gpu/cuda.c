@@ -1,7 +1,8 @@
 /* A FAKE of NVIDIA's driver library, for tests on machines without a GPU: just enough for the CUDA runtime to ask how
  * old the driver is, before anything else. Never shipped in an image.
  *
- * FAKE_CUDA_VERSION is the newest CUDA that the driver supports, as CUDA counts it: 12040 is 12.4.
+ * FAKE_CUDA_VERSION is the newest CUDA that the driver supports, as CUDA counts it: 12040 is 12.4. FAKE_CUDA_INIT is
+ * what cuInit returns, such as 802 (system not yet initialized).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +10,11 @@
 #define EXPORT __attribute__((visibility("default")))
 enum { SUCCESS = 0, NOT_FOUND = 500 };
 
-EXPORT int cuInit(unsigned int flags) { (void)flags; return SUCCESS; }
+EXPORT int cuInit(unsigned int flags) {
+  const char *code = getenv("FAKE_CUDA_INIT");
+  (void)flags;
+  return code ? atoi(code) : SUCCESS;
+}
 
 EXPORT int cuDriverGetVersion(int *version) {
   const char *text = getenv("FAKE_CUDA_VERSION");

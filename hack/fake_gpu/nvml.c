@@ -9,6 +9,7 @@
  *   xid             a number, reported once as an event, to a set in which the GPU is registered for Xid errors
  *   ecc, corrected  volatile ECC errors, uncorrected and corrected; "no-ecc" has none, as consumer cards
  *   lost            every question about the GPU is answered with GPU_IS_LOST
+ *   fails           every question about the GPU is answered with this return code
  *   hangs           every question about the GPU waits for the given seconds
  *   mig             the number of MIG slices: then utilization isn't supported, and slices have handles of their own
  *   rows-corrected, rows-uncorrected, rows-pending, rows-failed    the row remapper; not supported without any of them
@@ -86,6 +87,7 @@ static int find(void *handle, int *index) {
   if (NUMBER_OF_SLICE(handle) >= 0 && NUMBER_OF_SLICE(handle) >= of(*index, "mig")) return INVALID_ARGUMENT;
   long long seconds = of(*index, "hangs");
   if (seconds > 0) sleep((unsigned int)seconds);
+  if (of(*index, "fails") > 0) return (int)of(*index, "fails");
   return of(*index, "lost") > 0 ? GPU_IS_LOST : SUCCESS;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.reasons import REASONS
@@ -53,44 +54,98 @@ def insufficient_memory(message: str, **process: Any) -> RunError:
     )
 
 
-# Which reason the text of an exception or of a log stands for, the strongest first. A lost peer
-# comes last, because the peers of a rank that ran out of memory lose their connections too.
-_PATTERNS = (
-    (
+@dataclass(frozen=True)
+class Sign:
+    """Says which reason the text of an exception or of a log stands for, and what to do about it.
+
+    `remedy` is empty if the meaning of the reason already has it.
+    """
+
+    reason: str
+    pattern: re.Pattern[str]
+    remedy: str = ""
+
+
+def _sign(reason: str, pattern: str, remedy: str = "") -> Sign:
+    return Sign(reason, re.compile(pattern, re.I | re.M), remedy)
+
+
+# The strongest first. What says which limit of a pod is too small comes before the memory or the
+# disk that seems to be full, and a lost peer comes last, because the peers of a rank that failed
+# lose their connections too. A program's own error is before it, since NCCL reports that as well.
+_CUDA = r"(CUDA (driver )?error:|Cuda failure( \d+)?|Triton Error \[CUDA\]:) *'?"
+SIGNS = (
+    _sign(
+        "InvalidConfig",
+        r"(\bdev/shm|shared memory|</?torch_).*(No space left|cannot allocate)|No space left on device.*\bdev/shm",
+        "resources.sharedMemory: the pod's shared memory is full; raise it",
+    ),
+    _sign(
+        "InvalidConfig",
+        r"ibv_\w+ failed.*cannot allocate memory",
+        "pod.network: a network device can't lock memory; use a profile whose containers have the capability IPC_LOCK, "
+        "or have the limit of locked memory (memlock) raised in the nodes' container runtime",
+    ),
+    _sign(
         "OutOfMemory",
-        re.compile(
-            r"out of memory|OutOfMemoryError|can't allocate memory|DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED"
-            r"|^MemoryError",
-            re.I | re.M,
-        ),
+        r"out of memory|OutOfMemoryError|can(no|')t allocate memory|DefaultCPUAllocator|std::bad_alloc"
+        r"|unable to allocate [\d.]+ \w?i?B|memory allocation of \d+ bytes failed|^MemoryError"
+        # A handle that can't be created is a lack of memory, in all of these libraries.
+        r"|CU[A-Z]+_STATUS_\w*ALLOC(ATION)?_FAILED|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_NOT_INITIALIZED",
     ),
-    (
+    _sign(
         "GpuFault",
-        re.compile(
-            r"uncorrectable (ECC|NVLink) error|fallen off the bus|GPU is lost|hardware stack error"
-            r"|over nvlink or a hardware error|NVRM: Xid",
-            re.I,
-        ),
+        r"uncorrectable (ECC|NVLink) error|fallen off the bus|GPU is lost|hardware stack error"
+        r"|over nvlink or a hardware error|NVRM: Xid",
     ),
-    (
+    _sign(
         "GpuUnavailable",
-        re.compile(
-            r"CUDA driver version is insufficient|NVIDIA driver on your system|no CUDA-capable device is detected"
-            r"|No CUDA GPUs are available|CUDA-capable device\(s\) is/are busy|CUDA error: system not yet initialized"
-            r"|libcuda\.so\S*: cannot open",
-            re.I,
-        ),
+        rf"no kernel image is available|{_CUDA}device kernel image is invalid",
+        "this image's PyTorch doesn't support the generation of the GPU; select other nodes with pod.nodeSelector, or "
+        "build a trainer image for another CUDA",
     ),
-    ("DiskFull", re.compile(r"No space left on device|Disk quota exceeded", re.I)),
-    (
+    _sign(
+        "GpuUnavailable",
+        r"system not yet initialized",
+        "GPUs that are connected by NVSwitch need NVIDIA's Fabric Manager, which must run on the node; GPUs for "
+        "confidential computing must be set to ready",
+    ),
+    _sign(
+        "GpuUnavailable",
+        r"unsupported display driver|Driver/library version mismatch",
+        "the driver's libraries and its kernel module have different versions: restart the node after an update",
+    ),
+    _sign(
+        "GpuUnavailable",
+        r"forward compatibility was attempted",
+        "libraries of CUDA's package for forward compatibility (cuda-compat) don't support this GPU: leave them out of "
+        "the image, and update the driver",
+    ),
+    _sign(
+        "GpuUnavailable",
+        r"CUDA-capable devices?(\(s\))? (is/)?are busy|Duplicate GPU detected",
+        "each process needs a GPU of its own: look for other processes on it, for its compute mode, and for a device "
+        "plugin that shares GPUs",
+    ),
+    _sign(
+        "GpuUnavailable",
+        r"CUDA driver version is insufficient|NVIDIA driver on your system|no CUDA-capable device is detected"
+        r"|No CUDA GPUs are available|CUDA unknown error|unsupported toolchain|libcuda\.so\S*: cannot open"
+        rf"|{_CUDA}(unknown error|initialization error|invalid device ordinal)",
+    ),
+    _sign("DiskFull", r"No space left on device|Disk quota exceeded", "raise resources.scratch"),
+    _sign(
+        "TrainingError",
+        rf"{_CUDA}(an illegal (memory access|instruction)|device-side assert|unspecified launch failure"
+        r"|misaligned address|invalid (program counter|device function|configuration argument)|the launch timed out"
+        r"|too many resources requested|operation not supported on global)",
+    ),
+    _sign(
         "PeerLost",
-        re.compile(
-            r"connection (closed|reset|refused)|broken pipe|socket (closed|timeout)"
-            r"|gloo.*(timed out|timeout|connect)|ProcessGroup\w+.*(timed out|aborted)|Watchdog caught collective"
-            r"|NCCL (error|communicator)|NCCL.*timeout|remote process exited|ncclRemoteError|store.*timeout"
-            r"|timed out waiting|client socket has (failed|timed out)|heartbeat",
-            re.I,
-        ),
+        r"connection (closed|reset|refused)|broken pipe|socket (closed|timeout)"
+        r"|gloo.*(timed out|timeout|connect)|ProcessGroup\w+.*(timed out|aborted)|Watchdog caught collective"
+        r"|NCCL (error|communicator)|NCCL.*timeout|remote process exited|ncclRemoteError|store.*timeout"
+        r"|timed out waiting|client socket has (failed|timed out)|heartbeat",
     ),
 )
 
@@ -113,9 +168,15 @@ def is_deterministic(error: BaseException) -> bool:
     return isinstance(error, _DETERMINISTIC)
 
 
+def sign_in(text: str) -> Sign | None:
+    """Returns the strongest sign in the text of an exception or a log, or None."""
+    return next((sign for sign in SIGNS if sign.pattern.search(text)), None)
+
+
 def reason_in(text: str) -> str | None:
     """Returns the strongest reason that the text of an exception or a log stands for, or None."""
-    return next((reason for reason, pattern in _PATTERNS if pattern.search(text)), None)
+    sign = sign_in(text)
+    return sign.reason if sign else None
 
 
 def run_error_from(error: BaseException) -> RunError:
@@ -130,11 +191,15 @@ def run_error_from(error: BaseException) -> RunError:
     short = text if len(text) <= 600 else f"{text[:400]} … {text[-200:]}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return RunError("OutOfMemory", short)
-    if is_disk_full(error):
+    sign = None if is_deterministic(error) else sign_in(text)
+    if sign is None and is_disk_full(error):
         return RunError("DiskFull", f"{short}; raise resources.scratch")
-    reason = None if is_deterministic(error) else reason_in(text)
-    if reason is None and type(error).__name__ in ("DistNetworkError", "DistBackendError", "DistStoreError"):
-        reason = "PeerLost"
-    if reason == "DiskFull":
-        return RunError(reason, f"{short}; raise resources.scratch")
-    return RunError(reason or "TrainingError", short)
+    if sign is not None:
+        return RunError(sign.reason, with_remedy(short, sign))
+    connection = type(error).__name__ in ("DistNetworkError", "DistBackendError", "DistStoreError")
+    return RunError("PeerLost" if connection else "TrainingError", short)
+
+
+def with_remedy(message: str, sign: Sign) -> str:
+    """Returns the message with what a sign says should be done, if anything."""
+    return f"{message}; {sign.remedy}" if sign.remedy else message

@@ -107,6 +107,8 @@ def _sane(field: str) -> Rule:
 
 _Extra = Annotated[dict[s.ResourceName, s.Quantity], Field(max_length=8)]
 _HUGE_PAGES = "hugepages-"
+_PAGE_SIZE = "^hugepages-[1-9][0-9]*[KMG]i$"
+_PLAIN_AMOUNT = "^[0-9]+([KMGTP]i?)?$"
 _GPUS = "^nvidia[.]com/(gpu|mig-)"
 
 
@@ -126,7 +128,21 @@ def _extra_rules() -> tuple[Rule, ...]:
              f" && (k.startsWith('{_HUGE_PAGES}') || string(self.extra[k]).matches('^[0-9]+$')))",
              lambda m: all(s.quantity_value(amount) > 0 and (k.startswith(_HUGE_PAGES) or amount.isdigit())
                            for k, amount in m.extra.items())),
+        Rule("extra", "must name huge pages with their size, such as hugepages-2Mi, and have a multiple of it as their "
+             "amount, such as 5120Mi",
+             f"self.extra.all(k, !k.startsWith('{_HUGE_PAGES}') || (k.matches('{_PAGE_SIZE}')"
+             f" && string(self.extra[k]).matches('{_PLAIN_AMOUNT}') && quantity(string(self.extra[k])).asInteger()"
+             f" % quantity(k.substring({len(_HUGE_PAGES)})).asInteger() == 0))",
+             lambda m: all(not k.startswith(_HUGE_PAGES) or _is_whole_pages(k, amount)
+                           for k, amount in m.extra.items())),
     )  # fmt: skip
+
+
+def _is_whole_pages(name: str, amount: str) -> bool:
+    """Returns whether Kubernetes accepts an amount of huge pages: a multiple of their size."""
+    if not re.search(_PAGE_SIZE, name) or not re.search(_PLAIN_AMOUNT, amount):
+        return False
+    return s.quantity_value(amount) % s.quantity_value(name.removeprefix(_HUGE_PAGES)) == 0
 
 
 class ResourcesSpec(Model):

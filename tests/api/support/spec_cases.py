@@ -470,11 +470,14 @@ CASES: tuple[Case, ...] = (
     bad("a key in the file", "spec.tracking.wandb.apiKey", ("tracking.wandb", {"project": "p", "apiKey": "secret"})),
     # Additional resources.
     *one("resources.extra", {}, {"rdma/hca": 8}, {"rdma/hca": "1", "hugepages-2Mi": "5120Mi"},
-         {"vpc.amazonaws.com/efa": 32}, {"nvidia.com/hostdev": 1}, {f"example.com/r{n}": 1 for n in range(8)}),
+         {"vpc.amazonaws.com/efa": 32}, {"nvidia.com/hostdev": 1}, {f"example.com/r{n}": 1 for n in range(8)},
+         {"hugepages-1Gi": "2Gi"}, {"hugepages-1Gi": "2048Mi"}, {"hugepages-64Ki": 65536}, {"hugepages-2Mi": 2097152}),
     *none_of("resources.extra", {"cpu": 1}, {"memory": "1Gi"}, {"ephemeral-storage": "1Gi"}, {"kubernetes.io/x": 1},
              {"node.kubernetes.io/x": 1}, {"nvidia.com/gpu": 1}, {"nvidia.com/mig-1g.10gb": 1}, {"rdma/hca": 0},
              {"rdma/hca": "1.5"}, {"rdma/hca": "1Gi"}, {"hugepages-2Mi": 0}, {"a b": 1}, {"": 1}, ["rdma/hca"],
-             {f"example.com/r{n}": 1 for n in range(9)}),
+             {f"example.com/r{n}": 1 for n in range(9)}, {"hugepages-2Mi": "3Mi"}, {"hugepages-1Gi": "512Mi"},
+             {"hugepages-2Mi": 1}, {"hugepages-2Mi": "2097152m"}, {"hugepages-": "2Mi"}, {"hugepages-many": "2Mi"},
+             {"hugepages-0Mi": "2Mi"}, {"hugepages-2M": "2M"}, {"hugepages-1Gi": "0.5Gi"}),
     *(bad(f"resource amount {_short(value)}", "spec.resources.extra.rdma/hca", ("resources.extra", {"rdma/hca": value}))
       for value in ("many", -1, True)),
     bad("the GPU again", "spec.resources.extra", ("resources.gpu", {"name": "nvidia.com/h100"}),

@@ -197,3 +197,19 @@ def test_modules_are_recognized_by_what_they_compute() -> None:
         before = module(inputs)
         assert modules.replace_modules(module, _CPU) == replaced
         assert torch.allclose(module(inputs), before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "replaced"), [(ShiftedRMSNorm, modules.Replaced(norms=1)), (DoubledRMSNorm, modules.Replaced())]
+)
+def test_a_norm_whose_weight_is_split_is_recognized_by_what_it_computes_too(
+    norm: type[ShiftedRMSNorm], replaced: modules.Replaced
+) -> None:
+    """Between two calls, a weight that ZeRO-3 has split is empty, and its shape is an attribute."""
+    module, inputs = norm(), torch.randn(2, 3, 8)
+    weight, before = module.weight.detach().clone(), module(inputs)
+    module.weight.ds_shape = weight.shape  # type: ignore[attr-defined]
+    module.weight.data = torch.empty(0)
+    assert modules.replace_modules(module, _CPU) == replaced
+    module.weight.data = weight
+    assert torch.allclose(module(inputs), before, atol=1e-6)

@@ -15,7 +15,9 @@ from finetune_api.resource import LoraSpec
 from finetune_trainer.errors import RunError
 from finetune_trainer.model import experts, loading
 from finetune_trainer.model import lora as adapters
+from finetune_trainer.model.quantization import Quantization
 from finetune_trainer.parallel import model_size
+from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
 from testkit import tiny_models
 from testkit.rows import pairs
 from trainer.support import result_loading
@@ -23,7 +25,7 @@ from trainer.support.rank_runs import FinishedRun, Job, finish_each, prepare
 
 _ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 _SHARED_EXPERT = ["down_proj", "gate_proj", "up_proj"]
-_FAMILIES: dict[str, tuple[Callable[[Path], Path], list[str], list[str]]] = {
+_FAMILIES: dict[str, tuple[Callable[..., Path], list[str], list[str]]] = {
     "mixtral": (tiny_models.tiny_mixtral, _ATTENTION, ["down_proj", "gate_up_proj"]),
     "qwen2-moe": (tiny_models.tiny_qwen2_moe, sorted(_ATTENTION + _SHARED_EXPERT), ["down_proj", "gate_up_proj"]),
     "qwen3-moe": (tiny_models.tiny_qwen3_moe, _ATTENTION, ["down_proj", "gate_up_proj"]),
@@ -51,6 +53,36 @@ def test_a_router_that_is_named_is_adapted(tmp_path: Path) -> None:
     loaded = loading.load(tiny_models.tiny_qwen2_moe(tmp_path / "base"), dtype=torch.float32, longest=16)
     model = adapters.adapt(loaded, LoraSpec(rank=1, target_modules=("q_proj", "shared_expert_gate")), 1).model
     assert adapters.adapted_layers(model) == ["q_proj", "shared_expert_gate"]
+
+
+@pytest.mark.parametrize("family", [*_FAMILIES, "llama"])
+def test_the_estimate_of_a_quantized_base_counts_what_stays_unquantized(
+    family: str, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    """bitsandbytes quantizes linear layers. Experts are none, however a file stores them."""
+    folder = _FAMILIES[family][0](tmp_path / "base", hidden=128) if family in _FAMILIES else models[family]
+    nf4 = Quantization("nf4", torch.device("cpu"))
+    base = loading.load(folder, dtype=torch.bfloat16, longest=16, quantized=nf4).base
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    lora = LoraSpec(rank=1, target_modules=("q_proj",))
+    size = model_size.read(folder, lora)
+    setup = TrainingSetup(1, "adamw", 2, True, False, "nf4")
+    estimated = memory_estimate(size, setup, ParallelConfig("ddp")).weights - 4 * size.trained
+    assert estimated == pytest.approx(stored, rel=0.05)
+
+
+def test_what_quantization_leaves_out_is_reported() -> None:
+    mixture = experts.Experts(("down_proj", "gate_up_proj"), (), 9, 10)
+    assert "model.quantization doesn't quantize them" in mixture.warning(["q_proj"], quantized=True)
+    assert "quantization" not in mixture.warning(["q_proj"])
+
+
+def test_a_layer_with_experts_is_gathered_with_them(tmp_path: Path) -> None:
+    for build in (tiny_models.tiny_mixtral, tiny_models.tiny_gpt_oss):
+        folder = build(tmp_path / build.__name__)
+        layer = loading.layers(loading.load(folder, dtype=torch.float32, longest=16).base)[0]
+        values = sum(parameter.numel() for parameter in layer.parameters())
+        assert model_size.read(folder, None).layer_values == values
 
 
 def test_a_dense_model_has_no_experts(models: dict[str, Path]) -> None:

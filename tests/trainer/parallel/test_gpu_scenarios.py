@@ -209,6 +209,16 @@ def test_an_error_about_a_long_row_names_how_many_processes_would_have_to_share_
         replace(scenario, parts=parts // 2).choose()
 
 
+def test_an_error_names_what_must_be_offloaded_if_processes_share_rows() -> None:
+    scenario = Scenario("Qwen2.5-0.5B", "full", 2, 4.5, 60, longest=8192)
+    with pytest.raises(TooLittleMemory, match="strategy zero3 with offload parameters would do"):
+        scenario.choose()
+    memory = FreeMemory("cuda", int(4.5 * _GIB), 60 * _GIB)
+    shared = replace(scenario, parts=2)
+    user_choice = UserChoice("zero3", "parameters", "auto", 8192, parts=2)
+    assert strategy_choice.choose(user_choice, shared.size, shared.setup, memory).parallel.offload == "parameters"
+
+
 def test_an_error_names_no_number_of_processes_that_cannot_share_a_row() -> None:
     """28 attention heads can be divided among 7 processes, but not among 8."""
     heads = replace(_LORA_8B_H100.size, heads=28)

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_trainer.parallel import model_size
 from finetune_trainer.parallel.deepspeed_config import Stage
-from finetune_trainer.parallel.estimate.recomputation import NOTHING, Recomputation
+from finetune_trainer.parallel.estimate.recomputation import EVERYTHING, NOTHING, Recomputation
 from finetune_trainer.parallel.memory_estimate import ParallelConfig, TrainingSetup, memory_estimate
 from sizing.models import PublishedModel, tensor_shapes
 from trainer.support import fake_zero, forked_ranks
@@ -56,7 +56,14 @@ class Case:
         return memory_estimate(size, setup, parallel).total(_TOKENS)
 
 
-_CASES = (Case(2, "1B", 4, "full"), Case(3, "1B", 4, "full"))
+_CASES = (
+    Case(2, "1B", 4, "full"),
+    Case(3, "1B", 4, "full"),
+    Case(2, "1B", 4, "all-linear"),
+    Case(3, "1B", 4, "all-linear"),
+    Case(2, "1B", 4, "full", EVERYTHING),
+    Case(3, "1B", 4, "full", EVERYTHING),
+)
 
 
 @pytest.fixture(scope="module")

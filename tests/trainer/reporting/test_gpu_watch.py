@@ -150,6 +150,19 @@ def test_a_lost_gpu_keeps_its_name(observe: Observe) -> None:
     assert "finetune_gpu_power_watts[1,GPU-fake-1]" not in observed["series"]
 
 
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [(28, "is gone"), (16, "needs a reset"), (9, "has lost its driver, which is no longer loaded"),
+     (18, "has another driver than when the pod started"), (999, ""), (4, "")],
+    ids=["not found", "reset required", "driver not loaded", "driver replaced", "unknown", "no permission"],
+)  # fmt: skip
+def test_a_gpu_that_cannot_be_used_any_more_says_why(observe: Observe, code: int, failure: str) -> None:
+    """The numbers are NVML's return codes. Others say nothing about the health of a GPU."""
+    observed = observe("", f"fails 1 {code}\n", gpus="1 1 2\n1 1 2\n")
+    assert observed["faults"] == ([f"GPU 1 (GPU-fake-1) {failure}"] if failure else [])
+    assert observed["series"]["finetune_gpu_lost[1,GPU-fake-1]"] == bool(failure)
+
+
 def test_a_gpu_that_was_lost_before_the_pod_started_does_not_hide_the_others(observe: Observe) -> None:
     observed = observe("lost 0 1\n", gpus="1 1 2\n50 1 2\n")
     assert observed["faults"] == ["GPU 0 is lost"]

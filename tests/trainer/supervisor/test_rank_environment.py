@@ -60,3 +60,16 @@ def test_variables_of_the_image_reach_a_rank_although_a_job_cannot_set_them(name
     with pytest.raises(ValidationError):
         EnvVarSpec(name=name, value="x")
     assert name in _rank_environments({name: "/x"})[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "order"),
+    [
+        ("cuda", {}, "PCI_BUS_ID"), ("cuda", {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST"), ("cpu", {}, None)
+    ],
+)  # fmt: skip
+def test_gpus_have_nvmls_order_unless_the_job_sets_another(
+    device: str, variables: dict[str, str], order: str | None
+) -> None:
+    run = _RUN.model_copy(update={"world": _RUN.world.model_copy(update={"device": device})})
+    assert [rank.get("CUDA_DEVICE_ORDER") for rank in _rank_environments(variables, run)] == [order, order]

@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,8 +87,12 @@ def peak_bytes(step: Step, layers: int) -> int:
     micro-batch of a step, extrapolated linearly to this number of layers.
 
     They include the gradients. If all weights are trained and activations recomputed, the peak is
-    at the end of the forward pass only if there are some layers, so more of them are measured.
+    at the end of the forward pass only if there are some layers, so more of them are measured. With
+    trained copies of embeddings or of the output layer, or if both are the same weight, all are.
     """
+    tied = ("tie_word_embeddings", True) in step.shape
+    if step.lora.modules_to_save if step.lora else tied:
+        return _measured(replace(step, shape=(*step.shape, ("num_hidden_layers", layers))))
     first = 5 if step.recompute and step.lora is None else 1
     if step.recompute and step.recompute.share < 1:
         first = 4  # of which a whole number is recomputed, and of twice as many
@@ -301,6 +305,7 @@ def cuda_branches(waits: Counter[str] | None = None) -> Iterator[None]:
         (torch, "as_tensor", sent(as_tensor)),
         (torch, "tensor", sent(new_tensor)),
         (torch.nn.Module, "to", lambda module, *_, **__: module),
+        (FakeTensor, "__deepcopy__", _copied),  # PyTorch's own reads the contents
         (modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb),  # replaced inside
     )
     with ExitStack() as stack:
@@ -309,6 +314,13 @@ def cuda_branches(waits: Counter[str] | None = None) -> Iterator[None]:
         for sizes in (CHUNK_BYTES, PER_TOKEN_BYTES, SOFTMAX_BYTES):
             stack.enter_context(mock.patch.dict(sizes, cpu=sizes["cuda"]))
         yield
+
+
+def _copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    memo[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+    return memo[id(tensor)]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,3 +158,22 @@ def test_a_long_example_changes_no_other_example(tmp_path: Path) -> None:
     assert automatic.evals("validation") == pytest.approx(reference.evals("validation"), rel=1e-6)
     assert automatic.decision("packing").choice == "off"
     assert "40 tokens changes the rotary positions (longrope)" in automatic.decision("microBatchSize").reason
+
+
+def test_both_answers_of_a_pair_have_the_positions_of_the_reference(tmp_path: Path) -> None:
+    """One answer exceeds the limit of this model and the other one doesn't. As the reference has
+    the same positions, the first loss is that of equal answers."""
+    base = tiny_models.tiny_phi3(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 40}
+    (base / "config.json").write_text(json.dumps(config))
+    rows = [
+        {"prompt": row["prompt"], "chosen": row["completion"] + " and so on" * 6, "rejected": " no"} for row in pairs(8)
+    ]
+    training = {"objective": "dpo", "max_steps": 2}
+    lora = {"target_modules": ("all-linear",)}
+    job = prepare(tmp_path / "job", base, rows, lora=lora, data={"format": "preference"}, training=training)
+    run = job.finish().check()
+    assert run.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    reason = run.decision("microBatchSize").reason
+    assert "(longrope) of all examples that are computed with it; so are both answers of a pair" in reason

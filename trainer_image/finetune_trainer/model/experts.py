@@ -37,12 +37,14 @@ class Experts:
     weights: int
     all_weights: int
 
-    def warning(self, adapted: Sequence[str]) -> str:
-        """Returns what LoRA leaves unchanged, and what it adapts."""
+    def warning(self, adapted: Sequence[str], *, quantized: bool = False) -> str:
+        """Returns what LoRA leaves unchanged, and what it adapts. With `quantized`, it adds that
+        the experts of a quantized base aren't quantized."""
         share = f"{self.weights / self.all_weights:.0%}"
         return (
             f"LoRA changes no weight of the experts ({', '.join(self.parameters)}: {share} of all weights), because "
             f"they aren't linear layers; it adapts {', '.join(adapted)}; method.type full trains the experts too"
+            + ("; model.quantization doesn't quantize them, for the same reason" if quantized else "")
         )
 
 

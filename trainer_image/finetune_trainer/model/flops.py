@@ -17,25 +17,31 @@ without a label. Adapters aren't counted; with rank 16 they are 0.2 to 1.5% of a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets; the longest
 # matching name is used.
 PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12,
+    "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12,
     "A100": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "A40": 150e12, "L40S": 362e12, "L40": 181e12,
     "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX 5090": 210e12,
 }  # fmt: skip
+# What may surround the name of a GPU without making it another product: "RTX 4090 Laptop GPU" is
+# one, "A10 12Q" is a share of a GPU, and so is a MIG slice.
+_MAKERS = frozenset({"NVIDIA", "GeForce"})
+_VARIANT = re.compile(r"SXM\d?|PCIE|PCIe|HBM\w+|\d+GB|3e")
 
 
 def peak(gpu: str) -> float | None:
-    """Returns the peak FLOP/s of a GPU by its name; None if it isn't listed, or is a MIG slice."""
-    parts = gpu.replace("-", " ").split()
-    if "MIG" in parts:
+    """Returns the peak FLOP/s of a GPU by its name; None if it isn't listed, or is only a part."""
+    parts = [word for word in gpu.replace("-", " ").split() if word not in _MAKERS]
+    matching = [name for name in PEAKS if parts[: len(name.split())] == name.split()]
+    if not matching:
         return None
-    padded = f" {' '.join(parts)} "
-    matching = [name for name in PEAKS if f" {name} " in padded]
-    return PEAKS[max(matching, key=len)] if matching else None
+    name = max(matching, key=len)
+    return PEAKS[name] if all(_VARIANT.fullmatch(word) for word in parts[len(name.split()) :]) else None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from finetune_api.resource import LoraSpec
 from finetune_trainer import refusals
 from finetune_trainer.errors import RunError
 from finetune_trainer.kernels import fast_dropout
-from finetune_trainer.model import added_tokens, experts, families
+from finetune_trainer.model import added_tokens, experts, families, precision
 from finetune_trainer.model.loading import LoadedModel
 from finetune_trainer.model.partitioned import shape_of
 
@@ -72,6 +72,7 @@ def adapt(loaded: LoadedModel, lora: LoraSpec, seed: int, token_ids: Sequence[in
         )
     _check_biases(model, lora)
     _convert_to_float32(parameter for parameter in model.parameters() if parameter.requires_grad)
+    precision.keep_activations(model)
     fast_dropout.replace_modules(model)
     return replace(loaded, model=model, residuals={} if lora.init == "default" else _lora_matrices(model))
 

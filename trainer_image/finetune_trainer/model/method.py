@@ -79,7 +79,7 @@ def _report_experts(loaded: LoadedModel, reporter: Decisions) -> None:
     mixture, adapted = experts.find(loaded.base), lora.adapted_layers(loaded.model)
     trained = (p for p in loaded.base.parameters() if p.requires_grad)
     if mixture.parameters and not any(len(shape_of(p)) == 3 for p in trained):
-        reporter.decision("experts", "not adapted", mixture.warning(adapted))
+        reporter.decision("experts", "not adapted", mixture.warning(adapted, quantized=loaded.quantized))
     routers = [name for name in mixture.routers if name not in adapted]
     if routers:
         reporter.decision("routers", "not adapted", f"{', '.join(routers)} must be named in method.lora.targetModules")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,6 +88,27 @@ def gflops(dtype: torch.dtype, seconds: float = 0.04) -> float:
         torch.mm(left, right)
         runs += 1
     return 2 * rows * inner * columns * runs / (time.perf_counter() - start) / 1e9
+
+
+def keep_activations(model: Any) -> None:
+    """Makes trained copies of a half-precision base's modules return what the base's would.
+
+    The copies are float32. Those of linear layers compute in the run's format anyway, but without
+    this, a copy of the embeddings would make all activations between matrix products float32.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or isinstance(wrapper.original_module, torch.nn.Linear):
+            continue
+        dtype = next((parameter.dtype for parameter in wrapper.original_module.parameters()), torch.float32)
+        if dtype in (torch.bfloat16, torch.float16):
+            for trained in wrapper.modules_to_save.values():
+                trained.register_forward_hook(partial(_converted, dtype))
+
+
+def _converted(dtype: torch.dtype, module: Any, inputs: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, torch.Tensor) else None
 
 
 @contextmanager

@@ -45,21 +45,22 @@ class DeepSpeedZero:
         backend = InitProcessGroupKwargs(backend="gloo" if world.device.type == "cpu" else "nccl")
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[backend])
         deepspeed_config.check_world(accelerator, world)
-        # In stages 2 and 3, the ranks communicate during the forward and backward passes.
-        self.independent_micro_batches = not options.calls_engine
+        self._calls_engine = options.calls_engine
         self._world = world
         self._stage = options.stage
         self._half = options.half
         self._model = model
-        engine, _ = accelerator.prepare(
-            model.to(world.device), adamw(trained(model), config, fused=options.fused_optimizer)
-        )
-        self._engine = engine
+        optimizer = adamw(trained(model.to(world.device)), config, fused=options.fused_optimizer)
+        self._engine, _ = accelerator.prepare(model, optimizer)
         self._parameters = trained(model)
 
     @property
+    def independent_micro_batches(self) -> bool:
+        return not (self._calls_engine or self._world.sequence)
+
+    @property
     def model(self) -> Any:
-        return self._model if self.independent_micro_batches else self._engine
+        return self._engine if self._calls_engine else self._model
 
     @property
     def unwrapped(self) -> Any:
@@ -77,13 +78,13 @@ class DeepSpeedZero:
         yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        if self.independent_micro_batches:
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
+        if self._calls_engine:
             self._engine.backward(loss, scale_wrt_gas=False)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate: float) -> float:
-        if self.independent_micro_batches:
+        if not self._calls_engine:
             self._reduce_gradients()
         set_rate(self._engine.optimizer, rate)
         self._engine.step()
@@ -106,7 +107,7 @@ class DeepSpeedZero:
         Once DeepSpeed has reduced them, only an optimizer step that finds an overflow drops them,
         so such a step is simulated.
         """
-        if self.independent_micro_batches:
+        if not self._calls_engine:
             for parameter in self._parameters.values():
                 parameter.grad = None
             return
@@ -127,9 +128,8 @@ class DeepSpeedZero:
 
     @property
     def gathered_bytes(self) -> int:
-        if self._stage != 3:
-            return 0
-        return sum(parameter.ds_numel * parameter.element_size() for parameter in self._model.parameters())
+        parameters = self._model.parameters() if self._stage == 3 else ()
+        return sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

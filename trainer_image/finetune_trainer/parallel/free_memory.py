@@ -170,9 +170,10 @@ def _shared_rows(need: Need, size: ModelSize, setup: TrainingSetup, free_memory:
         for parallel in (need.parallel, ParallelConfig("fsdp", recompute=EVERYTHING)):
             estimate = memory_estimate(size, shared, replace(parallel, recompute=EVERYTHING))
             if setup.supports(parallel.strategy) and fits(estimate, tokens, free_memory):
+                offload = f" with offload {parallel.offload}" if parallel.offload != "none" else ""
                 return (
-                    f"With distribution.sequenceParallelSize {parts}, as many processes share each row, and "
-                    f"{parallel.strategy} would do."
+                    f"With distribution.sequenceParallelSize {parts}, as many processes share each row, and strategy "
+                    f"{parallel.strategy}{offload} would do."
                 )
     return ""
 

@@ -188,6 +188,7 @@ def _bytes_per_token(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
         setup.half,
         trained=setup.full,
         gathered=parallel.strategy == "fsdp",
+        stores_inputs=parallel.strategy == "zero3",
     )
     known = size if setup.device == "cuda" else replace(size, layer=None)
     return activations.bytes_per_token(
@@ -204,8 +205,7 @@ def _logits(size: ModelSize, setup: TrainingSetup) -> int:
     """
     unfused = UNFUSED_CHUNK_BYTES["cuda"] + _SOFTMAX_BYTES
     logits = max(CHUNK_BYTES["cuda"], unfused) if setup.device == "cuda" else _SOFTMAX_BYTES
-    trained = setup.full or size.trains_head
-    return logits + (4 * size.vocabulary * size.hidden if trained else 0)
+    return logits + (4 * size.vocabulary * size.hidden if setup.full or size.trains_head else 0)
 
 
 def _host_memory(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig, offloaded: int) -> HostMemory:
@@ -254,7 +254,7 @@ def _quantized_values(size: ModelSize, setup: TrainingSetup) -> int:
 def _gradient_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     ranks, largest = setup.ranks // parallel.replicas, size.vocabulary * size.hidden
     if parallel.strategy == "zero2" and parallel.offload == "none":
-        return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if setup.full or size.trains_head else 0)
+        return zero_memory.gradients_of_stage_2(size.trained, ranks, largest if size.trained >= largest else 0)
     return size.trained * 4 // (ranks if parallel.strategy in ("zero2", "zero3", "fsdp") else 1)
 
 
@@ -268,19 +268,19 @@ def _optimizer_bytes(size: ModelSize, setup: TrainingSetup, parallel: ParallelCo
 
 def _copies_of_weights(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
     """Returns the bytes of what is gathered at a time, and of trained weights in bfloat16."""
-    casts = size.trained * 2 if setup.half and setup.full else 0
+    trained = size.trained if setup.full else size.vocabulary * size.hidden * size.trains_head
+    casts = trained * 2 if setup.half else 0
     if parallel.strategy == "zero3":
-        count = size.layers - parallel.recompute.layers(size.layers) if casts else 0
-        stored = zero_memory.casts_in_stage_3(_layer_values(size), count, casts // setup.ranks)
+        count = size.layers - parallel.recompute.layers(size.layers) if setup.half and setup.full else 0
+        head = size.vocabulary * size.hidden if casts else 0
+        stored = zero_memory.casts_in_stage_3(size.layer_values, count, head)
         return zero_memory.gathered_by_stage_3(size.parameters, size.largest, setup.stored) + stored
     if parallel.strategy == "fsdp":  # what is outside of the layers stays gathered
         value = 2 if setup.half else setup.stored
-        return size.largest * value + int(2 * _layer_values(size) * QUANTIZED_BYTES.get(setup.quantized, value))
+        quantized = _quantized_values(size, setup) // size.layers
+        layer = (size.layer_values - quantized) * value + quantized * QUANTIZED_BYTES.get(setup.quantized, 0.0)
+        return size.largest * value + int(2 * layer)
     return casts
-
-
-def _layer_values(size: ModelSize) -> int:  # in the matrices of a layer, or more if that isn't known
-    return size.matrices // size.layers or size.largest
 
 
 def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) -> int:
@@ -291,7 +291,7 @@ def _buffers(size: ModelSize, setup: TrainingSetup, parallel: ParallelConfig) ->
     if parallel.strategy in _ZERO_STAGES:
         return zero_memory.buffers(_ZERO_STAGES[parallel.strategy], size.trained)
     if parallel.strategy == "fsdp":
-        return 2 * 4 * min(size.trained, _layer_values(size))
+        return 2 * 4 * min(size.trained, size.layer_values)
     return 2 * 4 * min(size.trained, GRADIENT_BUCKET)
 
 

@@ -54,9 +54,11 @@ class ModelSize:
     """Holds the size of a model, in numbers of values, not bytes.
 
     `largest` is what must be gathered at a time when weights are split: the largest layer, or
-    everything outside of the layers. `matrices` is the number of values in the layers' matrices,
-    which are those that a quantized base stores in few bits. `trains_head` says whether, with
-    adapters, a copy of the embeddings or the output layer is trained. `layer` is known only for
+    everything outside of the layers; `largest_layer` is the former. `matrices` is the number of
+    values in the layers' matrices, which are those that a quantized base stores in few bits. The
+    experts of a mixture aren't among them: Transformers loads those of a layer as one tensor, and
+    bitsandbytes quantizes linear layers only. `trains_head` says whether, with adapters, a copy of
+    the output layer is trained, or of embeddings that it is tied to. `layer` is known only for
     layers that are built like those of Llama. `formats` are the number formats of the files, as
     safetensors names them, if they are known. With `chunks_scores`, the flash kernel doesn't
     support the model's attention, and its scores are computed in chunks. `heads` and `kv_heads` are
@@ -71,12 +73,18 @@ class ModelSize:
     intermediate: int
     vocabulary: int
     matrices: int = 0
+    largest_layer: int = 0
     trains_head: bool = False
     layer: LayerShape | None = None
     formats: frozenset[str] = frozenset()
     chunks_scores: bool = False
     heads: int = 0
     kv_heads: int = 0
+
+    @property
+    def layer_values(self) -> int:
+        """The number of values in the largest layer, or more if that isn't known."""
+        return self.largest_layer or self.largest
 
 
 def read(folder: Path, lora: LoraSpec | None, full: FullSpec | None = None) -> ModelSize:
@@ -127,11 +135,16 @@ def size_of(
     hidden = _first(config, 512, "hidden_size", "n_embd", "d_model")
     untied = any(name.endswith("lm_head.weight") for name in shapes)
     outside = [name for name in shapes if _is_outside_layers(name)]
+    output = [name for name in outside if "head" in name or "embed_out" in name] or outside  # if it is tied
     copied = lora.modules_to_save if lora is not None else ()
     if lora is not None:
         adapters += len(lora.added_tokens) * hidden * (2 if untied else 1)
     heads = _first(config, 0, "num_attention_heads", "n_head")
-    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not _is_outside_layers(name)]
+    matrices = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and not _is_outside_layers(name) and _EXPERTS not in name
+    ]
     return ModelSize(
         parameters=total + adapters,
         trained=_trained(shapes, full) if lora is None else adapters,
@@ -142,7 +155,8 @@ def size_of(
         intermediate=_first(config, 4 * hidden, "intermediate_size", "n_inner", "d_ff"),
         vocabulary=_first(config, 32000, "vocab_size"),
         matrices=sum(math.prod(shape) for shape in matrices),
-        trains_head=any(_belongs(name, module) for name in outside for module in copied),
+        largest_layer=max((values for unit, values in units.items() if unit), default=0),
+        trains_head=any(_belongs(name, module) for name in output for module in copied),
         layer=_layer_shape(config, shapes, lora),
         chunks_scores=_chunks_scores(config),
         heads=heads,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from finetune_api.messages.events import ErrorEvent
 from finetune_api.reasons import REASONS
-from finetune_trainer.errors import RunError, insufficient_memory, reason_in
+from finetune_trainer.errors import RunError, insufficient_memory, sign_in, with_remedy
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,19 @@ def _judge(end: RankEnd, oom_kills: int) -> RunError:
         return _run_error("RankKilled", "was killed by a SIGKILL that the supervisor didn't send", end)
     if end.error is not None:
         return _run_error(end.error.reason if end.error.reason in REASONS else "TrainingError", None, end)
-    logged_reason = reason_in(end.log_tail)
+    logged = sign_in(end.log_tail)
     if end.signal is not None:
         name = signal.Signals(end.signal).name
-        if logged_reason is not None:
-            return _run_error(logged_reason, f"was ended by {name}; its log has the cause", end)
+        if logged is not None:
+            return _run_error(logged.reason, with_remedy(f"was ended by {name}; its log has the cause", logged), end)
         if end.signal in _SIGNAL_MEANINGS:
             meaning = _SIGNAL_MEANINGS[signal.Signals(end.signal)]
             return _run_error("TrainingError", f"was ended by {name}: {meaning}", end)
         return _run_error("RankKilled", f"was ended by a {name} that the supervisor didn't send", end)
-    reason = logged_reason or _BY_EXIT_CODE.get(end.status) or "TrainingError"
-    return _run_error(reason, f"ended with exit code {end.exit_code}", end)
+    predicate = f"ended with exit code {end.exit_code}"
+    if logged is not None:
+        return _run_error(logged.reason, with_remedy(predicate, logged), end)
+    return _run_error(_BY_EXIT_CODE.get(end.status) or "TrainingError", predicate, end)
 
 
 def _run_error(reason: str, predicate: str | None, end: RankEnd) -> RunError:

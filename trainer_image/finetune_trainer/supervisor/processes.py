@@ -88,6 +88,7 @@ def rank_specs(
         "HF_HUB_OFFLINE": "1",
         **allocator_environment(world.device, environment),
         **_flight_recorder_environment(environment),
+        **_gpu_order_environment(world.device, environment),
     }
     return tuple(
         RankSpec(
@@ -102,6 +103,13 @@ def rank_specs(
         )
         for rank in range(first, first + world.processes_per_node)
     )
+
+
+def _gpu_order_environment(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variable by which CUDA counts a pod's GPUs in NVML's order instead of the fastest
+    first, so that rank n of a node computes on the GPU with the index n, unless it is set."""
+    name = "CUDA_DEVICE_ORDER"
+    return {} if device == "cpu" or name in environment else {name: "PCI_BUS_ID"}
 
 
 def _flight_recorder_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -165,7 +165,8 @@ def plan_micro_batches(
     if resolved.ran_out_of_memory and unhalved.halved(resolved.halvings - 1).is_smallest:
         raise insufficient_memory("an earlier attempt ran out of memory")
     plan = unhalved.halved(resolved.halvings)
-    reason = apart or resolved.micro_batch_reason
+    company = "; so are both answers of a pair, in the model and in the reference alike" if train.pairs else ""
+    reason = f"{apart}{company}" if apart else resolved.micro_batch_reason
     if resolved.halvings:
         reason = f"halved {resolved.halvings} times, since an earlier attempt had no memory for more"
     trial.reporter.decision("microBatchSize", str(plan.shape), reason)

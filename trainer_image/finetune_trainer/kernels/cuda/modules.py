@@ -77,14 +77,20 @@ def _norm(module: Any, device: torch.device) -> _Norm | None:
     """Returns how the kernel computes this norm, or None if the module isn't one."""
     weight = getattr(module, "weight", None)
     epsilon = float(getattr(module, "variance_epsilon", getattr(module, "eps", None)) or 0)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not type(module).__name__.endswith("RMSNorm"):
+    if not isinstance(weight, Tensor) or not type(module).__name__.endswith("RMSNorm"):
         return None
-    if weight.dtype not in _DTYPES or len(weight) > _MAX_WIDTH or epsilon <= 0:
+    shape = _shape(weight)
+    if len(shape) != 1 or not 0 < shape[0] <= _MAX_WIDTH or weight.dtype not in _DTYPES or epsilon <= 0:
         return None
     sample = _with_sample_weight(module, device)
-    inputs = (_wave(_ROWS, len(weight), weight.dtype, device),)
+    inputs = (_wave(_ROWS, shape[0], weight.dtype, device),)
     kinds = (_Norm(module, epsilon, shifted) for shifted in (False, True))
     return next((kind for kind in kinds if _same(sample.forward, _Norm(sample, epsilon, kind.shifted), inputs)), None)
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """Returns the shape of a complete weight. One that ZeRO-3 has split is empty."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def _copied(module: Any) -> Any:
@@ -97,7 +103,7 @@ def _copied(module: Any) -> Any:
 
 def _with_sample_weight(norm: Any, device: torch.device) -> Any:
     """Returns a copy of a norm with another weight, on `device`."""
-    weight = _wave(1, len(norm.weight), norm.weight.dtype, device)[0]
+    weight = _wave(1, _shape(norm.weight)[0], norm.weight.dtype, device)[0]
     sample = _copied(norm)
     sample._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     return sample
@@ -149,7 +155,7 @@ def _replace_layer(layer: Any, norms: dict[int, _Norm], device: torch.device) ->
         "post_attention_layernorm": sample_norms[1],
     }  # fmt: skip
     sample_norm = _Norm(sample_norms[1], norm.epsilon, norm.shifted)
-    inputs = (_wave(_ROWS, len(norm.module.weight), norm.module.weight.dtype, device)[None],)
+    inputs = (_wave(_ROWS, _shape(norm.module.weight)[0], norm.module.weight.dtype, device)[None],)
     if not _same(sample.forward, _layer_forward(sample, sample_norm), inputs):
         return False
     _replace(layer, _checkpointed(layer, _layer_forward(layer, norm)))

@@ -25,12 +25,14 @@ class Precision:
 
     With `half`, matrix products are in bfloat16. With `trained`, the base's own weights are
     trained. Activations between products are in the format of the weights: in bfloat16 if the
-    weights are frozen or `gathered` in it, and otherwise in float32.
+    weights are frozen or `gathered` in it, and otherwise in float32. With `stores_inputs`, products
+    store their inputs also if their weights are frozen, as DeepSpeed's own do in stage 3.
     """
 
     half: bool
     trained: bool
     gathered: bool = False
+    stores_inputs: bool = False
 
     @property
     def wide(self) -> bool:
@@ -95,7 +97,10 @@ def _layer(size: ModelSize, shape: LayerShape, precision: Precision) -> int:
     gated = (4 if shape.fusible else 6) * size.intermediate
     if not precision.trained:
         norms = (2 if shape.fusible else 4) * shape.norms
-        return norms + attention + gated + 2 * shape.adapter_inputs + shape.dropout_masks
+        # Without dropout, adapters store the inputs themselves. That of o is attention's output.
+        inputs = 2 * size.hidden + size.intermediate if precision.stores_inputs else 0
+        inputs = inputs if shape.dropout_masks else max(0, inputs - shape.adapter_inputs)
+        return norms + attention + gated + 2 * (shape.adapter_inputs + inputs) + shape.dropout_masks
     # Fused norms store their inputs, in the format of the activations. Matrix products store their
     # inputs in bfloat16: q, k and v; gate and up; and down, whose input is the gated product. The
     # input of o is attention's output. Norms that aren't fused store their inputs in float32 and

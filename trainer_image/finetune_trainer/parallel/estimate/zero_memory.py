@@ -20,14 +20,14 @@ def gathered_by_stage_3(parameters: int, largest: int, stored: int) -> int:
     return min(parameters, ZERO_LIVE_PARAMETERS + largest) * stored + 4 * ZERO_BUCKET
 
 
-def casts_in_stage_3(layer: int, count: int, least: int) -> int:
+def casts_in_stage_3(layer: int, count: int, head: int) -> int:
     """Returns the bytes of the copies of trained weights in bfloat16 that are stored from the
     forward pass to the backward pass, since each product stores its own.
 
-    `layer` is the number of values of a layer, and `count` layers aren't recomputed. Those of the
-    others should exist for one layer at a time. As that wasn't measured, `least` bytes are counted.
+    `layer` is the number of values of a layer, and `count` layers aren't recomputed. `head` is that
+    of the output layer, whose copy is freed before the backward pass of the layers.
     """
-    return max(2 * layer * count, least)
+    return max(2 * layer * count, 2 * head)
 
 
 def buffers(stage: int, trained: int) -> int:

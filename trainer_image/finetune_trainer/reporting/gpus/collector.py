@@ -52,9 +52,11 @@ class GpuCollector(Collector):
                 if value is not None:
                     family.add_metric(self._values(reading), value)
             yield family
-        lost = self._gauge("finetune_gpu_lost", "1 if the driver can no longer reach the GPU.")
+        lost = self._gauge(
+            "finetune_gpu_lost", "1 if the GPU can't be used any more: lost, in need of a reset, or without its driver."
+        )
         for reading in observation.readings:
-            lost.add_metric(self._values(reading), float(reading.lost))
+            lost.add_metric(self._values(reading), float(bool(reading.failure)))
         yield lost
 
     def _by_kind(self, observation: Observation) -> Iterator[Metric]:

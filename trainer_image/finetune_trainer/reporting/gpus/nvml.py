@@ -23,6 +23,14 @@ _THROTTLE_REASONS = {
     "hardware_thermal": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
     "power_brake": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
 }
+# What NVML answers about a GPU that can't be used any more, whatever is asked.
+_FAILURES = {
+    pynvml.NVML_ERROR_GPU_IS_LOST: "is lost",
+    pynvml.NVML_ERROR_GPU_NOT_FOUND: "is gone",
+    pynvml.NVML_ERROR_RESET_REQUIRED: "needs a reset",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "has lost its driver, which is no longer loaded",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "has another driver than when the pod started",
+}
 _ALL_LINKS = 0xFFFFFFFF  # the scope of a field value that sums over a GPU's links
 
 
@@ -55,6 +63,7 @@ class Reading:
     `throttled` maps each reason for a lower clock to whether it applies. `pcie` and `nvlink` are by
     direction (tx, rx): bytes per second, and bytes since the driver was loaded. `ecc_errors` are
     those since the driver was loaded, by kind (corrected, uncorrected), `remapped_rows` by cause.
+    `failure` says, as a predicate, why the GPU can't be used any more; empty if it can.
     """
 
     device: Device
@@ -69,7 +78,7 @@ class Reading:
     nvlink: dict[str, float] = field(default_factory=dict)
     ecc_errors: dict[str, int] = field(default_factory=dict)
     remapped_rows: dict[str, int] | None = None
-    lost: bool = False
+    failure: str = ""
 
 
 def devices() -> tuple[Device, ...]:
@@ -90,7 +99,7 @@ def read(device: Device) -> Reading:
     """Returns the current figures of a device."""
     gpu, part = device.gpu, device.part
     if gpu is None:
-        return Reading(device, lost=True)
+        return Reading(device, failure=_FAILURES[pynvml.NVML_ERROR_GPU_IS_LOST])
     utilization = _value(pynvml.nvmlDeviceGetUtilizationRates, part)
     memory = _value(pynvml.nvmlDeviceGetMemoryInfo, part)
     power = _value(pynvml.nvmlDeviceGetPowerUsage, gpu)
@@ -109,7 +118,7 @@ def read(device: Device) -> Reading:
         nvlink=_nvlink(gpu),
         ecc_errors=_ecc_errors(gpu),
         remapped_rows=_remapped_rows(gpu),
-        lost=_is_lost(gpu),
+        failure=_failure(gpu),
     )
 
 
@@ -200,12 +209,12 @@ def _remapped_rows(gpu: object) -> dict[str, int] | None:
     return None if rows is None else dict(zip(("correctable", "uncorrectable", "pending", "failed"), rows, strict=True))
 
 
-def _is_lost(gpu: object) -> bool:
+def _failure(gpu: object) -> str:
     try:
         pynvml.nvmlDeviceGetMemoryInfo(gpu)
     except pynvml.NVMLError as error:
-        return bool(error.value == pynvml.NVML_ERROR_GPU_IS_LOST)
-    return False
+        return _FAILURES.get(error.value, "")
+    return ""
 
 
 def _value(function: Callable[..., Any], *arguments: object) -> Any:

@@ -80,7 +80,7 @@ class Gpus:
 
     def faults(self) -> tuple[str, ...]:
         """Returns a clause for each fault of a GPU since the start: an Xid error of the hardware,
-        memory errors that couldn't be corrected, or a GPU that is lost."""
+        memory errors that couldn't be corrected, or a GPU that can't be used any more."""
         return self.observe(_FAULTS_TIMEOUT).faults
 
     def _watch(self) -> None:
@@ -133,6 +133,6 @@ def _new_faults(first: nvml.Reading, now: nvml.Reading) -> list[str]:
         clauses.append(f"{name} had memory errors that ECC couldn't correct")
     if (now.remapped_rows or {}).get("failed") and not (first.remapped_rows or {}).get("failed"):
         clauses.append(f"{name} has a defective memory row that can't be replaced")
-    if now.lost:
-        clauses.append(f"{name} is lost")
+    if now.failure:
+        clauses.append(f"{name} {now.failure}")
     return clauses

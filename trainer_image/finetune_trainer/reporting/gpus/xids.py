@@ -22,11 +22,13 @@ _APPLICATION = {
 _HARDWARE = {
     32: "invalid or corrupted push buffer stream",
     38: "driver firmware error",
+    46: "GPU stopped processing, and its channels couldn't be reset",
     48: "double-bit ECC error",
     61: "internal microcontroller breakpoint",
     62: "internal microcontroller halt",
     63: "a memory row or page was marked to be replaced at the next reset",
     64: "a memory row or page couldn't be marked to be replaced",
+    54: "an auxiliary power connector isn't plugged in",
     69: "graphics engine class error",
     74: "NVLink error",
     79: "GPU has fallen off the bus",
@@ -37,8 +39,11 @@ _HARDWARE = {
     119: "GSP firmware didn't respond in time",
     120: "GSP firmware error",
     121: "error of the link between CPU and GPU (C2C)",
+    136: "NVLink couldn't be trained",
+    137: "NVLink privilege error: an access to another GPU's memory wasn't allowed",
     140: "ECC error that couldn't be recovered",
     143: "GPU initialization failure",
+    **dict.fromkeys(range(144, 151), "NVLink error"),
     154: "the action that is needed to recover the GPU changed",
 }
 KNOWN: dict[int, tuple[Origin, str]] = {
