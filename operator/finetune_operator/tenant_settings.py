@@ -63,3 +63,8 @@ class TenantSettings(Model):
         description="URLs of trackers; a path below one is allowed too. Empty means any, but a Secret is then used "
         "only for the server that the Secret itself names.",
     )
+    proxies: tuple[str, ...] = Field(
+        default=(),
+        description="URLs of proxies that a job may name in pod.env. A proxy sends requests for a pod to servers that "
+        "the pod itself wouldn't ask.",
+    )

@@ -3,16 +3,21 @@ operator stays alive, and another job's status and metrics stay true."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 import tracemalloc
 import unicodedata
 from datetime import UTC, datetime
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from kubernetes.aio import client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,11 +31,14 @@ from finetune_api.status import TERMINAL_PHASES, Status, read
 from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.progress_store import ProgressStore
 from finetune_operator.controller.resync import tolerantly
+from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.core.decide import decide
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.status import status
 from finetune_operator.core.verdict import verdict
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.encoding import yaml_safe
+from finetune_operator.kube.rate_limiter import RateLimiter
 from finetune_operator.servers import job_metrics, token_reviews
 from k8s_operator.support.kubelet_stand_in import job_body
 from k8s_operator.support.observed_states import a_done_pod, an_attempt
@@ -68,6 +76,12 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for inner in value for text in _texts(inner)]
     return [value] if isinstance(value, str) else []
+
+
+def _job_raw(**changes: Any) -> dict[str, Any]:
+    owner = {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "victim", "uid": _VICTIM, "controller": True}
+    meta = {"namespace": "team", "name": "victim-1", "uid": "j", "resourceVersion": "1", "ownerReferences": [owner]}
+    return {"metadata": {**meta, **changes}, "spec": {}}
 
 
 def _is_safe(text: str) -> bool:
@@ -231,17 +245,8 @@ def test_a_text_that_is_no_token_is_not_reviewed(token: str) -> None:
 
 
 def test_a_job_of_two_billion_completions_costs_no_memory() -> None:
-    raw = {
-        "metadata": {
-            "namespace": "team", "name": "victim-1", "uid": "j", "resourceVersion": "1",
-            "labels": {names.LABEL_ROLE: names.ROLE_TRAINER, names.LABEL_ATTEMPT: "1"},
-            "ownerReferences": [{
-                "apiVersion": names.API_VERSION, "kind": names.KIND, "name": "victim", "uid": _VICTIM,
-                "controller": True,
-            }],
-        },
-        "spec": {"completions": 2147483647},
-    }  # fmt: skip
+    labels = {names.LABEL_ROLE: names.ROLE_TRAINER, names.LABEL_ATTEMPT: "1"}
+    raw = {**_job_raw(labels=labels), "spec": {"completions": 2147483647}}
     cache = Cache()
     cache.put_body(_body("victim", _VICTIM))
     cache.put_job(raw)
@@ -268,3 +273,79 @@ def test_a_result_elsewhere_is_not_believed(uri: str) -> None:
     assert after.artifact is None
     assert uri not in json.dumps(after.to_json())
     assert "spec.output.uri" in after.message
+
+
+@pytest.mark.parametrize(
+    "counts", [{"memory": 2**63 - 1, "application": 2**63 - 1}, {"memory": 2**64}, [], "x"], ids=str
+)
+def test_restarts_that_somebody_writes_into_an_annotation_fit_into_status(counts: Any) -> None:
+    cache = Cache()
+    cache.put_body(_body("victim", _VICTIM, {"phase": "Running", "attempt": 1}))
+    cache.put_job(_job_raw(annotations={names.ANNOTATION_RESTARTS: json.dumps(counts)}))
+    snapshot = cache.snapshot(("team", "victim"))
+    assert snapshot is not None
+    observed = Observed(job=parse(_body("victim", _VICTIM, {"attempt": 1})), attempts=snapshot.attempts)
+    desired = decide(observed, _NOW).desired
+    assert desired is not None
+    _accepted(status(observed, desired, _NOW))
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoints/../../evil", "checkpoints/step-8", "checkpoints/step-7/../../x", "checkpoints/", "x/step-7"]
+)
+def test_a_checkpoint_elsewhere_is_not_believed(place: str) -> None:
+    def reported(uri: str) -> Any:
+        checkpoint = {"step": 7, "uri": uri, "time": "2026-01-01T00:00:00Z"}
+        result = result_message.decode(json.dumps({"outcome": "preempted", "checkpoint": checkpoint}))
+        attempt = an_attempt(1, a_done_pod(0, result), failed=True)
+        observed = Observed(job=parse(_body("victim", _VICTIM)), attempts=(attempt,))
+        desired = decide(observed, _NOW).desired
+        assert desired is not None
+        return status(observed, desired, _NOW).checkpoint
+
+    assert reported(f"s3://outputs/result/{place}") is None
+    assert reported("s3://outputs/result/checkpoints/step-7") is not None
+
+
+class _Pages(BaseHTTPRequestHandler):
+    """Answers lists of large Events page by page, as an API server does."""
+
+    events: ClassVar[list[dict[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        begin, limit = int(query.get("continue", ["0"])[0]), int(query["limit"][0])
+        more = {"continue": str(begin + limit)} if begin + limit < len(self.events) else {}
+        body = json.dumps({"items": self.events[begin : begin + limit], "metadata": more}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+async def test_events_of_any_size_and_number_take_little_memory_and_say_what_they_said() -> None:
+    def event(uid: str) -> dict[str, Any]:
+        last = {"involvedObject": {"uid": uid}, "reason": "Failed", "lastTimestamp": "2026-01-01T00:00:00Z"}
+        return {**last, "message": "no such Secret", "metadata": {}}
+
+    huge = [event(f"{number}-" + "x" * 1_000_000) for number in range(100)]
+    handler = type("Handler", (_Pages,), {"events": [*huge, *(event(f"u{n}") for n in range(9000)), event("u1")]})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = client.ApiClient(client.Configuration(host=f"http://127.0.0.1:{server.server_address[1]}"))
+        kube = KubeClient(api, RateLimiter(1000, 1000), lambda *_: None)
+        warnings = WarningEvents(kube)
+        huge.clear()
+        try:
+            assert await warnings.refresh("team", ("u1",))
+            assert warnings.messages == {"u1": "Failed: no such Secret"}
+        finally:
+            await kube.close()
+            server.shutdown()
+    kept = warnings._listed["team"]
+    assert len(kept) <= 5000
+    assert max(map(len, kept)) < 100

@@ -12,14 +12,16 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_api import names
 from finetune_api.untrusted import line
+from finetune_operator.kube import responses
 from finetune_operator.kube.encoding import yaml_safe
+from finetune_operator.kube.paths import path_of
 from finetune_operator.kube.rate_limiter import ORDINARY, URGENT, RateLimiter
 
 Raw = dict[str, Any]
@@ -34,17 +36,6 @@ _TOO_LARGE = ("request is too large", "Request entity too large", "exceeds")  # 
 _CHILD_SELECTOR = f"app.kubernetes.io/managed-by={names.COMMON_LABELS['app.kubernetes.io/managed-by']}"
 
 _UNTHROTTLED = ("leases", "tokenreviews")  # reviews have a budget of their own
-_API_PATHS = {
-    names.PLURAL: f"/apis/{names.API_VERSION}",
-    "jobs": "/apis/batch/v1",
-    "pods": "/api/v1",
-    "services": "/api/v1",
-    "serviceaccounts": "/api/v1",
-    "persistentvolumeclaims": "/api/v1",
-    "networkpolicies": "/apis/networking.k8s.io/v1",
-    "events": "/api/v1",
-    "leases": "/apis/coordination.k8s.io/v1",
-}
 
 
 class ApiError(Exception):
@@ -81,6 +72,10 @@ class Unavailable(ApiError):
     """Is raised if the server doesn't respond or is overloaded; the request may succeed later."""
 
 
+class LargePage(Unavailable):
+    """Is raised if a response has more bytes than the operator has memory for."""
+
+
 class KubeClient:
     """Wraps one connection pool and one rate limiter, and a pool of its own for the Lease.
 
@@ -105,23 +100,32 @@ class KubeClient:
 
     async def get(self, resource: str, namespace: str, name: str) -> Raw:
         """Reads the newest version of an object. Raises NotFound."""
-        return await self._request("GET", resource, _path(resource, namespace, name))
+        return await self._request("GET", resource, path_of(resource, namespace, name))
 
     async def matching(self, resource: str, namespace: str, matches: Callable[[Raw], bool]) -> list[Raw]:
         """Lists the newest versions of the namespace's objects, whatever their labels are."""
         return [item async for item in self.items(resource, namespace) if matches(item)]
 
-    async def all_of(self, resource: str, namespaces: tuple[str, ...]) -> list[Raw]:
+    async def all_of(self, resource: str, namespaces: tuple[str, ...]) -> AsyncIterator[Raw]:
         """Lists FineTuneJobs, or their Jobs or pods, in the namespaces; empty means all."""
         selector = "" if resource == names.PLURAL else _CHILD_SELECTOR
-        return [item for namespace in (namespaces or ("",)) async for item in self.items(resource, namespace, selector)]
+        for namespace in namespaces or ("",):
+            async for item in self.items(resource, namespace, selector):
+                yield item
 
     async def items(self, resource: str, namespace: str, labels: str = "", fields: str = "") -> AsyncIterator[Raw]:
-        """Lists objects page by page; `labels` and `fields` are selectors."""
-        token = ""
+        """Lists objects page by page, of which large ones have fewer objects; `labels` and `fields`
+        are selectors."""
+        token, size = "", _PAGE_SIZE
         while True:
-            query = {"limit": str(_PAGE_SIZE), "labelSelector": labels, "fieldSelector": fields, "continue": token}
-            page = await self._request("GET", resource, _path(resource, namespace), query, verb="list")
+            query = {"limit": str(size), "labelSelector": labels, "fieldSelector": fields, "continue": token}
+            try:
+                page = await self._request("GET", resource, path_of(resource, namespace), query, verb="list")
+            except LargePage:
+                if size == 1:
+                    raise
+                size = max(1, size // 8)
+                continue
             for item in page["items"]:
                 yield item
             token = page["metadata"].get("continue", "")
@@ -138,7 +142,7 @@ class KubeClient:
 
     async def create(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
         """Creates an object. Raises AlreadyExists if there is one of that name."""
-        path = _path(resource, manifest["metadata"]["namespace"])
+        path = path_of(resource, manifest["metadata"]["namespace"])
         query = {"fieldManager": names.FIELD_MANAGER}
         return await self._request("POST", resource, path, query, dict(manifest), priority=URGENT)
 
@@ -153,7 +157,7 @@ class KubeClient:
             "metadata": {"name": name, "namespace": namespace, "resourceVersion": resource_version},
             "status": status,
         }
-        path = _path(names.PLURAL, namespace, name) + "/status"
+        path = path_of(names.PLURAL, namespace, name) + "/status"
         query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
         return await self._request("PATCH", f"{names.PLURAL}/status", path, query, yaml_safe(body), content_type=_APPLY)
 
@@ -168,14 +172,14 @@ class KubeClient:
             "preconditions": preconditions,
             "propagationPolicy": "Foreground" if wait else "Background",
         }
-        return await self._request("DELETE", resource, _path(resource, namespace, name), {}, body)
+        return await self._request("DELETE", resource, path_of(resource, namespace, name), {}, body)
 
     async def patch(self, resource: str, namespace: str, name: str, body: Raw) -> Raw:
         """Changes fields of an object by a merge patch.
 
         Raises Conflict if the resourceVersion in `body` is outdated.
         """
-        path = _path(resource, namespace, name)
+        path = path_of(resource, namespace, name)
         query = {"fieldManager": names.FIELD_MANAGER}
         content_type = "application/merge-patch+json"
         return await self._request("PATCH", resource, path, query, body, content_type=content_type)
@@ -183,7 +187,7 @@ class KubeClient:
     async def replace(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
         """Replaces an object. Raises Conflict if the manifest's resourceVersion is outdated."""
         meta = manifest["metadata"]
-        path = _path(resource, meta["namespace"], meta["name"])
+        path = path_of(resource, meta["namespace"], meta["name"])
         return await self._request("PUT", resource, path, {}, dict(manifest), priority=URGENT)
 
     async def review_token(self, token: str, audience: str) -> Raw:
@@ -226,11 +230,13 @@ class KubeClient:
         verb = verb or method.lower()
         try:
             response = await api.call_api(method, url, headers, body, _request_timeout=timeout)
-            content = await response.read()
+            content = await responses.read(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._count(verb, resource, "error")
             raise Unavailable(0, type(error).__name__, f"{method} {path}: {error}") from error
         self._count(verb, resource, str(response.status))
+        if content is None:
+            raise LargePage(response.status, "TooLarge", f"{method} {path} answers more than the operator reads")
         if response.status < 300:
             return _object(content)
         raise _error(response.status, content)
@@ -266,21 +272,11 @@ async def wait_until_available(client: KubeClient, resource: str, namespaces: tu
             delay = min(delay * 2, 5.0)
 
 
-def _path(resource: str, namespace: str, name: str = "") -> str:
-    prefix = _API_PATHS[resource]
-    scope = f"/namespaces/{quote(namespace)}" if namespace else ""
-    return f"{prefix}{scope}/{resource}" + (f"/{quote(name)}" if name else "")
-
-
 def _object(content: bytes) -> Raw:
-    """Parses a response. Raises Unavailable if a proxy answered with something else."""
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise Unavailable(0, "InvalidResponse", f"the response isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Unavailable(0, "InvalidResponse", "the response isn't an object")
-    return value
+        return responses.parsed(content)
+    except ValueError as error:
+        raise Unavailable(0, "InvalidResponse", str(error)) from error
 
 
 def _error(code: int, content: bytes) -> ApiError:

@@ -14,6 +14,7 @@ from typing import Any
 from finetune_api import names
 from finetune_api.destinations import is_listed, is_listed_url
 from finetune_api.resource import FineTuneJob, SecretRef, Spec
+from finetune_api.spec import environment
 from finetune_operator.core.plan import PlanError
 from finetune_operator.settings import Settings
 from finetune_operator.tenant_settings import TenantSettings
@@ -90,6 +91,7 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
         if not is_listed(entry.name, allowed):
             raise _refused(entry, allowed)
     _check_tracker(job.spec, settings.tenants.trackers)
+    _check_proxies(job.spec, settings)
 
 
 def unlisted(job: FineTuneJob, settings: Settings) -> tuple[Unlisted, ...]:
@@ -165,6 +167,20 @@ def _check_tracker(spec: Spec, allowed: tuple[str, ...]) -> None:
     mlflow = spec.tracking.mlflow
     if mlflow and allowed and not is_listed_url(mlflow.uri, allowed):
         raise _refused(_Named("spec.tracking.mlflow.uri", mlflow.uri, "trackers"), allowed)
+
+
+def _check_proxies(spec: Spec, settings: Settings) -> None:
+    """Checks the proxies that a job names. Exceptions are its own affair, unless the administrator
+    has a proxy."""
+    allowed = settings.tenants.proxies
+    has_proxy = any(environment.is_proxy(entry.name) for entry in settings.pods.env)
+    for entry in spec.pod.env:
+        is_exception = entry.name.upper() == "NO_PROXY"
+        if not environment.is_proxy(entry.name) or "*" in allowed or (is_exception and not has_proxy):
+            continue
+        url = entry.value if "//" in entry.value else f"http://{entry.value}"
+        if is_exception or not is_listed_url(url, allowed):
+            raise _refused(_Named("spec.pod.env", f"{entry.name}={entry.value[:200]}", "proxies"), allowed)
 
 
 def _named(spec: Spec) -> Iterator[_Named]:
