@@ -33,11 +33,19 @@ _UNSAFE = re.compile(
     + "]"
 )
 _REPLACEMENT = "\ufffd"
+# What a URL may hold besides a place: a user with a password, and a query with a signature.
+_URL_USER = re.compile(r"://[^\s/?#@\"'<>]{1,512}@")
+_URL_QUERY = re.compile(r"(://[^\s?#\"'<>]{1,1024})\?[^\s\"'<>)]+")
 
 
 def line(text: str, limit: int = MAX_LINE_CHARACTERS) -> str:
     """Returns a text as one line of at most `limit` printable characters."""
     return _cut(_UNSAFE.sub(_REPLACEMENT, re.sub(r"[\r\n\t]+", " ", text[: 4 * limit])), limit)
+
+
+def without_url_secrets(text: str) -> str:
+    """Returns a text whose URLs have no user, password and query, which may be credentials."""
+    return _URL_QUERY.sub(r"\1?…", _URL_USER.sub("://…@", text)) if "://" in text else text
 
 
 def shortened(text: str, limit: int) -> str:

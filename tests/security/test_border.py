@@ -4,9 +4,11 @@ operator stays alive, and another job's status and metrics stay true."""
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import threading
+import time
 import tracemalloc
 import unicodedata
 from datetime import UTC, datetime
@@ -40,6 +42,8 @@ from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.encoding import yaml_safe
 from finetune_operator.kube.rate_limiter import RateLimiter
 from finetune_operator.servers import job_metrics, token_reviews
+from finetune_trainer.errors import RunError
+from finetune_trainer.log import Log
 from k8s_operator.support.kubelet_stand_in import job_body
 from k8s_operator.support.observed_states import a_done_pod, an_attempt
 from security.support.hostile import TEXT, VALUE, fields_of, jobs, pods
@@ -346,6 +350,34 @@ async def test_events_of_any_size_and_number_take_little_memory_and_say_what_the
         finally:
             await kube.close()
             server.shutdown()
-    kept = warnings._listed["team"]
-    assert len(kept) <= 5000
-    assert max(map(len, kept)) < 100
+    remembered = warnings._listed["team"]
+    assert len(remembered) <= 5000
+    assert max(map(len, remembered)) < 100
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GET https://me:pw@s3.example/b/k failed", "GET https://…@s3.example/b/k failed"),
+        ("404 for url: https://cdn/x?X-Amz-Signature=abc&sig=d.", "404 for url: https://cdn/x?…"),
+        ("(https://a/b?sig=1) and 'az://c/d?se=2'", "(https://a/b?…) and 'az://c/d?…'"),
+        ("proxy http://token@proxy:1 refused; s3://b/k", "proxy http://…@proxy:1 refused; s3://b/k"),
+        ("is it there? me@host", "is it there? me@host"),
+        ("hf://org/name, https://a/b", "hf://org/name, https://a/b"),
+    ],
+)
+def test_no_credentials_of_a_url_get_into_a_message_or_a_log(text: str, expected: str) -> None:
+    assert untrusted.without_url_secrets(text) == expected
+    assert RunError("StorageUnavailable", text).message == expected
+    for as_text in (True, False):
+        stream = io.StringIO()
+        Log(stream, text=as_text).error(text, detail=text)
+        Log(stream, text=as_text).relay(0, text)
+        assert stream.getvalue().count(expected.partition(" ")[2] or expected) >= 3
+
+
+def test_texts_of_many_urls_take_no_time() -> None:
+    started = time.process_time()
+    for text in ("a://" * 16_000, "://" + "x" * 65_000, "http://a@" * 7000, "http://a/?" * 6000):
+        untrusted.without_url_secrets(text)
+    assert time.process_time() - started < 5
