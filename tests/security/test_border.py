@@ -42,6 +42,7 @@ from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.encoding import yaml_safe
 from finetune_operator.kube.rate_limiter import RateLimiter
 from finetune_operator.servers import job_metrics, token_reviews
+from finetune_trainer.destination import predecessor
 from finetune_trainer.errors import RunError
 from finetune_trainer.log import Log
 from k8s_operator.support.kubelet_stand_in import job_body
@@ -115,6 +116,29 @@ def test_a_text_from_outside_becomes_one_printable_line(text: str) -> None:
     assert untrusted.line(line) == line
     assert _is_safe(untrusted.lines(text))
     assert len(untrusted.line(text * 300)) <= untrusted.MAX_LINE_CHARACTERS
+
+
+def test_what_nobody_can_see_is_replaced_and_what_scripts_and_emoji_need_stays() -> None:
+    unseen = "\u034f\u115f\u1160\u17b4\u3164\uffa0\U0001bca0\U0001d173\U000e0041\u00ad\u200b\u2062\ufff9\U000e0fff"
+    assert set(untrusted.line(unseen)) == {"\ufffd"}
+    needed = "\u0915\u094d\u200d\u0937 \U0001f469\u200d\U0001f52c \u2764\ufe0f \u8fbb\U000e0100"
+    assert untrusted.line(needed) == needed
+
+
+_IMPOSSIBLE: tuple[dict[str, Any], ...] = (
+    {"step": -5},
+    {"step": 10**30},
+    {"files": [{"path": "a", "size": -1, "sha256": "x"}]},
+    {"job": {"namespace": "a", "name": "b", "uid": "c", "attempt": 2**63}},
+)
+
+
+@pytest.mark.parametrize("change", _IMPOSSIBLE, ids=str)
+def test_a_manifest_with_impossible_numbers_is_none(change: dict[str, Any]) -> None:
+    job = {"namespace": "a", "name": "b", "uid": "c", "attempt": 1}
+    good = {"version": 1, "kind": "checkpoint", "job": job, "step": 1, "created": "x", "files": []}
+    assert predecessor.parse(json.dumps(good).encode()) is not None
+    assert predecessor.parse(json.dumps({**good, **change}).encode()) is None
 
 
 @_MANY
@@ -262,6 +286,17 @@ def test_a_job_of_two_billion_completions_costs_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("reason", "label"), [("DiskFull", "DiskFull"), ("MadeUp7f3a", "Other"), ("X" * 60, "Other")])
+def test_a_reason_that_a_pod_makes_up_makes_no_series(reason: str, label: str) -> None:
+    cache, registry = Cache(), CollectorRegistry()
+    failure = {"reason": reason, "message": "x", "attempt": 1}
+    cache.put_body(_body("victim", _VICTIM, {"phase": "Restarting", "reason": reason, "failure": failure}))
+    job_metrics.register(registry, cache, ProgressStore(), 3600)
+    labels = {"namespace": "team", "job": "victim", "reason": label}
+    assert registry.get_sample_value("finetune_job_reason", labels) == 1
+    assert generate_latest(registry).decode().count("finetune_job_reason{") == 1
 
 
 @pytest.mark.parametrize("uri", ["s3://evil/backdoored-adapter", "s3://outputs/result-2", "s3://outputs/result/../x"])
