@@ -31,6 +31,7 @@ tenants:
   schedulers: [default-scheduler]
   queues: [team-*]
   labelKeys: [team]
+  volumeImages: [registry/models/*]
   trackers: [https://mlflow.example/team]
 """
 
@@ -70,6 +71,9 @@ _REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "T11 a tracker": (
         _NARROW, {"tracking": {"mlflow": {"uri": "https://evil.example"}}}, "spec.tracking.mlflow.uri",
         "https://mlflow.example/team"),
+    "T14 an image that a node has pulled for somebody else": (
+        _NARROW, {"pod": {"volumes": [{"name": "v", "image": {"reference": "theirs:1", "pullPolicy": "Never"}}]}},
+        "spec.pod.volumes", "registry/models/*"),
     "T12 a proxy": ("", _env("HTTPS_PROXY", "http://169.254.169.254"), "spec.pod.env", "there are none"),
     "T12 a proxy in lowercase": ("", _env("https_proxy", "proxy.evil:3128"), "spec.pod.env", "proxy.evil"),
     "T12 a proxy for everything": ("", _env("ALL_PROXY", "socks5://10.96.0.1:1080"), "spec.pod.env", "there are none"),

@@ -198,6 +198,8 @@ def _named(spec: Spec) -> Iterator[_Named]:
     nodes = pod.node_affinity
     conditions = (*(entry.key for entry in nodes.required), *(entry.key for entry in nodes.preferred))
     yield from _each("spec.pod.nodeAffinity", conditions, "nodeLabelKeys")
+    images = (volume.image.reference for volume in pod.volumes if volume.image)
+    yield from _each("spec.pod.volumes", images, "volumeImages")
     yield from _each("spec.pod.labels", pod.labels, "labelKeys")
     yield from _each("spec.pod.annotations", pod.annotations, "annotationKeys")
 
@@ -253,6 +255,7 @@ def _list(tenants: TenantSettings, setting: str) -> tuple[str, ...]:
         "extraResources": tenants.extra_resources,
         "tolerationKeys": tenants.toleration_keys,
         "nodeLabelKeys": tenants.node_label_keys,
+        "volumeImages": tenants.volume_images,
         "labelKeys": tenants.label_keys,
         "annotationKeys": tenants.annotation_keys,
     }
