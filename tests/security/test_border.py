@@ -371,8 +371,8 @@ async def test_events_of_any_size_and_number_take_little_memory_and_say_what_the
         last = {"involvedObject": {"uid": uid}, "reason": "Failed", "lastTimestamp": "2026-01-01T00:00:00Z"}
         return {**last, "message": "no such Secret", "metadata": {}}
 
-    huge = [event(f"{number}-" + "x" * 1_000_000) for number in range(100)]
-    handler = type("Handler", (_Pages,), {"events": [*huge, *(event(f"u{n}") for n in range(9000)), event("u1")]})
+    huge = [event(f"{number}-" + "x" * 1_000_000) for number in range(40)]
+    handler = type("Handler", (_Pages,), {"events": [*huge, *(event(f"u{n}") for n in range(5500)), event("u1")]})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         api = client.ApiClient(client.Configuration(host=f"http://127.0.0.1:{server.server_address[1]}"))

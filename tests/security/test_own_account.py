@@ -291,7 +291,9 @@ _FINETUNEJOBS: dict[str, tuple[Raw, bool]] = {
 
 def test_p1_of_a_job_itself_only_the_operators_finalizer_can_be_changed(account: User, world: World) -> None:
     world.submit("theirs")
-    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "their-own", "uid": "uid-of-theirs"}
+    world.submit("owner")  # one that exists, or the garbage collector deletes what it owns
+    uid = world.get("finetunejobs", "owner")["metadata"]["uid"]  # type: ignore[index]
+    owner = {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "owner", "uid": uid}
     world.patch("finetunejobs", "theirs", {"metadata": {"ownerReferences": [owner]}})
     world.patch("finetunejobs", "theirs", {"metadata": {"finalizers": ["example.com/own"]}})
     url = world.path("finetunejobs", "theirs")
