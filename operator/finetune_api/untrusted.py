@@ -28,16 +28,25 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}")
 # them. The joiners U+200C and U+200D stay, because scripts and emoji need them.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
-    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f"
+    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
+    "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     + "".join(chr(plane << 16 | end) for plane in range(1, 17) for end in (0xFFFE, 0xFFFF))
     + "]"
 )
 _REPLACEMENT = "\ufffd"
+# What a URL may hold besides a place: a user with a password, and a query with a signature.
+_URL_USER = re.compile(r"://[^\s/?#@\"'<>]{1,512}@")
+_URL_QUERY = re.compile(r"(://[^\s?#\"'<>]{1,1024})\?[^\s\"'<>)]+")
 
 
 def line(text: str, limit: int = MAX_LINE_CHARACTERS) -> str:
     """Returns a text as one line of at most `limit` printable characters."""
     return _cut(_UNSAFE.sub(_REPLACEMENT, re.sub(r"[\r\n\t]+", " ", text[: 4 * limit])), limit)
+
+
+def without_url_secrets(text: str) -> str:
+    """Returns a text whose URLs have no user, password and query, which may be credentials."""
+    return _URL_QUERY.sub(r"\1?…", _URL_USER.sub("://…@", text)) if "://" in text else text
 
 
 def shortened(text: str, limit: int) -> str:

@@ -63,3 +63,13 @@ class TenantSettings(Model):
         description="URLs of trackers; a path below one is allowed too. Empty means any, but a Secret is then used "
         "only for the server that the Secret itself names.",
     )
+    volume_images: tuple[str, ...] = Field(
+        default=_ANY,
+        description="Images whose files a job may mount (pod.volumes). A node may have pulled one with a Secret of "
+        "somebody else.",
+    )
+    proxies: tuple[str, ...] = Field(
+        default=(),
+        description="URLs of proxies that a job may name in pod.env. A proxy sends requests for a pod to servers that "
+        "the pod itself wouldn't ask.",
+    )

@@ -174,7 +174,7 @@ def test_every_setting_reaches_the_operator(helm: str, tmp_path: Path) -> None:
                  "env": [{"name": "NCCL_IB_GID_INDEX", "value": "3"}]},
         "sweepSeconds": 60, "metricsRetentionSeconds": 1209600, "logLevel": "debug",
         "tenants": {key: [f"{key}-*"] for key in VALUES["tenants"] if isinstance(VALUES["tenants"][key], list)}
-        | {"trackers": ["https://mlflow"]},
+        | {"trackers": ["https://mlflow"], "proxies": ["http://proxy:3128", "*"]},
         "networkPolicy": {"metricsFrom": None, "jobs": {"enabled": False, "egress": [{"ports": [{"port": 53}]}]}},
     }  # fmt: skip
     file = tmp_path / "values.yaml"

@@ -3,16 +3,23 @@ operator stays alive, and another job's status and metrics stay true."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import threading
+import time
 import tracemalloc
 import unicodedata
 from datetime import UTC, datetime
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from kubernetes.aio import client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,12 +33,18 @@ from finetune_api.status import TERMINAL_PHASES, Status, read
 from finetune_operator.controller.cache import Cache
 from finetune_operator.controller.progress_store import ProgressStore
 from finetune_operator.controller.resync import tolerantly
+from finetune_operator.controller.warning_events import WarningEvents
 from finetune_operator.core.decide import decide
 from finetune_operator.core.objects import Observed
 from finetune_operator.core.status import status
 from finetune_operator.core.verdict import verdict
+from finetune_operator.kube.client import KubeClient
 from finetune_operator.kube.encoding import yaml_safe
+from finetune_operator.kube.rate_limiter import RateLimiter
 from finetune_operator.servers import job_metrics, token_reviews
+from finetune_trainer.destination import predecessor
+from finetune_trainer.errors import RunError
+from finetune_trainer.log import Log
 from k8s_operator.support.kubelet_stand_in import job_body
 from k8s_operator.support.observed_states import a_done_pod, an_attempt
 from security.support.hostile import TEXT, VALUE, fields_of, jobs, pods
@@ -70,6 +83,12 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def _job_raw(**changes: Any) -> dict[str, Any]:
+    owner = {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "victim", "uid": _VICTIM, "controller": True}
+    meta = {"namespace": "team", "name": "victim-1", "uid": "j", "resourceVersion": "1", "ownerReferences": [owner]}
+    return {"metadata": {**meta, **changes}, "spec": {}}
+
+
 def _is_safe(text: str) -> bool:
     return all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") or c in "\n\t" for c in text) and not any(
         unicodedata.bidirectional(c) in ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI") for c in text
@@ -97,6 +116,29 @@ def test_a_text_from_outside_becomes_one_printable_line(text: str) -> None:
     assert untrusted.line(line) == line
     assert _is_safe(untrusted.lines(text))
     assert len(untrusted.line(text * 300)) <= untrusted.MAX_LINE_CHARACTERS
+
+
+def test_what_nobody_can_see_is_replaced_and_what_scripts_and_emoji_need_stays() -> None:
+    unseen = "\u034f\u115f\u1160\u17b4\u3164\uffa0\U0001bca0\U0001d173\U000e0041\u00ad\u200b\u2062\ufff9\U000e0fff"
+    assert set(untrusted.line(unseen)) == {"\ufffd"}
+    needed = "\u0915\u094d\u200d\u0937 \U0001f469\u200d\U0001f52c \u2764\ufe0f \u8fbb\U000e0100"
+    assert untrusted.line(needed) == needed
+
+
+_IMPOSSIBLE: tuple[dict[str, Any], ...] = (
+    {"step": -5},
+    {"step": 10**30},
+    {"files": [{"path": "a", "size": -1, "sha256": "x"}]},
+    {"job": {"namespace": "a", "name": "b", "uid": "c", "attempt": 2**63}},
+)
+
+
+@pytest.mark.parametrize("change", _IMPOSSIBLE, ids=str)
+def test_a_manifest_with_impossible_numbers_is_none(change: dict[str, Any]) -> None:
+    job = {"namespace": "a", "name": "b", "uid": "c", "attempt": 1}
+    good = {"version": 1, "kind": "checkpoint", "job": job, "step": 1, "created": "x", "files": []}
+    assert predecessor.parse(json.dumps(good).encode()) is not None
+    assert predecessor.parse(json.dumps({**good, **change}).encode()) is None
 
 
 @_MANY
@@ -231,17 +273,8 @@ def test_a_text_that_is_no_token_is_not_reviewed(token: str) -> None:
 
 
 def test_a_job_of_two_billion_completions_costs_no_memory() -> None:
-    raw = {
-        "metadata": {
-            "namespace": "team", "name": "victim-1", "uid": "j", "resourceVersion": "1",
-            "labels": {names.LABEL_ROLE: names.ROLE_TRAINER, names.LABEL_ATTEMPT: "1"},
-            "ownerReferences": [{
-                "apiVersion": names.API_VERSION, "kind": names.KIND, "name": "victim", "uid": _VICTIM,
-                "controller": True,
-            }],
-        },
-        "spec": {"completions": 2147483647},
-    }  # fmt: skip
+    labels = {names.LABEL_ROLE: names.ROLE_TRAINER, names.LABEL_ATTEMPT: "1"}
+    raw = {**_job_raw(labels=labels), "spec": {"completions": 2147483647}}
     cache = Cache()
     cache.put_body(_body("victim", _VICTIM))
     cache.put_job(raw)
@@ -253,6 +286,17 @@ def test_a_job_of_two_billion_completions_costs_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("reason", "label"), [("DiskFull", "DiskFull"), ("MadeUp7f3a", "Other"), ("X" * 60, "Other")])
+def test_a_reason_that_a_pod_makes_up_makes_no_series(reason: str, label: str) -> None:
+    cache, registry = Cache(), CollectorRegistry()
+    failure = {"reason": reason, "message": "x", "attempt": 1}
+    cache.put_body(_body("victim", _VICTIM, {"phase": "Restarting", "reason": reason, "failure": failure}))
+    job_metrics.register(registry, cache, ProgressStore(), 3600)
+    labels = {"namespace": "team", "job": "victim", "reason": label}
+    assert registry.get_sample_value("finetune_job_reason", labels) == 1
+    assert generate_latest(registry).decode().count("finetune_job_reason{") == 1
 
 
 @pytest.mark.parametrize("uri", ["s3://evil/backdoored-adapter", "s3://outputs/result-2", "s3://outputs/result/../x"])
@@ -268,3 +312,107 @@ def test_a_result_elsewhere_is_not_believed(uri: str) -> None:
     assert after.artifact is None
     assert uri not in json.dumps(after.to_json())
     assert "spec.output.uri" in after.message
+
+
+@pytest.mark.parametrize(
+    "counts", [{"memory": 2**63 - 1, "application": 2**63 - 1}, {"memory": 2**64}, [], "x"], ids=str
+)
+def test_restarts_that_somebody_writes_into_an_annotation_fit_into_status(counts: Any) -> None:
+    cache = Cache()
+    cache.put_body(_body("victim", _VICTIM, {"phase": "Running", "attempt": 1}))
+    cache.put_job(_job_raw(annotations={names.ANNOTATION_RESTARTS: json.dumps(counts)}))
+    snapshot = cache.snapshot(("team", "victim"))
+    assert snapshot is not None
+    observed = Observed(job=parse(_body("victim", _VICTIM, {"attempt": 1})), attempts=snapshot.attempts)
+    desired = decide(observed, _NOW).desired
+    assert desired is not None
+    _accepted(status(observed, desired, _NOW))
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoints/../../evil", "checkpoints/step-8", "checkpoints/step-7/../../x", "checkpoints/", "x/step-7"]
+)
+def test_a_checkpoint_elsewhere_is_not_believed(place: str) -> None:
+    def reported(uri: str) -> Any:
+        checkpoint = {"step": 7, "uri": uri, "time": "2026-01-01T00:00:00Z"}
+        result = result_message.decode(json.dumps({"outcome": "preempted", "checkpoint": checkpoint}))
+        attempt = an_attempt(1, a_done_pod(0, result), failed=True)
+        observed = Observed(job=parse(_body("victim", _VICTIM)), attempts=(attempt,))
+        desired = decide(observed, _NOW).desired
+        assert desired is not None
+        return status(observed, desired, _NOW).checkpoint
+
+    assert reported(f"s3://outputs/result/{place}") is None
+    assert reported("s3://outputs/result/checkpoints/step-7") is not None
+
+
+class _Pages(BaseHTTPRequestHandler):
+    """Answers lists of large Events page by page, as an API server does."""
+
+    events: ClassVar[list[dict[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        begin, limit = int(query.get("continue", ["0"])[0]), int(query["limit"][0])
+        more = {"continue": str(begin + limit)} if begin + limit < len(self.events) else {}
+        body = json.dumps({"items": self.events[begin : begin + limit], "metadata": more}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+async def test_events_of_any_size_and_number_take_little_memory_and_say_what_they_said() -> None:
+    def event(uid: str) -> dict[str, Any]:
+        last = {"involvedObject": {"uid": uid}, "reason": "Failed", "lastTimestamp": "2026-01-01T00:00:00Z"}
+        return {**last, "message": "no such Secret", "metadata": {}}
+
+    huge = [event(f"{number}-" + "x" * 1_000_000) for number in range(40)]
+    handler = type("Handler", (_Pages,), {"events": [*huge, *(event(f"u{n}") for n in range(5500)), event("u1")]})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = client.ApiClient(client.Configuration(host=f"http://127.0.0.1:{server.server_address[1]}"))
+        kube = KubeClient(api, RateLimiter(1000, 1000), lambda *_: None)
+        warnings = WarningEvents(kube)
+        huge.clear()
+        try:
+            assert await warnings.refresh("team", ("u1",))
+            assert warnings.messages == {"u1": "Failed: no such Secret"}
+        finally:
+            await kube.close()
+            server.shutdown()
+    remembered = warnings._listed["team"]
+    assert len(remembered) <= 5000
+    assert max(map(len, remembered)) < 100
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GET https://me:pw@s3.example/b/k failed", "GET https://…@s3.example/b/k failed"),
+        ("404 for url: https://cdn/x?X-Amz-Signature=abc&sig=d.", "404 for url: https://cdn/x?…"),
+        ("(https://a/b?sig=1) and 'az://c/d?se=2'", "(https://a/b?…) and 'az://c/d?…'"),
+        ("proxy http://token@proxy:1 refused; s3://b/k", "proxy http://…@proxy:1 refused; s3://b/k"),
+        ("is it there? me@host", "is it there? me@host"),
+        ("hf://org/name, https://a/b", "hf://org/name, https://a/b"),
+    ],
+)
+def test_no_credentials_of_a_url_get_into_a_message_or_a_log(text: str, expected: str) -> None:
+    assert untrusted.without_url_secrets(text) == expected
+    assert RunError("StorageUnavailable", text).message == expected
+    for as_text in (True, False):
+        stream = io.StringIO()
+        Log(stream, text=as_text).error(text, detail=text)
+        Log(stream, text=as_text).relay(0, text)
+        assert stream.getvalue().count(expected.partition(" ")[2] or expected) >= 3
+
+
+def test_texts_of_many_urls_take_no_time() -> None:
+    started = time.process_time()
+    for text in ("a://" * 16_000, "://" + "x" * 65_000, "http://a@" * 7000, "http://a/?" * 6000):
+        untrusted.without_url_secrets(text)
+    assert time.process_time() - started < 5

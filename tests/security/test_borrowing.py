@@ -18,6 +18,12 @@ from k8s_operator.support.observed_states import a_job
 
 _SECRET = {"credentialsRef": {"name": "payments-db"}}
 _MLFLOW = {"uri": "https://evil.example", "credentialsRef": {"name": "payments-db"}}
+
+
+def _env(name: str, value: str) -> dict[str, Any]:
+    return {"pod": {"env": [{"name": name, "value": value}]}}
+
+
 _NARROW = """
 tenants:
   secrets: [s3, hf-*]
@@ -25,6 +31,7 @@ tenants:
   schedulers: [default-scheduler]
   queues: [team-*]
   labelKeys: [team]
+  volumeImages: [registry/models/*]
   trackers: [https://mlflow.example/team]
 """
 
@@ -64,6 +71,21 @@ _REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "T11 a tracker": (
         _NARROW, {"tracking": {"mlflow": {"uri": "https://evil.example"}}}, "spec.tracking.mlflow.uri",
         "https://mlflow.example/team"),
+    "T14 an image that a node has pulled for somebody else": (
+        _NARROW, {"pod": {"volumes": [{"name": "v", "image": {"reference": "theirs:1", "pullPolicy": "Never"}}]}},
+        "spec.pod.volumes", "registry/models/*"),
+    "T12 a proxy": ("", _env("HTTPS_PROXY", "http://169.254.169.254"), "spec.pod.env", "there are none"),
+    "T12 a proxy in lowercase": ("", _env("https_proxy", "proxy.evil:3128"), "spec.pod.env", "proxy.evil"),
+    "T12 a proxy for everything": ("", _env("ALL_PROXY", "socks5://10.96.0.1:1080"), "spec.pod.env", "there are none"),
+    "T12 another proxy than the listed one": (
+        "tenants: {proxies: ['http://proxy:3128']}", _env("HTTP_PROXY", "http://proxy:3129"), "spec.pod.env",
+        "http://proxy:3128"),
+    "T12 a proxy whose name begins like the listed one": (
+        "tenants: {proxies: ['http://proxy:3128']}", _env("http_proxy", "http://proxy:3128.evil"), "spec.pod.env",
+        "http://proxy:3128"),
+    "T12 an exception from the administrator's proxy": (
+        "pods: {env: [{name: HTTPS_PROXY, value: 'http://proxy:3128'}]}", _env("no_proxy", "*"), "spec.pod.env",
+        "no_proxy=*"),
     "T15 AppArmor off": (
         "tenants: {annotationKeys: ['*']}",
         {"pod": {"annotations": {"container.apparmor.security.beta.kubernetes.io/trainer": "unconfined"}}},
@@ -253,3 +275,17 @@ def test_t12_pods_reach_only_what_the_administrator_lists() -> None:
     spec = network_policy(a_job(), parse(json.dumps({"networkPolicies": {"egress": [rule]}})))["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert spec["egress"] == [{"to": [{"podSelector": spec["podSelector"]}]}, rule]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        ("tenants: {proxies: ['http://proxy:3128']}", "HTTPS_PROXY", "http://proxy:3128"),
+        ("tenants: {proxies: ['http://proxy:3128']}", "https_proxy", "proxy:3128"),
+        ("tenants: {proxies: ['*']}", "ALL_PROXY", "socks5://other:1080"),
+        ("", "NO_PROXY", ".svc"),
+        ("tenants: {proxies: ['*']}\npods: {env: [{name: HTTPS_PROXY, value: 'http://p:1'}]}", "NO_PROXY", ".svc"),
+    ],
+)
+def test_t12_a_job_may_name_a_listed_proxy(settings: str, name: str, value: str) -> None:
+    check_offered(a_job(**_env(name, value)), parse(settings))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.messages.run import MlflowConfig, TrackingConfig, WandbConfig
+from finetune_api.messages.run import MlflowConfig, S3Config, TrackingConfig, WandbConfig
 from finetune_operator.core.plan import plan
 from finetune_operator.settings import parse
 from finetune_trainer.errors import RunError
@@ -87,6 +87,8 @@ _NAMES = {
         "https://127.0.0.1:9000", "https://[::1]:9000", "https://[::ffff:169.254.169.254]", "https://0.0.0.0",
         "https://[::]", "https://10.0.0.1", "https://192.168.1.1", "https://172.16.0.1", "https://100.64.0.1",
         "https://[fc00::1]", "https://[64:ff9b::a9fe:a9fe]", "https://[2002:a9fe:a9fe::1]", "https://224.0.0.1",
+        "https://[64:ff9b:1::a9fe:a9fe]", "https://[::169.254.169.254]", "https://[::ffff:0:169.254.169.254]",
+        "https://[fec0::1]", "https://168.63.129.16", "https://192.0.0.192", "https://100.100.100.200",
         "https://minio.storage:9000", "https://one-of-both.example", "https://", "not a url", "https://[",
     ],
 )  # fmt: skip
@@ -129,6 +131,55 @@ def test_t12_an_endpoint_is_the_administrators_a_listed_or_a_public_one(
         return
     with pytest.raises(RunError, match="storage:9000"):
         check(*arguments)
+
+
+_PLACES = (
+    "https://me:CANARY@s3.example", "https://s3.example?key=CANARY", "https://s3.example/#CANARY", "https://[fe80::1%25eth0]",
+    "https://s3.example\\@169.254.169.254", "https://s3.example:CANARY", "https://\u24d4xample.com", "ftp://s3.example",
+    "https://me:CANARY@[", "file:///etc/passwd", "https://s3.example\n.evil", "https://%2561.example", "unix:/run/x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("endpoint", _PLACES)
+@pytest.mark.parametrize("allowed", [(), ("*",), None])
+def test_t12_an_endpoint_is_a_plain_url_and_a_password_in_it_isnt_shown(
+    endpoint: str, allowed: tuple[str, ...] | None
+) -> None:
+    config = S3Config(allow_http=True, allowed_endpoints=allowed)
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": endpoint}
+    with pytest.raises(RunError, match="AWS_ENDPOINT_URL isn't a URL such as") as refusal:
+        s3.access_options(config, keys, {})
+    assert refusal.value.reason == "InvalidConfig"
+    assert "CANARY" not in refusal.value.message
+
+
+@pytest.mark.parametrize("region", ["evil.example/x?", "evil.example#", "a.b", "us-east-1/", "@evil", "a b", "\u2024"])
+def test_t12_a_region_is_no_part_of_another_servers_name(region: str) -> None:
+    for keys in ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, {}):
+        with pytest.raises(RunError, match="AWS_REGION isn't a region"):
+            s3.access_options(S3Config(), {**keys, "AWS_REGION": region}, {"AWS_WEB_IDENTITY_TOKEN_FILE": "/token"})
+    assert s3.access_options(S3Config(), {"AWS_REGION": "eu-west-1"}, {})["region"] == "eu-west-1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://169.254.169.254/", "http://[fd00:ec2::254]", "http://2852039166:80", "http://[::ffff:169.254.169.254]/x",
+     "http://168.63.129.16", "http://127.0.0.1:9", "http://localhost:9"],
+)  # fmt: skip
+def test_t11_a_tracker_isnt_the_node_or_the_pod(url: str) -> None:
+    with pytest.raises(RuntimeError, match="on the node or in the pod"):
+        check_mlflow(TrackingConfig(mlflow=MlflowConfig(uri=url), servers=()), {})
+    with pytest.raises(RuntimeError, match="on the node or in the pod"):
+        check_wandb(TrackingConfig(wandb=WandbConfig(project="p"), servers=()), {"WANDB_BASE_URL": url})
+    check_mlflow(TrackingConfig(mlflow=MlflowConfig(uri=url), servers=(url,)), {})
+
+
+def test_t11_a_password_in_the_url_of_a_secret_isnt_shown() -> None:
+    for url in ("http://me:CANARY@wandb.example?k=CANARY", "https://me:CANARY@169.254.169.254"):
+        for servers in ((), ("https://wandb.example",)):
+            with pytest.raises(RuntimeError) as refusal:
+                check_wandb(TrackingConfig(wandb=WandbConfig(project="p"), servers=servers), {"WANDB_BASE_URL": url})
+            assert "CANARY" not in str(refusal.value)
 
 
 _INSIDE = "http://169.254.169.254"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from finetune_trainer.log import Log
 from finetune_trainer.model import loading
 from finetune_trainer.model_folder import Capacity
 from finetune_trainer.paths import Paths
+from finetune_trainer.reporting import flight_records
 from finetune_trainer.storage.base import FileInfo
 from finetune_trainer.supervisor import download
 from finetune_trainer.supervisor.inspection.parent import Inspection, Patience
@@ -285,6 +287,54 @@ _ALIASES = "a: &a [mit, mit]\n" + "\n".join(
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b'{"model_type": "llama", "x": ' + b"[" * depth + b"]" * depth + b"}" for depth in (500, 900, 950, 100_000)],
+    ids=len,
+)
+def test_a_configuration_may_be_nested_and_costs_no_stack(content: bytes) -> None:
+    with contextlib.suppress(RunError):
+        model_config.check(model_config.read("config.json", content, "hf://org/base"), "hf://org/base")
+
+
+@pytest.mark.parametrize(
+    "shape", [[2**62] * 20_000, [1] * 1_000_000, [True, 100], [1.0], "1"], ids=lambda s: len(str(s))
+)
+def test_a_hostile_shape_is_refused_at_once(shape: Any) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 100]}}).encode()
+    started = time.process_time()
+    with pytest.raises(RunError, match="ModelInvalid") as error:
+        safetensors_header.parse("model.safetensors", header, 8 + len(header) + 100)
+    assert time.process_time() - started < 5
+    assert len(error.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        pytest.param("---\n" + "\n" * 900_000, id="empty lines"),
+        pytest.param("---\n" + "license: &a b\n" * 60_000 + "---\n", id="many licenses"),
+        pytest.param("---\nlicense:" + " \n" * 400_000 + "---\n", id="a license that doesn't end"),
+        pytest.param("---\nlicense: " + "[" * 4000 + "\n---\n", id="nested"),
+        pytest.param("---\n" * 200_000, id="many beginnings"),
+    ],
+)
+def test_a_readme_of_a_megabyte_takes_no_time(readme: str) -> None:
+    started = time.process_time()
+    license.of(readme, {})
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    "dump",
+    ["[" * 100_000, '{"nccl": []}', '{"nccl": {"entries": 7}}', "[" + "9" * 5000 + "]",
+     '{"a": {"entries": [{"pg_id": 0, "collective_seq_id": 1e999, "profiling_name": "x", "retired": 0}]}}'],
+    ids=len,
+)  # fmt: skip
+def test_a_damaged_dump_of_a_rank_is_empty(dump: str) -> None:
+    assert flight_records.calls(dump) == ()
+
+
+@pytest.mark.parametrize(
     ("front_matter", "expected"),
     [
         pytest.param('license: "mit</code><img src=x onerror=alert(1)>"', "unknown", id="HTML"),
@@ -304,7 +354,7 @@ def test_a_license_is_a_plain_name(front_matter: str, expected: str) -> None:
 # Root may look into everything, so the processes become the user of a pod first.
 # Changing the user hides a process as well, which the start of a program undoes.
 _WATCHED = """
-import ctypes, os, sys
+import ctypes, os, resource, sys
 from finetune_trainer.supervisor.processes import hide_from_ranks
 if os.geteuid() == 0:
     os.setgroups([])
@@ -315,6 +365,8 @@ if sys.argv[1] == "hidden":
     hide_from_ranks()
 rank = os.fork()
 if rank == 0:
+    if sys.argv[1] == "hidden" and resource.getrlimit(resource.RLIMIT_CORE) != (0, 0):
+        os._exit(1)  # its memory would be written to the node
     try:
         open(f"/proc/{os.getppid()}/environ", "rb").read()
         os.listdir(f"/proc/{os.getppid()}/fd")

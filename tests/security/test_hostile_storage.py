@@ -3,6 +3,8 @@ names is read, written or deleted, and one bad entry is no reason to wait."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +115,78 @@ def test_checkpoints_that_are_a_link_to_those_of_another_job_stay(claim: Path) -
     assert (others / "manifest.json").exists()
 
 
+def test_a_root_that_is_a_link_out_of_the_volume_leads_to_no_file(claim: Path) -> None:
+    (claim / "own").symlink_to(claim.parent)
+    storage = LocalStorage(claim / "own", role="output", display="pvc://claim/own", bounds=claim)
+    source = claim.parent / "credentials"
+    for action in (
+        lambda: storage.delete(("credentials",)),
+        lambda: storage.write("new", b"x"),
+        lambda: storage.create("new", b"x"),
+        lambda: storage.upload(source, "new"),
+        lambda: storage.read("credentials"),
+        storage.list,
+    ):
+        with pytest.raises(RunError, match="AccessDenied"):
+            action()
+    assert source.read_bytes() == _SECRET
+    assert not (claim.parent / "new").exists()
+
+
+class _Swapped(LocalStorage):
+    """A volume on which a file is replaced by a link between two looks at it."""
+
+    def local_path(self, path: str) -> Path:
+        """Checks the path, as always; somebody else is faster than what follows."""
+        full = super().local_path(path)
+        _replace_by_link(self._root, path)
+        return full
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda s, e: s.read_range(e, 0, 100), lambda s, e: s.download(e, s._root.parent / "scratch" / "copy")],
+    ids=["a part", "all"],
+)
+def test_a_file_that_is_swapped_while_it_is_read_isnt_read(read: Callable[..., object], claim: Path) -> None:
+    (claim / "model.safetensors").write_bytes(b"weights")
+    entry = FileInfo("model.safetensors", 7)
+    with pytest.raises(RunError, match="link"):
+        read(_Swapped(claim, role="model", display="pvc://claim", bounds=claim), entry)
+
+
+def _loop(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+
+
+def _nest(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+    os.close(descriptor)
+
+
+def _misname(folder: Path) -> None:
+    (folder / os.fsdecode(b"rows-\xff.jsonl")).write_text("{}")
+
+
+@pytest.mark.parametrize("prepare", [_loop, _nest, _misname])
+def test_a_folder_that_cant_be_listed_is_invalid(prepare: Callable[[Path], None], claim: Path) -> None:
+    prepare(claim)
+    try:
+        with pytest.raises(RunError) as error:
+            _storage(claim).list()
+    finally:
+        subprocess.run(["rm", "-rf", claim / "d"], check=True)  # Python's own way is a recursion
+    assert error.value.reason in ("DatasetInvalid", "StorageUnavailable")
+    assert "volume" not in error.value.message
+    error.value.message.encode()
+
+
 class _Answers(BaseHTTPRequestHandler):
     status, headers_of_answer, body = 200, {}, b""
 
@@ -162,7 +236,18 @@ def test_a_key_that_is_no_path_isnt_waited_for(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["http://169.254.169.254/latest/meta-data", "http://[fe80::1]/", "http://0xA9FEA9FE/"]
+    "target",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "http://[fe80::1]/",
+        "http://0xA9FEA9FE/",
+        "http://168.63.129.16/machine",
+        "http://[64:ff9b::a9fe:a9fe]/",
+        "http://[2002:a9fe:a9fe::1]/",
+        "http://[::169.254.169.254]/",
+        "http://[fd00:ec2::254]/latest",
+        "http://100.100.100.200/latest",
+    ],
 )
 def test_a_hub_cant_redirect_to_the_metadata_of_a_cloud(target: str) -> None:
     with _answering(status=302, headers_of_answer={"Location": target}) as hub, pytest.raises(InternalRedirect):
@@ -173,6 +258,8 @@ def test_a_hub_cant_redirect_to_the_metadata_of_a_cloud(target: str) -> None:
     ("host", "internal"),
     [("10.1.2.3", True), ("127.0.0.1", True), ("localhost", True), ("[::1]", True), ("::ffff:10.0.0.1", True),
      ("169.254.169.254", True), ("100.64.0.1", True), ("8.8.8.8", False), ("[2001:4860:4860::8888]", False),
+     ("64:ff9b::a00:1", True), ("64:ff9b:1::8.8.8.8", True), ("2002:a00:1::", True), ("::ffff:0:10.0.0.1", True),
+     ("fec0::1", True), ("168.63.129.16", True), ("192.0.0.192", True), ("64:ff9b::8.8.8.8", False),
      ("name.invalid", False), ("", False)],
 )  # fmt: skip
 def test_addresses_inside_a_cluster_are_known(host: str, internal: bool) -> None:

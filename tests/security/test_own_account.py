@@ -16,6 +16,7 @@ from chart.support.helm_rendering import NAMESPACE, of_kind, render
 from conftest import ControlPlane
 from finetune_api import names
 from finetune_api.messages.result import Result
+from finetune_api.spec import environment
 from finetune_api.status import Restarts
 from finetune_operator.core.plan import plan
 from finetune_operator.core.pods import manifests
@@ -125,7 +126,28 @@ def _template(body: Raw) -> Raw:
     return template
 
 
+def _named(container: Raw, name: str) -> Raw:
+    variable: Raw = next(entry for entry in container["env"] if entry["name"] == name)
+    return variable
+
+
 _TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
+
+
+def _variable(name: str, value: str) -> Change:
+    return lambda o, p, c: c["env"].append({"name": name, "value": value})
+
+
+def _mount(path: str, **source: Any) -> Change:
+    def change(_body: Raw, pod: Raw, container: Raw) -> None:
+        pod["volumes"].append({"name": "more", **source})
+        container["volumeMounts"] = [m for m in container["volumeMounts"] if m["mountPath"] != path]
+        container["volumeMounts"].append({"name": "more", "mountPath": path})
+
+    return change
+
+
+_CLAIM = {"persistentVolumeClaim": {"claimName": "c"}}
 _JOBS: dict[str, tuple[Change, str]] = {
     "other labels": (lambda o, p, c: o["metadata"].update(labels={"app": "x"}), "labels"),
     "no owner": (lambda o, p, c: o["metadata"].pop("ownerReferences"), "owns"),
@@ -135,6 +157,21 @@ _JOBS: dict[str, tuple[Change, str]] = {
     "an image with the same beginning": (lambda o, p, c: c.update(image=c["image"] + "1"), "image"),
     "another command": (lambda o, p, c: c.update(command=["sh", "-c", "id"]), "only the trainer"),
     "a hook": (lambda o, p, c: c.update(lifecycle={"postStart": {"exec": {"command": ["id"]}}}), "only the trainer"),
+    "a library of somebody else": (_variable("LD_PRELOAD", "/mnt/pvc/c/x.so"), "only variables"),
+    "modules of somebody else": (_variable("PYTHONPATH", "/mnt/pvc/c"), "only variables"),
+    "a variable that names code": (_variable("CUDA_INJECTION64_PATH", "/mnt/pvc/c/x.so"), "only variables"),
+    "another home": (lambda o, p, c: _named(c, "HOME").update(value="/mnt/pvc/c"), "only variables"),
+    "modules from the working directory": (
+        lambda o, p, c: c["env"].remove(_named(c, "PYTHONSAFEPATH")), "only variables"),
+    "a variable of a Secret": (
+        lambda o, p, c: c["env"].append({"name": "NCCL_X", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}),
+        "only variables"),
+    "all variables of a Secret": (lambda o, p, c: c.update(envFrom=[{"secretRef": {"name": "s"}}]), "only variables"),
+    "a working directory": (lambda o, p, c: c.update(workingDir="/mnt/pvc/c"), "only variables"),
+    "another program in the trainer's place": (_mount("/usr/local/bin", **_CLAIM), "mounted where"),
+    "another program by a detour": (_mount("/mnt/pvc/../../usr/local/bin", **_CLAIM), "mounted where"),
+    "modules in the home of somebody else": (_mount("/tmp", **_CLAIM), "mounted where"),
+    "an image over the system": (_mount("/etc", image={"reference": "evil"}), "mounted where"),
     "a second container": (lambda o, p, c: p["containers"].append({**c, "name": "b", "image": "evil"}), "image"),
     "a sidecar": (lambda o, p, c: p.update(initContainers=[{**c, "name": "b"}]), "sidecars"),
     "a path of the host": (lambda o, p, c: p["volumes"].append({"name": "h", "hostPath": {"path": "/"}}), "volumes"),
@@ -247,12 +284,17 @@ _FINETUNEJOBS: dict[str, tuple[Raw, bool]] = {
     "an annotation": ({"metadata": {"annotations": {"a": "b"}}}, False),
     "an owner": ({"metadata": {"ownerReferences": [
         {"apiVersion": "v1", "kind": "ConfigMap", "name": "c", "uid": "u"}]}}, False),
+    "no owner": ({"metadata": {"ownerReferences": []}}, False),
     "the spec": ({"spec": {"runPolicy": {"suspend": True}}}, False),
 }  # fmt: skip
 
 
 def test_p1_of_a_job_itself_only_the_operators_finalizer_can_be_changed(account: User, world: World) -> None:
     world.submit("theirs")
+    world.submit("owner")  # one that exists, or the garbage collector deletes what it owns
+    uid = world.get("finetunejobs", "owner")["metadata"]["uid"]  # type: ignore[index]
+    owner = {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "owner", "uid": uid}
+    world.patch("finetunejobs", "theirs", {"metadata": {"ownerReferences": [owner]}})
     world.patch("finetunejobs", "theirs", {"metadata": {"finalizers": ["example.com/own"]}})
     url = world.path("finetunejobs", "theirs")
     for case, (body, accepted) in _FINETUNEJOBS.items():
@@ -260,6 +302,34 @@ def test_p1_of_a_job_itself_only_the_operators_finalizer_can_be_changed(account:
         assert answer.accepted == accepted, (case, answer.message)
         assert accepted or "except its status and its own finalizer" in answer.message, (case, answer.message)
     world.patch("finetunejobs", "theirs", {"metadata": {"finalizers": []}})
+
+
+def test_p1_the_policies_know_the_variables_that_jobs_may_set(rendered: list[Raw]) -> None:
+    (policy,) = [
+        one for one in of_kind(rendered, "ValidatingAdmissionPolicy") if one["metadata"]["name"].endswith("-pods")
+    ]
+    rules = "\n".join(entry["expression"] for entry in policy["spec"]["validations"])
+    for pattern in (environment._ALLOWED, environment._REFUSED):
+        assert f"'{pattern}'" in rules
+
+
+_SIDECAR = """
+pods:
+  networkProfiles:
+    fast:
+      sidecars: [{name: daemon, image: daemon:1, command: [/run], args: [-v], securityContext: {privileged: true}}]
+      volumes: [{name: socket, mountPath: /run/fast, source: {hostPath: {path: /run/fast}}}]
+"""
+
+
+def test_p1_a_sidecar_runs_its_own_program_only(helm: str, tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(_SIDECAR)
+    policies = of_kind(render(helm, values=tmp_path / "values.yaml"), "ValidatingAdmissionPolicy")
+    rules = [entry["expression"] for one in policies for entry in one["spec"]["validations"]]
+    (sidecars,) = [rule for rule in rules if rule.startswith("variables.sidecars")]
+    for part in ('c.image == "daemon:1"', '== ["/run"]', '== ["-v"]', "c.securityContext.privileged) == true"):
+        assert part in sidecars
+    assert any('"/run/fast"' in rule for rule in rules)
 
 
 def _kubeconfig(crd: ControlPlane, folder: Path) -> Path:

@@ -183,6 +183,13 @@ def test_files_go_to_the_tracking_server_only(artifacts: str, is_taken: bool) ->
     assert mlflow_tracker.takes_files(artifacts, "http://mlflow.ml:5000/") is is_taken
 
 
+@pytest.mark.parametrize(
+    ("artifacts", "is_taken"), [("https://m/x", True), ("HTTP://m/x", False), ("http://m/x", False)]
+)
+def test_an_encrypted_tracking_server_gets_no_files_without_encryption(artifacts: str, is_taken: bool) -> None:
+    assert mlflow_tracker.takes_files(artifacts, "https://m") is is_taken
+
+
 def test_a_tracking_server_leads_no_client_to_another_server(
     arrived: tuple[int, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.reasons import REASONS
+from finetune_api.untrusted import without_url_secrets
 
 
 class RunError(Exception):
@@ -30,6 +31,7 @@ class RunError(Exception):
         exit_code: int | None = None,
         log_tail: str = "",
     ) -> None:
+        message = without_url_secrets(message)  # a library may quote any URL, and status is read by many
         super().__init__(f"{reason}: {message}")
         if reason not in REASONS:
             raise ValueError(f"{reason!r} isn't a name in finetune_api.reasons.REASONS")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ README = "README.md"
 _NAME = re.compile(r"[a-z0-9][a-z0-9.+_ -]{0,63}")
 _MAX_LISTED = 8
 _FIELD = re.compile(
-    r"^license(?:_name)?[ \t]*:.*\n(?:(?:[ \t-].*)?\n)*", re.M
+    r"^license(?:_name)?[ \t]*:.*\n(?:(?:[ \t-].*)?\n){0,100}", re.M
 )  # one key, with the lines that belong to it
 _FIELD_LIMIT = 4096  # characters
 _README_LIMIT = 2**20  # bytes; the front matter is at the start
-_FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.S)
+_DELIMITER = "---"
+_MAX_FIELDS = 8  # that are parsed; a README has two
+_MAX_DEPTH = 4
 
 
 def of_folder(model: Path) -> str:
@@ -68,11 +71,12 @@ def check(model_license: str, policies: Iterable[tuple[str, tuple[str, ...]]], a
 
 
 def _front_matter(readme: str) -> dict[str, Any]:
-    match = _FRONT_MATTER.match(readme.replace("\r\n", "\n"))
-    if match is None:
+    first, *lines = readme.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == _DELIMITER), None)
+    if first.rstrip() != _DELIMITER or end is None:
         return {}
     front_matter: dict[str, Any] = {}
-    for field in _FIELD.finditer(match.group(1) + "\n"):
+    for field in islice(_FIELD.finditer("\n".join(lines[:end]) + "\n"), _MAX_FIELDS):
         try:
             body = yaml.load(field.group(0)[:_FIELD_LIMIT], _WithoutAliases)  # noqa: S506 (a SafeLoader)
         except (yaml.YAMLError, ValueError, RecursionError):
@@ -82,13 +86,19 @@ def _front_matter(readme: str) -> dict[str, Any]:
 
 
 class _WithoutAliases(yaml.SafeLoader):
-    """Refuses aliases, by which a few bytes stand for any number of values."""
+    """Refuses aliases, by which a few bytes stand for any number of values, and deep nesting."""
+
+    _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Returns the next node. Raises YAMLError for an alias."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
+        """Returns the next node. Raises YAMLError for an alias, and below too many others."""
+        if self.check_event(yaml.AliasEvent) or self._depth > _MAX_DEPTH:
+            raise yaml.YAMLError("an alias, or too many levels")
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 def _identifier(value: Any) -> str:

@@ -52,7 +52,8 @@ class Log:
             self._write(json.dumps(entry, default=str, ensure_ascii=False))
 
     def _write(self, line: str) -> None:
-        line = untrusted.line(line, _MAX_LINE_CHARACTERS)  # a rank or a file may have put anything into it
+        # A rank, a file or a server may have put anything into it.
+        line = untrusted.without_url_secrets(untrusted.line(line, _MAX_LINE_CHARACTERS))
         with self._lock:
             try:
                 self._stream.write(line + "\n")

@@ -73,9 +73,14 @@ def read(name: str, content: bytes, at: str) -> dict[str, Any]:
 
 
 def _has_nan(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return any(_has_nan(inner) for inner in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, float) and math.isnan(value)
+    remaining = [value]  # not a recursion, since JSON may be nested as deeply as Python's stack is
+    while remaining:
+        inner = remaining.pop()
+        if isinstance(inner, dict | list):
+            remaining.extend(inner.values() if isinstance(inner, dict) else inner)
+        elif isinstance(inner, float) and math.isnan(inner):
+            return True
+    return False
 
 
 def check(config: Mapping[str, Any], at: str) -> None:

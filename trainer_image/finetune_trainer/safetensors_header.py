@@ -20,6 +20,7 @@ from finetune_trainer.errors import RunError
 MAX_BYTES = 100 * 2**20
 """The largest header that safetensors reads."""
 LENGTH_BYTES = 8
+_MAX_DIMENSIONS = 64  # as in PyTorch; the product of many large numbers would take minutes
 TRAINABLE = ("F64", "F32", "F16", "BF16")
 """The formats of weights that can be trained, or adapted."""
 _BITS = {
@@ -115,7 +116,8 @@ def _tensor(file: str, name: str, entry: Any) -> StoredTensor:
     try:
         number_format, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         sizes = (*shape, begin, end)
-        valid = all(isinstance(number, int) and 0 <= number < 2**63 for number in sizes) and begin <= end
+        valid = len(shape) <= _MAX_DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in sizes)
+        valid = valid and begin <= end
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:

@@ -111,3 +111,11 @@ tolerations:
   resources: [events]
   verbs: [list, create, patch]
 {{- end }}
+
+{{/* The variables that jobs may set, and which of them they may not: as in spec.pod.env of the CRD. */}}
+{{- define "finetune-operator.allowedVariables" -}}
+^((NCCL_|OFI_NCCL_|GLOO_|FI_|UCX_|RDMAV_|IBV_|MLX5_|TORCH_|PYTORCH_|CUDA_|CUBLAS_|CUDNN_|OMP_|KMP_|MKL_|HF_)[A-Za-z0-9_]+|HTTP_PROXY|HTTPS_PROXY|NO_PROXY|ALL_PROXY|http_proxy|https_proxy|no_proxy|all_proxy)$
+{{- end }}
+{{- define "finetune-operator.refusedVariables" -}}
+^(CUDA_VISIBLE_DEVICES|HF_ENDPOINT|HF_HUB_OFFLINE|HF_TOKEN_PATH|OMP_NUM_THREADS|NCCL_CONF_FILE|NCCL_COMM_ID|NCCL_RAS_ADDR|HF_DEBUG|UCX_STATS_DEST|UCX_ERROR_MAIL_TO)$|_(PATHS?|HOME|DIR|DIRS|DIRECTORY|LIBS?|LIBRARY|LIBRARIES|DRIVERS?|CACHE|EXECUTABLE|EXE|COMMAND|CMD|PRELOAD|NVCC|CXX|COMPILER|BINARY|PROGRAM|SCRIPT|SOCKET)$|TRUST|UNSAFE|INSECURE|ALLOW_CODE|WEIGHTS_ONLY|VERIFY|ENDPOINT|OFFLINE|TELEMETRY
+{{- end }}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from finetune_api import untrusted as u
 from finetune_api.base import LenientModel
 
 
@@ -17,7 +18,7 @@ class FileEntry(LenientModel):
     """Describes one file; its path is relative to the folder."""
 
     path: str
-    size: int
+    size: u.Count
     sha256: str
 
 
@@ -27,7 +28,7 @@ class ManifestJob(LenientModel):
     namespace: str
     name: str
     uid: str
-    attempt: int
+    attempt: u.Count
 
 
 class Manifest(LenientModel):
@@ -36,7 +37,7 @@ class Manifest(LenientModel):
     version: Literal[1] = 1
     kind: Literal["adapter", "model", "checkpoint"]
     job: ManifestJob
-    step: int
+    step: u.Count
     created: str = Field(description="RFC 3339 in UTC.")
     files: tuple[FileEntry, ...]
     provenance: dict[str, Any] = Field(

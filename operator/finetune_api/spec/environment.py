@@ -25,12 +25,16 @@ _RESERVED = ("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_
 # Each names code, or a file that names code, which would run next to the job's credentials.
 _CODE = ("NCCL_CONF_FILE",)
 # These connect to, or listen for, somebody whom the operator doesn't know.
-_PEERS = ("NCCL_COMM_ID", "NCCL_RAS_ADDR", "HF_DEBUG")
+_PEERS = ("NCCL_COMM_ID", "NCCL_RAS_ADDR", "HF_DEBUG", "UCX_STATS_DEST", "UCX_ERROR_MAIL_TO")
 # Kinds of names, so that a new library's variables are covered too. The first names code or a
 # folder in which code is looked up, such as CUDA_INJECTION64_PATH, CUDA_HOME, UCX_GDB_COMMAND,
-# IBV_DRIVERS and HF_MODULES_CACHE; the second turns a protection off, such as
-# TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD and HF_DATASETS_TRUST_REMOTE_CODE, or names another server.
-_NAMES_CODE = "_(PATHS?|HOME|DIR|DIRS|DIRECTORY|LIBS?|LIBRARY|LIBRARIES|DRIVERS?|CACHE|EXECUTABLE|COMMAND|CMD|PRELOAD)$"
+# PYTORCH_NVCC, TORCH_ADDR2LINE_BINARY, IBV_DRIVERS and HF_MODULES_CACHE; the second turns a
+# protection off, such as TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD and HF_DATASETS_TRUST_REMOTE_CODE, or
+# names another server.
+_NAMES_CODE = (
+    "_(PATHS?|HOME|DIR|DIRS|DIRECTORY|LIBS?|LIBRARY|LIBRARIES|DRIVERS?|CACHE|EXECUTABLE|EXE|COMMAND|CMD|PRELOAD"
+    "|NVCC|CXX|COMPILER|BINARY|PROGRAM|SCRIPT|SOCKET)$"
+)
 _UNPROTECTED = "TRUST|UNSAFE|INSECURE|ALLOW_CODE|WEIGHTS_ONLY|VERIFY|ENDPOINT|OFFLINE|TELEMETRY"
 
 _ANY_PROXY = "|".join((*PROXIES, *(name.lower() for name in PROXIES)))
@@ -42,6 +46,11 @@ _REFUSED = f"^({'|'.join((*_RESERVED, *_CODE, *_PEERS))})$|{_NAMES_CODE}|{_UNPRO
 def is_allowed(name: str) -> bool:
     """Whether a job may set the variable, so that it is passed on to the ranks."""
     return re.search(_ALLOWED, name) is not None and not re.search(_REFUSED, name) and not is_credential(name)
+
+
+def is_proxy(name: str) -> bool:
+    """Whether the variable is that of a proxy, or of what needs none."""
+    return name.upper() in PROXIES
 
 
 def is_credential(name: str) -> bool:

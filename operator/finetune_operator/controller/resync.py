@@ -75,14 +75,17 @@ async def resync(
     before = cache.uids()
     affected: set[Key] = set()
     for kind, put in ((names.PLURAL, cache.put_body), ("jobs", cache.put_job), ("pods", cache.put_pod)):
-        items = await client.all_of(kind, namespaces)
-        affected |= {key for item in items if (key := tolerantly(put, item))}
-        missing = before[kind] - {item["metadata"]["uid"] for item in items}
+        listed: set[str] = set()
+        async for item in client.all_of(kind, namespaces):
+            listed.add(item["metadata"]["uid"])
+            if key := tolerantly(put, item):
+                affected.add(key)
+        missing = before[kind] - listed
         if missing:
             log.info("resync removed %d %s that no longer exist", len(missing), kind)
         affected |= cache.drop_missing(kind, missing)
-    for key in affected:
-        state.queue.add(key)
+    for changed in affected:
+        state.queue.add(changed)
     completed()
 
 

@@ -19,6 +19,8 @@ from finetune_operator.kube.client import KubeClient, Refused
 log = logging.getLogger(__name__)
 
 _MAX_MESSAGE_CHARACTERS = 600
+_MAX_UID_CHARACTERS = 64  # anybody who may create Events can put anything into them
+_MAX_OBJECTS = 5000  # of one namespace, whose warnings are kept
 _SHORTEST_INTERVAL_SECONDS = 2.0  # between two lists of a namespace
 _LONGEST_INTERVAL_SECONDS = 30.0
 _DUTY = 0.05  # share of the time that lists of one namespace may take
@@ -69,6 +71,8 @@ class WarningEvents:
         try:
             async for event in self._client.items("events", namespace, fields="type=Warning"):
                 uid = str((event.get("involvedObject") or {}).get("uid", ""))
+                if len(uid) > _MAX_UID_CHARACTERS or (uid not in newest and len(newest) >= _MAX_OBJECTS):
+                    continue
                 message = f"{event.get('reason', '')}: {event.get('message', '')}".strip(": ")
                 newest[uid] = max(newest.get(uid, ("", "")), (_time(event), message[:_MAX_MESSAGE_CHARACTERS]))
         except Refused as error:

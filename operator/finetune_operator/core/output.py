@@ -129,9 +129,10 @@ def _message(storing: Storing) -> str:
 
 
 def contains(job: FineTuneJob, checkpoint: CheckpointStatus | None) -> bool:
-    """Whether a checkpoint is one of the output's."""
-    folder = f"{job.spec.output.uri.rstrip('/')}/{names.CHECKPOINTS_DIR}/"
-    return checkpoint is not None and checkpoint.uri.startswith(folder)
+    """Whether a checkpoint is one of the output's: in the folder of its step."""
+    if checkpoint is None:
+        return False
+    return checkpoint.uri == f"{job.spec.output.uri.rstrip('/')}/{names.checkpoint_dir(checkpoint.step)}"
 
 
 def message(result: Result | None, job: FineTuneJob) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetune_api.reasons import Cause
 from finetune_api.resource import MaxRestartsSpec
 from finetune_api.status import Restarts
+from finetune_api.untrusted import MAX_INTEGER
 
 _FIRST_DELAY_SECONDS = 10.0
 _LONGEST_DELAY_SECONDS = 300.0
@@ -45,7 +46,8 @@ def next_attempt(cause: Cause, restarts: Restarts, budget: MaxRestartsSpec, life
 
 def total(restarts: Restarts) -> int:
     """Returns the number of restarts of all causes."""
-    return restarts.application + restarts.memory + restarts.infrastructure + restarts.preemption
+    counts = (restarts.application, restarts.memory, restarts.infrastructure, restarts.preemption)
+    return min(sum(counts), MAX_INTEGER)  # somebody may have written any counts into an annotation
 
 
 def _delay(restart: int, lifetime: float) -> float:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from finetune_api.untrusted import line
+from finetune_operator.kube import responses
 
 _TOO_LARGE = ("request is too large", "Request entity too large", "exceeds")  # etcd's limit, as a 500 or 413
 
@@ -44,15 +45,16 @@ class Unavailable(ApiError):
     """Is raised if the server doesn't respond or is overloaded; the request may succeed later."""
 
 
+class LargePage(Unavailable):
+    """Is raised if a response has more bytes than the operator has memory for."""
+
+
 def object_in(content: bytes) -> dict[str, Any]:
     """Parses a response. Raises Unavailable if a proxy answered with something else."""
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise Unavailable(0, "InvalidResponse", f"the response isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Unavailable(0, "InvalidResponse", "the response isn't an object")
-    return value
+        return responses.parsed(content)
+    except ValueError as error:
+        raise Unavailable(0, "InvalidResponse", str(error)) from error
 
 
 def error_of(code: int, content: bytes) -> ApiError:

@@ -12,16 +12,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_api import names
+from finetune_operator.kube import responses
 from finetune_operator.kube.answers import (
     AlreadyExists,
     ApiError,
     Conflict,
+    LargePage,
     NotFound,
     Refused,
     TooLarge,
@@ -30,6 +32,7 @@ from finetune_operator.kube.answers import (
     object_in,
 )
 from finetune_operator.kube.encoding import yaml_safe
+from finetune_operator.kube.paths import path_of
 from finetune_operator.kube.rate_limiter import ORDINARY, URGENT, RateLimiter
 from finetune_operator.kube.server_clock import ServerClock
 
@@ -57,17 +60,6 @@ _APPLY = "application/apply-patch+yaml; charset=utf-8"
 _CHILD_SELECTOR = f"app.kubernetes.io/managed-by={names.COMMON_LABELS['app.kubernetes.io/managed-by']}"
 
 _UNTHROTTLED = ("leases", "tokenreviews")  # reviews have a budget of their own
-_API_PATHS = {
-    names.PLURAL: f"/apis/{names.API_VERSION}",
-    "jobs": "/apis/batch/v1",
-    "pods": "/api/v1",
-    "services": "/api/v1",
-    "serviceaccounts": "/api/v1",
-    "persistentvolumeclaims": "/api/v1",
-    "networkpolicies": "/apis/networking.k8s.io/v1",
-    "events": "/api/v1",
-    "leases": "/apis/coordination.k8s.io/v1",
-}
 
 
 class KubeClient:
@@ -95,23 +87,32 @@ class KubeClient:
 
     async def get(self, resource: str, namespace: str, name: str) -> Raw:
         """Reads the newest version of an object. Raises NotFound."""
-        return await self._request("GET", resource, _path(resource, namespace, name))
+        return await self._request("GET", resource, path_of(resource, namespace, name))
 
     async def matching(self, resource: str, namespace: str, matches: Callable[[Raw], bool]) -> list[Raw]:
         """Lists the newest versions of the namespace's objects, whatever their labels are."""
         return [item async for item in self.items(resource, namespace) if matches(item)]
 
-    async def all_of(self, resource: str, namespaces: tuple[str, ...]) -> list[Raw]:
+    async def all_of(self, resource: str, namespaces: tuple[str, ...]) -> AsyncIterator[Raw]:
         """Lists FineTuneJobs, or their Jobs or pods, in the namespaces; empty means all."""
         selector = "" if resource == names.PLURAL else _CHILD_SELECTOR
-        return [item for namespace in (namespaces or ("",)) async for item in self.items(resource, namespace, selector)]
+        for namespace in namespaces or ("",):
+            async for item in self.items(resource, namespace, selector):
+                yield item
 
     async def items(self, resource: str, namespace: str, labels: str = "", fields: str = "") -> AsyncIterator[Raw]:
-        """Lists objects page by page; `labels` and `fields` are selectors."""
-        token = ""
+        """Lists objects page by page, of which large ones have fewer objects; `labels` and `fields`
+        are selectors."""
+        token, size = "", _PAGE_SIZE
         while True:
-            query = {"limit": str(_PAGE_SIZE), "labelSelector": labels, "fieldSelector": fields, "continue": token}
-            page = await self._request("GET", resource, _path(resource, namespace), query, verb="list")
+            query = {"limit": str(size), "labelSelector": labels, "fieldSelector": fields, "continue": token}
+            try:
+                page = await self._request("GET", resource, path_of(resource, namespace), query, verb="list")
+            except LargePage:
+                if size == 1:
+                    raise
+                size = max(1, size // 8)
+                continue
             for item in page["items"]:
                 yield item
             token = page["metadata"].get("continue", "")
@@ -128,7 +129,7 @@ class KubeClient:
 
     async def create(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
         """Creates an object. Raises AlreadyExists if there is one of that name."""
-        path = _path(resource, manifest["metadata"]["namespace"])
+        path = path_of(resource, manifest["metadata"]["namespace"])
         query = {"fieldManager": names.FIELD_MANAGER}
         return await self._request("POST", resource, path, query, dict(manifest), priority=URGENT)
 
@@ -143,7 +144,7 @@ class KubeClient:
             "metadata": {"name": name, "namespace": namespace, "resourceVersion": resource_version},
             "status": status,
         }
-        path = _path(names.PLURAL, namespace, name) + "/status"
+        path = path_of(names.PLURAL, namespace, name) + "/status"
         query = {"fieldManager": names.FIELD_MANAGER, "force": "true"}
         return await self._request("PATCH", f"{names.PLURAL}/status", path, query, yaml_safe(body), content_type=_APPLY)
 
@@ -158,14 +159,14 @@ class KubeClient:
             "preconditions": preconditions,
             "propagationPolicy": "Foreground" if wait else "Background",
         }
-        return await self._request("DELETE", resource, _path(resource, namespace, name), {}, body)
+        return await self._request("DELETE", resource, path_of(resource, namespace, name), {}, body)
 
     async def patch(self, resource: str, namespace: str, name: str, body: Raw) -> Raw:
         """Changes fields of an object by a merge patch.
 
         Raises Conflict if the resourceVersion in `body` is outdated.
         """
-        path = _path(resource, namespace, name)
+        path = path_of(resource, namespace, name)
         query = {"fieldManager": names.FIELD_MANAGER}
         content_type = "application/merge-patch+json"
         return await self._request("PATCH", resource, path, query, body, content_type=content_type)
@@ -173,7 +174,7 @@ class KubeClient:
     async def replace(self, resource: str, manifest: Mapping[str, Any]) -> Raw:
         """Replaces an object. Raises Conflict if the manifest's resourceVersion is outdated."""
         meta = manifest["metadata"]
-        path = _path(resource, meta["namespace"], meta["name"])
+        path = path_of(resource, meta["namespace"], meta["name"])
         return await self._request("PUT", resource, path, {}, dict(manifest), priority=URGENT)
 
     async def review_token(self, token: str, audience: str) -> Raw:
@@ -217,12 +218,14 @@ class KubeClient:
         sent = time.time()
         try:
             response = await api.call_api(method, url, headers, body, _request_timeout=timeout)
-            content = await response.read()
+            content = await responses.read(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._count(verb, resource, "error")
             raise Unavailable(0, type(error).__name__, f"{method} {path}: {error}") from error
         self._count(verb, resource, str(response.status))
         self.clock.observe(response.headers.get("Date"), sent, time.time())
+        if content is None:
+            raise LargePage(response.status, "TooLarge", f"{method} {path} answers more than the operator reads")
         if response.status < 300:
             return object_in(content)
         raise error_of(response.status, content)
@@ -256,9 +259,3 @@ async def wait_until_available(client: KubeClient, resource: str, namespaces: tu
         except Unavailable:
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
-
-
-def _path(resource: str, namespace: str, name: str = "") -> str:
-    prefix = _API_PATHS[resource]
-    scope = f"/namespaces/{quote(namespace)}" if namespace else ""
-    return f"{prefix}{scope}/{resource}" + (f"/{quote(name)}" if name else "")

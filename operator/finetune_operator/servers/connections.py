@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from finetune_operator.servers.rates import Rate, Rates
 
 log = logging.getLogger(__name__)
 
+_requests_log = logging.getLogger(f"{__name__}.requests")
 _BODY_CHUNK_BYTES = 16384
 _RETRY_SECONDS = 0.2
 _REFUSALS_IN_A_ROW = 32  # then the event loop has time for something else
@@ -67,6 +69,7 @@ async def serve(
         app,
         limits,
         access_log=None,
+        logger=_requests_log,
         keepalive_timeout=limits.header_seconds,
         max_line_size=1024,
         max_field_size=8190,
@@ -79,6 +82,19 @@ async def serve(
     await _Site(runner, port, rates, context).start()
     log.info("server started: name=%s port=%d", name, port)
     return runner
+
+
+class _OwnErrors(logging.Filter):
+    """Leaves out what clients do wrong, which is in their answer: anybody may send any number of
+    malformed requests, and each would be a traceback in the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether an error is the operator's own."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError | ConnectionError)
+
+
+_requests_log.addFilter(_OwnErrors())
 
 
 def _limited(rates: Rates) -> Any:

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from finetune_api.messages.progress import Progress
+from finetune_api.reasons import REASONS
 from finetune_api.status import (
     CONDITION_CHECKPOINTS_STORED,
     CONDITION_COMPLETE,
@@ -156,7 +157,7 @@ class _Families:
         self._info.add_metric([*job, *_description(body)], 1)
         self._phase.add_metric([*job, status.phase], 1)
         if status.reason:
-            self._reason.add_metric([*job, status.reason], 1)
+            self._reason.add_metric([*job, _known_reason(status)], 1)
         for condition in (c for c in status.conditions if c.type in _CONDITIONS):
             self._condition.add_metric([*job, condition.type], float(condition.status == "True"))
         for cause in ("application", "memory", "infrastructure", "preemption"):
@@ -237,6 +238,13 @@ def _description(body: Mapping[str, Any]) -> list[str]:
     strategy = str(spec.get("distribution", {}).get("strategy", "auto"))
     method = str(spec.get("method", {}).get("type", ""))
     return [line(text, _MAX_LABEL_CHARACTERS) for text in (method, model, strategy)]
+
+
+def _known_reason(status: Status) -> str:
+    """Returns the reason of a status. That of a failure may be any name that a pod has made up, so
+    one that isn't known is `Other`: a label has few values."""
+    is_of_failure = status.failure is not None and status.reason == status.failure.reason
+    return "Other" if is_of_failure and status.reason not in REASONS else status.reason
 
 
 def _add_if_set(family: GaugeMetricFamily, labels: list[str], value: float | None) -> None:

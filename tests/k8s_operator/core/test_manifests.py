@@ -75,6 +75,7 @@ def test_environment_comes_from_a_fixed_list() -> None:
     (container,) = _pod()["containers"]
     assert [entry["name"] for entry in container["env"]] == [
         "POD_NAME", "FINETUNE_RUN_CONFIG", "FINETUNE_TERMINATION_LOG", "HOME", "PYTHONSAFEPATH",
+        "PYTHONNOUSERSITE",
         "HF_ENDPOINT",
     ]  # fmt: skip
     assert "envFrom" not in container

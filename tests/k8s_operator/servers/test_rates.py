@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from aiohttp import web
 
 from finetune_operator.servers import rates
@@ -104,3 +106,20 @@ async def test_requests_beyond_the_rate_are_refused_on_an_open_connection() -> N
         assert answer.count(b"served") in (9, 10)
         assert answer.count(b" 429 ") == 1, "the refusal also ends the connection"
         assert (await _get(port, _OTHER)).endswith(b"served")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [b"GET / HTTP/1.1\r\nX: a\r\n b\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+     b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"],
+)  # fmt: skip
+async def test_a_malformed_request_costs_no_line_in_the_log(
+    request_bytes: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with _server(Rate(1000.0, 1000.0)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request_bytes)
+        with contextlib.suppress(OSError):
+            assert await reader.read(12) in (b"HTTP/1.0 400", b"HTTP/1.1 400", b"")
+        writer.close()
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []

@@ -38,7 +38,7 @@ def calls(text: str) -> tuple[Call, ...]:
             for entry in record.get("entries", ())
             if not entry.get("is_p2p")
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return ()
 
 

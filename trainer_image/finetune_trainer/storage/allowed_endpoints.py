@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
+from finetune_api.addresses import is_public
 from finetune_api.destinations import is_listed_url
 from finetune_trainer.errors import RunError
-
-_NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def addresses(host: str) -> Iterable[str]:
     """Resolves a name. Returns nothing if that fails: a client then fails as well."""
     try:
         return {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError:
+    except (OSError, UnicodeError):  # a name may be no name
         return ()
 
 
@@ -50,7 +48,7 @@ def check(
             f"{subject} is not among the servers that the administrator allows ({', '.join(allowed)}); {remedy}",
         )
     host = _host(endpoint)
-    if host is None or any(not _is_public(address) for address in resolve(host)):
+    if host is None or any(not is_public(address) for address in resolve(host)):
         raise RunError(
             "InvalidConfig",
             f"{subject} has no public address, and may be a service of the cluster or the node; {remedy}",
@@ -62,18 +60,3 @@ def _host(endpoint: str) -> str | None:
         return urlsplit(endpoint).hostname
     except ValueError:
         return None
-
-
-def _is_public(text: str) -> bool:
-    try:
-        address = ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address):
-        # Each of these prefixes leads to an address of IPv4.
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if inner is None and address in _NAT64:
-            inner = IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return _is_public(str(inner))
-    return address.is_global and not address.is_multicast

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from functools import lru_cache
 
-from finetune_api import untrusted
+from finetune_api import addresses, untrusted
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, Role
 
@@ -53,9 +52,15 @@ def invalid_key(role: Role, display: str, cause: str) -> RunError:
     )
 
 
-def is_link_local(host: str) -> bool:
-    """Whether a host is an address on this machine's link, such as that of a cloud's metadata."""
-    return any(address.is_link_local for address in _addresses(host))
+def is_of_node(host: str) -> bool:
+    """Whether a host is on this machine's link, or a service of the platform such as a cloud's
+    metadata."""
+    return any(map(addresses.is_of_node, _addresses(host)))
+
+
+def is_of_machine(host: str) -> bool:
+    """Whether a host is this machine itself."""
+    return any(map(addresses.is_of_machine, _addresses(host)))
 
 
 def is_internal(host: str) -> bool:
@@ -63,14 +68,13 @@ def is_internal(host: str) -> bool:
 
     A name that can't be resolved here isn't: then a proxy resolves it.
     """
-    return any(not address.is_global for address in _addresses(host))
+    return not all(map(addresses.is_public, _addresses(host)))
 
 
 @lru_cache(maxsize=256)
-def _addresses(host: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, ...]:
+def _addresses(host: str) -> tuple[str, ...]:
     try:
         resolved = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
         return ()
-    addresses = (ipaddress.ip_address(str(address).partition("%")[0]) for address in resolved)
-    return tuple(getattr(address, "ipv4_mapped", None) or address for address in addresses)
+    return tuple(map(str, resolved))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage import allowed_endpoints
+
+# Scheme, host, port and path. A user name, a zone or a query would be sent on, or shown.
+_PLAIN = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?", re.IGNORECASE)
 
 
 def chosen_endpoint(
@@ -22,8 +26,14 @@ def chosen_endpoint(
 
     `variable` is the name that the Secret and the environment have for it, and `setting` the part
     of the chart's values. Raises RunError(InvalidConfig) for an endpoint that the
-    administrator doesn't allow.
+    administrator doesn't allow, or that isn't a plain URL.
     """
+    if secret and not _PLAIN.fullmatch(secret):
+        raise RunError(
+            "InvalidConfig",
+            f"the Secret's {variable} isn't a URL such as https://host:port/path, without a user name, ? and #; "
+            "correct it",
+        )
     endpoint = secret or configured or environment
     if endpoint and endpoint.lower().startswith("http://") and not allow_http:
         source = f"the Secret's {variable}" if secret else f"the {setting} endpoint"

@@ -35,7 +35,7 @@ from finetune_api.names import SECRET_HF_TOKEN
 from finetune_trainer import manifest
 from finetune_trainer.errors import RunError
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
-from finetune_trainer.storage.bounds import INVALID, check_count, check_read, is_internal, is_link_local
+from finetune_trainer.storage.bounds import INVALID, check_count, check_read, is_internal, is_of_node
 
 _RETRY_SECONDS = (0.5, 1.0, 2.0)
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def _check_target(request: Any) -> None:
     """Raises InternalRedirect for a request to a server in a private network, unless that has the
     hub itself."""
     host, hub = str(request.url.host), urlsplit(constants.ENDPOINT).hostname or ""
-    if host != hub and (is_link_local(host) or (is_internal(host) and not is_internal(hub))):
+    if host != hub and (is_of_node(host) or (is_internal(host) and not is_internal(hub))):
         raise InternalRedirect(host)
 
 

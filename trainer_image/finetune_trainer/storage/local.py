@@ -20,7 +20,7 @@ from finetune_trainer import opened_file
 from finetune_trainer.errors import RunError, is_disk_full
 from finetune_trainer.storage import no_replace
 from finetune_trainer.storage.base import FIELD, NOT_FOUND, FileInfo, Role
-from finetune_trainer.storage.bounds import MAX_READ_BYTES, check_count, check_read
+from finetune_trainer.storage.bounds import INVALID, MAX_READ_BYTES, check_count, check_read
 
 _COPIED_BYTES = 64 << 20
 
@@ -39,6 +39,11 @@ def _translated_errors(role: Role, display: str) -> Iterator[None]:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise RunError(NOT_FOUND[role], message) from None
         raise RunError("StorageUnavailable", message) from None
+    except RuntimeError:  # also RecursionError, for thousands of nested folders
+        raise RunError(
+            INVALID[role],
+            f"{FIELD[role]}: {display} has a link that leads to itself, or too many nested folders; remove them",
+        ) from None
 
 
 class LocalStorage:
@@ -72,8 +77,8 @@ class LocalStorage:
 
     def list(self, under: str = "") -> tuple[FileInfo, ...]:
         """Returns all files below a sub-folder, sorted by path; none if it doesn't exist."""
-        base = self._own_path(f"{under}/file").parent if under else self._root
         with _translated_errors(self._role, self._display):
+            base = self._own_path(f"{under}/file").parent if under else self._root
             if not base.is_dir():
                 return ()
             entries = []
@@ -83,7 +88,7 @@ class LocalStorage:
                     path = file.relative_to(self._root).as_posix()
                     with suppress(FileNotFoundError):  # another node may be deleting files
                         if self.local_path(path).is_file():
-                            entries.append(FileInfo(path, file.stat().st_size))
+                            entries.append(FileInfo(self._named(path), file.stat().st_size))
                 check_count(len(entries), self._role, self._display)
             return tuple(sorted(entries, key=lambda entry: entry.path))
 
@@ -107,7 +112,7 @@ class LocalStorage:
 
     def read_range(self, entry: FileInfo, start: int, end: int) -> bytes:
         """Returns the bytes of a file from `start` to `end`, or to its end if that comes first."""
-        with _translated_errors(self._role, self._display), self.local_path(entry.path).open("rb") as file:
+        with _translated_errors(self._role, self._display), opened_file.opened(self.local_path(entry.path)) as file:
             file.seek(start)
             return file.read(end - start)
 
@@ -178,13 +183,26 @@ class LocalStorage:
         Raises RunError(AccessDenied) if a folder on the way from `root` is one.
         """
         folder = (self._root / path).parent
-        if folder.resolve() != self._root.resolve() / Path(path).parent:
+        own = self._root.resolve() / Path(path).parent
+        if folder.resolve() != own or (self._bounds and not own.is_relative_to(self._bounds)):
             raise RunError(
                 "AccessDenied",
                 f"{FIELD[self._role]}: {self._display}/{Path(path).parent} is or contains a link to another folder; "
                 "replace it by a folder",
             )
         return self._root / path
+
+    def _named(self, path: str) -> str:
+        """Returns a path that was listed. Raises RunError if it has bytes that are no UTF-8."""
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            shown = ascii(path)[1:-1][:200]
+            raise RunError(
+                INVALID[self._role],
+                f"{FIELD[self._role]}: {self._display} has a file whose name isn't UTF-8 ({shown}); rename it",
+            ) from None
+        return path
 
     @contextmanager
     def _partial_file(self, path: str) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune_trainer.errors import RunError
 from finetune_trainer.storage.endpoints import chosen_endpoint
 
 _DEFAULT_REGION = "us-east-1"
+_REGION = re.compile(r"[A-Za-z0-9_-]{1,64}")  # without an endpoint, it is a part of the server's name
 _PLACE_KEYS = frozenset(("AWS_REGION", "AWS_ENDPOINT_URL"))
 """Keys of a Secret that say where a bucket is, not who may access it."""
 _IDENTITY_VARIABLES = (
@@ -39,7 +41,7 @@ def access_options(
         allowed=config.allowed_endpoints, setting="S3",
     )  # fmt: skip
     options: dict[str, Any] = {
-        "region": values.get("AWS_REGION") or config.region or _region_of(environment),
+        "region": _region(values) or config.region or _region_of(environment),
         "client_options": {"allow_http": config.allow_http},
     }
     if endpoint:
@@ -63,6 +65,17 @@ def access_options(
     if anonymous:
         options["skip_signature"] = True
     return options
+
+
+def _region(values: Mapping[str, str]) -> str:
+    """Returns the region of a Secret, "" if it has none. Raises RunError(InvalidConfig)."""
+    region = values.get("AWS_REGION", "")
+    if region and not _REGION.fullmatch(region):
+        raise RunError(
+            "InvalidConfig",
+            "the Secret's AWS_REGION isn't a region such as us-east-1, of letters, digits and dashes; correct it",
+        )
+    return region
 
 
 def _region_of(environment: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -134,8 +135,10 @@ def become_subreaper() -> None:
 
 def hide_from_ranks() -> None:
     """Keeps processes of the same user from tracing this one, and from reading its memory, its
-    environment and its open files. It doesn't extend to programs that this process starts."""
+    environment and its open files. It doesn't extend to programs that this process starts, but
+    those leave no memory in a core file on the node, either."""
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 class RankProcesses:

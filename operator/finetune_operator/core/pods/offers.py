@@ -15,6 +15,7 @@ from finetune_api import names
 from finetune_api.crd.transitions import MUTABLE, WHILE_STOPPED
 from finetune_api.destinations import is_listed, is_listed_url
 from finetune_api.resource import FineTuneJob, SecretRef, Spec
+from finetune_api.spec import environment
 from finetune_operator.core.plan import PlanError
 from finetune_operator.settings import Settings
 from finetune_operator.tenant_settings import TenantSettings
@@ -94,6 +95,7 @@ def check_offered(job: FineTuneJob, settings: Settings) -> None:
         if not is_listed(entry.name, allowed):
             raise _refused(entry, allowed)
     _check_tracker(job.spec, settings.tenants.trackers)
+    _check_proxies(job.spec, settings)
 
 
 def unlisted(job: FineTuneJob, settings: Settings) -> tuple[Unlisted, ...]:
@@ -171,6 +173,20 @@ def _check_tracker(spec: Spec, allowed: tuple[str, ...]) -> None:
         raise _refused(_Named("spec.tracking.mlflow.uri", mlflow.uri, "trackers"), allowed)
 
 
+def _check_proxies(spec: Spec, settings: Settings) -> None:
+    """Checks the proxies that a job names. Exceptions are its own affair, unless the administrator
+    has a proxy."""
+    allowed = settings.tenants.proxies
+    has_proxy = any(environment.is_proxy(entry.name) for entry in settings.pods.env)
+    for entry in spec.pod.env:
+        is_exception = entry.name.upper() == "NO_PROXY"
+        if not environment.is_proxy(entry.name) or "*" in allowed or (is_exception and not has_proxy):
+            continue
+        url = entry.value if "//" in entry.value else f"http://{entry.value}"
+        if is_exception or not is_listed_url(url, allowed):
+            raise _refused(_Named("spec.pod.env", f"{entry.name}={entry.value[:200]}", "proxies"), allowed)
+
+
 def _named(spec: Spec) -> Iterator[_Named]:
     """Yields all that a job names and that only a list allows."""
     pod, resources = spec.pod, spec.resources
@@ -186,6 +202,8 @@ def _named(spec: Spec) -> Iterator[_Named]:
     nodes = pod.node_affinity
     conditions = (*(entry.key for entry in nodes.required), *(entry.key for entry in nodes.preferred))
     yield from _each("spec.pod.nodeAffinity", conditions, "nodeLabelKeys")
+    images = (volume.image.reference for volume in pod.volumes if volume.image)
+    yield from _each("spec.pod.volumes", images, "volumeImages")
     yield from _each("spec.pod.labels", pod.labels, "labelKeys")
     yield from _each("spec.pod.annotations", pod.annotations, "annotationKeys")
 
@@ -241,6 +259,7 @@ def _list(tenants: TenantSettings, setting: str) -> tuple[str, ...]:
         "extraResources": tenants.extra_resources,
         "tolerationKeys": tenants.toleration_keys,
         "nodeLabelKeys": tenants.node_label_keys,
+        "volumeImages": tenants.volume_images,
         "labelKeys": tenants.label_keys,
         "annotationKeys": tenants.annotation_keys,
     }

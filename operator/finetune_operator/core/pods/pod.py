@@ -116,6 +116,7 @@ def _environment(job: FineTuneJob, settings: Settings, network: NetworkProfile) 
         {"name": names.ENV_TERMINATION_LOG, "value": names.TERMINATION_LOG_PATH},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 (a volume of the pod)
         {"name": "PYTHONSAFEPATH", "value": "1"},  # no module from the working directory, in own images either
+        {"name": "PYTHONNOUSERSITE", "value": "1"},  # nor from HOME, which the pod can write to
         *_ca_variables(settings),
         *([{"name": "HF_ENDPOINT", "value": hub}] if hub else []),
     ]

@@ -171,7 +171,9 @@ def takes_files(artifact_uri: str, server: str) -> bool:
     parts = urlsplit(artifact_uri)
     if parts.scheme == "mlflow-artifacts" and not parts.netloc:
         return True
-    return parts.scheme in _ARTIFACT_SCHEMES and parts.netloc.lower() == urlsplit(server).netloc.lower()
+    tracker = urlsplit(server)
+    is_protected = parts.scheme == "https" or tracker.scheme == "http"  # the keys of a Secret go there
+    return parts.scheme in _ARTIFACT_SCHEMES and is_protected and parts.netloc.lower() == tracker.netloc.lower()
 
 
 def _origin(uri: str) -> str:
