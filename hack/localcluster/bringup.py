@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from localcluster import components, configs, dns, mlflow, node, packages, sandbox, workers
+from localcluster import components, configs, dns, enforcement, mlflow, node, packages, sandbox, workers
 from localcluster.api import Api, http_ok
 from localcluster.builds import tool
 from localcluster.components import Layout
@@ -39,7 +39,11 @@ def check_host(spec: ClusterSpec, paths: ClusterPaths) -> None:
                 f"cache folder {paths.root}: the cluster hides {hidden}; set FINETUNE_CACHE to another folder"
             )
     required = packages.CONTROL_PLANE | ({} if spec.control_plane_only else packages.NODE)
+    if spec.network_policies:
+        required |= packages.POLICIES
     packages.ensure(required | (packages.PROMETHEUS if "prometheus" in spec.addons else {}))
+    if spec.network_policies:
+        enforcement.check_kernel()
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,6 +65,8 @@ def build_tools(spec: ClusterSpec) -> dict[str, Path]:
     tools = {link.name: link for link in kube.iterdir()}
     if not spec.control_plane_only:
         tools["pause"] = tool("pause")
+    if spec.network_policies:
+        tools["policies"] = tool("policies")
     if "s3" in spec.addons:
         tools["versitygw"] = tool("versitygw")
     if spec.kwok:
@@ -152,6 +158,8 @@ def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]
             runtime.result()
             node.start_node(layout, tools)
             node.start_dns(layout)
+            if spec.network_policies:
+                enforcement.start(layout, tools["policies"], paths.etc / "admin.kubeconfig")
             list(pool.map(lambda number: workers.start(layout, number, tools), range(2, spec.nodes + 1)))
     api = api_of(layout)
     if spec.kwok:
@@ -163,6 +171,9 @@ def bring_up(spec: ClusterSpec, paths: ClusterPaths) -> tuple[Layout, S3 | None]
     if not spec.control_plane_only:
         for name in spec.node_names:
             wait(partial(node.is_ready, api, f"/api/v1/nodes/{name}"), "kubelet", paths)
+        if spec.network_policies:
+            for folders in (paths, *(paths.node(number) for number in range(2, spec.nodes + 1))):
+                wait(partial(enforcement.is_ready, folders), enforcement.NAME, folders)
         wait(lambda: dns.is_ready(paths.hosts, layout.network.node_address), "dns", paths)
         if spec.pretend_gpus:
             for name in spec.node_names:

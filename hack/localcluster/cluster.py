@@ -118,6 +118,7 @@ def up(
     kwok_nodes: int = 0,
     audit: bool = False,
     nodes: int = 1,
+    network_policies: bool = False,
 ) -> Cluster:
     """Starts the cluster, or returns the running one if it covers all the options.
 
@@ -133,6 +134,7 @@ def up(
             kwok_nodes=kwok_nodes,
             audit=audit,
             nodes=nodes,
+            network_policies=network_policies,
         )
     )
     paths = cluster_paths(name)
@@ -248,4 +250,5 @@ def _description(spec: ClusterSpec) -> str:
     parts = [f"addons: {','.join(sorted(spec.addons)) or 'none'}", f"simulated GPUs: {spec.pretend_gpus}"]
     parts += ["control plane only"] if spec.control_plane_only else [f"real nodes: {spec.nodes}"]
     parts += [f"kwok nodes: {spec.kwok_nodes}"] if spec.kwok else []
+    parts += ["NetworkPolicies enforced"] if spec.network_policies else []
     return "; ".join([*parts, "audit log"] if spec.audit else parts)

@@ -22,9 +22,18 @@ NODE = {
     f"{CNI_PLUGINS}/bridge": "containernetworking-plugins",
     "dnsmasq": "dnsmasq-base",
 }
+POLICIES = {"ipset": "ipset", "xtables-legacy-multi": "iptables"}
 PROMETHEUS = {"prometheus": "prometheus"}
 BUILDAH = {"buildah": "buildah"}
-ALL = {**CONTROL_PLANE, **NODE, **PROMETHEUS, "promtool": "prometheus", **BUILDAH, "debootstrap": "debootstrap"}
+ALL = {
+    **CONTROL_PLANE,
+    **NODE,
+    **POLICIES,
+    **PROMETHEUS,
+    "promtool": "prometheus",
+    **BUILDAH,
+    "debootstrap": "debootstrap",
+}
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _POLICY_TEXT = "#!/bin/sh\n# written by localcluster while it installs packages: start no service\nexit 101\n"
 

@@ -36,6 +36,7 @@ class ClusterSpec:
     kwok_nodes: int = 0
     audit: bool = False
     nodes: int = 1
+    network_policies: bool = False
 
     @property
     def node_names(self) -> tuple[str, ...]:
@@ -62,6 +63,10 @@ def checked(spec: ClusterSpec) -> ClusterSpec:
         raise LocalClusterError(f"--nodes {spec.nodes}: use a number from 1 to {MOST_NODES}")
     if spec.nodes > 1 and spec.control_plane_only:
         raise LocalClusterError(f"--nodes {spec.nodes}: --control-plane-only has no nodes; drop one of the two")
+    if spec.network_policies and spec.control_plane_only:
+        raise LocalClusterError(
+            "--network-policies: --control-plane-only has no node whose network could enforce them; drop one of the two"
+        )
     if spec.pretend_gpus and spec.control_plane_only and not spec.kwok:
         raise LocalClusterError(
             f"--pretend-gpus {spec.pretend_gpus}: --control-plane-only has no node to put GPUs on; "
@@ -81,4 +86,5 @@ def covers(running: ClusterSpec, requested: ClusterSpec) -> bool:
         and (running.kwok or not requested.kwok)
         and running.kwok_nodes >= requested.kwok_nodes
         and (running.audit or not requested.audit)
+        and running.network_policies == requested.network_policies
     )

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from localcluster import node, sandbox
+from localcluster import enforcement, node, sandbox
 from localcluster.components import Layout
 from localcluster.errors import LocalClusterError
 from localcluster.network import Network
@@ -49,6 +49,8 @@ def start(layout: Layout, number: int, tools: dict[str, Path]) -> None:
     _hand_out_credentials(one)
     node.start_runtime(one.layout, tools["pause"])
     node.start_node(one.layout, tools)
+    if layout.spec.network_policies:
+        enforcement.start(one.layout, tools["policies"], one.cluster.etc / "admin.kubeconfig")
 
 
 def switch_off(layout: Layout, number: int) -> None:

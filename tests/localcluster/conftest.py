@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from localcluster import sandbox
-from localcluster.images import one_file_image
 from localcluster.network import host_interface
-from localcluster.paths import cache_root, cluster_paths
+from localcluster.paths import cluster_paths
+from testkit.busybox import busybox_archive
 
-BUSYBOX = "localhost/localcluster-busybox:test"
 HOST_FOLDERS = ("/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/var/log/containers", "/run/netns")
 HOST_SETTINGS = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
 
@@ -74,15 +73,4 @@ def _processes_naming(text: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OCI archive of Debian's static busybox, which is used as a workload."""
-    binary = cache_root() / "test" / "busybox"
-    if not binary.exists():
-        folder = tmp_path_factory.mktemp("busybox")
-        folder.chmod(0o777)
-        subprocess.run(["apt-get", "-qq", "download", "busybox-static"], cwd=folder, check=True)
-        [package] = folder.glob("*.deb")
-        subprocess.run(["dpkg", "-x", package, folder], check=True)
-        binary.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "bin" / "busybox", binary)
-    archive = tmp_path_factory.mktemp("image") / "busybox.tar"
-    archive.write_bytes(one_file_image(BUSYBOX, "busybox", binary.read_bytes()))
-    return archive
+    return busybox_archive(tmp_path_factory.mktemp("busybox"))

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from localcluster import LocalClusterError
+from localcluster import LocalClusterError, enforcement
 from localcluster.bringup import check_host
 from localcluster.builds import RECIPES, content_key, tool
+from localcluster.components import Layout
 from localcluster.discovery import targets
 from localcluster.images import one_file_image
 from localcluster.loading import from_archive, full_name, named_index, shared_layers
@@ -71,6 +72,11 @@ def test_an_interface_name_fits_the_kernel() -> None:
         pytest.param(ClusterSpec(nodes=5), "--nodes 5: use a number from 1 to 4", id="too many nodes"),
         pytest.param(ClusterSpec(nodes=2, control_plane_only=True), "has no nodes", id="nodes of a control plane"),
         pytest.param(ClusterSpec(pretend_gpus=8, control_plane_only=True), "has no node", id="GPUs without a node"),
+        pytest.param(
+            ClusterSpec(network_policies=True, control_plane_only=True),
+            "--network-policies: --control-plane-only has no node",
+            id="policies without a node",
+        ),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(spec: ClusterSpec, message: str) -> None:
@@ -83,6 +89,7 @@ def test_a_running_cluster_with_more_add_ons_is_accepted() -> None:
     assert covers(running, ClusterSpec(addons=frozenset({"s3"})))
     assert not covers(running, ClusterSpec(control_plane_only=True))
     assert not covers(running, ClusterSpec(pretend_gpus=8))
+    assert not covers(running, ClusterSpec(network_policies=True))
 
 
 def test_a_program_is_rebuilt_when_its_sources_change(tmp_path: Path) -> None:
@@ -94,10 +101,40 @@ def test_a_program_is_rebuilt_when_its_sources_change(tmp_path: Path) -> None:
     assert content_key(kube, tmp_path) != before
 
 
+def test_a_program_with_a_module_of_its_own_is_rebuilt_when_that_changes(tmp_path: Path) -> None:
+    [policies] = [recipe for recipe in RECIPES if recipe.name == "policies"]
+    for folder in ("kube", "policies"):
+        shutil.copytree(PACKAGE / folder, tmp_path / folder)
+    before = content_key(policies, tmp_path)
+    (tmp_path / "kube" / "go.mod").write_text("module other\n")
+    assert content_key(policies, tmp_path) == before
+    (tmp_path / "policies" / "go.mod").write_text("module other\n")
+    assert content_key(policies, tmp_path) != before
+
+
+def test_each_node_enforces_policies_with_tables_and_a_marker_of_its_own() -> None:
+    network = network_for("demo", [])
+    spec, cluster = ClusterSpec(nodes=2, network_policies=True), ClusterPaths(Path("/cache/clusters/demo"))
+    first = Layout(spec, cluster, network)
+    second = Layout(spec, cluster.node(2), replace(network, node=2))
+    one, other = (enforcement.component(node, Path("/bin/policies"), Path("/admin")) for node in (first, second))
+    assert [part for part in one.argv if part in other.argv] == [
+        "/bin/policies",
+        "--kubeconfig=/admin",
+        f"--services={network.service_cidr}",
+        "--v=1",
+    ]
+    assert "--node=demo-node" in one.argv
+    assert "--node=demo-node-2" in other.argv
+    assert dict(one.env)["PATH"].startswith("/cache/clusters/demo/run/etc/iptables:")
+    assert dict(other.env)["PATH"].startswith("/cache/clusters/demo/nodes/2/run/etc/iptables:")
+
+
 def test_every_kubernetes_module_is_pinned_to_the_version_that_it_reports() -> None:
     pins = [line for line in (PACKAGE / "kube" / "go.mod").read_text().splitlines() if "=>" in line]
     assert len(pins) == 33
     assert all(line.endswith(" v0.36.3") for line in pins)
+    assert "k8s.io/client-go v0.36.3" in (PACKAGE / "policies" / "go.mod").read_text()
     assert "gitVersion=v1.36.3" in RECIPES[0].ldflags
 
 

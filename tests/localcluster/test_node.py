@@ -121,6 +121,25 @@ def test_a_service_answers_from_a_pod_and_from_the_host_and_prometheus_scrapes_i
     assert (series["metric"]["namespace"], series["metric"]["pod"]) == ("default", "web")
 
 
+def test_nothing_enforces_policies_unless_it_is_requested(made: Cluster) -> None:
+    """The control of test_policies.py."""
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "closed"},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+    }
+    script = "/busybox mkdir -p /tmp/w; echo here > /tmp/w/index; exec /busybox httpd -f -p 8000 -h /tmp/w"
+    server = pod("closed", script, securityContext={"runAsUser": 0})
+    apply(made, policy, server)
+    wait(made, "condition=Ready", "pod/closed")
+    address = made.kubectl("get", "pod", "closed", "-o", "jsonpath={.status.podIP}")
+    apply(made, pod("visitor", f"/busybox sleep 3; /busybox wget -qO- http://{address}:8000/index"))
+    wait(made, "jsonpath={.status.phase}=Succeeded", "pod/visitor")
+    assert made.kubectl("logs", "visitor").strip() == "here"
+    made.kubectl("delete", "networkpolicy", "closed")
+
+
 def test_object_storage_answers_from_a_pod_and_keeps_what_a_client_writes(made: Cluster) -> None:
     import obstore
     from obstore.store import S3Store
