@@ -5,11 +5,12 @@ A ValueError says what is wrong. The module is pure.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from finetune_api.spec.rendering import RenderingSpec
 from finetune_trainer.data.reading import reasoning
-from finetune_trainer.data.reading.row import Omission, Row, Turn, union
+from finetune_trainer.data.reading.row import Omission, Row, Turn, is_blank, union
 
 
 def adjusted(row: Row, rendering: RenderingSpec) -> Row:
@@ -39,15 +40,24 @@ def _adjusted(turns: tuple[Turn, ...], rendering: RenderingSpec) -> tuple[tuple[
     if rendering.whitespace == "strip":
         turns = tuple(replace(turn, content=turn.content.strip()) for turn in turns)
     _check(turns)
-    questions = sum(turn.role == "user" and not turn.content.strip() and not turn.more for turn in turns)
+    questions = sum(turn.role == "user" and is_blank(turn.content) and not turn.more for turn in turns)
     lost += [("EmptyQuestions", "questions", questions)] if questions else []
     empty = [index for index, turn in enumerate(turns) if _is_empty_answer(turn)]
     if empty:
         lost.append(("EmptyAnswers", "answers", len(empty)))
         turns = tuple(replace(t, in_loss=False) if index in empty else t for index, t in enumerate(turns))
+    lost += _unfinished(turns)
+    broken = sum("\ufffd" in turn.content for turn in turns)
+    lost += [("BrokenText", "texts", broken)] if broken else []
     if not any(turn.in_loss for turn in turns if turn.role == "assistant"):
         raise ValueError("every assistant turn has weight 0 or no text, so there is nothing to train on")
     return turns, lost
+
+
+def _unfinished(turns: tuple[Turn, ...]) -> Iterator[Omission]:
+    """Yield the answers whose reasoning doesn't end, or has no answer after it."""
+    faults = [reasoning.fault(turn) for turn in turns if turn.role == "assistant" and turn.in_loss]
+    yield from ((reason, "answers", faults.count(reason)) for reason in sorted(set(faults)) if reason)
 
 
 def _check(turns: tuple[Turn, ...]) -> None:
@@ -59,7 +69,7 @@ def _check(turns: tuple[Turn, ...]) -> None:
         raise ValueError(f"the last turn's role is {role!r}; it must be 'assistant', the answer to train on; {cut}")
     if turns[0].role == "assistant":
         raise ValueError(f"the first turn's role is 'assistant'; there is nothing to answer; {cut}")
-    if not last.content.strip() and not last.more:
+    if is_blank(last.content) and not last.more:
         raise ValueError("the last turn's content is empty")
 
 
@@ -75,4 +85,4 @@ def _without_open_turns(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]
 
 
 def _is_empty_answer(turn: Turn) -> bool:
-    return turn.role == "assistant" and turn.in_loss and not turn.more and not turn.content.strip()
+    return turn.role == "assistant" and turn.in_loss and not turn.more and is_blank(turn.content)
