@@ -14,6 +14,7 @@ from finetune_trainer.errors import RunError
 
 _OF_ONE_MODEL = "use weights and config.json of the same model"
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)\b")
+_LONGEST_PREFIX = 3
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -36,12 +37,13 @@ def check(info: Mapping[str, Any], model: Any) -> None:
         )
     missing = sorted(info.get("missing_keys") or ())
     unexpected = sorted(info.get("unexpected_keys") or ())
-    prefix = _prefix(missing[0], unexpected) if missing else ""
-    if prefix:
+    wrapped = _wrapped(missing, unexpected)
+    if wrapped is not None:
+        name, prefix = wrapped
         raise RunError(
             "ModelInvalid",
-            f"model.uri: the names of the weights begin with {prefix!r}, which the model's don't: it has {missing[0]}, "
-            f"and the file {prefix}{missing[0]}; save the model itself, without the wrapper that was around it",
+            f"model.uri: the names of the weights begin with {prefix!r}, which the model's don't: it has {name}, and "
+            f"the file {prefix}{name}; save the model itself, without the wrapper that was around it",
         )
     adapters = [name for name in unexpected if _ADAPTER.search(name)]
     if adapters:
@@ -65,9 +67,16 @@ def check(info: Mapping[str, Any], model: Any) -> None:
         )
 
 
-def _prefix(name: str, unexpected: Iterable[str]) -> str:
-    """Returns what a wrapper has put before the name of a missing tensor; empty if nothing."""
-    return next((other.removesuffix(name) for other in unexpected if other.endswith(f".{name}")), "")
+def _wrapped(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the name of a missing tensor, and what a wrapper has put before it in the file."""
+    names = set(missing)
+    for other in unexpected:
+        parts = other.split(".")
+        for length in range(1, min(len(parts), _LONGEST_PREFIX + 1)):
+            name = ".".join(parts[length:])
+            if name in names:
+                return name, other.removesuffix(name)
+    return None
 
 
 def _others(tensors: Sequence[Any]) -> str:
