@@ -58,8 +58,10 @@ def _put_dialogue(record: dict[str, Any]) -> None:
     if "prompt" not in record and "conversations" in record:
         record["prompt"] = parsed_list(record.pop("conversations"))
     for name in ("messages", "conversation"):
-        turns = parsed_list(record.get(name))
-        if "prompt" not in record and isinstance(turns, list) and turns and _is_question(turns[-1]):
+        if "prompt" in record or name not in record:
+            continue
+        turns = parsed_list(record[name])
+        if isinstance(turns, list) and turns and _is_question(turns[-1]):
             del record[name]
             record["prompt"] = turns
 

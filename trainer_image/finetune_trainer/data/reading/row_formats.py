@@ -27,7 +27,8 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_MARKED = frozenset(("label", "kto_tag", "status"))
+_MEDIA = frozenset(("image", "images", "audio", "audios", "video", "videos"))
 _MARK = re.compile(
     r"<\|?(?:image|img|audio|video|vision|speech|sound)(?:[_-]?(?:\d+|pad|start|token|placeholder))?\|?>|\[IMG\]"
 )
@@ -139,6 +140,8 @@ def _turns(value: Values, key: str) -> tuple[Turn, ...]:
 
 def _refuse_undesired(value: Values) -> None:
     """Refuse an answer that must not be learned. Raises ValueError."""
+    if _MARKED.isdisjoint(value):
+        return
     if value.get("status") in _DISCARDED:
         raise ValueError(f"status is {short_repr(value['status'])}, which marks the row as undesired; remove it")
     key = next((key for key in ("label", "kto_tag") if value.get(key) is not None), None)
@@ -153,7 +156,9 @@ def _refuse_undesired(value: Values) -> None:
 def _refuse_media(value: Values, texts: Iterable[str]) -> None:
     """Refuse a question about an image or a sound that only its marker stands for. Raises
     ValueError."""
-    key = next((key for key in _MEDIA if value.get(key)), None)
+    if _MEDIA.isdisjoint(value):
+        return
+    key = next((key for key in sorted(_MEDIA) if value.get(key)), None)
     mark = next((mark.group() for content in texts if (mark := _MARK.search(content))), None) if key else None
     if mark:
         raise ValueError(f"its texts contain {mark} and it has {key}; only text can be trained on: remove the row")

@@ -51,7 +51,7 @@ def turns(value: Any, path: str, *, has_tools: bool = False) -> tuple[Turn, ...]
         )
     if not isinstance(value, list) or not value:
         raise ValueError(f"{path} is {short_repr(value)}; it must be a list with at least one turn")
-    if not has_tools and messages.are_plain(value):
+    if messages.are_plain(value, has_tools=has_tools):
         return tuple(_turn(f"{path}[{index}]", turn) for index, turn in enumerate(value))
     roles = [role(turn) if isinstance(turn, Mapping) else None for turn in value]
     translated = messages.translated(value, roles, has_tools=has_tools)

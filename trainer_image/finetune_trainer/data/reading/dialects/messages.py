@@ -29,15 +29,20 @@ class Message(NamedTuple):
     as_text: str = ""
 
 
-def are_plain(turns: Sequence[Any]) -> bool:
-    """Whether turns are messages with texts already, as most are, so that none is translated."""
+def are_plain(turns: Sequence[Any], *, has_tools: bool) -> bool:
+    """Whether turns are messages already, as most are, so that none is translated. `has_tools` is
+    as in `translated`."""
     try:
         return all(
-            turn.get("role", turn.get("from")) in _PLAIN and type(turn.get("content", turn.get("value"))) is str
+            turn.get("role", turn.get("from")) in _PLAIN and _is_plain(turn.get("content", turn.get("value")), turn)
             for turn in turns
-        )
+        ) and not (has_tools and any("<tool_" in (turn.get("content", turn.get("value")) or "") for turn in turns))
     except (AttributeError, TypeError):
         return False
+
+
+def _is_plain(content: Any, turn: Mapping[str, Any]) -> bool:
+    return type(content) is str or (content is None and "parts" not in turn and bool(turn.get("tool_calls")))
 
 
 def translated(turns: Sequence[Any], roles: Sequence[Any], *, has_tools: bool) -> list[Message]:

@@ -10,11 +10,14 @@ from finetune_trainer.data.reading.dialects import calls
 
 _SYSTEM = ("systemInstruction", "system_instruction")
 _XLAM = ("query", "answers", "tools")
+_READ = frozenset(("contents", "toolConfig", "answers"))
 
 
 def normalized(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a record with messages, system and tools; what was read under other names is gone. Any
     other record is returned as it is."""
+    if _READ.isdisjoint(record):
+        return record
     if "messages" in record:
         config = record.get("toolConfig")
         return _with_tools(record, config) if isinstance(config, Mapping) and "tools" not in record else record

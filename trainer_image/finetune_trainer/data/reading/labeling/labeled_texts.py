@@ -27,7 +27,7 @@ def normalized(value: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises Unlabelled for a label that wasn't accepted, and ValueError for a part outside the text.
     """
     text = value.get("text")
-    if not isinstance(text, str) or "completion" in value or "prompt" in value:
+    if not isinstance(text, str) or len(value) == 1 or "completion" in value or "prompt" in value:
         return value
     if value.get("answer") in _DECISIONS and any(key in value for key in _OF_PRODIGY):
         return _of_prodigy(value, text)
