@@ -52,7 +52,7 @@ def _part(path: str, part: Any, role: str) -> tuple[str, bool]:
         kind, part = "reasoning", _reasoning_of_bedrock(part["reasoningContent"])
     if kind in _TEXTS:
         return text(part, "text", f"{path}."), part.get("thought") is True  # Gemini
-    if kind in _THOUGHTS and role == "assistant":
+    if isinstance(kind, str) and kind in _THOUGHTS and role == "assistant":
         return text(part, _THOUGHTS[kind], f"{path}."), True
     remedy = _REMEDIES.get(kind, _OTHER_MEDIA) if isinstance(kind, str) else _OTHER_MEDIA
     raise ValueError(f"{path} is of type {short_repr(kind)}, which isn't text; {remedy}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_trainer.data.reading.labeling import regions
-from finetune_trainer.data.reading.row import Omission, Row, Turn, Unlabelled, Values, short_repr, text
+from finetune_trainer.data.reading.row import Omission, Row, Turn, Unlabelled, Values, printable, short_repr, text
 
 _STUDIO_META = {
     "id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "file_upload",
@@ -78,7 +78,9 @@ def snorkel(number: int, value: Values, options: Options) -> Row:
     answer = _class_name(value, options)
     labels = {*_LABELS, *_PROBABILITIES, *_numbered_keys(value), "completion", key}
     labels |= {"answer"} if value.get("answer") == "accept" else set()
-    unread = tuple(("KeysNotRead", name, 1) for name in sorted(set(value) - labels) if value[name] not in (None, ""))
+    unread = tuple(
+        ("KeysNotRead", printable(name), 1) for name in sorted(set(value) - labels) if value[name] not in (None, "")
+    )
     return Row(number, (Turn("user", prompt), Turn("assistant", answer)), plain=True, unread=unread)
 
 
@@ -159,7 +161,7 @@ def _unread(value: Values, used: set[str]) -> tuple[Omission, ...]:
         results = [r for a in value["annotations"] if isinstance(a, Mapping) for r in a.get("result") or []]
         names = {f"data.{key}" for key in data}
         names |= {f"annotations.{r['from_name']}" for r in results if isinstance(r, Mapping) and "from_name" in r}
-    return tuple(("KeysNotRead", name, 1) for name in sorted(names - used))
+    return tuple(("KeysNotRead", printable(name), 1) for name in sorted(names - used))
 
 
 def _as_text(value: Any, name: str) -> str:
@@ -213,7 +215,7 @@ def _class_name(value: Values, options: Options) -> str:
     if isinstance(label, list) and all(isinstance(name, str) for name in label):
         if not label:
             raise Unlabelled(f"{key} is []: it has no label")
-        return ", ".join(label)
+        return ", ".join(text({key: name}, key) for name in label)
     if isinstance(label, str) and label.lstrip("-").isdecimal():
         label = int(label)
     if isinstance(label, float) and label.is_integer():

@@ -116,7 +116,7 @@ def _calling(index: int, turn: Mapping[str, Any], key: str, before: str, called:
 def _are_one(answer: Mapping[str, Any], calling: Mapping[str, Any]) -> bool:
     """Whether calls are a part of the answer before them, which is a text that is trained on just
     as they are."""
-    if isinstance(_text(answer), list):
+    if isinstance(_text(answer), list) or not isinstance(answer.get("tool_calls") or [], list):
         return False
     return [answer.get(key) for key in _LOSS_KEYS] == [calling.get(key) for key in _LOSS_KEYS]
 

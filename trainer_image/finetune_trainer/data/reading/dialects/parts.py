@@ -34,8 +34,9 @@ def separated(turn: Turn, role: str) -> list[dict[str, Any]]:
             results.append(result)
         else:
             rest.append(part)
-    if calls:
-        return [{**turn, "content": rest or "", "tool_calls": [*(turn.get("tool_calls") or []), *calls]}]
+    earlier = turn.get("tool_calls") or []
+    if calls and isinstance(earlier, list):
+        return [{**turn, "content": rest or "", "tool_calls": [*earlier, *calls]}]
     if not results:
         return [dict(turn)]
     return [*results, *([{**turn, "content": rest}] if rest else [])]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_trainer.data.reading.labeling import regions
-from finetune_trainer.data.reading.row import Unlabelled
+from finetune_trainer.data.reading.row import Unlabelled, short_repr
 
 _OF_SPANS = ("spans", "entities", "ents")  # even without any
 _SPANS = (*_OF_SPANS, "label", "labels", "annotation")
@@ -50,8 +50,9 @@ def _of_prodigy(value: Mapping[str, Any], text: str) -> Mapping[str, Any]:
     if value["answer"] != "accept":
         raise Unlabelled(f"its label wasn't accepted (answer is {value['answer']!r})")
     if isinstance(value.get("options"), list) and isinstance(value.get("accept"), list):
-        names = {o.get("id"): str(o.get("text", o.get("id"))) for o in value["options"] if isinstance(o, Mapping)}
-        chosen = [names.get(name, str(name)) for name in value["accept"]]
+        options = [option for option in value["options"] if isinstance(option, Mapping)]
+        names = {str(option.get("id")): str(option.get("text", option.get("id"))) for option in options}
+        chosen = [names.get(str(name), str(name)) for name in value["accept"]]
         if not chosen:
             raise Unlabelled("has no label: none of its options was chosen")
         return _answered(value, ("options", "accept", "answer"), ", ".join(chosen))
@@ -59,7 +60,7 @@ def _of_prodigy(value: Mapping[str, Any], text: str) -> Mapping[str, Any]:
         return _answered(value, ("user_input", "answer"), value["user_input"])
     if any(key in value for key in ("label", "labels")):
         return value
-    return _answered(value, ("spans", "answer", _RELATIONS), _as_json(value.get("spans") or [], None, text))
+    return _answered(value, ("spans", "answer", _RELATIONS), _as_json(value.get("spans"), None, text))
 
 
 def _answered(value: Mapping[str, Any], read: tuple[str, ...], answer: str) -> Mapping[str, Any]:
@@ -90,14 +91,17 @@ def _first(entry: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((entry[name] for name in names if name in entry), None)
 
 
-def _as_json(entries: list[Any], relations: Any, text: str) -> str:
+def _as_json(entries: Any, relations: Any, text: str) -> str:
+    entries = [] if entries is None else entries
+    if not isinstance(entries, list):
+        raise ValueError(f"spans is {short_repr(entries)}; it must be a list of labeled parts of the text")
     spans = [span for entry in entries if (span := _span(entry)) is not None]
     if len(spans) < len(entries):
         raise ValueError("spans has an entry without a start, an end and a label; write the labels as completion")
     labeled = [(str(index if span["id"] is None else span["id"]), span) for index, span in enumerate(spans)]
     named = [
         {**relation, "labels": [relation["type"]]} if "type" in relation else relation
-        for relation in relations or []
+        for relation in (relations if isinstance(relations, list) else [])
         if isinstance(relation, Mapping)
     ]
     return regions.as_json(labeled, named, text)
