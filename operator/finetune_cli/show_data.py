@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from finetune_trainer.data.pipeline import PreparedRows  # imports packages that may be missing
 
 _SECONDS_BETWEEN_LINES = 5.0
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 
 class CannotRead(ValueError):
@@ -67,6 +66,10 @@ def show(job: FineTuneJob, options: argparse.Namespace) -> int:
     run = planned.model_copy(update={"data": _dated(planned.data)})
     config, model = run.data, Path(options.model) if options.model else None
     inputs = _files_of_splits(config, options)
+    if model is not None and not model.is_dir():
+        raise CannotRead(f"--model {model}: there is no such folder; give the folder of a Transformers model")
+    if model is not None and model_folder.holds_weights(_names(model)):
+        model_folder.check_files(_names(model), str(model))
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         prepared = _prepared(run, inputs, model, Path(folder))
         report = prepared.report()
@@ -91,8 +94,7 @@ def _check_model(run: RunConfig, model: Path, rows: PreparedRows, scratch: Path)
     if importlib.util.find_spec("torch") is None:
         print("torch isn't installed, so the model and the method aren't checked", file=sys.stderr)
         return
-    names = [path.name for path in model.iterdir() if path.is_file()]
-    if model_folder.CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
+    if not model_folder.holds_weights(_names(model)):
         print(f"{model} has no weights, so the model and the method aren't checked", file=sys.stderr)
         return
     paths = Paths(scratch)
@@ -100,6 +102,10 @@ def _check_model(run: RunConfig, model: Path, rows: PreparedRows, scratch: Path)
     capacity = process.check(run, paths, lambda line: print(line, file=sys.stderr))
     for needs in rows.needs():
         model_folder.check_rows(capacity, needs)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()]
 
 
 def _print(report: DataReport, options: argparse.Namespace) -> None:

@@ -76,6 +76,32 @@ def test_a_folder_with_a_tokenizer_alone_checks_only_the_rows(
     assert "has no weights, so the model and the method aren't checked" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("config.json", "tokenizer.json", "model.gguf"), "has model.gguf, which is a format for inference"),
+        (("tokenizer.json", "adapter_config.json", "adapter_model.safetensors"), "is an adapter"),
+        (("config.json", "tokenizer.json", "pytorch_model.bin"), "has only pytorch_model.bin, which are pickles"),
+        (None, "there is no such folder; give the folder of a Transformers model"),
+    ],
+    ids=["GGUF", "an adapter", "a pickle", "a file"],
+)
+def test_a_model_in_another_format_is_refused_and_not_passed_over(
+    files: tuple[str, ...] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    if files is None:
+        model.write_bytes(b"GGUF")
+    else:
+        tiny_phi3(model)
+        for name in (path.name for path in list(model.iterdir()) if path.name not in files):
+            (model / name).unlink()
+        for name in files:
+            (model / name).touch()
+    assert main(["validate", _job(tmp_path), "--data", _rows(tmp_path), "--model", str(model)]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_the_rows_of_a_long_file_are_counted_every_few_seconds() -> None:
     seconds = iter([0.0, 1.0, 4.9, 5.0, 5.0, 9.0, 10.1, 10.1])
     out = io.StringIO()

@@ -6,6 +6,7 @@ wrong value seldom names the file or the setting.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -28,6 +29,12 @@ _SIZES = (
 )  # fmt: skip
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _DTYPE = re.compile(r"(torch\.)?(auto|float|half|bfloat16|float(16|32|64)|float8_\w+)")
+_OTHER_HEADS = (
+    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "RewardModel",
+    "ForReward", "ForRewardModel",
+)  # fmt: skip
+_QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")
+"""Keys that describe a quantization: of Transformers, of older compressed-tensors, and of MLX."""
 _REMEDIES = {
     "mxfp4": "use a copy of the model whose weights are in bfloat16",
     "bitsandbytes": "use the model that it was made from, with model.quantization: nf4 or int8",
@@ -56,6 +63,8 @@ def read(name: str, content: bytes, at: str) -> dict[str, Any]:
     """
     if is_git_lfs_pointer(content):
         raise git_lfs_error(name, at)
+    if content.startswith(codecs.BOM_UTF8):
+        raise _invalid(at, name, "begins with a byte order mark, which Transformers can't read")
     if len(content) > _MAX_JSON_BYTES:
         raise _invalid(at, name, f"has more than {_MAX_JSON_BYTES >> 20} MiB")
     try:
@@ -91,9 +100,11 @@ def check(config: Mapping[str, Any], at: str) -> None:
     """
     if not isinstance(config.get("model_type"), str):
         raise _invalid(at, CONFIG, "has no model_type; use the folder of a Transformers model", remedy=False)
+    _check_architectures(config.get("architectures"), at)
     for prefix, section in (("", config), ("text_config.", config.get("text_config"))):
         if isinstance(section, dict):
-            _check_quantization(section.get("quantization_config"), at)
+            for name in _QUANTIZATIONS:
+                _check_quantization(section.get(name), name, at)
             _check_numbers(section, prefix, at)
             _check_rope(section, prefix, at)
             _check_dtype(section, prefix, at)
@@ -121,14 +132,30 @@ def stop_tokens(content: bytes, at: str) -> frozenset[int]:
     return frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
 
 
-def _check_quantization(value: Any, at: str) -> None:
-    if not value:
+def _check_architectures(names: Any, at: str) -> None:
+    """Refuses a model whose head isn't that of a language model, because the head would be left
+    out."""
+    name = (
+        next((n for n in names if isinstance(n, str) and n.endswith(_OTHER_HEADS)), None)
+        if isinstance(names, list)
+        else None
+    )
+    if name is not None:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: {at} is a {name[:80]} (architectures in {CONFIG}), which classifies texts and generates none; "
+            "use the language model that it was made from",
+        )
+
+
+def _check_quantization(value: Any, name: str, at: str) -> None:
+    if not value and value != {}:
         return
     method = str(value.get("quant_method") or "quantized") if isinstance(value, dict) else _short(value)
     remedy = _REMEDIES.get(method, "use the model that it was made from; model.quantization: nf4 saves as much memory")
     raise RunError(
         "ModelInvalid",
-        f"model.uri: the weights of {at} are stored as {method[:40]} (quantization_config in {CONFIG}), which can't be "
+        f"model.uri: the weights of {at} are stored as {method[:40]} ({name} in {CONFIG}), which can't be "
         f"trained; {remedy}",
     )
 

@@ -14,6 +14,9 @@ CONFIG = model_config.CONFIG
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files in which GPTQ, AWQ and ModelOpt describe a quantization that config.json may not have."""
+_GGUF = "which is a format for inference; use the folder of the model that it was converted from"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -62,12 +65,19 @@ def check_files(names: Collection[str], at: str) -> None:
     folder. Raises RunError(ModelInvalid).
     """
     if "config.json" not in names:
-        raise RunError("ModelInvalid", f"model.uri: {at} has no config.json; use the folder of a Transformers model")
+        raise RunError("ModelInvalid", f"model.uri: {at} {_instead_of_a_model(names)}")
     if ADAPTER_CONFIG in names:
         raise RunError(
             "ModelInvalid",
             f"model.uri: {at} has {ADAPTER_CONFIG}, so Transformers would load an adapter with the model; merge the "
             "adapter into its base and use the result, or use the base, in a folder without that file",
+        )
+    quantized = next((name for name in _QUANTIZATION_FILES if name in names), None)
+    if quantized is not None:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: {at} has {quantized}, so its weights are quantized, and can't be trained; use the model that "
+            "it was made from; model.quantization: nf4 saves as much memory",
         )
     if WEIGHTS in names or WEIGHTS_INDEX in names:
         return
@@ -78,6 +88,9 @@ def check_files(names: Collection[str], at: str) -> None:
             f"model.uri: {at} has {others[0]}, but Transformers reads {WEIGHTS}, or the files that {WEIGHTS_INDEX} "
             "lists; use the model in Transformers' format",
         )
+    gguf = next((name for name in sorted(names) if name.lower().endswith(".gguf")), None)
+    if gguf is not None:
+        raise RunError("ModelInvalid", f"model.uri: {at} has {gguf}, {_GGUF}")
     pickles = sorted(name for name in names if PurePosixPath(name).suffix in _PICKLE_SUFFIXES)
     problem = (
         f"has only {', '.join(pickles[:3])}, which are pickles and never loaded; convert the weights to"
@@ -85,6 +98,33 @@ def check_files(names: Collection[str], at: str) -> None:
         else "has no weights; add them as"
     )
     raise RunError("ModelInvalid", f"model.uri: {at} {problem} *.safetensors")
+
+
+def holds_weights(names: Collection[str]) -> bool:
+    """Returns whether a folder has weights, or an adapter, in any format; a folder with only a
+    tokenizer has none."""
+    suffixes = (".safetensors", ".gguf", ".onnx", *_PICKLE_SUFFIXES)
+    return any(name.lower().endswith(suffixes) or name in (ADAPTER_CONFIG, WEIGHTS_INDEX) for name in names)
+
+
+def _instead_of_a_model(names: Collection[str]) -> str:
+    """Returns what a folder without config.json holds, with the remedy."""
+    gguf = next((name for name in sorted(names) if name.lower().endswith(".gguf")), None)
+    if ADAPTER_CONFIG in names:
+        return (
+            f"is an adapter ({ADAPTER_CONFIG} without config.json) and no model; use the base that it was trained on, "
+            "or merge the adapter into it and use the result"
+        )
+    if gguf is not None:
+        return f"has {gguf}, {_GGUF}"
+    if "params.json" in names:
+        return (
+            "has params.json, so it is a model in the format of its publisher's own code; use its folder in "
+            "Transformers' format, with config.json"
+        )
+    if "model_index.json" in names:
+        return "is a pipeline of Diffusers (model_index.json), which generates no text; use a language model"
+    return "has no config.json; use the folder of a Transformers model"
 
 
 def weight_files(names: Collection[str], index: bytes | None, at: str) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ LENGTH_BYTES = 8
 _MAX_DIMENSIONS = 64  # as in PyTorch; the product of many large numbers would take minutes
 TRAINABLE = ("F64", "F32", "F16", "BF16")
 """The formats of weights that can be trained, or adapted."""
+_PACKED = (".qweight", ".weight_packed", ".W_q", "_blocks")
+"""How the names of weights end that GPTQ and AWQ, compressed-tensors, HQQ and mxfp4 pack."""
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -87,7 +89,8 @@ def check_formats(name: str, tensors: Iterable[StoredTensor]) -> None:
     Raises RunError(ModelInvalid).
     """
     for tensor in tensors:
-        if tensor.name.endswith(".weight") and len(tensor.shape) > 1 and tensor.format not in TRAINABLE:
+        is_weight = (tensor.name.endswith(".weight") and len(tensor.shape) > 1) or tensor.name.endswith(_PACKED)
+        if is_weight and tensor.format not in TRAINABLE:
             raise RunError(
                 "ModelInvalid",
                 f"model.uri: {name} stores {tensor.name[:200]} as {tensor.format}, which can't be trained; use the "

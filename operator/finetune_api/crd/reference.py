@@ -225,9 +225,9 @@ _TOPICS = (
             "AnswersNotTrained: raise `dataset.maxSequenceLength`.",
             "ControlTokens and RenderedTwice: texts look like the border of a turn; remove the tokens, set "
             "`dataset.rendering.controlTokens: encode` (they become plain text) or `refuse`, or `dataset.chatTemplate: "
-            "none` if the rows were rendered already. Blanks: `dataset.rendering.whitespace: strip`. EmptyAnswers, "
-            "EmptyQuestions, AnswersShared, TurnsCut: look at these rows. TemplateVaries: the template writes a date "
-            "or picks at random; `dataset.rendering.date` sets the date.",
+            "none` if they were rendered already. Blanks: `dataset.rendering.whitespace: strip`. TemplateVaries: the "
+            "template picks at random or writes dates (`dataset.rendering.date`). CallsAsText, TagsTwice, BrokenText, "
+            "OpenReasoning, ReasoningOnly, EmptyAnswers, EmptyQuestions, AnswersShared, TurnsCut: look at the rows.",
         ),
     ),
 )

@@ -55,7 +55,8 @@ class Finding(LenientModel):
 
     reason: str = Field(
         description="KeysNotRead, TemplateOmits, AnswersNotTrained, AnswersApart, AnswersShared, "
-        "EmptyQuestions, EmptyAnswers, TurnsCut, Blanks, ControlTokens or RenderedTwice."
+        "EmptyQuestions, EmptyAnswers, OpenReasoning, ReasoningOnly, BrokenText, TurnsCut, Blanks, CallsAsText, "
+        "TagsTwice, ControlTokens or RenderedTwice."
     )
     subject: str = Field(description="A key, messages[].key for a key of turns, or a part such as tool results.")
     count: int

@@ -87,7 +87,7 @@ def _text(renderer: Renderer, row: Row) -> str:
         pytest.param(None, ["Hello.<|im_end|>", "Bye, lazy dog.<|im_end|>"], id="chatml"),
         pytest.param(_LLAMA2, [" Hello. <|im_end|>", " Bye, lazy dog. <|im_end|>"], id="llama2"),
         pytest.param(_REASONING, ["<think>\n\n</think>\n\nBye, lazy dog.<|im_end|>"], id="drops earlier reasoning"),
-        pytest.param(_OPEN_ENDED, ["Hello.\n", "Bye, lazy dog.\n<|im_end|>"], id="open ended"),
+        pytest.param(_OPEN_ENDED, ["Bye, lazy dog.\n<|im_end|>"], id="open ended"),
     ],
 )
 def test_each_answer_and_its_stop_token_is_trained_on_and_nothing_else(

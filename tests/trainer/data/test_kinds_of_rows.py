@@ -135,7 +135,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "turns under another key": ({"conversation": [_USER, _BLUE]}, "such as {messages: conversation}"),
     "turns and an ideal answer": ({"input": [_USER], "ideal": "blue"}, "such as {prompt: input, completion: ideal}"),
     "an undesirable answer": ({"prompt": "a", "completion": "b", "label": "undesirable"}, "marks the answer as undes"),
-    "spans as a label": ({"text": "Alice", "label": [[0, 5, "PER"]]}, "write labels of parts of a text as prompt"),
+    "spans as a label": ({"text": "Alice", "label": [[0, 5]]}, "write labels of parts of a text as prompt"),
 }  # fmt: skip
 
 

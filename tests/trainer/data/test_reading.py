@@ -363,7 +363,7 @@ def test_a_turn_of_weight_0_isnt_trained_on_and_tool_calls_are_preserved() -> No
     assert isinstance(row, Row)
     assert [turn.in_loss for turn in row.turns] == [True, False, True, True]
     assert json.loads(row.turns[-1].more)["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert json.loads(row.tools) == [{"name": "add"}]
+    assert json.loads(row.tools) == [{"type": "function", "function": {"name": "add"}}]
 
 
 _REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [

@@ -3,6 +3,7 @@ refuse it for the same reason, whatever a library raises."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shutil
@@ -64,6 +65,11 @@ def _cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _with_mark(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+
+
 def _with_a_third_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     copies = {name.replace("layers.1.", "layers.2."): w.clone() for name, w in weights.items() if "layers.1." in name}
     return weights | copies
@@ -98,6 +104,28 @@ _FOLDERS: dict[str, tuple[_Spoil, str]] = {
     "FP8": (_config(quantization_config={"quant_method": "fp8"}), "are stored as fp8"),
     "4 bits of bitsandbytes": (
         _config(quantization_config={"quant_method": "bitsandbytes"}), "with model.quantization: nf4 or int8",
+    ),
+    "weights of MLX": (_config(quantization={"group_size": 64, "bits": 4}), "are stored as quantized (quantization in"),
+    "older compressed tensors": (_config(compression_config={"quant_method": "compressed-tensors"}), "as compressed-"),
+    "HQQ": (_config(quantization_config={"quant_method": "hqq"}), "are stored as hqq (quantization_config in"),
+    "ModelOpt": (_file("hf_quant_config.json", b"{}"), "has hf_quant_config.json, so its weights are quantized"),
+    "AutoGPTQ": (_file("quantize_config.json", b"{}"), "has quantize_config.json, so its weights are quantized"),
+    "weights: packed": (
+        _weights(lambda weights: weights | {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, dtype=torch.int32)}),
+        "stores model.layers.0.mlp.up_proj.qweight as I32, which can't be trained",
+    ),
+    "no method of a quantization": (_config(quantization_config={}), "are stored as quantized (quantization_config in"),
+    "config: a byte order mark": (_with_mark, "config.json begins with a byte order mark"),
+    "weights: of an adapter": (
+        _weights(lambda weights: weights | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}),
+        "model.layers.0.self_attn.q_proj.lora_A.weight is of an adapter, which would be left out",
+    ),
+    "weights: of a wrapper": (
+        _weights(lambda weights: {f"module.{name}": weight for name, weight in weights.items()}),
+        "the names of the weights begin with 'module.', which the model's don't",
+    ),
+    "a classifier": (
+        _config(architectures=["LlamaForSequenceClassification"]), "is a LlamaForSequenceClassification (architectures",
     ),
     "padding beyond the vocabulary": (_config(pad_token_id=400), "pad_token_id 400, which isn't below its vocab_size"),
     "padding isn't a number": (_config(pad_token_id="x"), 'pad_token_id "x"'),

@@ -45,6 +45,30 @@ def test_only_safe_and_useful_files_of_a_model_are_downloaded() -> None:
     assert {entry.path for entry in others} == {*GOOD[:2], "chat_template.jinja", "README.md"}  # names the license
 
 
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (
+            ("adapter_config.json", "adapter_model.safetensors"),
+            "is an adapter (adapter_config.json without config.json)",
+        ),
+        (
+            ("README.md", "model-Q4_K_M.gguf"),
+            "has model-Q4_K_M.gguf, which is a format for inference; use the folder of",
+        ),
+        (("config.json", "tokenizer.json", "model-Q8_0.gguf"), "has model-Q8_0.gguf, which is a format for inference"),
+        (("params.json", "consolidated.00.pth"), "in the format of its publisher's own code; use its folder in"),
+        (("model_index.json", "unet/config.json"), "is a pipeline of Diffusers (model_index.json), which generates no"),
+    ],
+    ids=["an adapter", "GGUF", "GGUF with a configuration", "Llama's own format", "Diffusers"],
+)
+def test_a_model_in_another_format_is_named(paths: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RunError, match=re.escape(message)) as refused:
+        download.model_files(entries(*paths), "s3://m/x")
+    assert refused.value.reason == "ModelInvalid"
+    assert "; use" in refused.value.message
+
+
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 _INDEX = json.dumps({"weight_map": {"a": _SHARDS[0], "b": _SHARDS[1], "c": _SHARDS[0]}}).encode()
 

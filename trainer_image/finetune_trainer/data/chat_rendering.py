@@ -146,7 +146,7 @@ class Renderer:
 
         They are everything before the last answer, as at inference.
         """
-        row = self._encoder.prepared(row)
+        row = self._side(row, is_pair=False)[0] if any(t.as_text for t in row.turns) else self._encoder.prepared(row)
         if self._encoder_decoder:
             return self._encoder.source(row.plain_prompt or row.turns[0].content)
         if not self._chat:
@@ -172,7 +172,11 @@ class Renderer:
             prepared = self._encoder.prepared(row)
         except ValueError as error:
             return row, Problem(row.number, str(error))
-        return prepared, self._parts(prepared, is_pair=is_pair)
+        parts = self._parts(prepared, is_pair=is_pair)
+        if isinstance(parts, Problem) and (with_texts := answers.with_texts(prepared)) is not prepared:
+            of_texts = self._parts(with_texts, is_pair=is_pair)
+            return (prepared, parts) if isinstance(of_texts, Problem) else (with_texts, of_texts)
+        return prepared, parts
 
     def _parts(self, row: Row, *, is_pair: bool) -> list[Texts] | Problem:
         if row.is_text and self._encoder_decoder:
@@ -182,13 +186,8 @@ class Renderer:
                 row.number,
                 "messages need a chat template, which this tokenizer doesn't have; give one in dataset.chatTemplate",
             )
-        for turn in row.turns:
-            if turn.role != "assistant" or not turn.in_loss:
-                continue
-            stop = next((text for text in self._stop_texts if text in turn.content or text in turn.more), None)
-            if stop is not None:
-                remedy = "remove it, or set dataset.rendering.controlTokens: encode"
-                return Problem(row.number, f"an answer contains the stop token {stop!r}, which would end it; {remedy}")
+        if problem := suspicious_text.stop_token(row, self._stop_texts):
+            return Problem(row.number, problem)
         if self._rendering.control_tokens == "refuse" and (problem := self._control_tokens.refusal(row)):
             return Problem(row.number, problem)
         if row.is_text:
@@ -227,7 +226,7 @@ class Renderer:
         if not self._chat or row.is_text:
             return tuple(suspicious)
         pairs = [pair for texts in parts for pair in texts]
-        suspicious += suspicious_text.frames(row)
+        suspicious += (*suspicious_text.frames(row), *suspicious_text.calls(row, parts[-1]))
         suspicious += suspicious_text.blanks(row, [answer for _, answer in pairs])
         expected, apart = 1 if self._rendering.answers == "last" else None, len(pairs) - len(parts[-1])
         return (*findings.omitted(row, pairs, expected, apart=apart), *suspicious)

@@ -27,7 +27,7 @@ from finetune_trainer.data.reading.row import Problem
 from finetune_trainer.data.reading.rows import InputFile
 from finetune_trainer.data.shared_prefixes import SharedPrefixes
 
-_VERSION = 7
+_VERSION = 8
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json", "config.json",

@@ -48,9 +48,16 @@ def _part(path: str, part: Any, role: str) -> tuple[str, bool]:
     if not isinstance(part, Mapping):
         raise ValueError(f"{path} is {short_repr(part)}; it must be a text or a part of type text")
     kind = part.get("type", "text" if "text" in part else None)
+    if "reasoningContent" in part and role == "assistant":
+        kind, part = "reasoning", _reasoning_of_bedrock(part["reasoningContent"])
     if kind in _TEXTS:
-        return text(part, "text", f"{path}."), False
-    if kind in _THOUGHTS and role == "assistant":
+        return text(part, "text", f"{path}."), part.get("thought") is True  # Gemini
+    if isinstance(kind, str) and kind in _THOUGHTS and role == "assistant":
         return text(part, _THOUGHTS[kind], f"{path}."), True
     remedy = _REMEDIES.get(kind, _OTHER_MEDIA) if isinstance(kind, str) else _OTHER_MEDIA
     raise ValueError(f"{path} is of type {short_repr(kind)}, which isn't text; {remedy}")
+
+
+def _reasoning_of_bedrock(value: Any) -> Mapping[str, Any]:
+    inner = value.get("reasoningText") if isinstance(value, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}

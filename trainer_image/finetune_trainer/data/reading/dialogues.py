@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from finetune_api.spec.rendering import RenderingSpec
 from finetune_trainer.data.reading import reasoning
-from finetune_trainer.data.reading.row import Omission, Row, Turn, union
+from finetune_trainer.data.reading.row import Omission, Row, Turn, is_blank, union
+
+_EMPTY_ANSWER = ("EmptyAnswers", "answers")
 
 
 def adjusted(row: Row, rendering: RenderingSpec) -> Row:
@@ -39,15 +41,28 @@ def _adjusted(turns: tuple[Turn, ...], rendering: RenderingSpec) -> tuple[tuple[
     if rendering.whitespace == "strip":
         turns = tuple(replace(turn, content=turn.content.strip()) for turn in turns)
     _check(turns)
-    questions = sum(turn.role == "user" and not turn.content.strip() and not turn.more for turn in turns)
-    lost += [("EmptyQuestions", "questions", questions)] if questions else []
-    empty = [index for index, turn in enumerate(turns) if _is_empty_answer(turn)]
-    if empty:
-        lost.append(("EmptyAnswers", "answers", len(empty)))
-        turns = tuple(replace(t, in_loss=False) if index in empty else t for index, t in enumerate(turns))
+    faults = [fault for turn in turns if (fault := _fault(turn)) is not None]
+    if faults:
+        lost += [(*fault, faults.count(fault)) for fault in dict.fromkeys(faults)]
+        turns = tuple(replace(turn, in_loss=False) if _fault(turn) == _EMPTY_ANSWER else turn for turn in turns)
     if not any(turn.in_loss for turn in turns if turn.role == "assistant"):
         raise ValueError("every assistant turn has weight 0 or no text, so there is nothing to train on")
     return turns, lost
+
+
+def _fault(turn: Turn) -> tuple[str, str] | None:
+    """Return what is wrong with the text of a turn, as (reason, subject) of an omission."""
+    content = turn.content
+    if "\ufffd" in content:
+        return "BrokenText", "texts"
+    if turn.role == "user":
+        return ("EmptyQuestions", "questions") if not turn.more and is_blank(content) else None
+    if turn.role != "assistant" or not turn.in_loss:
+        return None
+    if not turn.more and is_blank(content):
+        return _EMPTY_ANSWER
+    reason = reasoning.fault(turn)
+    return (reason, "answers") if reason else None
 
 
 def _check(turns: tuple[Turn, ...]) -> None:
@@ -59,7 +74,7 @@ def _check(turns: tuple[Turn, ...]) -> None:
         raise ValueError(f"the last turn's role is {role!r}; it must be 'assistant', the answer to train on; {cut}")
     if turns[0].role == "assistant":
         raise ValueError(f"the first turn's role is 'assistant'; there is nothing to answer; {cut}")
-    if not last.content.strip() and not last.more:
+    if is_blank(last.content) and not last.more:
         raise ValueError("the last turn's content is empty")
 
 
@@ -72,7 +87,3 @@ def _without_open_turns(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]
     answers = [index for index, turn in enumerate(rest) if turn.role == "assistant"]
     remaining = rest[begin : answers[-1] + 1] if answers else ()
     return (*system, *remaining), len(rest) - len(remaining)
-
-
-def _is_empty_answer(turn: Turn) -> bool:
-    return turn.role == "assistant" and turn.in_loss and not turn.more and not turn.content.strip()

@@ -11,8 +11,9 @@ from typing import Any
 
 from finetune_api.messages.data_report import DataWarning, Finding, SplitReport
 from finetune_trainer.data.reading import reasoning
-from finetune_trainer.data.reading.row import Omission, Row, Turn, Values
-from finetune_trainer.data.reading.turns import FURTHER_KEYS, LOSS_KEYS
+from finetune_trainer.data.reading.dialects import calls
+from finetune_trainer.data.reading.row import Omission, Row, Turn, Values, printable
+from finetune_trainer.data.reading.turns import FURTHER_KEYS, LOSS_KEYS, parsed_list
 
 CHANGED = "changes an answer"
 """What a message about a template that does so contains."""
@@ -20,7 +21,10 @@ SUBJECTS = {
     "system": "system prompts", "user": "questions", "assistant": "answers", "tool": "tool results", "text": "texts",
 }  # fmt: skip
 """What the turns of each role are called."""
-_TURN_KEYS = frozenset(("role", "content", "from", "value", "function_call", *LOSS_KEYS, *FURTHER_KEYS))
+_TURN_KEYS = frozenset(("role", "content", "from", "value", "parts", "function_call", *LOSS_KEYS, *FURTHER_KEYS))
+_ITEM_KEYS = frozenset(("type", "call_id", "id", "arguments", "output", "status"))
+"""Keys of the items of the Responses API, which have no role."""
+_USUAL = ("user", "assistant", "human", "gpt", "system", "tool", None)
 _CONVERSATION = frozenset(("system", "tools", "functions"))
 _DESIRED = ("label", "kto_tag")
 """Keys that may say that the answer is a desired one, as in rows for KTO."""
@@ -32,6 +36,7 @@ _KEYS = {
     "sharegpt": frozenset(("conversations", *_CONVERSATION)),
     "preference": frozenset(("prompt", "chosen", "rejected", *_CONVERSATION)),
 }
+_ALWAYS_TURNS = ("messages", "conversations")  # a prompt or a completion may be JSON that is meant as a text
 _LISTS = {
     "prompt-completion": (("prompt", _TURN_KEYS), ("completion", _TURN_KEYS)),
     "messages": (("messages", _TURN_KEYS),),
@@ -46,7 +51,14 @@ _FINDINGS = {
     "AnswersShared": "chosen and rejected have these in common, so they are part of the prompt and aren't trained on:",
     "EmptyQuestions": "these have no text, so their answers are trained on without a question:",
     "EmptyAnswers": "these have no text and aren't trained on:",
+    "OpenReasoning": "the reasoning of these never ends, perhaps because they were cut off, and it is trained on:",
+    "ReasoningOnly": "these have reasoning and no text after it, so a model learns to answer with nothing:",
+    "BrokenText": "these contain U+FFFD, which stands for characters that were lost when a text was decoded:",
     "TemplateOmits": "the chat template leaves out",
+    "CallsAsText": "these have a role or tags of calls, and are trained on as texts, because they aren't the JSON of "
+    "calls with a name and arguments, or the chat template writes no calls:",
+    "TagsTwice": "the chat template writes the tags around these itself, so they are there twice (remove them from the "
+    "rows):",
     "KeysNotRead": "nothing reads",
     "TurnsCut": "dataset.rendering.openTurns is cut, which removed",
     "RenderedTwice": "these look as if they were rendered already, and the chat template renders them again (if so, "
@@ -90,6 +102,7 @@ def unread(format: str, value: Values) -> list[Omission]:
     if format not in _KEYS:
         return []
     known_keys = _KEYS[format]
+    omissions: list[Omission] = []
     names = (
         [] if known_keys.issuperset(value) else [k for k in value if k not in known_keys and not _is_empty(value[k])]
     )
@@ -97,12 +110,17 @@ def unread(format: str, value: Values) -> list[Omission]:
         names = [key for key in names if key not in _DESIRED or not is_desired(value[key])]
     for name, known in _LISTS.get(format, ()):
         turns = value.get(name)
-        if isinstance(turns, list):
+        turns = parsed_list(turns) if name in _ALWAYS_TURNS and not isinstance(turns, list) else turns
+        if isinstance(turns, list) and turns:
             names += sorted({f"{name}[].{key}" for key in _keys_of_turns(turns, known)})
+            if texts := sum(_is_call(turn) and _is_text(turn) for turn in turns):
+                omissions.append(("CallsAsText", "calls", texts))
             names = [key for key in names if key not in ("tools", "functions")]
             if value.get("system") and isinstance(turns[0], Mapping) and _begins_with_system(turns[0]):
                 names.append("system")
-    return [("KeysNotRead", key, 1) for key in sorted(set(names))] if names else []
+    return (
+        [*(("KeysNotRead", printable(key), 1) for key in sorted(set(names))), *omissions] if names or omissions else []
+    )
 
 
 def is_desired(label: Any) -> bool:
@@ -243,7 +261,20 @@ def _names(functions: Any) -> list[str]:
 def _keys_of_turns(turns: list[Any], known: frozenset[str]) -> Iterator[str]:
     for turn in turns:
         if isinstance(turn, Mapping) and not known.issuperset(turn):
-            yield from (key for key in turn if key not in known and not _is_empty(turn[key]))
+            read = known | _ITEM_KEYS if "type" in turn and "role" not in turn else known
+            yield from (key for key in turn if key not in read and not _is_empty(turn[key]))
+
+
+def _is_call(turn: Any) -> bool:
+    """Whether the role of a turn is a call."""
+    name = turn.get("role", turn.get("from")) if type(turn) is dict else None
+    return name not in _USUAL and isinstance(name, str) and name.lower() in calls.ROLES
+
+
+def _is_text(turn: Mapping[str, Any]) -> bool:
+    """Whether the content of a turn whose role is a call isn't one."""
+    key = "value" if turn.get("content") is None and "value" in turn else "content"
+    return not turn.get("tool_calls") and not calls.of_turn(turn, key)[1]
 
 
 def _begins_with_system(turn: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from finetune_trainer.data.reading.record import MAX_RECORD_BYTES, Record, Unrea
 
 READ_BYTES = 1 << 20
 _WRAPPERS = frozenset(("data", "rows", "train", "examples", "items", "records", "instances"))
+_HELD_OUT = frozenset(("test", "validation", "valid", "val", "dev", "eval"))
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -58,17 +59,38 @@ def _unwrapped(value: Any) -> list[dict[str, Any]] | None:
     if not isinstance(value, dict) or not value:
         return None
     lists = [inner for key, inner in value.items() if key in _WRAPPERS and isinstance(inner, list)]
-    names = value.get("columns")
+    splits = [key for key, inner in value.items() if key in (*_WRAPPERS, *_HELD_OUT) and _is_list_of_rows(inner)]
+    if len(lists) == 1 and len(splits) > 1:
+        several = ", ".join(splits)
+        raise Unreadable(0, f"has several lists of rows ({several}); write each of them into a file of its own")
+    names: Any = value.get("columns")
     if isinstance(names, list) and lists and all(isinstance(row, list) and len(row) == len(names) for row in lists[0]):
         return [dict(zip(names, row, strict=True)) for row in lists[0]]
-    if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
-        return list(lists[0])
+    if len(lists) == 1 and _is_list_of_rows(lists[0]):
+        viewed = [row.get("row") for row in lists[0]]  # the dataset viewer of the Hub writes {"row_idx": …, "row": …}
+        is_view = all(isinstance(row, dict) for row in viewed) and all("row_idx" in row for row in lists[0])
+        return viewed if is_view else list(lists[0])
     columns = list(value.values())
+    if _are_columns(columns):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if all(isinstance(row, dict) for row in columns) and all(key.isdecimal() for key in value):
         return columns  # rows by their index
     if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
     return None
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _are_columns(values: list[Any]) -> bool:
+    """Whether the values of an object are lists with an entry for each row, of which one has texts.
+    A list of turns has none."""
+    are_lists = all(isinstance(column, list) and len(column) == len(values[0]) > 0 for column in values)
+    if not are_lists or any(isinstance(entry, dict) for column in values for entry in column):
+        return False
+    return any(all(isinstance(entry, str) for entry in column) for column in values)
 
 
 def _array(window: _Window) -> Iterator[Record]:
@@ -142,6 +164,7 @@ class _Window:
             if end == len(self._text) and self._read_more(number):
                 continue  # the digits of a number may continue
             is_too_long = end - self._position > MAX_RECORD_BYTES
+            value = value if is_too_long else json_text.exact(value, self._text[self._position : end])
             self._position = end
             return (None, too_long("an element")) if is_too_long else (value, None)
 

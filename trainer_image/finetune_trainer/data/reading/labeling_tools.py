@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_trainer.data.reading.labeling import regions
-from finetune_trainer.data.reading.row import Omission, Row, Turn, Values, short_repr, text
+from finetune_trainer.data.reading.row import Omission, Row, Turn, Unlabelled, Values, printable, short_repr, text
 
 _STUDIO_META = {
     "id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement", "file_upload",
@@ -41,13 +41,6 @@ class Options:
     min_probability: float = 0.0
 
 
-class Unlabelled(ValueError):
-    """Reports that a row has no label, or none that is probable enough.
-
-    That isn't a mistake: the row is skipped and counted.
-    """
-
-
 def is_label_studio(value: Values) -> bool:
     """Whether a record is a task of Label Studio."""
     is_task = isinstance(value.get("data"), Mapping) and isinstance(value.get("annotations"), list)
@@ -57,7 +50,7 @@ def is_label_studio(value: Values) -> bool:
 def is_snorkel(value: Values) -> bool:
     """Whether a record has a text next to a class or the probabilities of its classes."""
     labeled = any(key in value for key in (*_LABELS, *_PROBABILITIES)) or bool(_numbered_keys(value))
-    return labeled and any(key in value for key in _PROMPTS)
+    return labeled and any(value.get(key) is not None for key in _PROMPTS)
 
 
 def label_studio(number: int, value: Values, options: Options) -> Row:
@@ -80,10 +73,14 @@ def snorkel(number: int, value: Values, options: Options) -> Row:
     prompt = text(value, key)
     if value.get("answer") in _NOT_ACCEPTED:
         raise Unlabelled(f"its label wasn't accepted (answer is {value['answer']!r})")
+    if not any(key in value for key in ("completion", *_LABELS, *_PROBABILITIES)) and not _numbered_keys(value):
+        raise Unlabelled("has no label (not labeled yet; dataset.format: text trains on texts alone)")
     answer = _class_name(value, options)
     labels = {*_LABELS, *_PROBABILITIES, *_numbered_keys(value), "completion", key}
     labels |= {"answer"} if value.get("answer") == "accept" else set()
-    unread = tuple(("KeysNotRead", name, 1) for name in sorted(set(value) - labels) if value[name] not in (None, ""))
+    unread = tuple(
+        ("KeysNotRead", printable(name), 1) for name in sorted(set(value) - labels) if value[name] not in (None, "")
+    )
     return Row(number, (Turn("user", prompt), Turn("assistant", answer)), plain=True, unread=unread)
 
 
@@ -104,10 +101,10 @@ def _task(value: Values, options: Options) -> tuple[str, str, set[str]]:
     answer = options.columns.get("completion") or (names[0] if len(names) == 1 else None)
     if answer is None and names:
         answer = next((name for name in _ANSWERS if name in names), None)
+    if not names:
+        raise Unlabelled("its annotation is empty (nothing was labeled)")
     if answer is None:
-        raise ValueError(
-            f"is annotated with {', '.join(names) or 'nothing'}; name the answer in dataset.columns.completion"
-        )
+        raise ValueError(f"is annotated with {', '.join(names)}; name the answer in dataset.columns.completion")
     answers = [r for r in results if r.get("from_name") == answer]
     if not answers:
         raise ValueError(f"has no annotation {answer!r}")
@@ -164,7 +161,7 @@ def _unread(value: Values, used: set[str]) -> tuple[Omission, ...]:
         results = [r for a in value["annotations"] if isinstance(a, Mapping) for r in a.get("result") or []]
         names = {f"data.{key}" for key in data}
         names |= {f"annotations.{r['from_name']}" for r in results if isinstance(r, Mapping) and "from_name" in r}
-    return tuple(("KeysNotRead", name, 1) for name in sorted(names - used))
+    return tuple(("KeysNotRead", printable(name), 1) for name in sorted(names - used))
 
 
 def _as_text(value: Any, name: str) -> str:
@@ -215,6 +212,10 @@ def _class_name(value: Values, options: Options) -> str:
         return _name_of(probabilities.index(best), options.labels)
     key = "completion" if "completion" in value else _key_of(value, _LABELS, "completion")
     label = value[key]
+    if isinstance(label, list) and all(isinstance(name, str) for name in label):
+        if not label:
+            raise Unlabelled(f"{key} is []: it has no label")
+        return ", ".join(text({key: name}, key) for name in label)
     if isinstance(label, str) and label.lstrip("-").isdecimal():
         label = int(label)
     if isinstance(label, float) and label.is_integer():

@@ -93,9 +93,16 @@ def record(batch: Any, index: int) -> dict[str, Any] | str:
             value = column[index].as_py()
         except UnicodeDecodeError:
             return f"column {name} isn't UTF-8"
-        if value is not None:
-            values[name] = _without_nulls(value)
+        values[name] = _as_stored(value, column) if type(value) is float else _without_nulls(value)
     return values
+
+
+def _as_stored(value: float, column: Any) -> float:
+    """Return a number with the digits that its format holds: 0.1 of 32 bits isn't
+    0.10000000149011612."""
+    import numpy as np
+
+    return float(str(np.float32(value))) if column.type.bit_width == 32 else value
 
 
 def _without_nulls(value: Any) -> Any:

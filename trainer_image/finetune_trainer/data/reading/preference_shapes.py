@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_trainer.data.reading.turns import parsed_list
+from finetune_trainer.data.reading.turns import parsed_list, role
 
 _CHOSEN = ("chosen", "preferred_output", "chosen_response", "chosen_messages")
 _REJECTED = ("rejected", "non_preferred_output", "rejected_response", "rejected_messages")
@@ -57,6 +57,17 @@ def _put_dialogue(record: dict[str, Any]) -> None:
         record["rejected"] = answer if isinstance(answer, list) else [*before, turn]
     if "prompt" not in record and "conversations" in record:
         record["prompt"] = parsed_list(record.pop("conversations"))
+    for name in ("messages", "conversation"):
+        if "prompt" in record or name not in record:
+            continue
+        turns = parsed_list(record[name])
+        if isinstance(turns, list) and turns and _is_question(turns[-1]):
+            del record[name]
+            record["prompt"] = turns
+
+
+def _is_question(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and role(turn) in ("user", "tool")
 
 
 def _put_prompt(record: dict[str, Any]) -> None:
@@ -82,7 +93,7 @@ def _put_history(record: dict[str, Any]) -> None:
         del record["history"]
         turns = [turn for pair in history for turn in zip(("user", "assistant"), pair, strict=True)]
         turns.append(("user", record["prompt"]))
-        record["prompt"] = [{"role": role, "content": content} for role, content in turns]
+        record["prompt"] = [{"role": speaker, "content": content} for speaker, content in turns]
 
 
 def _put_common_beginning(record: dict[str, Any]) -> None:

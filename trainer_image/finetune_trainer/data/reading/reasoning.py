@@ -14,8 +14,18 @@ from finetune_trainer.data.reading.row import Turn
 KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a turn that hold reasoning, as chat APIs and templates name them."""
 _TAG = r"(?:think|thinking|thought|reasoning|seed:think)"
-_BLOCK = re.compile(rf"\s*(?:<({_TAG})>(.*?)</\1>|\[THINK\](.*?)\[/THINK\])\s*", re.DOTALL)
-_CLOSING = re.compile(rf"\s*(?:</{_TAG}>|\[/THINK\])\s*")
+_OPEN = rf"(?:<({_TAG})>|\[THINK\]|<\|begin_of_thought\|>|◁think▷)"
+_BLOCK = re.compile(
+    rf"\s*(?:<({_TAG})>(.*?)</\1>|\[THINK\](.*?)\[/THINK\]|<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>"
+    r"|◁think▷(.*?)◁/think▷)\s*",
+    re.DOTALL,
+)
+_LONE_END = re.compile(rf"</{_TAG}>[ \t]*(?:\n\s*|$)")
+"""The end of reasoning that the prompt has begun, so that the text of an answer begins with it."""
+_FIRST = frozenset("<[◁")
+_ANY_OPEN = re.compile(rf"<{_TAG}>")
+_BEGINNING = re.compile(rf"\s*{_OPEN}")
+_CLOSING = re.compile(rf"\s*(?:</{_TAG}>|\[/THINK\]|<\|end_of_thought\|>|◁/think▷)\s*")
 _OPENED = re.compile(rf"(?:<({_TAG})>|\[THINK\])\s*$")
 _CLOSED = re.compile(rf"(?:(?:<{_TAG}>|\[THINK\])\s*)?(?:</{_TAG}>|\[/THINK\])\s*$")
 _OPENING = re.compile(rf"\s*(?:<{_TAG}>|\[THINK\])\s*")
@@ -28,14 +38,41 @@ def of(turn: Turn) -> str:
 
 def inline(content: str) -> str:
     """Return the reasoning in a block at the beginning of a text; empty if it has none."""
-    block = _BLOCK.match(content) if "<" in content or "[" in content else None
-    return (block.group(2) or block.group(3) or "").strip() if block else ""
+    block = _block(content)
+    return block[0].strip() if block else ""
+
+
+def fault(turn: Turn) -> str:
+    """Return why a turn's reasoning isn't followed by an answer: OpenReasoning if it never ends, as
+    in an answer that was cut off, ReasoningOnly if nothing comes after it, or an empty string."""
+    content = turn.content
+    if not content or content.isspace():
+        return "ReasoningOnly" if turn.more and _of_keys(turn) and "tool_calls" not in json.loads(turn.more) else ""
+    block = _block(content)
+    if block is not None:
+        return "ReasoningOnly" if not turn.more and not content[block[1] :].strip() else ""
+    return "OpenReasoning" if _may_begin(content) and _BEGINNING.match(content) else ""
 
 
 def without_block(content: str) -> str:
     """Return a text without a block of reasoning at its beginning."""
-    block = _BLOCK.match(content) if "<" in content or "[" in content else None
-    return content[block.end() :] if block else content
+    block = _block(content)
+    return content[block[1] :] if block else content
+
+
+def _may_begin(content: str) -> bool:
+    return content[:1] in _FIRST or (content[:1].isspace() and content.lstrip()[:1] in _FIRST)
+
+
+def _block(content: str) -> tuple[str, int] | None:
+    """Return the reasoning with which a text begins, and where the rest of the text begins."""
+    if _may_begin(content):
+        block = _BLOCK.match(content)
+        return (next((text for text in block.groups()[1:] if text), ""), block.end()) if block else None
+    end = _LONE_END.search(content) if "</" in content else None
+    if end is None or _ANY_OPEN.search(content, 0, end.start()):
+        return None
+    return content[: end.start()], end.end()
 
 
 def removed(turn: Turn) -> Turn:

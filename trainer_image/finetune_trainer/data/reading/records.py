@@ -12,7 +12,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ def file_format(path: Path, name: str) -> FileFormat:
     if encoding := encodings.of_head(head):
         raise Unreadable(0, encodings.remedy(encoding))
     text = head.removeprefix(_BOM).lstrip()
+    if not text.startswith((b"{", b"[")) and foreign.is_binary(head):
+        raise Unreadable(0, foreign.BINARY)
     lower = name.lower()
     stem = next((lower.removesuffix(suffix) for suffix in COMPRESSION_SUFFIXES[1:] if lower.endswith(suffix)), lower)
     if stem.endswith((".csv", ".tsv")):
@@ -189,16 +191,30 @@ def csv_rows(lines: Iterable[bytes | None]) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise Unreadable(number, f"isn't CSV ({error}); is a quote left open?") from None
+            raise Unreadable(number, f"isn't CSV ({error}); {_remedy(error)}") from None
         if columns is None and values:
             columns = [name.strip() for name in values]
             repeated = next((name for index, name in enumerate(columns) if name in columns[:index]), None)
             if repeated:
                 raise Unreadable(number, f"the first line names the column {repeated!r} twice")
         elif columns is not None and len(values) == len(columns):
-            yield number, {name: value for name, value in zip(columns, values, strict=True) if name}
+            yield number, dict(_named(columns, values))
         elif columns is not None and values:
             yield number, f"has {len(values)} fields, but the first line names {len(columns)} columns"
+
+
+def _named(columns: Sequence[str], values: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a row with their names. The column of row numbers that pandas writes has
+    none, and is passed over."""
+    for position, (name, value) in enumerate(zip(columns, values, strict=True), start=1):
+        if name or not (value.isdecimal() or not value):
+            yield name or f"column {position}", value
+
+
+def _remedy(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "its lines end with a carriage return; save it with line feeds"
+    return "is a quote left open, or written with a backslash? Write two quotes for one inside a field"
 
 
 class _RecordStart:
@@ -235,7 +251,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
     if not text.strip():
         return "is empty (it has only a byte order mark)"
     try:
-        value = json_text.decode(text)
+        value = json_text.exact(json_text.decode(text), text)
     except json.JSONDecodeError as error:
         return f"isn't JSON ({error.msg} at column {error.colno}){json_text.hint(error)}"
     except RecursionError:

@@ -13,6 +13,7 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 Values = Mapping[str, Any]
+_INVISIBLE = " \t\r\n\v\f\xa0\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2060\u3000\ufeff"
 Omission = tuple[str, str, int]
 """(reason, subject, number) of what a row loses, as `Finding` of the data report has them."""
 
@@ -22,13 +23,15 @@ class Turn:
     """Holds one turn of a conversation.
 
     `in_loss` is whether an assistant's turn counts in the loss. `more` is a JSON object of further
-    keys (tool_calls, ...) that a chat template may use; it is empty if there are none.
+    keys (tool_calls, ...) that a chat template may use; it is empty if there are none. `as_text`
+    is what the row has if its calls were read from a text.
     """
 
     role: str
     content: str
     in_loss: bool = True
     more: str = ""
+    as_text: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class Row:
     def is_text(self) -> bool:
         """Whether the row is a document: it has no prompt, and all of it counts in the loss."""
         return self.turns[0].role == "text"
+
+
+class Unlabelled(ValueError):
+    """Reports that a row has no label, or none that is probable enough.
+
+    That isn't a mistake: the row is skipped and counted.
+    """
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def text(value: Values, key: str, prefix: str = "") -> str:
     content = value[key]
     is_number = isinstance(content, int) or (isinstance(content, float) and math.isfinite(content))
     if is_number and key != "text":
-        return json.dumps(content)
+        return str(getattr(content, "text", "")) or json.dumps(content)
     if not isinstance(content, str):
         raise ValueError(f"{prefix}{key} is {short_repr(content)}, which isn't text; write it as a string")
     try:
@@ -107,11 +117,22 @@ def text(value: Values, key: str, prefix: str = "") -> str:
     return content
 
 
+def is_blank(content: str) -> bool:
+    """Whether a text has only characters that nobody sees: blanks, or marks without a width."""
+    return not content or (content[0] in _INVISIBLE and not content.strip(_INVISIBLE)) or content.isspace()
+
+
 def missing(value: Values, key: str, prefix: str = "") -> str:
     """Return the message that a record, or a part of it, has no `key`."""
-    others = ", ".join(sorted(str(name) for name, inner in value.items() if inner is not None)[:8]) or "nothing"
+    others = ", ".join(sorted(printable(name) for name, inner in value.items() if inner is not None)[:8]) or "nothing"
     remedy = f"; write {key}, or remove the row" if prefix else f"; map one in dataset.columns.{key}" if value else ""
     return f"{prefix}{key} is {'null' if key in value else 'missing'} (it has {others}){remedy}"
+
+
+def printable(name: Any) -> str:
+    """Return the name of a key for a message; half a character can't be written, and is escaped."""
+    text = str(name)
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def short_repr(value: Any) -> str:

@@ -7,13 +7,14 @@ with it. The module is pure.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from finetune_trainer.data.reading import content_parts, preference_rows
-from finetune_trainer.data.reading.row import Row, Turn, Values, missing, short_repr, text
+from finetune_trainer.data.reading.dialects import tools
+from finetune_trainer.data.reading.row import Row, Turn, Values, is_blank, missing, short_repr, text
 from finetune_trainer.data.reading.turns import canonical, parsed_list, turns
 
 ALPACA_INPUT = (
@@ -26,8 +27,13 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_MARKS = ("<image>", "<audio>", "<video>")
+_MARKED = frozenset(("label", "kto_tag", "status"))
+_MEDIA = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+_MARK = re.compile(
+    r"<\|?(?:image|img|audio|video|vision|speech|sound)(?:[_-]?(?:\d+|pad|start|token|placeholder))?\|?>|\[IMG\]"
+)
+
+_DISCARDED = ("discarded", "Discarded", "rejected", "Rejected")  # of Argilla
 
 RowFormat = Callable[[int, Values], Row]
 
@@ -39,12 +45,13 @@ def prompt_completion(number: int, value: Values) -> Row:
             raise ValueError(missing(value, key))
     value = _with_turns(value)
     if isinstance(value["prompt"], list) and isinstance(value["completion"], list):
-        before = tuple(replace(turn, in_loss=False) for turn in turns(value["prompt"], "prompt"))
-        after = turns(value["completion"], "completion")
+        before = tuple(replace(turn, in_loss=False) for turn in _turns(value, "prompt"))
+        after = _turns(value, "completion")
         return _conversation(number, (*before, *after), value)
     _refuse_undesired(value)
     prompt, completion = text(value, "prompt"), text(value, "completion")
-    if not completion.strip():
+    _refuse_media(value, (prompt, completion))
+    if is_blank(completion):
         raise ValueError("completion is empty")
     system = _system(value)
     return Row(number, (*system, Turn("user", prompt), Turn("assistant", completion)), plain=not system)
@@ -66,13 +73,13 @@ def messages(number: int, value: Values) -> Row:
     """Read a conversation as chat APIs have it: a list of turns with role and content."""
     if value.get("messages") is None:
         raise ValueError(missing(value, "messages"))
-    return _conversation(number, turns(value["messages"], "messages"), value)
+    return _conversation(number, _turns(value, "messages"), value)
 
 
 def plain_text(number: int, value: Values) -> Row:
     """Read a document, of which every token counts in the loss."""
     content = text(value, "text")
-    if not content.strip():
+    if is_blank(content):
         raise ValueError("text is empty")
     return Row(number, (Turn("text", content),), plain=True)
 
@@ -85,10 +92,11 @@ def alpaca(number: int, value: Values) -> Row:
     """
     instruction, output = text(value, "instruction"), text(value, "output")
     context = text(value, "input") if value.get("input") is not None else ""
-    if not output.strip():
+    if is_blank(output):
         raise ValueError("output is empty")
-    if not instruction.strip() and not context.strip():
+    if is_blank(instruction) and is_blank(context):
         raise ValueError("instruction and input are empty")
+    _refuse_media(value, (instruction, context, output))
     history = _history(value.get("history") or [])
     system = _system(value)
     question = "\n\n".join(part for part in (instruction, context) if part.strip())
@@ -105,7 +113,7 @@ def sharegpt(number: int, value: Values) -> Row:
     """Read a conversation in ShareGPT's format: a list of turns with from and value."""
     if value.get("conversations") is None:
         raise ValueError(missing(value, "conversations"))
-    return _conversation(number, turns(value["conversations"], "conversations"), value)
+    return _conversation(number, _turns(value, "conversations"), value)
 
 
 FORMATS: dict[str, RowFormat] = {
@@ -120,14 +128,22 @@ FORMATS: dict[str, RowFormat] = {
 
 def _conversation(number: int, turns: tuple[Turn, ...], value: Values) -> Row:
     _refuse_undesired(value)
-    _refuse_media(value, turns)
+    _refuse_media(value, (turn.content for turn in turns))
     if turns[0].role != "system":
         turns = (*_system(value), *turns)
-    return Row(number, turns, tools=_tools(value.get("tools")) or _functions(value.get("functions")))
+    return Row(number, turns, tools=_tools(value))
+
+
+def _turns(value: Values, key: str) -> tuple[Turn, ...]:
+    return turns(value[key], key, has_tools=bool(value.get("tools")))
 
 
 def _refuse_undesired(value: Values) -> None:
     """Refuse an answer that must not be learned. Raises ValueError."""
+    if _MARKED.isdisjoint(value):
+        return
+    if value.get("status") in _DISCARDED:
+        raise ValueError(f"status is {short_repr(value['status'])}, which marks the row as undesired; remove it")
     key = next((key for key in ("label", "kto_tag") if value.get(key) is not None), None)
     label = value[key] if key else True
     if label in (False, "false", "False", "FALSE", "undesirable", "bad", "rejected"):
@@ -137,38 +153,24 @@ def _refuse_undesired(value: Values) -> None:
         )
 
 
-def _refuse_media(value: Values, turns: tuple[Turn, ...]) -> None:
+def _refuse_media(value: Values, texts: Iterable[str]) -> None:
     """Refuse a question about an image or a sound that only its marker stands for. Raises
     ValueError."""
-    key = next((key for key in _MEDIA if value.get(key)), None)
-    mark = next((mark for mark in _MARKS if any(mark in turn.content for turn in turns)), None)
-    if key and mark:
-        raise ValueError(f"its turns contain {mark} and it has {key}; only text can be trained on: remove the row")
+    if _MEDIA.isdisjoint(value):
+        return
+    key = next((key for key in sorted(_MEDIA) if value.get(key)), None)
+    mark = next((mark.group() for content in texts if (mark := _MARK.search(content))), None) if key else None
+    if mark:
+        raise ValueError(f"its texts contain {mark} and it has {key}; only text can be trained on: remove the row")
 
 
-def _tools(value: Any) -> str:
-    """Parse a list of functions, or such a list as JSON text, as parquet files often have it."""
-    if value is None or value == "" or value == []:
-        return ""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"tools is {short_repr(value)}, which isn't JSON; write a list of functions") from None
-        if not value:
-            return ""
-    value = [value] if isinstance(value, Mapping) else value
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise ValueError(f"tools is {short_repr(value)}; it must be a list of functions")
-    return canonical(value, "tools")
-
-
-def _functions(value: Any) -> str:
-    """Parse the list of functions that chat APIs had before `tools`."""
-    functions = json.loads(_tools(value) or "[]")
-    if not functions:
-        return ""
-    return canonical([{"type": "function", "function": function} for function in functions], "functions")
+def _tools(value: Values) -> str:
+    """Return the list of functions of a row as JSON; empty if it has none."""
+    functions = tools.functions(value.get("tools"))
+    if functions:
+        return canonical(functions, "tools")
+    older = [function.get("function", function) for function in tools.functions(value.get("functions"))]
+    return canonical([{"type": "function", "function": function} for function in older], "functions") if older else ""
 
 
 def _system(value: Values) -> tuple[Turn, ...]:

@@ -23,13 +23,15 @@ from finetune_trainer.data.reading import (
     records,
     row_formats,
 )
-from finetune_trainer.data.reading.labeling import column_hints
+from finetune_trainer.data.reading.dialects import shapes
+from finetune_trainer.data.reading.labeling import column_hints, labeled_texts
 from finetune_trainer.data.reading.record import Record, Unreadable
 from finetune_trainer.data.reading.records import FileFormat
-from finetune_trainer.data.reading.row import Problem, Row, Turn, Values, short_repr
+from finetune_trainer.data.reading.row import Problem, Row, Turn, Unlabelled, Values, short_repr
 from finetune_trainer.errors import RunError
 
 FORMATS = ("auto", *row_formats.FORMATS, *labeling_tools.FORMATS)
+_NO_TURNS: tuple[Any, ...] = ("", [])
 LISTED = 10
 """The number of problems that a message lists."""
 
@@ -93,7 +95,7 @@ class Stream:
                 yield dialogues.adjusted(row, self._input_file.rendering)
             except ValueError as error:
                 message = self._of_other_format(value) or str(error)
-                yield Problem(number, message, self._name, isinstance(error, labeling_tools.Unlabelled))
+                yield Problem(number, message, self._name, isinstance(error, Unlabelled))
             except RecursionError:
                 yield Problem(number, "isn't a row (nested too deeply)", self._name)
 
@@ -102,7 +104,7 @@ class Stream:
         if self._input_file.format != "auto" or self.format is None or self._input_file.columns:
             return ""
         try:
-            format = detect(_without_nulls(value))
+            format = detect(labeled_texts.normalized(shapes.normalized(_without_nulls(value))))
         except ValueError:
             return ""
         if format == self.format or (format == "text" and self.format in labeling_tools.FORMATS):
@@ -111,9 +113,14 @@ class Stream:
 
     def _record(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a record under the names that its format has; a null is an absent key."""
-        record = renamed(_without_nulls(value), self._input_file.columns)
+        file = self._input_file
+        record = shapes.normalized(renamed(_without_nulls(value), file.columns))
+        if file.format == "auto" and not file.columns:
+            record = labeled_texts.normalized(record)
         if self.format is None:
             self.format = detect(record)
+            if self.format == "text" and labeling_tools.is_snorkel(value):
+                self.format = "snorkel"  # its first row has a null as its label
         return preference_shapes.normalized(record) if self.format == preference_rows.FORMAT else record
 
     def _row(self, number: int, value: Values) -> Row:
@@ -177,9 +184,9 @@ def detect(value: Values) -> str:
     """Return the format that the keys of a record have. Raises ValueError that names the keys."""
     if labeling_tools.is_label_studio(value):
         return "label-studio"
-    if "messages" in value:
+    if value.get("messages", "") not in _NO_TURNS:
         return "messages"
-    if "conversations" in value:
+    if value.get("conversations", "") not in _NO_TURNS:
         return "sharegpt"
     if preference_shapes.is_pair(value):
         return preference_rows.FORMAT
@@ -189,6 +196,8 @@ def detect(value: Values) -> str:
         return "alpaca"
     if labeling_tools.is_snorkel(value):
         return "snorkel"
+    if "messages" in value or "conversations" in value:
+        return "messages" if "messages" in value else "sharegpt"
     if "text" in value:
         if "role" in value:
             raise ValueError(

@@ -7,9 +7,10 @@ follow, because it drops its reasoning or the end of the text, begins an example
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_trainer.data.reading import findings, reasoning
 from finetune_trainer.data.reading.row import Row, Turn, short_repr
@@ -78,6 +79,20 @@ def texts(pieces: Sequence[Piece], row: Row, *, masked: bool) -> Texts:
     return pairs
 
 
+def with_texts(row: Row) -> Row:
+    """Return a row with the texts from which calls were read instead of the calls, for a template
+    that can't write calls. It is the row itself if there are no such texts."""
+    if not any(turn.as_text for turn in row.turns):
+        return row
+    return replace(row, turns=tuple(_with_text(turn) if turn.as_text else turn for turn in row.turns))
+
+
+def _with_text(turn: Turn) -> Turn:
+    more = {key: value for key, value in json.loads(turn.more or "{}").items() if key != "tool_calls"}
+    text = json.dumps(more, ensure_ascii=False, separators=(",", ":")) if more else ""
+    return replace(turn, content=turn.as_text, more=text)
+
+
 def missing_instruction(row: Row, parts: Sequence[Sequence[Piece]]) -> str:
     """Return what a template does to a system turn after the first one, in words that follow "the
     template"; empty if it writes all of them.
@@ -129,13 +144,15 @@ def _joined(last: Piece, following: Piece, stops: Sequence[str]) -> Piece | None
     """Return the piece before `following` if they can share an example, else None.
 
     What comes after the stop token of an answer isn't trained on, so it may be missing in the
-    prompt that follows.
+    prompt that follows. An answer without a stop token has to end its example, which adds one.
     """
+    ends = [last.answer.find(stop) + len(stop) for stop in stops if stop in last.answer]
+    if not ends:
+        return None
     if following.before.startswith(last.before + last.answer):
         return last
-    ends = [last.answer.find(stop) + len(stop) for stop in stops if stop in last.answer]
-    cut = Piece(last.turn, last.before, last.answer[: min(ends)]) if ends else None
-    return cut if cut is not None and following.before.startswith(cut.before + cut.answer) else None
+    cut = Piece(last.turn, last.before, last.answer[: min(ends)])
+    return cut if following.before.startswith(cut.before + cut.answer) else None
 
 
 def _parting(before: str, full: str) -> str:

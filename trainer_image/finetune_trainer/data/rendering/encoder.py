@@ -81,7 +81,12 @@ class Encoder:
         return ids if ids[: len(self.beginning)] == self.beginning else [*self.beginning, *ids]
 
     def _prepared_turn(self, turn: Turn) -> Turn:
-        return replace(turn, content=self._replaced(turn.content), more=self._replaced(turn.more))
+        return replace(
+            turn,
+            content=self._replaced(turn.content),
+            more=self._replaced(turn.more),
+            as_text=self._replaced(turn.as_text),
+        )
 
     def _replaced(self, text: str) -> str:
         if self._literals is None:

@@ -19,6 +19,8 @@ _FRAMES = (
 )  # fmt: skip
 
 _FURTHER = "tool calls or reasoning"
+_TAGS = (("<tools>", "system"), ("<tool_response>", "tool"))
+"""Tags that templates write, each with the role of the turns that they are around."""
 
 
 class ControlTokens:
@@ -81,3 +83,32 @@ def blanks(row: Row, answers: Sequence[str]) -> list[Omission]:
         if turn.role == "assistant" and turn.in_loss and content and (content[0].isspace() or content[-1].isspace()):
             count += any(content in answer for answer in answers)
     return [("Blanks", "answers", count)] if count else []
+
+
+def calls(row: Row, pairs: Sequence[tuple[str, str]]) -> Iterator[Omission]:
+    """Yield the calls that are rendered as the texts that the row has, and the turns with tags that
+    the chat template writes as well.
+
+    `pairs` are the texts of the row's last example.
+    """
+    as_text = sum(bool(turn.as_text) and turn.content == turn.as_text for turn in row.turns)
+    if as_text:
+        yield "CallsAsText", "calls", as_text
+    for tag, role in _TAGS:
+        tagged = sum(turn.role == role and tag in turn.content for turn in row.turns)
+        if tagged and _count(tag, pairs) > sum(turn.content.count(tag) for turn in row.turns):
+            yield "TagsTwice", f"{SUBJECTS[role]} with {tag}", tagged
+
+
+def _count(tag: str, pairs: Sequence[tuple[str, str]]) -> int:
+    return sum(text.count(tag) for pair in pairs for text in pair)
+
+
+def stop_token(row: Row, stops: Sequence[str]) -> str:
+    """Return why a row whose answers contain a stop token can't be used, or an empty string."""
+    answers = [turn for turn in row.turns if turn.role == "assistant" and turn.in_loss]
+    stop = next((text for turn in answers for text in stops if text in turn.content or text in turn.more), None)
+    if stop is None:
+        return ""
+    remedy = "remove it, or set dataset.rendering.controlTokens: encode"
+    return f"an answer contains the stop token {stop!r}, which would end it; {remedy}"

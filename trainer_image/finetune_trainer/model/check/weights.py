@@ -13,6 +13,8 @@ from typing import Any
 from finetune_trainer.errors import RunError
 
 _OF_ONE_MODEL = "use weights and config.json of the same model"
+_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)\b")
+_LONGEST_PREFIX = 3
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -34,19 +36,47 @@ def check(info: Mapping[str, Any], model: Any) -> None:
             f"configuration asks for {tuple(expected)}{_others(mismatched)}; {_OF_ONE_MODEL}",
         )
     missing = sorted(info.get("missing_keys") or ())
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    wrapped = _wrapped(missing, unexpected)
+    if wrapped is not None:
+        name, prefix = wrapped
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: the names of the weights begin with {prefix!r}, which the model's don't: it has {name}, and "
+            f"the file {prefix}{name}; save the model itself, without the wrapper that was around it",
+        )
+    adapters = [name for name in unexpected if _ADAPTER.search(name)]
+    if adapters:
+        raise RunError(
+            "ModelInvalid",
+            f"model.uri: {adapters[0]} is of an adapter, which would be left out{_others(adapters)}; merge the adapter "
+            "into the weights and save them",
+        )
     if missing:
         raise RunError(
             "ModelInvalid",
             f"model.uri: the weights lack {missing[0]}, which the model needs{_others(missing)}; use the folder of a "
             "complete model, not of an adapter",
         )
-    layers = _unread_layers(info.get("unexpected_keys") or (), model)
+    layers = _unread_layers(unexpected, model)
     if len(layers) > _predicted_tokens(model.config):
         raise RunError(
             "ModelInvalid",
             f"model.uri: config.json asks for fewer layers than the files have: {layers[0]} would be left out; "
             f"{_OF_ONE_MODEL}",
         )
+
+
+def _wrapped(missing: Iterable[str], unexpected: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the name of a missing tensor, and what a wrapper has put before it in the file."""
+    names = set(missing)
+    for other in unexpected:
+        parts = other.split(".")
+        for length in range(1, min(len(parts), _LONGEST_PREFIX + 1)):
+            name = ".".join(parts[length:])
+            if name in names:
+                return name, other.removesuffix(name)
+    return None
 
 
 def _others(tensors: Sequence[Any]) -> str:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )  # fmt: skip
-_EAST_ASIAN = ("GB18030", "SHIFT_JIS", "EUC-JP", "EUC-KR", "BIG5")
-_HIGH_RUNS = re.compile(rb"[\x80-\xff][\x40-\xff]+")
+_PAIR = re.compile(rb"[\x80-\xff][\x40-\xff]")
+_EAST_ASIAN = (
+    ("SHIFT_JIS", range(0x81, 0x98), 0.7),
+    ("EUC-JP", range(0xA4, 0xA6), 0.3),  # kana, which Japanese can't do without
+    ("EUC-KR", range(0xB0, 0xC9), 0.9),
+    ("BIG5", (*range(0xA1, 0xA4), *range(0xA4, 0xC7)), 0.9),
+    ("GB18030", range(0xA1, 0xD8), 0.7),
+)
+"""(encoding, the first bytes of its common characters, the least share of them in a text)"""
 
 
 def of_head(head: bytes) -> str:
@@ -41,15 +49,20 @@ def not_utf8(data: bytes, position: int, before: int = 0) -> str:
     `before` is the number of bytes that come before `data`.
     """
     guess = _guess(data)
-    looks = f"; it looks like {guess}: save it as UTF-8, for example with `iconv -f {guess} -t UTF-8`" if guess else ""
-    return f"isn't UTF-8 (byte {before + position}){looks}"
+    remedy = (
+        f"it looks like {guess}: save it as UTF-8, for example with `iconv -f {guess} -t UTF-8`, and see whether it "
+        "reads well"
+        if guess
+        else "save it as UTF-8 with the program that wrote it"
+    )
+    return f"isn't UTF-8 (byte {before + position}); {remedy}"
 
 
 def _guess(data: bytes) -> str:
     """Return the encoding that bytes look like; empty if they look like none.
 
-    Letters with accents stand alone between ASCII letters, and characters of East Asia come in
-    pairs of bytes.
+    Letters with accents stand alone between ASCII letters, and characters of East Asia have two
+    bytes, of which the first is that of a common character. Other alphabets look like each other.
     """
     high = sum(byte >= 0x80 for byte in data)
     alone = sum(len(run.group()) == 1 for run in re.finditer(rb"[\x80-\xff]+", data))
@@ -57,9 +70,12 @@ def _guess(data: bytes) -> str:
         return ""
     if alone * 2 >= high and not any(byte in data for byte in b"\x81\x8d\x8f\x90\x9d"):
         return "WINDOWS-1252"
-    if not _HIGH_RUNS.search(data):
-        return ""
-    return next((encoding for encoding in _EAST_ASIAN if _decodes(data, encoding)), "")
+    pairs = _PAIR.findall(data)
+    first = Counter(pair[0] for pair in pairs)
+    for encoding, common, share in _EAST_ASIAN:
+        if sum(first[byte] for byte in common) >= share * len(pairs) and _decodes(data, encoding):
+            return encoding
+    return ""
 
 
 def _decodes(data: bytes, encoding: str) -> bool:

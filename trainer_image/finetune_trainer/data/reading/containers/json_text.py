@@ -12,6 +12,8 @@ from typing import Any
 from finetune_trainer.data.reading.row import short_repr
 
 _PYTHON_VALUES = re.compile(r"(None|True|False|nan|inf)\b")
+_BEFORE_VALUES = frozenset(": \t\r\n[,")
+_AFTER_VALUES = frozenset(",}] \t\r\n")
 _SINGLE_QUOTED = re.compile(r"[\[{]\s*'")
 
 
@@ -28,14 +30,58 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+class WrittenNumber(float):
+    """A number with a fraction or an exponent. `text` is how it was written, which a float may be
+    too short to hold."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        """Return the number that `text` is."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 """A decoder that raises RepeatedKey."""
+_EXACT = json.JSONDecoder(object_pairs_hook=_object, parse_float=WrittenNumber)
 
 
 def decode(text: str) -> Any:
     """Return the value of a JSON text. Raises ValueError, of which JSONDecodeError and RepeatedKey
     are kinds, and RecursionError."""
     return DECODER.decode(text)
+
+
+def exact(value: Any, text: str) -> Any:
+    """Return the value of a JSON text, whose numbers beside its other keys may be answers, with
+    these numbers as they were written. `value` is what `decode` returned for the text."""
+    if not isinstance(value, dict):
+        return value
+    for inner in value.values():
+        if type(inner) is float and not _has_number(text, repr(inner)):
+            return _EXACT.decode(text)
+    return value
+
+
+def _has_number(text: str, written: str) -> bool:
+    """Whether a text contains a number in just these digits."""
+    begin = text.find(written)
+    end = begin + len(written)
+    return begin > 0 and text[begin - 1] in _BEFORE_VALUES and text[end : end + 1] in _AFTER_VALUES
+
+
+def repeated_key(text: str) -> str:
+    """Return the message about a key that a JSON text has twice in an object; empty if there is
+    none."""
+    try:
+        decode(text)
+    except RepeatedKey as error:
+        return str(error)
+    except (ValueError, RecursionError):
+        return ""
+    return ""
 
 
 def refusal(error: ValueError) -> str:

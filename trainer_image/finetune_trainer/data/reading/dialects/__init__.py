@@ -1,0 +1,1 @@
+"""How other tools write dialogues, as the messages of chat APIs."""
