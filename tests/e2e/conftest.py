@@ -1,7 +1,7 @@
 """One cluster for all end-to-end tests of this folder.
 
-`FINETUNE_E2E_CLUSTER=name` uses a running cluster and keeps it; otherwise one is created, and
-removed at the end.
+Its network enforces NetworkPolicies. `FINETUNE_E2E_CLUSTER=name` uses a running cluster, started by
+`up --network-policies`, and keeps it; otherwise one is created, and removed at the end.
 """
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     scratch = tmp_path_factory.mktemp("assets")
     if name := os.environ.get("FINETUNE_E2E_CLUSTER"):
         return running_world(name, scratch)
-    return shared_world("e2e", scratch, nodes=2)
+    return shared_world("e2e", scratch, nodes=2, network_policies=True)

@@ -1,12 +1,14 @@
 """Clusters for end-to-end tests: the operator is installed by Helm, and a tiny model and small data
-are in a real S3 server."""
+are in a real S3 server. Jobs may connect to what they need, and to nothing else."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import obstore
 
@@ -15,16 +17,20 @@ from demo.clusters import ClusterAccess
 from e2e.support.jobs import NAMESPACE, World
 from testkit.shared_clusters import shared
 
+MONITORING = "monitoring"  # a namespace whose pods may read metrics
 
-def shared_world(name: str, scratch: Path, *settings: str, nodes: int) -> World:
+
+def shared_world(name: str, scratch: Path, *settings: str, nodes: int, network_policies: bool = False) -> World:
     """Returns the cluster of that name, which all processes of the tests share.
 
-    `settings` are the chart's; `scratch` is an empty folder.
+    `settings` are the chart's; `scratch` is an empty folder. If `network_policies`, the cluster's
+    network enforces them.
     """
 
     def start() -> dict[str, Any]:
         images = clusters.build_images()
-        return asdict(_prepared(clusters.up(name, "--nodes", str(nodes)), images, settings, scratch))
+        options = ("--nodes", str(nodes), *(("--network-policies",) if network_policies else ()))
+        return asdict(_prepared(clusters.up(name, *options), images, settings, scratch))
 
     description = shared(name, start)
     return World(**{**description, "cluster": ClusterAccess(**description["cluster"])})
@@ -41,11 +47,29 @@ def _prepared(cluster: ClusterAccess, images: tuple[str, str], settings: tuple[s
     clusters.load(cluster.name, *images)
     _start_afresh(cluster)
     install.namespace(cluster, NAMESPACE)
-    install.operator(cluster, *images, "pods.gracePeriodSeconds=40", *settings)
+    install.operator(cluster, *images, "pods.gracePeriodSeconds=40", *_network(cluster), *settings)
     tiny_llama(scratch / "tiny-llama", seed=1)
     install.put_folder(install.s3_store(cluster, "models"), scratch / "tiny-llama", "tiny-llama")
     _put_rows(cluster)
     return World(cluster, *images)
+
+
+def _network(cluster: ClusterAccess) -> tuple[str, ...]:
+    """The chart's settings by which jobs reach DNS, object storage and the operator only, and which
+    let Prometheus, whose address is a node's, and a namespace read metrics."""
+    storage = urlsplit(cluster.s3_endpoint)
+    nodes = ipaddress.ip_network(f"{storage.hostname}/24", strict=False)
+    metrics, egress = "networkPolicy.metricsFrom", "networkPolicy.jobs.egress"
+    return (
+        f"{metrics}[0].ipBlock.cidr={nodes}",
+        f"{metrics}[1].namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name={MONITORING}",
+        f"{egress}[0].ports[0].port=53",
+        f"{egress}[0].ports[0].protocol=UDP",
+        f"{egress}[0].ports[1].port=53",
+        f"{egress}[0].ports[1].protocol=TCP",
+        f"{egress}[1].to[0].ipBlock.cidr={storage.hostname}/32",
+        f"{egress}[1].ports[0].port={storage.port}",
+    )
 
 
 def _start_afresh(cluster: ClusterAccess) -> None:
