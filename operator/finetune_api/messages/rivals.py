@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from pydantic import Field
 
 from finetune_api import untrusted as u
@@ -15,7 +17,17 @@ class Rivals(Model):
     """
 
     as_of: u.Time = Field(description="When the list was made, by the API server's clock.")
-    uids: tuple[str, ...] = Field(
-        default=(), description="FineTuneJobs with the same output, and deleted ones whose pods haven't stopped."
+    digests: tuple[str, ...] = Field(
+        default=(),
+        description="Of the uids of FineTuneJobs with the same output, and of deleted ones whose pods haven't stopped.",
     )
     namespaces: tuple[str, ...] = Field(default=(), description="Those that the operator watches; empty means all.")
+
+    def include(self, uid: str) -> bool:
+        """Whether a FineTuneJob is one of them."""
+        return digest_of(uid) in self.digests
+
+
+def digest_of(uid: str) -> str:
+    """Returns what stands for a uid where other tenants can read it, in 32 hexadecimal digits."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:32]

@@ -15,6 +15,7 @@ import pytest
 
 from finetune_api import names
 from finetune_api.messages.result import Result
+from finetune_api.messages.rivals import Rivals
 from finetune_api.messages.run import parse
 from finetune_api.status import ArtifactStatus
 from finetune_operator.settings import ProgressSettings, Settings
@@ -157,7 +158,7 @@ def _taken_over(world: World, operator: MortalOperator) -> None:
 
     world.submit("steady", distribution={"nodes": 2}, resources={"gpu": {}})
     (check,) = world.run_pods("steady-check")
-    assert former in _rivals(check)
+    assert _rivals(check).include(former)
     world.end_pod(check, 67, _CLAIMED)
     world.wait_phase("steady", "Failed", 30)
 
@@ -169,7 +170,7 @@ def _taken_over(world: World, operator: MortalOperator) -> None:
     failed_check = check["metadata"]["uid"]
     world.wait(lambda: all(pod["metadata"]["uid"] != failed_check for pod in _checks(world)) and _checks(world), 30)
     (check,) = world.run_pods("steady-check")
-    assert former not in _rivals(check)
+    assert not _rivals(check).include(former)
     world.end_pod(check, 0, Result(outcome="succeeded"))
     _succeed(world, "steady-1", 1)
 
@@ -199,11 +200,11 @@ def _checks(world: World) -> list[Raw]:
     return world.all("pods", **{"batch.kubernetes.io/job-name": "steady-check"})
 
 
-def _rivals(pod: Raw) -> tuple[str, ...]:
+def _rivals(pod: Raw) -> Rivals:
     """Returns the jobs whose claims count, as a pod's configuration has them."""
     known = parse(pod["metadata"]["annotations"][names.ANNOTATION_RUN_CONFIG]).rivals
     assert known is not None
-    return known.uids
+    return known
 
 
 def _owner(world: World, job: str) -> str:

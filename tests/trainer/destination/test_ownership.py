@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from finetune_api.messages.rivals import Rivals
+from finetune_api.messages.rivals import Rivals, digest_of
 from finetune_api.messages.run import JobRef, ProgressConfig
 from finetune_trainer.destination import claim, output_check, predecessor
 from finetune_trainer.destination.output_check import Role
@@ -139,7 +139,7 @@ LATER = "2999-01-01T00:00:00Z"
 def _of_operator(uids: tuple[str, ...] = (), **fields: object) -> dict[str, object]:
     """Return what an operator that knows these other jobs passes to the pods of a job."""
     reporting = ProgressConfig(url="https://operator", token_path="token", authority=fields.pop("authority", AUTHORITY))
-    rivals = Rivals(as_of=str(fields.pop("as_of", LATER)), uids=uids, **fields)  # type: ignore[arg-type]
+    rivals = Rivals(as_of=str(fields.pop("as_of", LATER)), digests=tuple(map(digest_of, uids)), **fields)  # type: ignore[arg-type]
     return {"progress": reporting, "rivals": rivals}
 
 
@@ -286,7 +286,7 @@ def test_a_pod_that_dies_at_any_write_of_a_takeover_leaves_it_to_the_next_one(
         with pytest.raises(Death):
             _take(here, mortal)
         if "finetune/owner.json" in here.files:  # nobody else gets it meanwhile
-            living = Rivals(as_of=LATER, uids=(OWN.uid, STRANGER.uid))
+            living = Rivals(as_of=LATER, digests=(digest_of(OWN.uid), digest_of(STRANGER.uid)))
             stranger = here.run.model_copy(update={"job": NEIGHBOR, "rivals": living})
             with pytest.raises(RunError, match="OutputOccupied"):
                 output_check.take(here.storage, stranger, Role("preflight"))

@@ -68,7 +68,7 @@ def is_abandoned(owner: Owner, run: RunConfig) -> bool:
     """Whether the FineTuneJob that has claimed a destination doesn't exist any more, as the
     operator of the same cluster knows, and none of its pods runs."""
     rivals = run.rivals
-    if rivals is None or not owner.cluster or owner.cluster != cluster(run) or owner.uid in rivals.uids:
+    if rivals is None or not owner.cluster or owner.cluster != cluster(run) or rivals.include(owner.uid):
         return False
     since, known = untrusted.seconds(owner.since), untrusted.seconds(rivals.as_of)
     is_older = since is not None and known is not None and since < known

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from finetune_api.messages.rivals import Rivals
+from finetune_api.messages.rivals import Rivals, digest_of
 from finetune_api.resource import FineTuneJob
 from finetune_operator.controller.cache import Cache
 from finetune_operator.core.status import timestamp
 
-MAX_RIVALS = 500  # of 36 bytes each, in an annotation of the pods
+MAX_RIVALS = 500  # of 32 bytes each, in an annotation of the pods
 
 
 def rivals(cache: Cache, job: FineTuneJob, namespaces: tuple[str, ...], now: datetime) -> Rivals | None:
@@ -25,7 +25,7 @@ def rivals(cache: Cache, job: FineTuneJob, namespaces: tuple[str, ...], now: dat
     uids = {*_of_the_same_output(cache, job), *_with_live_pods(cache, namespaces)} - {job.metadata.uid, ""}
     if len(uids) > MAX_RIVALS:
         return None
-    return Rivals(as_of=timestamp(now), uids=tuple(sorted(uids)), namespaces=namespaces)
+    return Rivals(as_of=timestamp(now), digests=tuple(sorted(map(digest_of, uids))), namespaces=namespaces)
 
 
 def _of_the_same_output(cache: Cache, job: FineTuneJob) -> Iterator[str]:
