@@ -4,12 +4,14 @@ them, and what can't be one is trained on as a text that is counted."""
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from finetune_trainer.data.example import Example
 from finetune_trainer.data.reading import rows
+from finetune_trainer.data.reading.dialects import calls
 from finetune_trainer.data.reading.row import Row
 from templates.families import FAMILIES
 from templates.page import renderer
@@ -203,6 +205,22 @@ def test_the_calls_of_hermes_stay_as_the_system_prompt_describes_them() -> None:
 )  # fmt: skip
 def test_tags_without_calls_are_a_text(answer: str) -> None:
     assert _contents(_row(_gpt(("human", "Oslo?"), ("gpt", answer), tools=[_TOOL])))[1] == _text("a", answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<tool_call>{}</tool_call>" * 40_000 + "x",
+        "<tool_call>{}</tool_call>" * 40_000,
+        " " * 1_000_000 + "<tool_call>",
+        "x</tool_call>" * 80_000,
+    ],
+    ids=["calls in a text", "calls without names", "space", "closing tags"],
+)
+def test_long_answers_with_tags_take_time_in_proportion(answer: str) -> None:
+    begin = time.process_time()
+    assert calls.of_tags(answer) == (answer, [])
+    assert time.process_time() - begin < 2  # hours in the square of the length
 
 
 def test_calls_that_arent_trained_on_are_no_part_of_an_answer_that_is() -> None:

@@ -17,8 +17,7 @@ ROLES = frozenset(("function_call", "tool_call", "function-call", "tool_calls"))
 """Roles of turns that are calls."""
 _ARGUMENTS = ("arguments", "parameters")
 _CALL_KEYS = frozenset(("name", "id", "type", *_ARGUMENTS))
-_TAGGED = re.compile(r"(?:\s*<tool_call>(?:(?!</?tool_call>).)*</tool_call>)+\s*$", re.DOTALL)
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
 _RESULTS = re.compile(r"(?:\s*<tool_response>(?:(?!</?tool_response>).)*</tool_response>)+\s*", re.DOTALL)
 _RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _DESCRIBED = ("<tools>", "<tool_call>")
@@ -72,13 +71,27 @@ def of_turn(turn: Mapping[str, Any], key: str) -> tuple[str, list[dict[str, Any]
 def of_tags(content: str) -> tuple[str, list[dict[str, Any]]]:
     """Return an answer without the tagged calls at its end, and these calls; no calls if one of
     them can't be read, or if text follows them."""
-    tagged = _TAGGED.search(content)
-    if tagged is None:
+    end, texts = _tagged_end(content)
+    called = [of_value(text) for text in texts]
+    if not called or not all(called):
         return content, []
-    calls = [of_value(inner) for inner in _CALL.findall(tagged.group())]
-    if not all(calls):
-        return content, []
-    return content[: tagged.start()], [call for group in calls for call in group]
+    return content[:end], [call for group in called for call in group]
+
+
+def _tagged_end(content: str) -> tuple[int, list[str]]:
+    """Return where the tagged texts at the end of an answer begin, without the space before them,
+    and these texts. It takes time in proportion to the answer, whatever is in there."""
+    end, texts = len(content.rstrip()), list[str]()
+    while content.endswith(_CLOSING, 0, end):
+        begin = content.rfind(_OPENING, 0, end)
+        text = content[begin + len(_OPENING) : end - len(_CLOSING)]
+        if begin < 0 or _CLOSING in text:
+            break
+        texts.append(text)
+        end = begin
+        while end and content[end - 1].isspace():
+            end -= 1
+    return end, texts[::-1]
 
 
 def results_of_tags(content: str) -> list[str]:
