@@ -37,7 +37,7 @@ from finetune_operator.core.case import (
     result_message,
     seconds_to_deadline,
 )
-from finetune_operator.core.causes import ended_trainers, lost_nodes
+from finetune_operator.core.causes import kept_pods, lost_nodes
 from finetune_operator.core.causes.failure import failure_of, last_failure
 from finetune_operator.core.objects import Observed, seconds_between
 from finetune_operator.core.verdict import STARTING, Verdict, verdict
@@ -54,8 +54,8 @@ _RESUMES = {
 
 def decide(observed: Observed, now: datetime) -> Decision:
     """Returns the next actions for a job, and the status that it should have afterwards."""
-    observed = ended_trainers.with_ended_pods(lost_nodes.with_lost_pods(observed, now), now)
-    decision = _requeued(_decision(observed, now), ended_trainers.seconds_until_ended(observed, now))
+    observed = kept_pods.with_ended_pods(lost_nodes.with_lost_pods(observed, now), now)
+    decision = _requeued(_decision(observed, now), kept_pods.seconds_until_ended(observed, now))
     return _without_old_attempts(observed, decision)
 
 

@@ -83,7 +83,7 @@ class Pod:
     termination: Termination | None = None
     result: Result | None = None  # from its termination message
     companions: tuple[Companion, ...] = ()
-    abandoned: bool = False  # by core.causes.ended_trainers: its trainer ended long before the pod
+    abandoned: bool = False  # by core.causes.kept_pods: its trainer ended long before the pod
 
     @property
     def keepers(self) -> tuple[str, ...]:

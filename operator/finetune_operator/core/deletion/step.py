@@ -16,7 +16,7 @@ from typing import Literal
 from finetune_api import names
 from finetune_api.resource import FineTuneJob
 from finetune_operator.core.case import children
-from finetune_operator.core.causes import ended_trainers, lost_nodes
+from finetune_operator.core.causes import kept_pods, lost_nodes
 from finetune_operator.core.objects import Attempt, Observed, seconds_between
 from finetune_operator.core.verdict import verdict
 
@@ -125,7 +125,7 @@ def _wait_for_orphans(deleting: Deleting, observed: Observed, now: datetime) -> 
 
 def _watch(deleting: Deleting, cleanup: Attempt, now: datetime) -> Step:
     """Returns what follows from the Job for the cleanup."""
-    state = verdict(ended_trainers.marked(cleanup, now), deleting.warnings)
+    state = verdict(kept_pods.marked(cleanup, now), deleting.warnings)
     if state.state == "succeeded":
         return Step("finish", state.result.message if state.result else "the pod left no message", CLEANED)
     timeout = f"no pod could do it within {deleting.limit} s (pods.cleanupSeconds of the chart)"
