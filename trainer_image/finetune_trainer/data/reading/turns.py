@@ -134,7 +134,7 @@ def _further(turn: Mapping[str, Any], path: str, thought: str) -> dict[str, Any]
             value = short_repr(further[thinking])
             raise ValueError(f"{path}.{thinking} is {value}, which isn't text; write the reasoning as a string")
     if turn.get("function_call") and "tool_calls" not in further:
-        called = decoded(turn["function_call"], f"{path}.function_call")
+        called = json_text.decoded(turn["function_call"], f"{path}.function_call")
         further = {"tool_calls": [{"type": "function", "function": called}], **further}
     if "tool_calls" in further:
         further["tool_calls"] = _calls(further["tool_calls"], f"{path}.tool_calls")
@@ -148,7 +148,7 @@ def _calls(value: Any, path: str) -> list[Any]:
 
     APIs give their arguments as JSON text, but chat templates serialize objects themselves.
     """
-    value = decoded(value, path)
+    value = json_text.decoded(value, path)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
@@ -169,24 +169,13 @@ def _call(call: Mapping[str, Any], path: str) -> dict[str, Any]:
     name = next((key for key in ("arguments", *_ARGUMENTS) if key in inner), None)
     arguments = {} if name is None else inner[name]
     if isinstance(arguments, str):
-        arguments = decoded(arguments, f"{inner_path}.{name}", "an object, or its JSON") if arguments.strip() else {}
+        arguments = (
+            json_text.decoded(arguments, f"{inner_path}.{name}", "an object, or its JSON") if arguments.strip() else {}
+        )
     if name is not None:
         inner = {("arguments" if key == name else key): value for key, value in inner.items()}
         inner["arguments"] = arguments
     return {**call, "function": inner}
-
-
-def decoded(value: Any, path: str, expected: str = "a list of calls") -> Any:
-    """Return the value of a JSON text, or a value that isn't a text as it is. Raises ValueError
-    that names `path` and what is expected there."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json_text.decode(value)
-    except json_text.RepeatedKey as error:
-        raise ValueError(f"{path} {error}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is {short_repr(value)}, which isn't JSON; write {expected}") from None
 
 
 def canonical(value: Any, path: str) -> str:

@@ -115,3 +115,16 @@ def no_object(value: Any) -> str:
     turns = isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value)
     remedy = 'write {"messages": [...]}' if turns else "write an object with keys such as prompt and completion"
     return f"is {short_repr(value)}, which isn't a JSON object; {remedy}"
+
+
+def decoded(value: Any, path: str, expected: str = "a list of calls") -> Any:
+    """Return the value of a JSON text, or a value that isn't a text as it is. Raises ValueError
+    that names `path` and what is expected there."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return decode(value)
+    except RepeatedKey as error:
+        raise ValueError(f"{path} {error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is {short_repr(value)}, which isn't JSON; write {expected}") from None

@@ -30,14 +30,7 @@ def functions(value: Any) -> list[Any]:
 
 
 def _parsed(value: Any) -> Any:
-    if not isinstance(value, str) or not value:
-        return value
-    try:
-        return json_text.decode(value)
-    except json_text.RepeatedKey as error:
-        raise ValueError(f"tools {error}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"tools is {short_repr(value)}, which isn't JSON; write a list of functions") from None
+    return json_text.decoded(value, "tools", "a list of functions") if value else value
 
 
 def _written(tool: Mapping[str, Any], path: str) -> Iterator[Mapping[str, Any]]:
