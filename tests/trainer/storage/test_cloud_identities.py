@@ -134,20 +134,28 @@ def test_the_metadata_server_gives_the_identity_of_a_pod_on_gke(
 
 
 @pytest.mark.parametrize(
-    ("scheme", "changes"),
+    ("scheme", "changes", "reason", "message"),
     [
         ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": '{"type": "service_account", "client_email": "a", '
-                                                  '"private_key": "PRIVATE", "private_key_id": "1"}'}),
-        ("az", {"AZURE_STORAGE_KEY": "PRIVATE-"}),
-        ("az", {"AZURE_STORAGE_ENDPOINT": "nonsense"}),
+                                                  '"private_key": "PRIVATE", "private_key_id": "1"}'},
+         "CredentialsMissing", "the credentials or the endpoint can't be used"),
+        ("az", {"AZURE_STORAGE_KEY": "PRIVATE-"},
+         "CredentialsMissing", "the credentials or the endpoint can't be used"),
+        ("az", {"AZURE_STORAGE_ENDPOINT": "nonsense"},
+         "InvalidConfig", "the Secret's AZURE_STORAGE_ENDPOINT isn't a URL"),
     ],
 )  # fmt: skip
 def test_credentials_of_the_wrong_form_are_named_and_not_shown(
-    object_stores: dict[str, ObjectStore], scheme: str, changes: dict[str, str | None], tmp_path: Path
+    object_stores: dict[str, ObjectStore],
+    scheme: str,
+    changes: dict[str, str | None],
+    reason: str,
+    message: str,
+    tmp_path: Path,
 ) -> None:
     store = object_stores[scheme]
     keys = supervisor_process.secret(tmp_path / "keys", store.keys(**changes))
-    with pytest.raises(RunError, match="the credentials or the endpoint can't be used") as refused:
+    with pytest.raises(RunError, match=message) as refused:
         opened(store.uri("outputs", "v1"), keys, {}, GcsConfig(allow_http=True))
-    assert refused.value.reason == "CredentialsMissing"
+    assert refused.value.reason == reason
     assert "PRIVATE" not in refused.value.message
